@@ -1,0 +1,154 @@
+"""The command line: load recipe -> stage -> exit code. torch is imported only inside commands, `--help` answers at once."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="lbllm",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Binarize a large language model to two bits per weight, W(1+1), from one GPU.\n\n"
+    "Every command reads one YAML recipe, runs one stage and writes a checkpoint that the next picks up.",
+    epilog="Example: `lbllm ptq --recipe llama2-7b.yaml`, then `lbllm eval --recipe llama2-7b.yaml`",
+)
+
+RecipeOption = Annotated[Path, typer.Option("--recipe", "-r", help="YAML recipe", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="override recipe keys", show_default=False)
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, print the plan, write nothing")]
+Force = Annotated[bool, typer.Option("--force", help="replace what other inputs made")]
+Json = Annotated[bool, typer.Option("--json", help="result as JSON on stdout")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from lbllm_cli import __version__
+
+        typer.echo(f"lbllm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+) -> None:
+    pass
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Turns what went wrong into one message on stderr and the exit code; a traceback is left for bugs of lbllm."""
+    import errno
+
+    from lbllm_cli.errors import LbllmError
+
+    try:
+        yield
+    except LbllmError as error:
+        typer.echo(f"lbllm: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        typer.echo("lbllm: interrupted; run the same command again to resume", err=True)
+        raise typer.Exit(130) from None
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO}:
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        typer.echo(f"lbllm: {error.strerror}{place}; mend it and run the same command again to resume", err=True)
+        raise typer.Exit(1) from None
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            keys = "runtime.batch_size, or set ptq.sequential: true or ptq.asymmetric: 0"
+            typer.echo(f"lbllm: out of device memory; lower {keys}, and run the same command again to resume", err=True)
+            raise typer.Exit(1) from None
+        if type(error).__name__ == "SafetensorError" and "No space left" in str(error):
+            typer.echo("lbllm: no space left on the disk; free some and run the same command again to resume", err=True)
+            raise typer.Exit(1) from None
+        raise
+
+
+def _run(command: Callable[..., None], recipe: Path, overrides: list[str] | None, **options: Any) -> None:
+    with _exit_codes():
+        from lbllm_cli.recipe_file import load_recipe
+
+        loaded = load_recipe(recipe, overrides)
+        _quiet()
+        command(loaded, **options)
+
+
+def _quiet() -> None:
+    """Library chatter off before the libraries are imported: stderr is for one line per block."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+@app.command(epilog="Example: `lbllm ptq --recipe smollm2-135m.yaml ptq.group_size=64`")
+def ptq(recipe: RecipeOption, overrides: Overrides = None, dry_run: DryRun = False, force: Force = False) -> None:
+    """Stage 1: binarize block by block, Hessian-weighted EM with error compensation.
+
+    Interrupted runs resume; a finished one says "up to date".
+    """
+    from lbllm_cli import commands
+
+    _run(commands.ptq, recipe, overrides, dry_run=dry_run, force=force)
+
+
+@app.command("eval", epilog="Example: `lbllm eval --recipe smollm2-135m.yaml --json > results.json`")
+def evaluate(recipe: RecipeOption, overrides: Overrides = None, dry_run: DryRun = False, json: Json = False) -> None:
+    """Measure perplexity and size of the base model and of every complete stage, side by side."""
+    from lbllm_cli import commands
+
+    _run(commands.evaluate, recipe, overrides, dry_run=dry_run, as_json=json)
+
+
+@app.command(epilog="Example: `lbllm export --recipe smollm2-135m.yaml export.format=dense`")
+def export(recipe: RecipeOption, overrides: Overrides = None, dry_run: DryRun = False, force: Force = False) -> None:
+    """Write a model folder to <output.dir>/export/ that transformers loads, packed or dense."""
+    from lbllm_cli import commands
+
+    _run(commands.export, recipe, overrides, dry_run=dry_run, force=force)
+
+
+@app.command(epilog='Example: `lbllm generate --model runs/smollm2-135m/export --prompt "What is a comet?"`')
+def generate(
+    model: Annotated[Path, typer.Option("--model", "-m", help="exported folder, or any model folder", show_default=False)],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="user message, or the beginning of a text", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to write at most")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0: always the likeliest token")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="for temperatures above 0")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+) -> None:
+    """Stream text from a model folder to stdout; the chat template is applied where there is one."""
+    _quiet()
+    with _exit_codes():
+        from lbllm_cli import commands
+
+        commands.generate(model, prompt, max_new_tokens, temperature, seed, device)
+
+
+@app.command(epilog="Example: `lbllm validate --recipe llama2-7b.yaml model.path=./folder-with-config-json`")
+def validate(recipe: RecipeOption, overrides: Overrides = None, json: Json = False) -> None:
+    """Check recipe, model, text and disk, and forecast memory; a folder with only config.json gives the forecast alone."""
+    from lbllm_cli import commands
+
+    _run(commands.validate, recipe, overrides, as_json=json)
+
+
+@app.command(epilog="Example: `lbllm config --recipe smollm2-135m.yaml ptq.group_size=64 > resolved.yaml`")
+def config(recipe: RecipeOption, overrides: Overrides = None) -> None:
+    """Print the resolved recipe, defaults and overrides included."""
+    with _exit_codes():
+        from lbllm_cli.recipe_file import dump_recipe, load_recipe
+
+        typer.echo(dump_recipe(load_recipe(recipe, overrides)), nl=False)

@@ -1,0 +1,245 @@
+"""What each command does with a recipe: prepare, say what it needs, run the stage, say what it used."""
+
+import json
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lbllm_cli import files, forecast, interrupt, prepare
+from lbllm_cli.checkpoint import Checkpoint, StageWriter, complete_stages, locked
+from lbllm_cli.errors import UsageError
+from lbllm_cli.forecast import Need
+from lbllm_cli.model import choose_device
+from lbllm_cli.prepare import Plan
+from lbllm_cli.recipe import Recipe
+from lbllm_cli.recipe_file import dump_recipe
+from lbllm_cli.report import GIB, Reporter, console
+from lbllm_cli.stages import evaluate as evaluation
+from lbllm_cli.stages import export as exporting
+from lbllm_cli.stages.ptq import fit_block
+from lbllm_cli.stream import BlockLoop
+
+
+_KINDS = ("device", "ram", "disk", "streams")
+
+
+def _say(text: str) -> None:
+    console().print(text, markup=False)
+
+
+def _announce(need: Need, plan: Plan) -> None:
+    """The forecast, after what it rules out has been refused."""
+    model = plan.model
+    warnings = forecast.check_need(need, plan.output, model.device)
+    _say(f"{need.stage}: {need.line()}, on {model.device} in {str(model.dtype).removeprefix('torch.')}")
+    for warning in warnings:
+        _say(f"{need.stage}: warning: {warning}")
+
+
+@torch.no_grad()
+def ptq(recipe: Recipe, dry_run: bool, force: bool) -> None:
+    """`lbllm ptq`."""
+    plan = prepare.prepare(recipe, calibrate=True)
+    tokens = None if plan.generates else plan.calibration()
+    need = forecast.ptq_need(recipe, plan.model)
+    _announce(need, plan)
+    share = f"{plan.model.binarized_share:.1%} of {plan.model.count(list(plan.model.shapes)):,} parameters are binarized"
+    _say(f"ptq: {plan.model.blocks} blocks, {share}, group size {recipe.ptq.group_size}")
+    if plan.generates:
+        _say("ptq: calibration text is sampled from the model, which is whole in memory meanwhile")
+    if dry_run:
+        _say(f"ptq: would write {plan.output / 'ptq'}")
+        return
+    with locked(plan.output), interrupt.graceful():
+        tokens = plan.calibration() if tokens is None else tokens
+        writer = StageWriter(plan.output, "ptq", plan.ptq_inputs(tokens))
+        if not writer.open(force):
+            _say(f"ptq: up to date, {writer.final}")
+            return
+        writer.verify()
+        if writer.blocks_done:
+            _say(f"ptq: resuming after block {writer.blocks_done} of {plan.model.blocks}")
+        files.write_text(writer.path / "recipe.resolved.yaml", dump_recipe(recipe))
+        files.write_json(writer.path / "environment.json", prepare.environment(plan.model.device))
+        streams = writer.path / "streams" if need.on_disk else None
+        loop = BlockLoop(plan.model, writer, recipe.runtime.batch_size, streams)
+        with Reporter("ptq", plan.model.blocks, plan.model.device, writer.path / "events.jsonl") as reporter:
+            loop.run(tokens, partial(fit_block, settings=recipe.ptq), reporter)
+        shutil.rmtree(writer.path / "streams", ignore_errors=True)
+        writer.finish(
+            {
+                "parent": None,
+                "group_size": recipe.ptq.group_size,
+                "blocks": plan.model.blocks,
+                "parameters": plan.model.count(list(plan.model.shapes)),
+                "binarized_parameters": plan.model.count(plan.model.binarized_names),
+                "calibration_tokens": tokens.numel(),
+            }
+        )
+        _say(f"ptq: finished in {reporter.used()}; {writer.final}")
+
+
+def _checkpoints(plan: Plan) -> dict[str, Checkpoint | None]:
+    """What `lbllm eval` measures, by name; every checkpoint belongs to this model and is unchanged."""
+    names: list[str] = list(plan.recipe.eval.checkpoints or []) or [evaluation.BASE, *complete_stages(plan.output)]
+    return {name: None if name == evaluation.BASE else _checkpoint(plan, name) for name in names}
+
+
+def _checkpoint(plan: Plan, stage: str) -> Checkpoint:
+    checkpoint = Checkpoint(plan.output, stage)
+    made_from, now = checkpoint.inputs.get("model.files"), plan.model.identity()
+    if made_from != now:
+        raise UsageError(
+            f"{checkpoint.path} was made from another model (expected {now[:12]}, got {str(made_from)[:12]}); "
+            "set model.path to the model it was made from, or use another output.dir"
+        )
+    checkpoint.verify()
+    return checkpoint
+
+
+@torch.no_grad()
+def evaluate(recipe: Recipe, dry_run: bool, as_json: bool) -> None:
+    """`lbllm eval`."""
+    plan = prepare.prepare(recipe, evaluate=True)
+    checkpoints = _checkpoints(plan)
+    sets = plan.evaluation()
+    need = forecast.eval_need(recipe, plan.model, {name: tokens.shape[0] for name, tokens in sets.items()})
+    _announce(need, plan)
+    if dry_run:
+        counts = ", ".join(f"{name} {tokens.shape[0]} x {tokens.shape[1]}" for name, tokens in sets.items())
+        _say(f"eval: would measure {', '.join(checkpoints)} on {counts}")
+        return
+    with locked(plan.output), interrupt.graceful():
+        folder = plan.output / "eval"
+        streams = folder / "streams" if need.on_disk else None
+        (streams or folder).mkdir(parents=True, exist_ok=True)
+        results: dict[str, Any] = {}
+        for name, checkpoint in checkpoints.items():
+            with Reporter(f"eval {name}", plan.model.blocks, plan.model.device) as reporter:
+                found = evaluation.perplexities(plan.model, checkpoint, sets, recipe.runtime.batch_size, streams, reporter)
+                results[name] = evaluation.result(plan.model, checkpoint, found)
+                reporter.note(f"finished in {reporter.used()}")
+        files.write_json(folder / "results.json", results)
+        shutil.rmtree(folder / "streams", ignore_errors=True)
+    if as_json:
+        print(json.dumps(results, indent=2))
+    else:
+        Console().print(results_table(results))
+
+
+def results_table(results: dict[str, Any]) -> Table:
+    """Base and stages side by side."""
+    first = next(iter(results.values()))
+    table = Table(title="perplexity (lower is better) and size")
+    table.add_column("")
+    for name in results:
+        table.add_column(name, justify="right")
+    for text in first["perplexity"]:
+        table.add_row(f"perplexity, {text}", *(f"{result['perplexity'][text]:.2f}" for result in results.values()))
+    table.add_row("bits per weight", *(f"{result['bits_per_weight']:.3f}" for result in results.values()))
+    table.add_row("bits per parameter", *(f"{result['bits_per_parameter']:.3f}" for result in results.values()))
+    table.add_row("bytes", *(f"{result['bytes']:,}" for result in results.values()))
+    return table
+
+
+@torch.no_grad()
+def export(recipe: Recipe, dry_run: bool, force: bool) -> None:
+    """`lbllm export`."""
+    plan = prepare.prepare(recipe)
+    stage: str = recipe.export.checkpoint
+    if stage == "latest":
+        complete = complete_stages(plan.output)
+        stage = complete[-1] if complete else "ptq"
+    checkpoint = _checkpoint(plan, stage)
+    _announce(forecast.export_need(recipe, plan.model), plan)
+    target = plan.output / "export"
+    dense, shard = recipe.export.format == "dense", int(recipe.export.shard_gb * 1e9)
+    if dry_run:
+        _say(f"export: would write {target}, {recipe.export.format}, from {checkpoint.path}")
+        return
+    with locked(plan.output), interrupt.graceful():
+        if not force and exporting.up_to_date(target, exporting.export_inputs(checkpoint, dense, shard)):
+            _say(f"export: up to date, {target}")
+            return
+        exporting.export(plan.model, checkpoint, target, dense, shard)
+    size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
+    _say(f"export: {target}, {recipe.export.format}, {size:,} bytes of weights")
+
+
+@torch.no_grad()
+def generate(folder: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int, device: str) -> None:
+    """`lbllm generate`."""
+    from lbllm_cli.generate import stream_text
+    from lbllm_cli.source import read_config, read_folder
+
+    if not folder.is_dir():
+        raise UsageError(f"--model {folder} is not a folder; give one that `lbllm export` wrote")
+    read_config(folder)
+    read_folder(folder)
+    for piece in stream_text(folder, prompt, max_new_tokens, temperature, seed, choose_device(device)):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+@torch.no_grad()
+def validate(recipe: Recipe, as_json: bool) -> None:
+    """`lbllm validate`."""
+    plan = prepare.prepare(recipe, weights=False, calibrate=True, evaluate=True)
+    model = plan.model
+    problems, segments = [], {}
+    if plan.tokenizer is not None:
+        for step in ((lambda: None) if plan.generates else plan.calibration, plan.evaluation):
+            try:
+                found = step()
+                segments = {name: rows.shape[0] for name, rows in found.items()} if isinstance(found, dict) else {}
+            except UsageError as error:
+                problems.append(str(error))
+    needs = [forecast.ptq_need(recipe, model), forecast.eval_need(recipe, model, segments), forecast.export_need(recipe, model)]
+    warnings = []
+    for need in needs:
+        try:
+            warnings += [f"{need.stage}: {warning}" for warning in forecast.check_need(need, plan.output, model.device)]
+        except UsageError as error:
+            problems.append(str(error))
+    if problems:
+        raise UsageError("\n".join(problems))
+    if not model.entries:
+        warnings.append(f"{model.folder} holds no weights: forecast only, weights and text are not checked")
+    facts = {
+        "blocks": model.blocks,
+        "parameters": model.count(list(model.shapes)),
+        "binarized_share": round(model.binarized_share, 4),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "forecast_bytes": {need.stage: {kind: round(getattr(need, kind)) for kind in _KINDS} for need in needs},
+        "warnings": warnings,
+    }
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    else:
+        _print_validation(facts, needs)
+
+
+def _print_validation(facts: dict[str, Any], needs: list[Need]) -> None:
+    table = Table(title="forecast, GiB")
+    for column in ("stage", "device", "RAM", "disk", "streams", "streams in"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for need in needs:
+        sizes = (f"{value / GIB:.1f}" for value in (need.device, need.ram, need.disk, need.streams))
+        table.add_row(need.stage, *sizes, "disk" if need.on_disk else "RAM")
+    out = Console()
+    out.print(
+        f"valid: {facts['blocks']} blocks, {facts['parameters']:,} parameters, {facts['binarized_share']:.1%} of them binarized, "
+        f"computed in {facts['dtype']} on {facts['device']}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    out.print(table)
+    for warning in facts["warnings"]:
+        _say(f"warning: {warning}")

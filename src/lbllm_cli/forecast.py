@@ -1,0 +1,155 @@
+"""What a stage will need, from shapes alone: device memory, RAM, disk. Printed before the start, compared with what is free."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from lbllm_cli.errors import UsageError
+from lbllm_cli.model import UNITS, SourceModel, block_prefix
+from lbllm_cli.recipe import Ptq, Recipe
+from lbllm_cli.report import GIB
+from lbllm_cli.stages.ptq import expected_bits
+
+# Resident memory of a process that has imported torch and transformers, rounded up.
+_PROCESS = 0.7 * GIB
+# The loop holds the inputs and outputs of one stream and one end of the other at a time on disk, one less in RAM.
+_STREAMS_DISK, _STREAMS_RAM = 4, 4
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a stage needs; on a CPU `device` is part of the same RAM.
+
+    streams: bytes of all hidden-state streams at once. on_disk: where these lie.
+    """
+
+    stage: str
+    device: float
+    ram: float
+    disk: float
+    streams: float
+    on_disk: bool
+
+    def line(self) -> str:
+        """One line of log."""
+        where = "disk" if self.on_disk else "RAM"
+        return (
+            f"needs about {self.device / GIB:.1f} GiB for blocks and fitting, {self.ram / GIB:.1f} GiB of RAM, "
+            f"{self.disk / GIB:.1f} GiB of disk (streams in {where}: {self.streams / GIB:.1f} GiB)"
+        )
+
+
+def free_disk(folder: Path) -> int:
+    """Free bytes where `folder` is or will be."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
+def _block_bytes(model: SourceModel) -> float:
+    return model.count(model.block_names(0)) * model.dtype.itemsize
+
+
+def _activation_bytes(model: SourceModel, rows: int, length: int) -> float:
+    """One forward pass of a block: about six states of the hidden width and three of the intermediate one are alive."""
+    config = model.config
+    return rows * length * (6 * config.hidden_size + 3 * config.intermediate_size) * max(model.dtype.itemsize, 4)
+
+
+def _fit_bytes(model: SourceModel, settings: Ptq) -> float:
+    """Moments of the units collected together, and the work on the largest one: factor, inverse, weights, gradients."""
+    shapes = {unit: [model.shapes[f"{block_prefix(0)}{name}.weight"] for name in unit] for unit in UNITS}
+    kinds = (2 if settings.asymmetric != 0 else 1) * (2 if settings.asymmetric == "auto" else 1)
+    squares = [4.0 * unit[0][1] ** 2 for unit in shapes.values()]
+    moments = kinds * (max(squares) if settings.sequential else sum(squares))
+    work = max(5 * 4.0 * unit[0][1] ** 2 + 7 * 4.0 * sum(out * inn for out, inn in unit) for unit in shapes.values())
+    return moments + work
+
+
+def _outer_bytes(model: SourceModel) -> float:
+    """Embedding as read and as computed with, the largest tensor outside the blocks."""
+    return model.count(["model.embed_tokens.weight"]) * (model.dtype.itemsize + 2)
+
+
+def checkpoint_bytes(model: SourceModel, group_size: int) -> float:
+    """Bytes of a stage's block files."""
+    shapes = [(shape[0], shape[1]) for shape in (model.shapes[name] for name in model.binarized_names)]
+    return expected_bits(shapes, group_size) * model.count(model.binarized_names) / 8
+
+
+def _streams(recipe: Recipe, one: float, in_ram: int) -> bool:
+    """Whether streams go to disk: as the recipe says, or by half of the RAM that is free now."""
+    if recipe.runtime.streams == "auto":
+        return in_ram * one > psutil.virtual_memory().available / 2
+    return recipe.runtime.streams == "disk"
+
+
+def ptq_need(recipe: Recipe, model: SourceModel) -> Need:
+    """Need of `lbllm ptq`."""
+    tokens = recipe.data.calibration
+    one = float(tokens.sequences * tokens.length * model.config.hidden_size * model.dtype.itemsize)
+    on_disk = _streams(recipe, one, _STREAMS_RAM)
+    count = _STREAMS_DISK if on_disk else _STREAMS_RAM
+    passing = _activation_bytes(model, min(tokens.sequences, recipe.runtime.batch_size), tokens.length)
+    # Teacher, and the student's replaced weights beside it; then the fit, when no activations are alive.
+    device = 2 * _block_bytes(model) + passing + _fit_bytes(model, recipe.ptq)
+    device = max(device, _outer_bytes(model))
+    ram = _PROCESS + (0 if on_disk else count * one) + (device if model.device.type == "cpu" else _block_bytes(model))
+    if any(item.source == "generate:" for item in tokens.source):
+        ram = max(ram, _PROCESS + model.count(list(model.shapes)) * model.dtype.itemsize)
+    disk = checkpoint_bytes(model, recipe.ptq.group_size) + (count * one if on_disk else 0)
+    return Need("ptq", device, ram, disk, count * one, on_disk)
+
+
+def eval_need(recipe: Recipe, model: SourceModel, segments: dict[str, int]) -> Need:
+    """Need of `lbllm eval`; segments: name -> segments of an evaluation set, for those that leave it to the text."""
+    sizes = [(item.segments or segments.get(item.name, 0)) * item.length for item in recipe.data.evaluation]
+    one = float(sum(sizes) * model.config.hidden_size * model.dtype.itemsize)
+    longest = max(item.length for item in recipe.data.evaluation)
+    on_disk = _streams(recipe, one, 1)
+    device = 3 * _block_bytes(model) + _activation_bytes(model, recipe.runtime.batch_size, longest)
+    device = max(device, _outer_bytes(model) + 512 * model.config.vocab_size * 4)
+    ram = _PROCESS + (0 if on_disk else one) + (device if model.device.type == "cpu" else _block_bytes(model))
+    return Need("eval", device, ram, one if on_disk else 0, one, on_disk)
+
+
+def export_need(recipe: Recipe, model: SourceModel) -> Need:
+    """Need of `lbllm export`."""
+    rest = model.count([name for name in model.shapes if name not in set(model.binarized_names)]) * 2.0
+    weights = model.count(model.binarized_names) * 2.0
+    disk = rest + (weights if recipe.export.format == "dense" else checkpoint_bytes(model, recipe.ptq.group_size))
+    ram = _PROCESS + min(recipe.export.shard_gb * 1e9, disk) + _block_bytes(model)
+    return Need("export", 0.0, ram, disk, 0.0, False)
+
+
+def check_need(need: Need, output: Path, device: torch.device) -> list[str]:
+    """Refuses early what cannot work.
+
+    Raises UsageError when the disk is too small. Returns warnings for memory that is likely to run out, each with the keys
+    that lower it.
+    """
+    free = free_disk(output)
+    if need.disk > free:
+        raise UsageError(
+            f"{need.stage} needs {need.disk / GIB:.2f} GiB of disk in {output}, {free / GIB:.2f} GiB are free; "
+            "free some, or choose another output.dir"
+        )
+    warnings = []
+    available = psutil.virtual_memory().available
+    if need.ram > available:
+        warnings.append(
+            f"needs about {need.ram / GIB:.1f} GiB of RAM, {available / GIB:.1f} GiB are available; set runtime.streams: disk, "
+            "or lower runtime.batch_size or data.calibration.sequences"
+        )
+    if device.type == "cuda":
+        room = torch.cuda.mem_get_info(device)[0]
+        if need.device > room:
+            warnings.append(
+                f"needs about {need.device / GIB:.1f} GiB of device memory, {room / GIB:.1f} GiB are free; lower "
+                "runtime.batch_size, or set ptq.sequential: true or ptq.asymmetric: 0, which hold fewer Hessians at once"
+            )
+    return warnings

@@ -1,0 +1,86 @@
+"""transformers plugin: `import lbllm_cli.hf`, then `AutoModelForCausalLM.from_pretrained` loads packed exports.
+
+Without the import transformers fails on the shape of the packed weights; it never runs with random ones.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lbllm_cli.layers import PackedLinear
+from lbllm_cli.stages.export import FORMAT_VERSION
+
+METHOD = "lbllm"
+
+
+class LbllmConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """`quantization_config` of a packed model.
+
+    Raises ValueError for a format_version that this lbllm does not read.
+    """
+
+    def __init__(self, group_size: int, linears: list[str], format_version: int, **others: Any):
+        if format_version != FORMAT_VERSION:
+            raise ValueError(f"packed format_version {format_version}, this lbllm reads {FORMAT_VERSION}; update lbllm-cli")
+        self.quant_method = METHOD
+        self.group_size = group_size
+        self.linears = linears
+        self.format_version = format_version
+        for key, value in others.items():
+            setattr(self, key, value)
+
+
+class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts a PackedLinear in the place of every binarized linear before transformers reads the weights."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **others: Any) -> None:
+        wanted = tuple(self.quantization_config.linears)
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        found = {name: module for name, module in linears.items() if name.endswith(wanted)}
+        with torch.device("meta"):
+            for name, module in found.items():
+                packed = PackedLinear(
+                    module.in_features, module.out_features, self.quantization_config.group_size, module.bias is not None
+                )
+                if packed.bias is not None:
+                    packed.bias.data = packed.bias.data.to(module.weight.dtype)
+                model.set_submodule(name, packed)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **others: Any) -> nn.Module:
+        for name, module in model.named_modules():
+            if isinstance(module, PackedLinear):
+                if module.scale.is_meta or module.weight.is_meta:
+                    raise ValueError(f"{name} has no weights in this folder; export it again")
+                if not bool(torch.isfinite(module.scale).all()):
+                    raise ValueError(f"{name}.scale holds NaN or infinity; export it again")
+        return model
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """Replaces every PackedLinear by an ordinary linear with the decoded weight."""
+        for name, module in list(model.named_modules()):
+            if isinstance(module, PackedLinear):
+                dense = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+                dense.weight = nn.Parameter(module.dense_weight().to(dtype or torch.float32), requires_grad=False)
+                if module.bias is not None:
+                    dense.bias = module.bias
+                model.set_submodule(name, dense)
+        return model
+
+    def is_serializable(self, **others: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # a second registration would raise
+    register_quantization_config(METHOD)(LbllmConfig)
+    register_quantizer(METHOD)(LbllmQuantizer)

@@ -1,0 +1,111 @@
+"""The W(1+1) weight format: the only place that encodes or decodes it.
+
+A group is `group_size` consecutive inputs of one row; the last group of a row may be shorter. A group has four
+levels; a weight is a 2-bit code, sign + 2 x bitmap, that picks one of them (LBLLM, arXiv 2604.19167):
+
+    bitmap 0: mu0 - alpha0 (code 0), mu0 + alpha0 (code 1)      the inner pair
+    bitmap 1: mu1 - alpha1 (code 2), mu1 + alpha1 (code 3)      the outer pair
+
+Stored: codes packed four to a byte, int8 levels, one float16 scale per (row, group); weight = scale * level. Storing the
+levels as int8 is this project's choice, not the paper's: it makes integer kernels exact.
+
+Fitting works on ranks: rank k is the k-th smallest of the group's four levels.
+"""
+
+import torch
+from torch import Tensor
+
+LEVELS = 4
+LEVEL_MAX = 127
+# rank -> code: the two middle levels are the inner pair (bitmap 0), the extremes the outer pair (bitmap 1).
+RANK_TO_CODE = (2, 0, 1, 3)
+
+
+def group_count(in_features: int, group_size: int) -> int:
+    """Groups in a row of `in_features` weights, a ragged last one included: (576, 128) -> 5."""
+    return -(-in_features // group_size)
+
+
+def project_levels(levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds levels to the stored grid.
+
+    levels: float [..., groups, 4], weight units. Returns (int8 [..., groups, 4], float16 scale [..., groups]).
+    The scale is max|level| / 127 rounded *up* to float16, and levels are rounded against that stored scale, so
+    no level exceeds 127 and a subnormal scale costs resolution, not range. [8, 5, 4] -> [8, 5, 4], [8, 5].
+
+    Raises ValueError when a level is not finite or too large for a float16 scale.
+    """
+    wanted = levels.abs().amax(dim=-1).float() / LEVEL_MAX
+    scale = wanted.half()
+    up = torch.nextafter(scale, torch.full_like(scale, torch.inf))
+    scale = torch.where(scale.float() < wanted, up, scale)
+    if not bool(torch.isfinite(scale).all()):
+        raise ValueError(f"levels reach {float(wanted.max()) * LEVEL_MAX:.3g}, the format holds at most {LEVEL_MAX * 65504:.3g}")
+    divisor = torch.where(scale == 0, torch.ones_like(scale), scale).float().unsqueeze(-1)
+    stored = torch.round(levels.float() / divisor).clamp_(-LEVEL_MAX, LEVEL_MAX)
+    return stored.to(torch.int8), scale
+
+
+def level_values(levels: Tensor, scale: Tensor) -> Tensor:
+    """Stored levels in weight units: int8 [..., groups, 4] and float16 [..., groups] -> float32 [..., groups, 4].
+
+    Exact: 7 bits times 11 bits fit in float32.
+    """
+    return levels.float() * scale.float().unsqueeze(-1)
+
+
+def dequantize(codes: Tensor, levels: Tensor, scale: Tensor, group_size: int) -> Tensor:
+    """Weights the model runs with.
+
+    codes: uint8 [out, in], 0..3. levels: int8 [out, groups, 4] in code order. scale: float16 [out, groups].
+    Returns float32 [out, in]. out=2, in=576, group_size=128 -> levels [2, 5, 4], result [2, 576].
+    """
+    out_features, in_features = codes.shape
+    groups = levels.shape[1]
+    padded = torch.nn.functional.pad(codes, (0, groups * group_size - in_features))
+    index = padded.view(out_features, groups, group_size).long()
+    values = level_values(levels, scale).gather(2, index)
+    return values.view(out_features, -1)[:, :in_features]
+
+
+def pack_codes(codes: Tensor, group_size: int) -> Tensor:
+    """Packs codes four to a byte, column 4j+i of a group in bits 2i..2i+1 of byte j; the tail is padded with code 0.
+
+    codes: uint8 [out, in]. Returns uint8 [out, groups, group_size / 4]; three axes, so that a loader that does not
+    know the format fails on the shape. out=2, in=576, group_size=128 -> [2, 5, 32].
+    """
+    out_features, in_features = codes.shape
+    groups = group_count(in_features, group_size)
+    padded = torch.nn.functional.pad(codes, (0, groups * group_size - in_features))
+    quads = padded.view(out_features, groups, group_size // 4, 4)
+    return quads[..., 0] | (quads[..., 1] << 2) | (quads[..., 2] << 4) | (quads[..., 3] << 6)
+
+
+def unpack_codes(packed: Tensor, in_features: int) -> Tensor:
+    """Inverse of `pack_codes`: uint8 [out, groups, group_size / 4] -> uint8 [out, in]."""
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=packed.device)
+    codes = (packed.unsqueeze(-1) >> shifts) & 3
+    return codes.flatten(1)[:, :in_features]
+
+
+def decode(weight: Tensor, levels: Tensor, scale: Tensor, in_features: int) -> Tensor:
+    """Packed tensors of one linear to its weights: float32 [out, in].
+
+    weight: uint8 [out, groups, group_size / 4]. levels: int8 [out, groups, 4]. scale: float16 [out, groups].
+    """
+    return dequantize(unpack_codes(weight, in_features), levels, scale, weight.shape[2] * 4)
+
+
+def codes_from_ranks(ranks: Tensor, levels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Turns a fit in rank order into the stored form in code order.
+
+    ranks: uint8 [out, in]. levels: int8 [out, groups, 4] ascending. scale is unchanged and not returned.
+    Returns (codes uint8 [out, in], levels int8 [out, groups, 4] in code order).
+
+    Raises ValueError when the levels are not ascending.
+    """
+    if bool((levels[..., 1:] < levels[..., :-1]).any()) or scale.shape != levels.shape[:-1]:
+        raise ValueError("levels must ascend along the last axis, one scale per group")
+    to_code = torch.tensor(RANK_TO_CODE, dtype=torch.uint8, device=ranks.device)
+    by_code = torch.argsort(to_code.long())
+    return to_code[ranks.long()], levels[..., by_code]

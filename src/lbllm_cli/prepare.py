@@ -1,0 +1,138 @@
+"""From a recipe to a checked plan: everything that can be checked is, before a weight is read or a byte written."""
+
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lbllm_cli import __version__, data, text_sources
+from lbllm_cli.checkpoint import flatten
+from lbllm_cli.errors import UsageError
+from lbllm_cli.model import SourceModel, choose_device, open_model, open_tokenizer
+from lbllm_cli.recipe import Recipe, Source
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked recipe. tokenizer: None only where `weights=False` met a folder without one."""
+
+    recipe: Recipe
+    output: Path
+    model: SourceModel
+    tokenizer: Any
+
+    @property
+    def vocab(self) -> int:
+        """Size of the model's vocabulary."""
+        return int(self.model.config.vocab_size)
+
+    @property
+    def generates(self) -> bool:
+        """Whether calibration text is sampled from the model, which writes its cache into the output folder."""
+        return any(item.source == "generate:" for item in self.recipe.data.calibration.source)
+
+    def calibration(self) -> Tensor:
+        """int64 [sequences, length] of data.calibration."""
+
+        def sample(item: Source, rows: int, length: int) -> Tensor:
+            from lbllm_cli.generate import cached_sample
+
+            return cached_sample(self.model, self.tokenizer, self.output, item, rows, length, self.recipe.runtime.seed)
+
+        spec, seed = self.recipe.data.calibration, self.recipe.runtime.seed
+        return data.calibration_tokens(spec, self.tokenizer, self.vocab, seed, sample, "calibration")
+
+    def evaluation(self) -> dict[str, Tensor]:
+        """name -> int64 [segments, length] of data.evaluation."""
+        return {spec.name: data.evaluation_tokens(spec, self.tokenizer, self.vocab) for spec in self.recipe.data.evaluation}
+
+    def ptq_inputs(self, tokens: Tensor) -> dict[str, Any]:
+        """Everything the ptq checkpoint depends on, by recipe key: its fingerprint, and what a refusal lists."""
+        recipe = self.recipe
+        return {
+            "stage": "ptq",
+            "model.files": self.model.identity(),
+            "model.dtype": recipe.model.dtype,
+            "runtime.seed": recipe.runtime.seed,
+            "data.calibration.tokens": data.tokens_hash(tokens),
+            **flatten(recipe.data.calibration.model_dump(mode="json"), "data.calibration"),
+            **flatten(recipe.ptq.model_dump(mode="json"), "ptq"),
+        }
+
+
+def prepare(recipe: Recipe, weights: bool = True, calibrate: bool = False, evaluate: bool = False) -> Plan:
+    """Opens model and tokenizer and checks the sources that will be read.
+
+    weights: False accepts a folder that holds only config.json. calibrate, evaluate: which parts of `data` must be usable.
+    Raises UsageError with every problem found.
+    """
+    problems: list[str] = []
+
+    def attempt(step: Callable[[], Any]) -> Any:
+        try:
+            return step()
+        except UsageError as error:
+            problems.append(str(error))
+
+    device = attempt(lambda: choose_device(recipe.runtime.device))
+    model = attempt(lambda: open_model(recipe.model, device or torch.device("cpu"), weights))
+    output = Path(os.path.expanduser(recipe.output.dir))
+    attempt(lambda: _check_output(output, model))
+    if calibrate:
+        for item in text_sources.expand(recipe.data.calibration.source):
+            attempt(partial(text_sources.check, item, evaluating=False))
+    if evaluate:
+        for spec in recipe.data.evaluation:
+            for item in text_sources.expand(spec.source):
+                attempt(partial(text_sources.check, item, evaluating=True))
+    tokenizer = None
+    if model is not None and (model.entries or weights):
+        tokenizer = attempt(lambda: open_tokenizer(recipe.model, model.folder))
+        _check_positions(recipe, model, problems)
+    if problems:
+        raise UsageError("\n".join(problems))
+    return Plan(recipe, output, model, tokenizer)
+
+
+def _check_positions(recipe: Recipe, model: SourceModel, problems: list[str]) -> None:
+    limit = int(getattr(model.config, "max_position_embeddings", 0) or 0)
+    lengths = {"data.calibration.length": recipe.data.calibration.length}
+    lengths |= {f"data.evaluation {spec.name}, length": spec.length for spec in recipe.data.evaluation}
+    for key, length in lengths.items():
+        if limit and length > limit:
+            problems.append(f"{key} is {length}, the model has {limit} positions; lower it")
+
+
+def _check_output(output: Path, model: SourceModel | None) -> None:
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"output.dir {output} is a file; choose a folder")
+    if model is not None and output.exists() and output.resolve() == model.folder.resolve():
+        raise UsageError(f"output.dir {output} is the model's own folder; choose another")
+    existing = output.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UsageError(f"output.dir {output} cannot be written: {existing} is not a writable folder")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, device and threads of this process; written beside a checkpoint, outside the promise of equal bytes."""
+    import safetensors
+    import transformers
+
+    return {
+        "lbllm": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,174 @@
+"""The recipe: one strict YAML for all stages. Every default lives here; every field says meaning, unit and range."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, numbers are not read from strings, nothing changes later."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Model(Section):
+    """The full-precision model."""
+
+    path: str = Field(min_length=1, description="Hugging Face id or local folder with config.json and safetensors")
+    revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
+    dtype: Literal["source", "float32", "bfloat16", "float16"] = Field(
+        "source",
+        description="dtype blocks are computed in; source: the checkpoint's own on a GPU, float32 on a CPU "
+        "(every 16-bit value is exact in float32, and CPUs without bf16 units are slower in 16 bits)",
+    )
+    trust_remote_code: bool = Field(False, description="allow Python code of the model folder's tokenizer to run")
+
+
+class Output(Section):
+    """Where everything is written."""
+
+    dir: str = Field(min_length=1, description="folder; <dir>/<stage>/ is a stage's checkpoint")
+
+
+class Runtime(Section):
+    """How to run; none of it changes what a checkpoint is, except `seed`."""
+
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: the first GPU, else the CPU")
+    seed: int = Field(0, ge=0, description="chooses calibration windows and samples text")
+    streams: Literal["auto", "ram", "disk"] = Field(
+        "auto", description="hidden states between blocks; auto: RAM while they need less than half of what is free"
+    )
+    batch_size: Positive = Field(4, description="sequences in one forward pass of a block")
+
+
+class Source(Section):
+    """One source of text or tokens; `source` alone may be written as a plain string."""
+
+    source: str = Field(min_length=1, description="builtin:..., generate:, hub:NAME, a preset, or a path")
+    weight: float = Field(1.0, gt=0, description="share of the sequences when several sources are mixed")
+    text_key: str = Field("text", description="field of a record that holds the text")
+    messages_key: str | None = Field(None, description="field that holds chat messages; the chat template renders them")
+    split: str | None = Field(None, description="split of a dataset; default train, for evaluation test")
+    config: str | None = Field(None, description="configuration name of a hub dataset")
+    path: str | None = Field(None, description="local file with a preset's schema, instead of the hub")
+    temperature: float = Field(1.0, gt=0, le=2, description="generate: sampling temperature")
+
+
+def _as_sources(value: object) -> object:
+    """A name, a mapping or a list of either: always a list of mappings afterwards."""
+    items = value if isinstance(value, list) else [value]
+    return [{"source": item} if isinstance(item, str) else item for item in items]
+
+
+Sources = Annotated[list[Source], BeforeValidator(_as_sources), Field(min_length=1)]
+
+
+class TokenSet(Section):
+    """Tokens to calibrate or train on."""
+
+    source: Sources = Field([Source(source="builtin:calibration")], description="one source or a mixture")
+    sequences: Positive = Field(32, description="sequences of `length` tokens")
+    length: int = Field(512, ge=8, description="tokens in a sequence")
+    bos: bool = Field(False, description="start every sequence with the tokenizer's BOS")
+
+
+class EvaluationSet(Section):
+    """One text to measure perplexity on."""
+
+    name: Name
+    source: Sources
+    length: int = Field(1024, ge=8, description="tokens in a segment")
+    segments: Positive | None = Field(None, description="segments from the start of the text; default all")
+    bos: bool = Field(False, description="start every segment with the tokenizer's BOS")
+
+
+def _builtin_evaluation() -> list[EvaluationSet]:
+    return [
+        EvaluationSet(name=style, source=[Source(source=f"builtin:evaluation/{style}")], length=1024, segments=40)
+        for style in ("novels", "technical", "modern")
+    ]
+
+
+class Data(Section):
+    """Text for every stage."""
+
+    calibration: TokenSet = Field(default_factory=TokenSet)
+    evaluation: list[EvaluationSet] = Field(default_factory=_builtin_evaluation, min_length=1)
+
+    @field_validator("evaluation")
+    @classmethod
+    def _names_differ(cls, value: list[EvaluationSet]) -> list[EvaluationSet]:
+        names = [item.name for item in value]
+        if len(set(names)) != len(names):
+            raise ValueError(f"evaluation names must differ, got {', '.join(names)}")
+        return value
+
+
+class Ptq(Section):
+    """Stage 1: Hessian-weighted EM with error compensation, then refinement under the full Hessian."""
+
+    group_size: int = Field(128, ge=16, le=4096, description="inputs that share four levels; a multiple of 16")
+    levels: Literal["em", "quantile"] = Field("em", description="how a group's levels are fitted before coding")
+    em_iterations: int = Field(20, ge=1, le=200, description="most EM iterations per group")
+    importance: Literal["inverse_hessian", "hessian_diagonal"] = Field(
+        "inverse_hessian", description="EM weight of a column: 1/U_jj^2 of the inverse Hessian's factor, or H_jj"
+    )
+    damping: float = Field(0.01, gt=0, le=10, description="added to H's diagonal, in units of its mean")
+    compensation: bool = Field(True, description="push each column's error onto the columns not yet coded")
+    refit: bool = Field(True, description="refit levels in closed form under the full Hessian")
+    code_descent: bool = Field(True, description="coordinate descent over the codes under the full Hessian")
+    rounds: int = Field(2, ge=0, le=50, description="refit and code descent, this many times in turn")
+    sequential: bool = Field(False, description="linears of a block see the already binarized linears before them")
+    asymmetric: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = Field(
+        "auto", description="strength of the asymmetric target; auto: chosen per linear on held-out sequences; 0: off"
+    )
+    held_out: float = Field(0.25, gt=0, lt=1, description="share of the sequences that choose `asymmetric: auto`")
+
+    @field_validator("group_size")
+    @classmethod
+    def _multiple_of_16(cls, value: int) -> int:
+        if value % 16:
+            raise ValueError(f"must be a multiple of 16, got {value}")
+        return value
+
+
+class Eval(Section):
+    """What `lbllm eval` measures."""
+
+    checkpoints: list[Literal["base", "ptq"]] | None = Field(
+        None, min_length=1, description="default: base and every complete stage"
+    )
+
+
+class Export(Section):
+    """What `lbllm export` writes."""
+
+    checkpoint: Literal["latest", "ptq"] = Field("latest", description="latest: the last complete stage")
+    format: Literal["packed", "dense"] = Field("packed", description="packed: 2-bit codes; dense: a plain folder")
+    shard_gb: float = Field(5.0, gt=0, description="largest weight file, in units of 10^9 bytes; held in RAM once")
+
+
+class Recipe(Section):
+    """All stages of one run."""
+
+    recipe_version: Literal[1] = Field(1, description="this schema; another number is refused")
+    model: Model
+    output: Output
+    runtime: Runtime = Field(default_factory=Runtime)
+    data: Data = Field(default_factory=Data)
+    ptq: Ptq = Field(default_factory=Ptq)
+    eval: Eval = Field(default_factory=Eval)
+    export: Export = Field(default_factory=Export)
+
+    @model_validator(mode="after")
+    def _held_out_leaves_both_parts(self) -> "Recipe":
+        rows = self.data.calibration.sequences
+        if self.ptq.asymmetric == "auto" and rows < 2:
+            raise ValueError(
+                "data.calibration.sequences: `ptq.asymmetric: auto` holds sequences out and needs at least 2, got "
+                f"{rows}; add sequences or set ptq.asymmetric to a number"
+            )
+        return self

@@ -1,0 +1,103 @@
+"""What a run tells: a bar or one plain line per block on stderr, one JSON record per block in events.jsonl."""
+
+import json
+import resource
+import time
+from collections import deque
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+ETA_AFTER, ETA_WINDOW = 3, 8
+GIB = float(1 << 30)
+
+
+def console() -> Console:
+    """Logs go to stderr; stdout is for results."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def peak_ram() -> int:
+    """Largest resident memory of this process so far, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_device(device: torch.device) -> int | None:
+    """Largest memory allocated on a GPU so far, bytes; None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def clock(seconds: float) -> str:
+    """3725 -> "1:02:05", 65 -> "1:05"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Reporter:
+    """Progress of one stage over `blocks` blocks.
+
+    events: file that gets one JSON record per block, or None. On a terminal a bar shows how far it is; elsewhere only the
+    lines remain, so that a batch log holds one line per block.
+    """
+
+    def __init__(self, stage: str, blocks: int, device: torch.device, events: Path | None = None):
+        self.stage = stage
+        self.blocks = blocks
+        self.device = device
+        self.events = events
+        self.console = console()
+        self._times: deque[float] = deque(maxlen=ETA_WINDOW)
+        self._began = self._start = time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        self._task = self._bar.add_task(stage, total=blocks)
+
+    def __enter__(self) -> "Reporter":
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def note(self, text: str) -> None:
+        """One line of log."""
+        self.console.print(f"{self.stage}: {text}", markup=False)
+
+    def begin_block(self, index: int) -> None:
+        """Starts a block's clock."""
+        self._began = time.monotonic()
+        self._bar.update(self._task, completed=index)
+
+    def step(self, index: int) -> None:
+        """A block is done, without a line of its own."""
+        self._bar.update(self._task, completed=index + 1)
+
+    def end_block(self, index: int, facts: dict[str, Any]) -> None:
+        """One aligned line and one record. facts: `error`, `error_ordinary` and whatever the stage measured."""
+        seconds = time.monotonic() - self._began
+        self._times.append(seconds)
+        line = f"{self.stage} {index + 1:3d}/{self.blocks}"
+        if "error" in facts:
+            line += f"  error {facts['error']:.4f}  ordinary {facts['error_ordinary']:.4f}"
+        line += f"  {seconds:6.1f} s  ram {peak_ram() / GIB:.1f} GiB"
+        device = peak_device(self.device)
+        line += f"  gpu {device / GIB:.1f} GiB" if device is not None else ""
+        if len(self._times) >= ETA_AFTER and index + 1 < self.blocks:
+            line += f"  eta {clock((self.blocks - index - 1) * sum(self._times) / len(self._times))}"
+        self.console.print(line, markup=False)
+        self._bar.update(self._task, completed=index + 1)
+        if self.events is not None:
+            record = {"stage": self.stage, "block": index, "seconds": round(seconds, 3), "peak_ram_bytes": peak_ram()}
+            with self.events.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(record | {"peak_device_bytes": device} | facts) + "\n")
+
+    def used(self) -> str:
+        """Time and memory so far, for the last line of a stage."""
+        device = peak_device(self.device)
+        gpu = f", {device / GIB:.2f} GiB of device memory" if device is not None else ""
+        return f"{clock(time.monotonic() - self._start)} min:s, {peak_ram() / GIB:.2f} GiB of RAM at the peak{gpu}"

@@ -1,0 +1,138 @@
+"""Export: a packed folder that transformers loads through `lbllm_cli.hf`, or a dense one that anything loads."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lbllm_cli import __version__, files, interrupt, source
+from lbllm_cli.checkpoint import Checkpoint, fingerprint
+from lbllm_cli.errors import UsageError
+from lbllm_cli.model import LINEARS, SourceModel
+from lbllm_cli.stream import binarized_weights
+
+FORMAT_VERSION = 1
+RECORD = "lbllm_export.json"
+
+
+def quantization_config(group_size: int, stage: str) -> dict[str, Any]:
+    """The `quantization_config` block of a packed model's config.json."""
+    return {
+        "quant_method": "lbllm",
+        "format_version": FORMAT_VERSION,
+        "group_size": group_size,
+        "stage": stage,
+        "linears": list(LINEARS),
+        "lbllm_version": __version__,
+    }
+
+
+def export(model: SourceModel, checkpoint: Checkpoint, target: Path, dense: bool, shard_bytes: int) -> None:
+    """Writes the model folder `target`, replacing an earlier export of lbllm as a whole.
+
+    One shard is held in memory at a time. Raises UsageError when `target` is something else than an export, or when a block
+    file was changed since its stage finished.
+    """
+    if target.exists() and not (target / RECORD).exists():
+        raise UsageError(f"{target} exists and is not an export of lbllm; move it away")
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    source.copy_metadata(model.folder, partial)
+    group_size = int(checkpoint.manifest["group_size"])
+    config = source.read_config(model.folder)
+    if not dense:
+        config["quantization_config"] = quantization_config(group_size, checkpoint.stage)
+    files.write_json(partial / "config.json", config)
+    _write_shards(_tensors(model, checkpoint, dense), partial, shard_bytes)
+    files.write_text(partial / "README.md", _card(model, checkpoint, dense, group_size))
+    files.write_json(partial / RECORD, export_inputs(checkpoint, dense, shard_bytes))
+    replaced = target.with_name(target.name + ".replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if target.exists():
+        target.rename(replaced)
+    partial.rename(target)
+    files.sync_folder(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def export_inputs(checkpoint: Checkpoint, dense: bool, shard_bytes: int) -> dict[str, Any]:
+    """What an export depends on; equal inputs mean that it is up to date."""
+    inputs = {"checkpoint": checkpoint.fingerprint, "format": "dense" if dense else "packed", "shard_bytes": shard_bytes}
+    return {"format_version": FORMAT_VERSION, "fingerprint": fingerprint(inputs), **inputs}
+
+
+def up_to_date(target: Path, inputs: dict[str, Any]) -> bool:
+    """Whether `target` is a finished export of the same inputs."""
+    try:
+        return bool(json.loads((target / RECORD).read_text(encoding="utf-8")) == inputs)
+    except (OSError, ValueError):
+        return False
+
+
+def _tensors(model: SourceModel, checkpoint: Checkpoint, dense: bool) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of the exported model: everything outside the blocks, then block by block."""
+    yield from model.read(model.outer_names()).items()
+    for index in range(model.blocks):
+        interrupt.check()
+        stored = checkpoint.read_block(index)
+        if dense:
+            # Linears leave in the source dtype: in bfloat16 a level loses up to 2^-9 of its value.
+            stored = {name: t.to(model.source_dtype()) for name, t in binarized_weights(stored, model).items()}
+        taken = [name for name in model.block_names(index) if name not in stored]
+        yield from {**model.read(taken), **stored}.items()
+
+
+def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_bytes: int) -> None:
+    """Safetensors shards of at most `shard_bytes` (a single larger tensor gets its own), and an index when there are several."""
+    shards: list[tuple[Path, list[str]]] = []
+    total = held_bytes = 0
+    held: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        path = folder / f"part-{len(shards):05d}"
+        save_file(held, path, metadata={"format": "pt"})
+        shards.append((path, list(held)))
+        held.clear()
+
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if held and held_bytes + size > shard_bytes:
+            flush()
+            held_bytes = 0
+        held[name] = tensor.cpu().contiguous()
+        held_bytes += size
+        total += size
+    flush()
+    weight_map: dict[str, str] = {}
+    for number, (path, names) in enumerate(shards, 1):
+        name = source.SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        files.sync_file(path)
+        path.rename(folder / name)
+        weight_map |= dict.fromkeys(names, name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        files.write_json(folder / source.INDEX, index)
+
+
+def _card(model: SourceModel, checkpoint: Checkpoint, dense: bool, group_size: int) -> str:
+    """Model card: what this is and how to load it."""
+    name = model.folder.name
+    lines = [f"# {name}, W(1+1), {checkpoint.stage}", ""]
+    lines.append(
+        f"The linear layers of {name}'s decoder blocks are binarized to a sign bit and a bitmap bit per weight, four levels "
+        f"per group of {group_size} inputs (LBLLM, arXiv 2604.19167), by lbllm {__version__}, stage `{checkpoint.stage}`. "
+        "Embeddings, norms, biases and head are those of the source model. The source model's licence applies."
+    )
+    lines.append("")
+    if dense:
+        lines.append("This folder holds the decoded weights: any program that reads the source model reads it.")
+    else:
+        code = ["```python", "import lbllm_cli.hf  # pip install lbllm-cli", "from transformers import AutoModelForCausalLM", ""]
+        lines += ["Loading needs the plugin; without it transformers fails on the shape of the weights.", "", *code]
+        lines += ['model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER")', "```"]
+    return "\n".join(lines) + "\n"

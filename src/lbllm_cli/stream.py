@@ -1,0 +1,212 @@
+"""The one loop over decoder blocks, and the hidden states that flow between them.
+
+For every block: teacher outputs on the full-precision stream, fit, write, read back, advance the quantized stream with what
+was read back, commit. Streams lie in RAM, or memory-mapped on disk when they would not fit; a run on disk resumes from them,
+a run in RAM advances its streams through the committed blocks again, with the same arithmetic.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lbllm_cli import files, interrupt
+from lbllm_cli.checkpoint import StageWriter
+from lbllm_cli.errors import RunError
+from lbllm_cli.model import Block, SourceModel
+from lbllm_cli.ops.binarize import decode
+from lbllm_cli.ops.metrics import BlockError
+from lbllm_cli.report import Reporter
+
+
+class HiddenStream:
+    """Hidden states [rows, length, hidden] between two blocks, in RAM or in a memory-mapped file."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, path: Path | None = None, create: bool = True):
+        self.path = path
+        size = shape[0] * shape[1] * shape[2]
+        if path is None:
+            self.data = torch.empty(shape, dtype=dtype)
+            return
+        if create:
+            with path.open("wb") as handle:
+                # Reserves the blocks now: a sparse file would meet a full disk as SIGBUS in the middle of a store.
+                os.posix_fallocate(handle.fileno(), 0, size * dtype.itemsize)
+        self.data = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
+
+    @property
+    def rows(self) -> int:
+        """Number of sequences."""
+        return self.data.shape[0]
+
+    def like(self, path: Path | None) -> "HiddenStream":
+        """An empty stream of the same shape."""
+        rows, length, hidden = self.data.shape
+        return HiddenStream((rows, length, hidden), self.data.dtype, path)
+
+    def sync(self) -> None:
+        """Puts a stream on disk for good."""
+        if self.path is not None:
+            files.sync_file(self.path)
+
+    def move(self, path: Path | None) -> None:
+        """Renames the file of a stream on disk."""
+        if self.path is not None and path is not None:
+            self.sync()
+            os.replace(self.path, path)
+            self.path = path
+
+    def remove(self) -> None:
+        """Deletes the file of a stream that is no longer read."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def batches(start: int, end: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` rows; a signal stops here."""
+    for first in range(start, end, size):
+        interrupt.check()
+        yield slice(first, min(first + size, end))
+
+
+def embed_stream(model: SourceModel, tokens: Tensor, path: Path | None, batch_size: int) -> HiddenStream:
+    """First inputs: token embeddings of tokens int64 [rows, length]."""
+    embedding = model.embed()
+    stream = HiddenStream((*tokens.shape, embedding.embedding_dim), model.dtype, path)
+    for rows in batches(0, tokens.shape[0], batch_size):
+        stream.data[rows] = embedding(tokens[rows].to(model.device)).cpu()
+    return stream
+
+
+def advance(block: Block, inputs: HiddenStream, outputs: HiddenStream, device: torch.device, batch_size: int) -> None:
+    """outputs = block(inputs); the two may be the same stream."""
+    for rows in batches(0, inputs.rows, batch_size):
+        outputs.data[rows] = block(inputs.data[rows].to(device)).cpu()
+
+
+@dataclass
+class BlockTask:
+    """What a stage's fit gets to see of one block.
+
+    teacher: the full-precision block. full, quantized: its inputs on the two streams. targets: the teacher's outputs, filled
+    row by row by `run_teacher`.
+    """
+
+    index: int
+    teacher: Block
+    full: HiddenStream
+    quantized: HiddenStream
+    targets: HiddenStream
+    device: torch.device
+    batch_size: int
+    _filled: set[int] = field(default_factory=set)
+
+    def run_teacher(self, rows: slice) -> None:
+        """Teacher outputs of some rows into `targets`."""
+        self.targets.data[rows] = self.teacher(self.full.data[rows].to(self.device)).cpu()
+        self._filled.update(range(rows.start, rows.stop))
+
+    def finish_targets(self) -> None:
+        """Teacher outputs of the rows that the fit did not ask for."""
+        for rows in batches(0, self.full.rows, self.batch_size):
+            if not self._filled.issuperset(range(rows.start, rows.stop)):
+                self.run_teacher(rows)
+
+
+Fit = Callable[[BlockTask], tuple[dict[str, Tensor], dict[str, Any]]]
+
+
+def binarized_weights(stored: dict[str, Tensor], model: SourceModel) -> dict[str, Tensor]:
+    """Tensors of one block of a checkpoint as the model runs with them: binarized linears decoded, others as they are.
+
+    stored: `P.weight`, `P.levels`, `P.scale` per linear. Returns float32 [out, in] under `P.weight`, on the model's device.
+    """
+    weights: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        owner, _, kind = name.rpartition(".")
+        if f"{owner}.scale" not in stored:
+            weights[name] = tensor.to(model.device)
+        elif kind == "weight":
+            parts = [stored[f"{owner}.{part}"].to(model.device) for part in ("weight", "levels", "scale")]
+            weights[name] = decode(parts[0], parts[1], parts[2], model.shapes[name][1])
+    return weights
+
+
+class BlockLoop:
+    """Runs a stage over all blocks of a model, from the last committed one on.
+
+    folder: where streams on disk lie, or None for RAM.
+    """
+
+    def __init__(self, model: SourceModel, writer: StageWriter, batch_size: int, folder: Path | None):
+        self.model = model
+        self.writer = writer
+        self.batch_size = batch_size
+        self.folder = folder
+
+    def _path(self, name: str, index: int) -> Path | None:
+        return None if self.folder is None else self.folder / f"{name}_{index:03d}.bin"
+
+    def run(self, tokens: Tensor, fit: Fit, reporter: Reporter) -> None:
+        """tokens: int64 [rows, length], the stage's data.
+
+        Raises RunError naming the block when an output is not finite.
+        """
+        first = self.writer.blocks_done
+        full, quantized = self._restore(tokens, first, reporter)
+        for index in range(first, self.model.blocks):
+            interrupt.check()
+            reporter.begin_block(index)
+            teacher = self.model.block(index)
+            targets = full.like(self._path("full", index + 1))
+            task = BlockTask(index, teacher, full, quantized, targets, self.model.device, self.batch_size)
+            tensors, facts = fit(task)
+            task.finish_targets()
+            stored = self.writer.write_block(index, tensors)
+            student = self.model.block(index, binarized_weights(stored, self.model))
+            outputs = quantized.like(self._path("quantized", index + 1))
+            advance(student, quantized, outputs, self.model.device, self.batch_size)
+            error = self._error(index, targets, outputs)
+            targets.sync()
+            outputs.sync()
+            self.writer.commit(index)
+            full.remove()
+            quantized.remove()
+            full, quantized = targets, outputs
+            facts |= {"error": error.relative, "error_ordinary": error.relative_ordinary}
+            reporter.end_block(index, facts)
+        full.remove()
+        quantized.remove()
+
+    def _error(self, index: int, targets: HiddenStream, outputs: HiddenStream) -> BlockError:
+        error = BlockError()
+        for rows in batches(0, targets.rows, self.batch_size):
+            error.add(*(stream.data[rows].to(self.model.device) for stream in (targets, outputs)))
+        if not error.finite:
+            raise RunError(f"block {index}: an output holds NaN or infinity; try model.dtype: float32")
+        return error
+
+    def _restore(self, tokens: Tensor, first: int, reporter: Reporter) -> tuple[HiddenStream, HiddenStream]:
+        """Both streams as they enter block `first`."""
+        shape = (*tokens.shape, int(self.model.config.hidden_size))
+        paths = [self._path(name, first) for name in ("full", "quantized")]
+        if first and all(path is not None and path.exists() for path in paths):
+            full, quantized = (HiddenStream(shape, self.model.dtype, path, create=False) for path in paths)
+            return full, quantized
+        if self.folder is not None:
+            self.folder.mkdir(exist_ok=True)
+        # Under other names until they are whole: a run that is killed while it derives them must not resume on half of them.
+        unfinished = [self._path(f"unfinished_{name}", first) for name in ("full", "quantized")]
+        full, quantized = (embed_stream(self.model, tokens, path, self.batch_size) for path in unfinished)
+        for index in range(first):
+            reporter.note(f"advancing the streams through finished block {index + 1} of {first}")
+            stored = binarized_weights(self.writer.read_block(index), self.model)
+            advance(self.model.block(index), full, full, self.model.device, self.batch_size)
+            advance(self.model.block(index, stored), quantized, quantized, self.model.device, self.batch_size)
+        for stream, path in zip((full, quantized), paths, strict=True):
+            stream.move(path)
+        return full, quantized

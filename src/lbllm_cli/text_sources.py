@@ -1,0 +1,209 @@
+"""Where text comes from: bundled text, local files, and hub datasets in the forms the quantization papers use."""
+
+import json
+import lzma
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Any
+
+from lbllm_cli.errors import UsageError
+from lbllm_cli.recipe import Source
+
+STYLES = ("novels", "technical", "modern")
+PARTS = ("calibration", "evaluation")
+SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A hub dataset as the quantization papers use it (the GPTQ code's loaders are the common ancestor).
+
+    joiner: text put between records before tokenizing; None: windows are cut from single records longer than a
+    sequence, a random window of each (calibration), as for the web corpora. evaluation_records: records that the evaluation
+    text is made of, evaluation_tokens: how many of its tokens count; None: all.
+    """
+
+    repository: str
+    config: str | None
+    key: str
+    joiner: str | None
+    calibration: tuple[str, str | None]
+    evaluation: tuple[str, str | None] | None
+    evaluation_joiner: str = " "
+    evaluation_records: int | None = None
+    evaluation_tokens: int | None = None
+
+
+# (split, data file) of each part. Conventions: wikitext2 joins all lines by a blank line; ptb joins sentences by a space;
+# c4 calibrates on random windows of random documents of the first training file and evaluates on the first 1,100 validation
+# documents joined by a space, cut to 256 segments of 2,048 tokens; redpajama, the LBLLM and EfficientQAT training set, draws
+# windows as c4 does and has no evaluation part.
+PRESETS = {
+    "wikitext2": Preset(
+        "Salesforce/wikitext", "wikitext-2-raw-v1", "text", "\n\n", ("train", None), ("test", None), evaluation_joiner="\n\n"
+    ),
+    "ptb": Preset("ptb-text-only/ptb_text_only", None, "sentence", " ", ("train", None), ("test", None)),
+    "c4": Preset(
+        "allenai/c4", None, "text", None,
+        ("train", "en/c4-train.00000-of-01024.json.gz"), ("validation", "en/c4-validation.00000-of-00008.json.gz"),
+        evaluation_records=1100, evaluation_tokens=256 * 2048,
+    ),
+    "redpajama": Preset("togethercomputer/RedPajama-Data-1T-Sample", None, "text", None, ("train", None), None),
+}  # fmt: skip
+
+
+def expand(sources: list[Source]) -> list[Source]:
+    """`builtin:calibration` and `builtin:evaluation` stand for their styles in equal shares, novels first."""
+    expanded: list[Source] = []
+    for item in sources:
+        if item.source in {f"builtin:{part}" for part in PARTS}:
+            share = item.weight / len(STYLES)
+            expanded += [item.model_copy(update={"source": f"{item.source}/{style}", "weight": share}) for style in STYLES]
+        else:
+            expanded.append(item)
+    return expanded
+
+
+def describe(item: Source) -> str:
+    """How messages name a source."""
+    return f"{item.source} ({item.path})" if item.path else item.source
+
+
+def check(item: Source, evaluating: bool) -> None:
+    """Everything about a source that can be checked without reading it.
+
+    Raises UsageError with the valid names.
+    """
+    name = item.source
+    if name.startswith("builtin:"):
+        valid = [f"{part}{tail}" for part in PARTS for tail in ("", *(f"/{style}" for style in STYLES))]
+        if name.removeprefix("builtin:") not in valid:
+            raise UsageError(f"source {name}: no such bundled text; valid: {', '.join('builtin:' + v for v in valid)}")
+    elif name == "generate:" and evaluating:
+        raise UsageError("source generate: gives calibration text; a model cannot be evaluated on text of its own")
+    elif name in PRESETS:
+        if evaluating and PRESETS[name].evaluation is None:
+            raise UsageError(f"source {name} has no evaluation part; choose wikitext2, ptb, c4 or a path")
+        if item.path is not None:
+            _existing(item.path)
+    elif name != "generate:" and not name.startswith("hub:"):
+        path = _existing(name)
+        if path.is_dir() and not ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
+            raise UsageError(f"source {name} is a folder but not a dataset written by save_to_disk (no state.json)")
+        if path.is_file() and path.suffix not in (*SUFFIXES, ".safetensors"):
+            kinds = ", ".join(SUFFIXES)
+            raise UsageError(f"source {name}: unknown kind {path.suffix!r}; expected {kinds}, .safetensors or a folder")
+
+
+def _existing(name: str) -> Path:
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise UsageError(f"source {name}: no such file; presets: {', '.join(PRESETS)}; also builtin:, generate:, hub:NAME")
+    return path
+
+
+def documents(item: Source, evaluating: bool, tokenizer: Any) -> Iterator[str]:
+    """Texts of a source, in order. Raises UsageError when a file or record is not what the recipe says."""
+    name = item.source
+    if name.startswith("builtin:"):
+        part, style = name.removeprefix("builtin:").split("/")
+        yield from (record["text"] for record in builtin_records(part, style))
+        return
+    if name in PRESETS:
+        preset = PRESETS[name]
+        records = _local_records(Path(item.path).expanduser(), item) if item.path else _preset_records(preset, evaluating)
+        yield from _texts(records, item.model_copy(update={"text_key": preset.key}), tokenizer)
+    elif name.startswith("hub:"):
+        split = item.split or ("test" if evaluating else "train")
+        yield from _texts(_hub_records(name.removeprefix("hub:"), item.config, split, None), item, tokenizer)
+    else:
+        path = Path(name).expanduser()
+        if path.suffix == ".txt":
+            yield path.read_text(encoding="utf-8")
+        else:
+            yield from _texts(_local_records(path, item), item, tokenizer)
+
+
+def builtin_records(part: str, style: str) -> Iterator[dict[str, str]]:
+    """Bundled documents: {"document": name, "text": ...}."""
+    resource = package_files("lbllm_cli") / "text" / part / f"{style}.jsonl.xz"
+    with resource.open("rb") as packed, lzma.open(packed, "rt", encoding="utf-8") as lines:
+        yield from (json.loads(line) for line in lines)
+
+
+def _local_records(path: Path, item: Source) -> Iterator[dict[str, Any]]:
+    import datasets
+
+    try:
+        if path.is_dir():
+            loaded = datasets.load_from_disk(str(path))
+            if isinstance(loaded, datasets.DatasetDict):
+                split = item.split or next(iter(loaded))
+                if split not in loaded:
+                    raise UsageError(f"{path} has no split {split}; it has {', '.join(loaded)}")
+                loaded = loaded[split]
+            yield from loaded
+        elif path.suffix == ".parquet":
+            import pyarrow.parquet as parquet
+
+            for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+        else:
+            yield from _json_records(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _json_records(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as handle:
+        if path.suffix == ".json" and handle.read(1) == "[":
+            handle.seek(0)
+            yield from json.load(handle)
+            return
+        handle.seek(0)
+        for number, line in enumerate(handle, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    raise UsageError(f"{path}:{number} is not JSON") from None
+
+
+def _preset_records(preset: Preset, evaluating: bool) -> Iterator[dict[str, Any]]:
+    part = preset.evaluation if evaluating else preset.calibration
+    assert part is not None  # `check` refused this
+    yield from _hub_records(preset.repository, preset.config, *part)
+
+
+def _hub_records(repository: str, config: str | None, split: str, file: str | None) -> Iterator[dict[str, Any]]:
+    import datasets
+
+    try:
+        options: dict[str, Any] = {"data_files": {split: file}} if file else {}
+        yield from datasets.load_dataset(repository, config, split=split, streaming=True, **options)
+    except Exception as error:  # hub, network and builder errors have no common base
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"dataset {repository} cannot be read from the Hugging Face hub: {reason}. "
+            "Without a network give a local file, or `path:` with the preset's schema"
+        ) from None
+
+
+def _texts(records: Iterator[dict[str, Any]], item: Source, tokenizer: Any) -> Iterator[str]:
+    for number, record in enumerate(records):
+        key = item.messages_key or item.text_key
+        if not isinstance(record, dict) or key not in record:
+            have = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+            what = f"{describe(item)}: record {number} has no field `{key}`, it has: {have}"
+            raise UsageError(f"{what}; set text_key or messages_key")
+        value = record[key]
+        if item.messages_key:
+            if not tokenizer.chat_template:
+                raise UsageError(f"{describe(item)}: messages_key needs a chat template and the tokenizer has none; use text_key")
+            yield str(tokenizer.apply_chat_template(value, tokenize=False))
+        elif isinstance(value, str):
+            yield value
+        else:
+            raise UsageError(f"{describe(item)}: field `{key}` of record {number} is {type(value).__name__}, expected text")
