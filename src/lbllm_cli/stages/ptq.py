@@ -107,12 +107,12 @@ def _fit_unit(
 ) -> tuple[dict[str, tuple[Tensor, Tensor, Tensor, Tensor]], dict[str, Any]]:
     """Fits the linears that share an input, as one matrix: rows are independent given H."""
     everything = moments.fitted if HONEST else moments.fitted.plus(moments.held_out)
+    sources = [task.teacher.linear(name).weight.float() for name in unit]
     try:
         hessian, factor, damping = inverse_factor(everything.mean_hessian(), settings.damping)
-        sources = [task.teacher.linear(name).weight.float() for name in unit]
-        strengths = [_strength(weight, moments, settings) for weight in sources]
+        strengths = _strengths(sources, moments, settings)
         targets = [
-            weight + strength * target_step(weight, everything, damping) if strength else weight
+            weight + strength * target_step(weight, everything.mean_drift(), factor) if strength else weight
             for weight, strength in zip(sources, strengths, strict=True)
         ]
         packed = _fit_matrix(torch.cat(targets), hessian, factor, settings)
@@ -127,11 +127,13 @@ def _fit_unit(
     return dict(zip(unit, split, strict=True)), facts
 
 
-def _strength(weight: Tensor, moments: _Moments, settings: Ptq) -> float:
-    """Length of the step towards the asymmetric target."""
+def _strengths(weights: list[Tensor], moments: _Moments, settings: Ptq) -> list[float]:
+    """Length of each linear's step towards the asymmetric target."""
     if settings.asymmetric != "auto":
-        return settings.asymmetric
-    return step_length(weight, target_step(weight, moments.fitted, settings.damping), moments.held_out)
+        return [settings.asymmetric] * len(weights)
+    _, factor, _ = inverse_factor(moments.fitted.mean_hessian(), settings.damping)
+    steps = [target_step(weight, moments.fitted.mean_drift(), factor) for weight in weights]
+    return [step_length(weight, step, moments.held_out) for weight, step in zip(weights, steps, strict=True)]
 
 
 def _fit_matrix(weight: Tensor, hessian: Tensor, factor: Tensor, settings: Ptq) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,0 +1,44 @@
+# Two commands: `make test` and `make demo`. Each sets itself up in .venv on first use.
+VENV ?= .venv
+PYTHON ?= python3
+MODEL := models/smollm2-135m
+RUN := runs/demo
+DEMO := recipes/demo.yaml
+PY := $(VENV)/bin/python
+LBLLM := $(VENV)/bin/lbllm
+
+.PHONY: test check demo clean
+.DELETE_ON_ERROR:
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --constraint constraints.txt torch
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev,gguf]'
+	touch $@
+
+# The test suite, after style and types.
+test: check
+	$(PY) -m pytest
+
+check: $(VENV)/.installed
+	$(VENV)/bin/ruff check src tests scripts
+	$(VENV)/bin/mypy
+
+$(MODEL)/config.json: | $(VENV)/.installed
+	$(PY) scripts/fetch_smollm2.py $(MODEL)
+
+# The main job on a real model: binarize, measure, export, generate. A stage's manifest is the target that Make follows.
+demo: $(RUN)/eval/results.json $(RUN)/export/config.json
+	$(LBLLM) generate --model $(RUN)/export --prompt "Write one sentence about the sea." --max-new-tokens 32
+
+$(RUN)/ptq/lbllm_stage.json: $(DEMO) $(MODEL)/config.json | $(VENV)/.installed
+	$(LBLLM) ptq --recipe $(DEMO)
+
+$(RUN)/eval/results.json: $(RUN)/ptq/lbllm_stage.json
+	$(LBLLM) eval --recipe $(DEMO)
+
+$(RUN)/export/config.json: $(RUN)/ptq/lbllm_stage.json
+	$(LBLLM) export --recipe $(DEMO)
+
+clean:
+	rm -rf $(RUN)
