@@ -41,9 +41,11 @@ def calibration_tokens(spec: TokenSet, tokenizer: Any, vocab: int, seed: int, sa
     parts = []
     for index, (item, count) in enumerate(zip(sources, _shares(sources, spec.sequences), strict=True)):
         generator = torch.Generator().manual_seed(seed + index)
+        if not count:
+            continue
         if item.source == "generate:":
             parts.append(sampler(item, count, length))
-        elif count:
+        else:
             parts.append(_windows(item, count, length, tokenizer, generator, key))
     order = sorted((row / part.shape[0], which, row) for which, part in enumerate(parts) for row in range(part.shape[0]))
     rows = torch.stack([parts[which][row] for _, which, row in order])

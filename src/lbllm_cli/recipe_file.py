@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -20,9 +21,14 @@ class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses duplicate keys and reads 1e-5 as a number, which YAML 1.1 takes for a string."""
 
 
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+class _StrictDumper(yaml.SafeDumper):
+    """SafeDumper that puts quotes around strings that _StrictLoader would read as numbers."""
+
+
+for _tool in (_StrictLoader, _StrictDumper):
+    _tool.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
 
 
 def _mapping(loader: _StrictLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -53,7 +59,7 @@ def parse_yaml(text: str, where: str) -> Any:
         return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a subclass of SafeLoader
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: looks like a date or number and is none, as 2020-13-45
         raise UsageError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -74,21 +80,25 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         raise UsageError(f"{path}: expected a mapping with recipe_version, model, output, got {type(values).__name__}")
     for override in overrides or []:
         _override(values, override)
-    problems: list[str] = []
+    problems: dict[str, list[str]] = defaultdict(list)
     values = _expand(values, "", problems, path.resolve().parent)
+    unset = set(problems)
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        problems += [_describe(e) for e in error.errors()]
+        # Every member of a union that was tried gives an error; at one key path they are one mistake.
+        for key, message in map(_describe, error.errors()):
+            if key not in unset:
+                problems[key].append(message)
     if problems:
-        listed = "\n".join(f"  {problem}" for problem in dict.fromkeys(problems))
-        raise UsageError(f"{path}: {len(set(problems))} mistake{'s' if len(set(problems)) > 1 else ''}\n{listed}")
+        listed = "\n".join(f"  {key}: {'; '.join(messages)}" if key else f"  {messages[0]}" for key, messages in problems.items())
+        raise UsageError(f"{path}: {len(problems)} mistake{'s' if len(problems) > 1 else ''}\n{listed}")
     return recipe
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, defaults included."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_StrictDumper, sort_keys=False, allow_unicode=True)
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -98,17 +108,18 @@ def _override(values: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     for parent in parents:
         below = values.get(parent)
-        if below is None or isinstance(below, str):
+        if below is None:
+            below = values[parent] = {}
+        elif isinstance(below, str) and parent == "source":
             # `data.calibration.source` may be a plain string: overriding below it starts a mapping.
-            below = {} if below is None else {"source": below}
-            values[parent] = below
+            below = values[parent] = {"source": below}
         if not isinstance(below, dict):
             raise UsageError(f"override `{override}`: `{parent}` is a {type(below).__name__}, replace it whole")
         values = below
     values[last] = parse_yaml(text, f"override `{override}`")
 
 
-def _expand(value: Any, path: str, problems: list[str], recipe_dir: Path) -> Any:
+def _expand(value: Any, path: str, problems: dict[str, list[str]], recipe_dir: Path) -> Any:
     """Replaces ${env:NAME}, ${env:NAME:-default} and ${recipe_dir} in every string."""
     if isinstance(value, dict):
         return {k: _expand(v, f"{path}.{k}" if path else k, problems, recipe_dir) for k, v in value.items()}
@@ -121,33 +132,37 @@ def _expand(value: Any, path: str, problems: list[str], recipe_dir: Path) -> Any
         name, default = match.groups()
         found = os.environ.get(name, default)
         if found is None:
-            problems.append(f"{path}: environment variable {name} is not set; set it or write ${{env:{name}:-default}}")
+            problems[path].append(f"environment variable {name} is not set; set it or write ${{env:{name}:-default}}")
             return match.group(0)
         return found
 
     expanded = _ENV.sub(lookup, value.replace("${recipe_dir}", str(recipe_dir)))
-    # A variable stands for what would have been written in its place: a number stays a number.
-    return expanded if expanded == value or not _ENV.fullmatch(value) else parse_yaml(expanded, path)
+    if expanded == value or not _ENV.fullmatch(value):
+        return expanded
+    # A variable stands for what would have been written in its place: a number stays a number. Text stays as it is, also
+    # where YAML would take a part of it for a comment.
+    try:
+        parsed = parse_yaml(expanded, path)
+    except UsageError:
+        return expanded
+    return expanded if isinstance(parsed, str) else parsed
 
 
-def _describe(error: Any) -> str:
-    """One line for one pydantic error."""
+def _describe(error: Any) -> tuple[str, str]:
+    """Key path and message for one pydantic error."""
     # Pydantic puts the member of a union that it tried into the path: `asymmetric.constrained-float`.
     location = [part for part in error["loc"] if part not in {"literal['auto']", "constrained-float"}]
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     if error["type"] == "extra_forbidden":
         key, valid = str(location[-1]), sorted(_fields_at(location[:-1]))
         near = difflib.get_close_matches(key, valid, n=1)
-        return f"{path}: unknown key" + (f"; did you mean `{near[0]}`?" if near else f"; valid: {', '.join(valid)}")
+        return path, "unknown key" + (f"; did you mean `{near[0]}`?" if near else f"; valid: {', '.join(valid)}")
     if error["type"] == "missing":
-        return f"{path}: missing; this key has no default"
+        return path, "missing; this key has no default"
     message = error["msg"].removeprefix("Value error, ")
-    if not path:
-        return message
-    if message.startswith("must be"):
-        return f"{path}: {message}"
-    got = error.get("input")
-    return f"{path}: {message[:1].lower()}{message[1:]}, got {got!r}"
+    if error["type"] == "value_error":  # written in recipe.py, with what it got
+        return path, message
+    return path, f"{message[:1].lower()}{message[1:]}, got {error.get('input')!r}"
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

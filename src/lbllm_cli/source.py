@@ -67,7 +67,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raise UsageError(f"{path} is missing; {again}") from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise UsageError(f"{path} has a corrupt safetensors header; {again}") from None
     if 8 + length + end != size:
         raise UsageError(f"{path} is truncated or padded: expected {8 + length + end} bytes, got {size}; {again}")
@@ -172,15 +172,17 @@ def resolve(path: str, revision: str | None, weights: bool) -> Path:
     if local.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith("."):
         raise UsageError(f"model.path {path} is not a folder; give a folder with config.json or a Hugging Face id")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     patterns = [*_METADATA_FILES, *(["*.safetensors", INDEX] if weights else [])]
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except GatedRepoError:
-        page = f"https://huggingface.co/{path}"
-        raise UsageError(f"model.path {path} is gated: accept its licence at {page}, then set HF_TOKEN or run `hf auth login`") from None
-    except RepositoryNotFoundError:
+        raise UsageError(
+            f"model.path {path} is gated: accept its licence at https://huggingface.co/{path}, "
+            "then set HF_TOKEN or run `hf auth login`"
+        ) from None
+    except (RepositoryNotFoundError, HFValidationError):
         raise UsageError(f"model.path {path}: no such folder here and no such model on the Hugging Face hub") from None
     except (LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

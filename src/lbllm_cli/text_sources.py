@@ -113,17 +113,24 @@ def documents(item: Source, evaluating: bool, tokenizer: Any) -> Iterator[str]:
         return
     if name in PRESETS:
         preset = PRESETS[name]
-        records = _local_records(Path(item.path).expanduser(), item) if item.path else _preset_records(preset, evaluating)
-        yield from _texts(records, item.model_copy(update={"text_key": preset.key}), tokenizer)
-    elif name.startswith("hub:"):
-        split = item.split or ("test" if evaluating else "train")
-        yield from _texts(_hub_records(name.removeprefix("hub:"), item.config, split, None), item, tokenizer)
-    else:
-        path = Path(name).expanduser()
-        if path.suffix == ".txt":
-            yield path.read_text(encoding="utf-8")
+        part = preset.evaluation if evaluating else preset.calibration
+        assert part is not None  # `check` refused this
+        if item.path:
+            records = _local_records(Path(item.path).expanduser(), item.split or part[0])
         else:
-            yield from _texts(_local_records(path, item), item, tokenizer)
+            records = _hub_records(preset.repository, preset.config, *part)
+        yield from _texts(records, item.model_copy(update={"text_key": preset.key}), tokenizer)
+        return
+    split = item.split or ("test" if evaluating else "train")
+    if name.startswith("hub:"):
+        yield from _texts(_hub_records(name.removeprefix("hub:"), item.config, split, None), item, tokenizer)
+    elif (path := Path(name).expanduser()).suffix == ".txt":
+        try:
+            yield path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path} cannot be read: {error}") from None
+    else:
+        yield from _texts(_local_records(path, split), item, tokenizer)
 
 
 def builtin_records(part: str, style: str) -> Iterator[dict[str, str]]:
@@ -133,16 +140,16 @@ def builtin_records(part: str, style: str) -> Iterator[dict[str, str]]:
         yield from (json.loads(line) for line in lines)
 
 
-def _local_records(path: Path, item: Source) -> Iterator[dict[str, Any]]:
+def _local_records(path: Path, split: str) -> Iterator[dict[str, Any]]:
+    """Records of a file or folder; split: the one read of a folder that has several."""
     import datasets
 
     try:
         if path.is_dir():
             loaded = datasets.load_from_disk(str(path))
             if isinstance(loaded, datasets.DatasetDict):
-                split = item.split or next(iter(loaded))
                 if split not in loaded:
-                    raise UsageError(f"{path} has no split {split}; it has {', '.join(loaded)}")
+                    raise UsageError(f"{path} has no split {split}; it has {', '.join(loaded)}; set split")
                 loaded = loaded[split]
             yield from loaded
         elif path.suffix == ".parquet":
@@ -158,7 +165,7 @@ def _local_records(path: Path, item: Source) -> Iterator[dict[str, Any]]:
 
 def _json_records(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8") as handle:
-        if path.suffix == ".json" and handle.read(1) == "[":
+        if path.suffix == ".json" and handle.read(256).lstrip().startswith("["):
             handle.seek(0)
             yield from json.load(handle)
             return
@@ -169,12 +176,6 @@ def _json_records(path: Path) -> Iterator[dict[str, Any]]:
                     yield json.loads(line)
                 except ValueError:
                     raise UsageError(f"{path}:{number} is not JSON") from None
-
-
-def _preset_records(preset: Preset, evaluating: bool) -> Iterator[dict[str, Any]]:
-    part = preset.evaluation if evaluating else preset.calibration
-    assert part is not None  # `check` refused this
-    yield from _hub_records(preset.repository, preset.config, *part)
 
 
 def _hub_records(repository: str, config: str | None, split: str, file: str | None) -> Iterator[dict[str, Any]]:

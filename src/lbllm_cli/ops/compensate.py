@@ -27,11 +27,21 @@ class RankFit(NamedTuple):
         return level_values(self.levels, self.scale)
 
 
-def choose(target: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest level of one column: target [rows], levels [rows, 4] ascending -> (rank uint8 [rows], value [rows])."""
-    middle = (levels[:, 1:] + levels[:, :-1]) / 2
-    rank = (target.unsqueeze(1) > middle).sum(1, keepdim=True)
-    return rank.squeeze(1).to(torch.uint8), levels.gather(1, rank).squeeze(1)
+class LevelTable:
+    """The levels of one group of columns, for choosing among them one column after another.
+
+    levels: float32 [rows, 4], ascending.
+    """
+
+    def __init__(self, levels: Tensor):
+        # Transposed and with the midpoints at hand: this runs once per column of every linear.
+        self.levels = levels.T.contiguous()
+        self.middle = (self.levels[1:] + self.levels[:-1]) / 2
+
+    def choose(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Nearest level of each row, the lower one on a tie: target [rows] -> (rank uint8 [rows], value [rows])."""
+        rank = (target > self.middle).sum(0, keepdim=True)
+        return rank[0].to(torch.uint8), self.levels.gather(0, rank)[0]
 
 
 def compensate(weight: Tensor, factor: Tensor, group_size: int, fit: LevelFit, push: bool = True) -> RankFit:
@@ -55,10 +65,10 @@ def compensate(weight: Tensor, factor: Tensor, group_size: int, fit: LevelFit, p
         start, end = group * group_size, min((group + 1) * group_size, in_features)
         block = remaining[start:end].clone()
         levels[:, group], scale[:, group] = project_levels(fit(block.T.contiguous(), importance[start:end]))
-        values = level_values(levels[:, group], scale[:, group])
+        table = LevelTable(level_values(levels[:, group], scale[:, group]))
         error = torch.empty_like(block)
         for j in range(end - start):
-            ranks[start + j], value = choose(block[j], values)
+            ranks[start + j], value = table.choose(block[j])
             error[j] = (block[j] - value) / factor[start + j, start + j]
             if push:
                 block[j + 1 :].addr_(factor[start + j, start + j + 1 : end], error[j], alpha=-1)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
 from lbllm_cli.ops.binarize import LEVELS, project_levels
-from lbllm_cli.ops.compensate import RankFit, choose
+from lbllm_cli.ops.compensate import LevelTable, RankFit
 
 # Relative pull of every level towards its present value: it decides only levels that no weight uses.
 _PULL = 1e-6
@@ -107,10 +107,10 @@ def descend_codes(weight: Tensor, hessian: Tensor, fit: RankFit, group_size: int
     for group in range(fit.levels.shape[1]):
         start, end = group * group_size, min((group + 1) * group_size, in_features)
         block, moved = gradient[start:end], torch.empty_like(gradient[start:end])
-        levels = values[:, group].contiguous()
+        table = LevelTable(values[:, group])
         for j in range(end - start):
             column = start + j
-            ranks[column], value = choose(current[column] + block[j] / diagonal[column], levels)
+            ranks[column], value = table.choose(current[column] + block[j] / diagonal[column])
             moved[j] = value - current[column]
             block[j + 1 :].addr_(hessian[column, column + 1 : end], moved[j], alpha=-1)
         gradient[end:].addmm_(hessian[start:end, end:].T, moved, alpha=-1)

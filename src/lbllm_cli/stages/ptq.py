@@ -59,8 +59,8 @@ class _Moments:
 def fit_block(task: BlockTask, settings: Ptq) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Binarizes the linears of one block.
 
-    Returns the packed tensors under their full names, and facts: per linear the relative output error on the quantized
-    stream, the strength of the asymmetric target and the damping used.
+    Returns the packed tensors under their full names, and facts: per linear the output error relative to its
+    target, the strength of the asymmetric target and the damping used.
     Raises RunError naming block and linear when an input or a Hessian is not finite.
     """
     student = task.teacher.sharing()
@@ -80,20 +80,28 @@ def fit_block(task: BlockTask, settings: Ptq) -> tuple[dict[str, Tensor], dict[s
 
 
 def _collect(task: BlockTask, student: Block, units: tuple[Unit, ...], settings: Ptq) -> dict[Unit, _Moments]:
-    """Moments of the inputs of some units, from one pass over both streams."""
+    """Moments of the inputs of some units, from one pass over both streams.
+
+    The pass that reaches the block's last linear lets the teacher run on to its end: its outputs are the targets, and
+    a pass of their own would cost a fourth of all forward work.
+    """
     asymmetric = settings.asymmetric != 0
     rows_total = task.quantized.rows
     held = max(1, round(settings.held_out * rows_total)) if settings.asymmetric == "auto" else 0
     names = [unit[0] for unit in units]
+    to_the_end = units[-1] == UNITS[-1]
     moments = {}
     for unit in units:
         size = student.linear(unit[0]).in_features
         moments[unit] = _Moments(*(InputMoments.empty(size, task.device, asymmetric) for _ in range(2)))
-    with _inputs_of(student, names, stop=True) as read, _inputs_of(task.teacher, names, stop=False) as wanted:
+    with _inputs_of(student, names, stop=True) as read, _inputs_of(task.teacher, names, stop=not to_the_end) as wanted:
         for first, last in ((0, rows_total - held), (rows_total - held, rows_total)):
             for rows in batches(first, last, task.batch_size):
-                if asymmetric:
+                if asymmetric and to_the_end:
                     task.run_teacher(rows)
+                elif asymmetric:
+                    with suppress(_StopForward):
+                        task.teacher(task.full.data[rows].to(task.device))
                 with suppress(_StopForward):
                     student(task.quantized.data[rows].to(task.device))
                 for unit in units:
@@ -121,8 +129,8 @@ def _fit_unit(
     sizes = [weight.shape[0] for weight in sources]
     split = list(zip(*(torch.split(part, sizes) for part in packed), strict=True))
     facts = {}
-    for name, weight, parts, strength in zip(unit, sources, split, strengths, strict=True):
-        relative = output_error(weight, parts[3], everything.mean_hessian())
+    for name, target, parts, strength in zip(unit, targets, split, strengths, strict=True):
+        relative = output_error(target, parts[3], everything.mean_hessian())
         facts[name] = {"error": relative, "asymmetric": round(strength, 4), "damping": damping}
     return dict(zip(unit, split, strict=True)), facts
 

@@ -1,0 +1,111 @@
+"""Shared fixtures: toy models of every family, the trained toy, and the command line in this process."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from typer.testing import CliRunner
+
+ASSETS = Path(__file__).parent / "assets"
+TOY = ASSETS / "toy"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+# Hidden and intermediate widths differ and neither is a multiple of the group (32), so swapped axes and ragged tails show.
+SMALL = {
+    "vocab_size": 1024, "hidden_size": 80, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+FAMILIES = {
+    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "llama-untied": {"model_type": "llama", "tie_word_embeddings": False, "head_dim": 24},
+    "mistral-sliding": {"model_type": "mistral", "tie_word_embeddings": False, "sliding_window": 16},
+    "qwen2-biases": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2-sliding": {
+        "model_type": "qwen2", "tie_word_embeddings": False, "use_sliding_window": True, "sliding_window": 16,
+        "max_window_layers": 2,
+    },
+    "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 16},
+}  # fmt: skip
+
+# One thread: equal runs give equal bytes, and a child of fork() may use torch.
+torch.set_num_threads(1)
+
+
+def save_toy(folder: Path, name: str = "llama-tied", dtype: torch.dtype = torch.float32, shard: str = "5GB", **changes) -> Path:
+    """A random toy of a family, biases and norms not trivial, with the trained toy's tokenizer."""
+    settings = {**SMALL, **FAMILIES[name], **changes}
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = AutoModelForCausalLM.from_config(config).to(dtype)
+        with torch.no_grad():
+            for key, tensor in model.named_parameters():
+                if key.endswith("bias"):
+                    tensor.normal_(0, 0.1)
+                elif "norm" in key:
+                    tensor.uniform_(0.5, 1.5)
+                else:
+                    tensor.mul_(4)  # the default 0.02 makes a model whose blocks do next to nothing
+    model.save_pretrained(folder, max_shard_size=shard)
+    for file in TOKENIZER_FILES:
+        shutil.copyfile(TOY / file, folder / file)
+    return folder
+
+
+def write_recipe(path: Path, model: Path, output: Path, **sections) -> Path:
+    """A small recipe: 6 x 32 tokens of the bundled text, one evaluation set of 4 x 32, group 32."""
+    recipe = {
+        "model": {"path": str(model)},
+        "output": {"dir": str(output)},
+        "runtime": {"device": "cpu", "batch_size": 2},
+        "data": {
+            "calibration": {"source": "builtin:calibration", "sequences": 6, "length": 32},
+            "evaluation": [{"name": "novels", "source": "builtin:evaluation/novels", "length": 32, "segments": 4}],
+        },
+        "ptq": {"group_size": 32, "rounds": 1},
+    }
+    for section, values in sections.items():
+        recipe[section] = {**recipe.get(section, {}), **values}
+    path.write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
+    return path
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    """Random tied Llama."""
+    return save_toy(tmp_path / "model")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, toy: Path) -> Path:
+    """A recipe for `toy` that writes to tmp_path / "run"."""
+    return write_recipe(tmp_path / "recipe.yaml", toy, tmp_path / "run")
+
+
+@pytest.fixture
+def lbllm():
+    """Runs the command line in this process: lbllm("ptq", "--recipe", path) -> result with exit_code, stdout, stderr."""
+    from lbllm_cli.cli import app
+
+    def run(*arguments):
+        return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+    return run
+
+
+@pytest.fixture
+def ok(lbllm):
+    """`lbllm`, expecting exit code 0."""
+
+    def run(*arguments):
+        result = lbllm(*arguments)
+        assert result.exit_code == 0, result.stderr
+        return result
+
+    return run

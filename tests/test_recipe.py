@@ -1,0 +1,376 @@
+"""Reading a recipe: strict YAML, every mistake at once, variables, overrides, defaults."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+from pydantic import BaseModel, ValidationError
+
+import lbllm_cli
+from lbllm_cli.errors import UsageError
+from lbllm_cli.recipe import EvaluationSet, Recipe, Source
+from lbllm_cli.recipe_file import dump_recipe, load_recipe
+
+ROOT = Path(__file__).parents[1]
+BASE = "model: {path: some/model}\noutput: {dir: runs/a}\n"
+
+
+@pytest.fixture
+def load(tmp_path):
+    """load(text, *overrides): the recipe of a file with the two keys that have no default, and `text` below them."""
+
+    def read(text: str = "", *overrides: str, base: str = BASE) -> Recipe:
+        file = tmp_path / "recipe.yaml"
+        file.write_text(base + text, encoding="utf-8")
+        return load_recipe(file, list(overrides))
+
+    return read
+
+
+@pytest.fixture
+def mistakes(load):
+    """mistakes(text, *overrides): the lines below the headline of the refusal."""
+
+    def lines(text: str = "", *overrides: str, base: str = BASE) -> list[str]:
+        with pytest.raises(UsageError) as caught:
+            load(text, *overrides, base=base)
+        head, *found = str(caught.value).splitlines()
+        assert head.endswith(f": {len(found)} mistake{'s' if len(found) > 1 else ''}"), head
+        return [line.removeprefix("  ") for line in found]
+
+    return lines
+
+
+def test_only_model_path_and_output_dir_have_no_default(load, mistakes):
+    recipe = load()
+    assert (recipe.model.path, recipe.output.dir) == ("some/model", "runs/a")
+    assert recipe.recipe_version == 1
+    assert (recipe.ptq.group_size, recipe.ptq.asymmetric, recipe.runtime.device) == (128, "auto", "auto")
+    assert [item.source for item in recipe.data.calibration.source] == ["builtin:calibration"]
+    assert [item.name for item in recipe.data.evaluation] == ["novels", "technical", "modern"]
+    assert mistakes(base="recipe_version: 1\n") == [
+        "model: missing; this key has no default",
+        "output: missing; this key has no default",
+    ]
+    assert mistakes(base="model: {}\noutput: {}\n") == [
+        "model.path: missing; this key has no default",
+        "output.dir: missing; this key has no default",
+    ]
+
+
+def test_all_mistakes_are_reported_at_once(mistakes):
+    found = mistakes(
+        """
+runtme: {}
+runtime: {device: gpu, batch_size: 0, sede: 3}
+data:
+  calibration: {sequences: "32", lenght: 512, source: [{source: a.txt, weigth: 2}, {source: b.txt, weight: 0}]}
+  evaluation:
+    - {name: a, source: a.txt}
+    - {name: "b c", source: [{source: b.txt, text_kye: t}], length: 4}
+ptq: {group_size: 100, damping: 0, em_iterations: 1.5, compensation: 1, levels: kmeans, zzz: 1}
+eval: {checkpoints: [base, pqt]}
+export: {shard_gb: -1, format: 3}
+"""
+    )
+    assert set(found) == {
+        "runtme: unknown key; did you mean `runtime`?",
+        "runtime.device: string should match pattern '^(auto|cpu|cuda(:\\d+)?)$', got 'gpu'",
+        "runtime.batch_size: input should be greater than or equal to 1, got 0",
+        "runtime.sede: unknown key; did you mean `seed`?",
+        "data.calibration.sequences: input should be a valid integer, got '32'",
+        "data.calibration.lenght: unknown key; did you mean `length`?",
+        "data.calibration.source[0].weigth: unknown key; did you mean `weight`?",
+        "data.calibration.source[1].weight: input should be greater than 0, got 0",
+        "data.evaluation[1].name: string should match pattern '^[A-Za-z0-9._-]+$', got 'b c'",
+        "data.evaluation[1].source[0].text_kye: unknown key; did you mean `text_key`?",
+        "data.evaluation[1].length: input should be greater than or equal to 8, got 4",
+        "ptq.group_size: must be a multiple of 16, got 100",
+        "ptq.damping: input should be greater than 0, got 0",
+        "ptq.em_iterations: input should be a valid integer, got 1.5",
+        "ptq.compensation: input should be a valid boolean, got 1",
+        "ptq.levels: input should be 'em' or 'quantile', got 'kmeans'",
+        "ptq.zzz: unknown key; valid: asymmetric, code_descent, compensation, damping, em_iterations, group_size, held_out, "
+        "importance, levels, refit, rounds, sequential",
+        "eval.checkpoints[1]: input should be 'base' or 'ptq', got 'pqt'",
+        "export.shard_gb: input should be greater than 0, got -1",
+        "export.format: input should be 'packed' or 'dense', got 3",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("recipe_version: 2", "recipe_version: input should be 1, got 2"),
+        ("ptq: {group_size: 8}", "ptq.group_size: input should be greater than or equal to 16, got 8"),
+        ("ptq: {group_size: 8192}", "ptq.group_size: input should be less than or equal to 4096, got 8192"),
+        ("ptq: {group_size: 128.0}", "ptq.group_size: input should be a valid integer, got 128.0"),
+        ("ptq: {held_out: 1}", "ptq.held_out: input should be less than 1, got 1"),
+        ("data: {evaluation: []}", "data.evaluation: list should have at least 1 item"),
+        ("data: {calibration: {source: []}}", "data.calibration.source: value should have at least 1 item"),
+        ("data: {calibration: {source: 5}}", "data.calibration.source[0]: input should be a valid dictionary"),
+        ("data: {calibration: {source: [{weight: 2}]}}", "data.calibration.source[0].source: missing"),
+        ("data: {calibration: {sequences: 1}}", "data.calibration.sequences: `ptq.asymmetric: auto` holds sequences out"),
+        ("ptq: 5", "ptq: input should be a valid dictionary"),
+    ],
+)
+def test_values_out_of_range_or_of_the_wrong_kind(mistakes, text, expected):
+    (found,) = mistakes(text)
+    assert found.startswith(expected)
+
+
+def test_evaluation_names_must_differ(mistakes):
+    assert mistakes("data: {evaluation: [{name: a, source: x}, {name: a, source: y}]}") == [
+        "data.evaluation: evaluation names must differ, got a, a"
+    ]
+
+
+def test_a_mistake_in_a_union_counts_once(mistakes):
+    for value in ("2.0", "off", "none"):
+        (found,) = mistakes(f"ptq: {{asymmetric: {value}}}")
+        assert found.startswith("ptq.asymmetric: input should be 'auto', got ")
+
+
+@pytest.mark.parametrize(("value", "expected"), [("auto", "auto"), ("0", 0), ("0.5", 0.5), ("1", 1)])
+def test_asymmetric_is_auto_or_a_share(load, value, expected):
+    assert load(f"ptq: {{asymmetric: {value}}}").ptq.asymmetric == expected
+
+
+def test_one_sequence_is_enough_without_held_out_ones(load):
+    assert load("data: {calibration: {sequences: 1}}\nptq: {asymmetric: 0}").data.calibration.sequences == 1
+
+
+@pytest.mark.parametrize(("text", "expected"), [("1e-5", 1e-5), ("1e-05", 1e-5), ("2.5E-1", 0.25), ("+1e0", 1.0), ("0.25", 0.25)])
+def test_numbers_with_an_exponent_are_numbers(load, text, expected):
+    assert load(f"ptq: {{damping: {text}}}").ptq.damping == expected
+
+
+@pytest.mark.parametrize(("text", "expected"), [("yes", True), ("on", True), ("off", False), ("no", False), ("true", True)])
+def test_yaml_booleans_only_count_as_booleans(load, mistakes, text, expected):
+    assert load(f"ptq: {{refit: {text}}}").ptq.refit is expected
+    assert mistakes(f"model: {{path: {text}}}", base="output: {dir: a}\n") == [
+        f"model.path: input should be a valid string, got {expected}"
+    ]
+
+
+def test_duplicate_keys_name_both_lines(load):
+    with pytest.raises(UsageError, match=r"recipe\.yaml: line 6: duplicate key `rounds`, first on line 4; remove one"):
+        load("ptq:\n  rounds: 1\n  refit: true\n  rounds: 2\n")
+    with pytest.raises(UsageError, match=r"line 3: duplicate key `model`, first on line 1"):
+        load("model: {path: b}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "key"), [("1: 2", "key 1 is read as int"), ("yes: 2", "key True is read as bool"), ("? [a]\n: 2", "as list")]
+)
+def test_keys_must_be_text(load, text, key):
+    with pytest.raises(UsageError, match=f"line 3: .*{key}.*quotes"):
+        load(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ptq: {",
+        "\tptq: 1",
+        "ptq: [1",
+        "a: \x00",
+        "ptq: {rounds: 2020-13-45}",
+        "ptq: {rounds: 0x_}",
+        "--- \na: 1",
+        "a: !!python/name:os.getcwd",
+    ],
+)
+def test_malformed_yaml_is_refused(load, text):
+    with pytest.raises(UsageError, match=r"recipe\.yaml is not valid YAML: "):
+        load(text)
+
+
+@pytest.mark.parametrize(("text", "kind"), [("", "NoneType"), ("# nothing\n", "NoneType"), ("- a\n", "list"), ("abc", "str")])
+def test_a_file_that_is_not_a_mapping_is_refused(load, text, kind):
+    with pytest.raises(UsageError, match=f"expected a mapping with recipe_version, model, output, got {kind}"):
+        load(base=text)
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"recipe .*nowhere\.yaml does not exist"):
+        load_recipe(tmp_path / "nowhere.yaml")
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_recipe(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"model: {path: \xe9}\n")
+    with pytest.raises(UsageError, match=r"latin\.yaml cannot be read"):
+        load_recipe(tmp_path / "latin.yaml")
+
+
+def test_environment_variables(load, monkeypatch):
+    monkeypatch.setenv("HERE", "/data/x")
+    monkeypatch.setenv("SIZE", "64")
+    monkeypatch.setenv("SMALL", "1e-3")
+    monkeypatch.setenv("SWITCH", "false")
+    monkeypatch.delenv("ABSENT", raising=False)
+    recipe = load(
+        """
+model: {path: "${env:HERE}/${env:ABSENT:-small}", revision: "${env:ABSENT:-}"}
+ptq: {group_size: "${env:SIZE}", damping: "${env:SMALL}", refit: "${env:SWITCH}", rounds: "${env:ABSENT:-3}"}
+data: {calibration: {source: ["${env:HERE}.txt", {source: "${env:HERE:-no}"}]}}
+""",
+        base="output: {dir: 'run_${env:SIZE}'}\n",
+    )
+    assert (recipe.model.path, recipe.model.revision, recipe.output.dir) == ("/data/x/small", None, "run_64")
+    assert (recipe.ptq.group_size, recipe.ptq.damping, recipe.ptq.refit, recipe.ptq.rounds) == (64, 1e-3, False, 3)
+    assert [item.source for item in recipe.data.calibration.source] == ["/data/x.txt", "/data/x"]
+
+
+@pytest.mark.parametrize("value", ["/data/run #1", "@home", "a: [", "%x", "'quoted'"])
+def test_text_of_a_variable_stays_as_it_is(load, monkeypatch, value):
+    monkeypatch.setenv("SOME", value)
+    assert load("output: {dir: '${env:SOME}'}", base="model: {path: m}\n").output.dir == value
+
+
+def test_unset_variables_name_their_keys(mistakes, monkeypatch):
+    for name in ("GONE_A", "GONE_B", "GONE_C"):
+        monkeypatch.delenv(name, raising=False)
+    found = mistakes(
+        "ptq: {rounds: '${env:GONE_A}', zz: 1}\ndata: {evaluation: [{name: a, source: '${env:GONE_B}/${env:GONE_C}'}]}"
+    )
+    assert len(found) == 3
+    assert "ptq.rounds: environment variable GONE_A is not set; set it or write ${env:GONE_A:-default}" in found
+    (both,) = (line for line in found if line.startswith("data.evaluation[0].source: "))
+    assert "GONE_B is not set" in both
+    assert "GONE_C is not set" in both
+
+
+def test_recipe_dir_is_the_folder_of_the_file(load, tmp_path):
+    recipe = load("data: {calibration: {source: '${recipe_dir}/text.txt'}}", "output.dir=${recipe_dir}/out")
+    assert recipe.data.calibration.source[0].source == str(tmp_path.resolve() / "text.txt")
+    assert recipe.output.dir == str(tmp_path.resolve() / "out")
+
+
+def test_overrides(load):
+    recipe = load(
+        "data: {evaluation: [{name: a, source: x}, {name: b, source: y}]}\nptq: {rounds: 1}",
+        "ptq.group_size=64",
+        "ptq.rounds=5",
+        "data.calibration.length=1024",
+        "output.dir=a=b",
+        "eval.checkpoints=[base]",
+        "data.evaluation=[{name: c, source: [p, {source: q, weight: 2}]}]",
+        "ptq.damping=1e-4",
+        "model.revision=null",
+    )
+    assert (recipe.ptq.group_size, recipe.ptq.rounds, recipe.ptq.damping) == (64, 5, 1e-4)
+    assert recipe.data.calibration.length == 1024
+    assert recipe.data.calibration.sequences == 32
+    assert recipe.output.dir == "a=b"
+    assert recipe.eval.checkpoints == ["base"]
+    mixture = [Source(source="p"), Source(source="q", weight=2.0)]
+    assert recipe.data.evaluation == [EvaluationSet(name="c", source=mixture)]
+
+
+def test_the_last_override_of_a_key_wins(load):
+    assert load("", "ptq.rounds=5", "ptq.rounds=7").ptq.rounds == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("ptq.group_sise=64", "ptq.group_sise: unknown key; did you mean `group_size`?"),
+        ("data.calibraton.length=64", "data.calibraton: unknown key; did you mean `calibration`?"),
+        ("ptq.group_size=abc", "ptq.group_size: input should be a valid integer, got 'abc'"),
+        ("model.path=", "model.path: input should be a valid string, got None"),
+    ],
+)
+def test_overrides_are_checked_as_the_file_is(mistakes, override, expected):
+    assert mistakes("", override) == [expected]
+
+
+@pytest.mark.parametrize("override", ["ptq.rounds", "=3", "ptq..rounds=3", "ptq.=3", "ptq rounds=3", "ptq[0]=3"])
+def test_malformed_overrides_are_refused(load, override):
+    with pytest.raises(UsageError) as caught:
+        load("", override)
+    assert str(caught.value) == f"override `{override}`: expected key.sub=value, for example ptq.group_size=64"
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "expected"),
+    [
+        ("", "ptq.rounds=[1", "override `ptq.rounds=[1` is not valid YAML"),
+        ("data: {evaluation: [{name: a, source: x}]}", "data.evaluation.name=b", "`evaluation` is a list, replace it whole"),
+        ("ptq: 5", "ptq.rounds=1", "`ptq` is a int, replace it whole"),
+        ("ptq: abc", "ptq.rounds=1", "`ptq` is a str, replace it whole"),
+    ],
+)
+def test_overrides_that_do_not_fit_the_file(load, text, override, expected):
+    with pytest.raises(UsageError) as caught:
+        load(text, override)
+    assert expected in str(caught.value)
+
+
+def test_an_override_below_a_source_that_is_a_plain_name(load):
+    recipe = load(
+        "data: {calibration: {source: a.jsonl}}", "data.calibration.source.text_key=body", "data.calibration.source.split=dev"
+    )
+    assert recipe.data.calibration.source == [Source(source="a.jsonl", text_key="body", split="dev")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "data: {calibration: {source: [a, {source: b, weight: 1e-3, messages_key: m}], bos: yes}}\nptq: {asymmetric: 0.125}",
+        "model: {path: m, revision: '1e-5'}",
+        "model: {path: m, revision: '12e4567'}",
+        "model: {path: 'on', revision: '0123'}",
+        "model: {path: \"a\\nb: #c é 模型\", revision: '2020-01-01'}",
+        "eval: {checkpoints: [ptq, base]}\nexport: {format: dense, shard_gb: 1}",
+    ],
+)
+def test_a_dumped_recipe_loads_as_the_same_recipe(load, tmp_path, text):
+    recipe = load(text, base="output: {dir: o}\n" if text.startswith("model") else BASE)
+    dumped = tmp_path / "dumped.yaml"
+    dumped.write_text(dump_recipe(recipe), encoding="utf-8")
+    again = load_recipe(dumped)
+    assert again == recipe
+    assert dump_recipe(again) == dump_recipe(recipe)
+    written = yaml.safe_load(dump_recipe(load()))
+    assert set(written["ptq"]) == set(type(recipe.ptq).model_fields)
+
+
+def test_recipes_do_not_change_later(load):
+    recipe = load()
+    source = recipe.data.calibration.source[0]
+    for section, key, value in ((recipe, "model", None), (recipe.ptq, "rounds", 9), (source, "weight", 2.0)):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, key, value)
+
+
+def test_shipped_recipes_load():
+    shipped = sorted((ROOT / "recipes").rglob("*.yaml"))
+    assert len(shipped) > 0
+    for file in shipped:
+        assert isinstance(load_recipe(file), Recipe), file
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+        for field in annotation.model_fields.values():
+            yield from _sections(field.annotation)
+    for inner in get_args(annotation):
+        yield from _sections(inner)
+
+
+def test_every_recipe_key_is_read_by_the_program():
+    sections = set(_sections(Recipe))
+    assert {section.__name__ for section in sections} >= {"Recipe", "Ptq", "Source", "EvaluationSet", "Export"}
+    package = Path(lbllm_cli.__file__).parent
+    read: set[str] = set()
+    for file in package.rglob("*.py"):
+        if file.name not in {"recipe.py", "recipe_file.py"}:
+            nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+            read |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    unread = {f"{section.__name__}.{key}" for section in sections for key in section.model_fields if key not in read}
+    assert unread <= {"Recipe.recipe_version"}, "its type alone checks the version; other keys do nothing"

@@ -1,0 +1,161 @@
+"""A killed and resumed run equals the uninterrupted one, file hash by file hash, wherever it was killed."""
+
+import hashlib
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import write_recipe
+
+from lbllm_cli import stream
+from lbllm_cli.checkpoint import StageWriter
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Every file that the promise of equal bytes covers."""
+    kept = [f for f in folder.rglob("*") if f.is_file() and f.name not in {"events.jsonl", "environment.json"}]
+    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in kept}
+
+
+def die_in(where: str, block: int) -> None:
+    """In a child process: makes the run end by SIGKILL at one instant of one block."""
+
+    def kill() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    write, commit, finish, publish = StageWriter.write_block, StageWriter.commit, StageWriter.finish, StageWriter._publish
+    if where == "before write":
+        StageWriter.write_block = lambda self, index, tensors: kill() if index == block else write(self, index, tensors)
+    elif where == "after write":
+        StageWriter.commit = lambda self, index: kill() if index == block else commit(self, index)
+    elif where == "after commit":
+        StageWriter.commit = lambda self, index: (commit(self, index), kill() if index == block else None)
+    elif where == "before manifest":
+        StageWriter.finish = lambda self, facts: kill()
+    elif where == "before publishing":
+        StageWriter._publish = lambda self: kill()
+    elif where == "after publishing":
+        StageWriter._publish = lambda self: (publish(self), kill())
+    elif where == "while restoring":
+        move = stream.HiddenStream.move
+        stream.HiddenStream.move = lambda self, path: (move(self, path), kill())
+    assert finish
+
+
+def run_in_child(arguments: list[str], where: str = "", block: int = 0) -> int:
+    """Exit status of `lbllm` in a forked child (a fresh process would import torch for seconds); -9 when killed."""
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        from lbllm_cli.cli import app
+
+        if where:
+            die_in(where, block)
+        try:
+            app(arguments, standalone_mode=True)
+        except SystemExit as end:
+            os._exit(int(end.code or 0))
+        os._exit(99)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory, request):
+    """Toy and the uninterrupted run's hashes, with streams in RAM and on disk."""
+    from conftest import save_toy
+
+    base = tmp_path_factory.mktemp("resume")
+    toy = save_toy(base / "model")
+    expected = {}
+    for streams in ("ram", "disk"):
+        recipe = write_recipe(base / f"{streams}.yaml", toy, base / streams, runtime={"streams": streams})
+        assert run_in_child(["ptq", "--recipe", str(recipe)]) == 0
+        # The resolved recipe names the folder and where streams lie.
+        expected[streams] = {k: v for k, v in hashes(base / streams / "ptq").items() if k != "recipe.resolved.yaml"}
+    return toy, expected
+
+
+def test_streams_in_ram_and_on_disk_give_the_same_bytes(setting):
+    _, expected = setting
+    assert expected["ram"] == expected["disk"]
+    assert len(expected["ram"]) == 4  # three blocks and the manifest: no stream file is left
+
+
+@pytest.mark.parametrize("streams", ["ram", "disk"])
+@pytest.mark.parametrize(
+    ("where", "block"),
+    [
+        ("before write", 1),
+        ("after write", 0),
+        ("after write", 2),
+        ("after commit", 1),
+        ("before manifest", 0),
+        ("before publishing", 0),
+        ("after publishing", 0),
+    ],
+)
+def test_killed_and_resumed_equals_uninterrupted(setting, tmp_path, streams, where, block):
+    toy, expected = setting
+    recipe = write_recipe(tmp_path / "r.yaml", toy, tmp_path / "run", runtime={"streams": streams})
+    command = ["ptq", "--recipe", str(recipe)]
+    assert run_in_child(command, where, block) == -signal.SIGKILL
+    assert run_in_child(command) == 0
+    found = {k: v for k, v in hashes(tmp_path / "run" / "ptq").items() if k != "recipe.resolved.yaml"}
+    assert found == expected[streams]
+    assert not (tmp_path / "run" / "ptq.partial").exists()
+
+
+def test_killed_twice_the_second_time_while_restoring_on_disk(setting, tmp_path):
+    toy, expected = setting
+    recipe = write_recipe(tmp_path / "r.yaml", toy, tmp_path / "run", runtime={"streams": "ram"})
+    assert run_in_child(["ptq", "--recipe", str(recipe)], "after commit", 1) == -signal.SIGKILL
+    on_disk = ["ptq", "--recipe", str(recipe), "runtime.streams=disk"]
+    assert run_in_child(on_disk, "while restoring") == -signal.SIGKILL
+    assert run_in_child(on_disk) == 0
+    found = {k: v for k, v in hashes(tmp_path / "run" / "ptq").items() if k != "recipe.resolved.yaml"}
+    assert found == expected["ram"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_with_130_and_resume(setting, tmp_path, signum):
+    toy, expected = setting
+    recipe = write_recipe(tmp_path / "r.yaml", toy, tmp_path / "run")
+    command = ["ptq", "--recipe", str(recipe)]
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        commit = StageWriter.commit
+        StageWriter.commit = lambda self, index: (commit(self, index), os.kill(os.getpid(), signum) if index == 1 else None)
+        from lbllm_cli.cli import app
+
+        try:
+            app(command, standalone_mode=True)
+        except SystemExit as end:
+            os._exit(int(end.code or 0))
+        os._exit(99)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    assert not (tmp_path / "run" / "ptq").exists()
+    assert run_in_child(command) == 0
+    found = {k: v for k, v in hashes(tmp_path / "run" / "ptq").items() if k != "recipe.resolved.yaml"}
+    assert found == expected["ram"]
+
+
+def test_changed_recipe_is_refused_while_unfinished_and_force_starts_again(setting, tmp_path, lbllm):
+    toy, expected = setting
+    recipe = write_recipe(tmp_path / "r.yaml", toy, tmp_path / "run")
+    assert run_in_child(["ptq", "--recipe", str(recipe)], "after commit", 0) == -signal.SIGKILL
+    refused = lbllm("ptq", "--recipe", recipe, "ptq.group_size=48")
+    assert refused.exit_code == 2
+    assert "ptq.group_size: 32 -> 48" in refused.stderr
+    assert lbllm("ptq", "--recipe", recipe, "ptq.group_size=48", "--force").exit_code == 0
+    changed = hashes(tmp_path / "run" / "ptq")
+    assert changed["block_000.safetensors"] != expected["ram"]["block_000.safetensors"]
+
+
+def test_devices_logging_and_eval_do_not_change_the_fingerprint(setting, tmp_path, ok):
+    toy, _ = setting
+    recipe = write_recipe(tmp_path / "r.yaml", toy, tmp_path / "run")
+    ok("ptq", "--recipe", recipe)
+    again = ok("ptq", "--recipe", recipe, "runtime.streams=disk", "runtime.device=cpu", "eval.checkpoints=[base]")
+    assert "up to date" in again.stderr

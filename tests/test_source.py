@@ -1,0 +1,258 @@
+"""A model folder on disk: headers, shards, reading, identity, metadata."""
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lbllm_cli import source
+from lbllm_cli.errors import RunError, UsageError
+
+CPU = torch.device("cpu")
+
+
+def _tensors(seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "a.weight": torch.randn(6, 8, generator=generator),
+        "b.weight": torch.randn(4, 8, generator=generator).bfloat16(),
+        "c.bias": torch.randn(5, generator=generator).half(),
+        "d.scalar": torch.tensor(2.0),
+        "e.codes": torch.arange(7, dtype=torch.uint8),
+    }
+
+
+def _raw(header: object, data: bytes = b"") -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def _entry(**changes: object) -> dict[str, object]:
+    return {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes
+
+
+@pytest.fixture
+def single(tmp_path):
+    """A folder with config.json and one weight file."""
+    folder = tmp_path / "single"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    save_file(_tensors(), folder / source.SINGLE, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """A folder with an index and two weight files."""
+    folder = tmp_path / "sharded"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    tensors = _tensors()
+    parts = {"model-1.safetensors": ["a.weight", "b.weight"], "model-2.safetensors": ["c.bias", "d.scalar", "e.codes"]}
+    for name, held in parts.items():
+        save_file({key: tensors[key] for key in held}, folder / name)
+    weight_map = {key: name for name, held in parts.items() for key in held}
+    (folder / source.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
+    return folder
+
+
+def test_a_header_gives_dtypes_shapes_and_sizes(single):
+    entries = source.read_header(single / source.SINGLE)
+    assert set(entries) == set(_tensors())
+    for name, tensor in _tensors().items():
+        assert entries[name].shape == tuple(tensor.shape)
+        assert entries[name].nbytes == tensor.numel() * tensor.element_size()
+    assert [entries[name].dtype for name in _tensors()] == ["F32", "BF16", "F16", "F32", "U8"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"is not a complete safetensors file \(0 bytes\)"),
+        (b"\x01\x02\x03", r"is not a complete safetensors file \(3 bytes\)"),
+        (struct.pack("<Q", 1 << 40) + b"{}", "is not a complete safetensors file"),
+        (_raw({"a": _entry()}, bytes(8))[:20], "is not a complete safetensors file"),
+        (_raw({"a": _entry()}, bytes(7)), "is truncated or padded: expected 77 bytes, got 76"),
+        (_raw({"a": _entry()}, bytes(9)), "is truncated or padded: expected 77 bytes, got 78"),
+        (_raw(b"{not json", b""), "has a corrupt safetensors header"),
+        (_raw(b"\xff\xfe{}", b""), "has a corrupt safetensors header"),
+        (_raw([1, 2]), "has a corrupt safetensors header"),
+        (_raw({"a": 5}), "has a corrupt safetensors header"),
+        (_raw({"a": {"dtype": "F32", "shape": [2]}}, bytes(8)), "has a corrupt safetensors header"),
+        (_raw({"a": _entry(data_offsets=[0])}, bytes(8)), "has a corrupt safetensors header"),
+        (_raw({"a": _entry(shape=None)}, bytes(8)), "has a corrupt safetensors header"),
+        (_raw({"a": _entry(dtype="F8_E4M3")}, bytes(8)), "holds tensors of dtype F8_E4M3; expected float32, bfloat16"),
+    ],
+    ids=range(14),
+)
+def test_damaged_headers_are_refused(tmp_path, content, message):
+    file = tmp_path / "w.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(UsageError, match=message) as caught:
+        source.read_header(file)
+    assert str(file) in str(caught.value)
+
+
+def test_every_truncation_is_noticed(single):
+    file = single / source.SINGLE
+    whole = file.read_bytes()
+    for size in (*range(0, 16), len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        with pytest.raises(UsageError, match=r"model\.safetensors .* again"):
+            source.read_header(file)
+
+
+def test_files_that_are_not_there_are_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"w\.safetensors is missing; download w\.safetensors again"):
+        source.read_header(tmp_path / "w.safetensors")
+    with pytest.raises(UsageError, match="cannot be read: Is a directory"):
+        source.read_header(tmp_path)
+
+
+def test_one_file_and_shards_hold_the_same(single, sharded):
+    first, second = source.read_folder(single), source.read_folder(sharded)
+    assert {name: (entry.dtype, entry.shape) for name, entry in first.items()} == {
+        name: (entry.dtype, entry.shape) for name, entry in second.items()
+    }
+    for entries in (first, second):
+        read = source.read_tensors(entries, ["c.bias", "a.weight"], CPU)
+        assert set(read) == {"c.bias", "a.weight"}
+        for name, tensor in read.items():
+            assert tensor.dtype == _tensors()[name].dtype
+            assert torch.equal(tensor, _tensors()[name])
+
+
+def test_a_missing_shard_is_named(sharded):
+    (sharded / "model-2.safetensors").unlink()
+    with pytest.raises(UsageError, match=r"1 of 2 weight files are missing: model-2\.safetensors"):
+        source.read_folder(sharded)
+
+
+def test_an_index_that_names_absent_tensors(sharded):
+    index = json.loads((sharded / source.INDEX).read_text(encoding="utf-8"))
+    index["weight_map"] |= {"z.weight": "model-1.safetensors", "y.weight": "model-2.safetensors"}
+    (sharded / source.INDEX).write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"names 2 tensors that no shard holds, first y\.weight"):
+        source.read_folder(sharded)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": ["a"]}'])
+def test_a_damaged_index_is_refused(sharded, text):
+    (sharded / source.INDEX).write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError, match=r"index\.json is not a safetensors index"):
+        source.read_folder(sharded)
+
+
+def test_folders_without_safetensors(tmp_path):
+    with pytest.raises(UsageError, match=r"no weights: expected model\.safetensors or .*, found no weight file"):
+        source.read_folder(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(UsageError, match=r"found pytorch_model\.bin. Only safetensors are read; convert"):
+        source.read_folder(tmp_path)
+    assert not source.has_weights(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(sharded, value):
+    save_file({"a.weight": torch.tensor([1.0, value]), "b.weight": torch.ones(2)}, sharded / "model-1.safetensors")
+    entries = source.read_folder(sharded)
+    with pytest.raises(RunError, match=r"a\.weight in .*model-1\.safetensors holds NaN or infinity"):
+        source.read_tensors(entries, ["b.weight", "a.weight"], CPU)
+    assert set(source.read_tensors(entries, ["b.weight"], CPU)) == {"b.weight"}
+
+
+def _identity(folder) -> str:
+    return source.identity(folder, source.read_folder(folder))
+
+
+def test_identity_notices_changes(single):
+    file = single / source.SINGLE
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(300, 400, generator=generator) for name in ("a.weight", "b.weight")}
+    save_file(tensors, file)
+    before = _identity(single)
+    assert _identity(single) == before
+    seen = {before}
+
+    content = bytearray(file.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    for place in (start, 65535, len(content) - 65536, len(content) - 1):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        file.write_bytes(changed)
+        seen.add(_identity(single))
+    file.write_bytes(content)
+    assert _identity(single) == before
+
+    save_file({name: tensor.view(400, 300) for name, tensor in tensors.items()}, file)
+    seen.add(_identity(single))
+    save_file({name.replace("a.", "c."): tensor for name, tensor in tensors.items()}, file)
+    seen.add(_identity(single))
+    file.write_bytes(content)
+    (single / "config.json").write_text('{"model_type": "llama", "rope_theta": 1}', encoding="utf-8")
+    seen.add(_identity(single))
+    assert len(seen) == 8
+
+
+def test_identity_covers_every_shard(sharded):
+    before = _identity(sharded)
+    for file in sorted(sharded.glob("*.safetensors")):
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+        assert _identity(sharded) != before
+        content[-1] ^= 1
+        file.write_bytes(content)
+    assert _identity(sharded) == before
+
+
+def test_metadata_is_copied_byte_for_byte(single, tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    kept = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "merges.txt", "vocab.json", "generation_config.json")
+    kept += ("chat_template.jinja", "LICENSE", "LICENSE.txt", "NOTICE", "special_tokens_map.json", "USE_POLICY.md")
+    for name in (*kept, "README.md", "pytorch_model.bin", "modeling_x.py"):
+        (single / name).write_bytes(bytes(torch.randint(0, 256, (64,), generator=generator).tolist()) + b"\r\n")
+    (single / "LICENSES").mkdir()
+    target = tmp_path / "target"
+    target.mkdir()
+    source.copy_metadata(single, target)
+    assert sorted(path.name for path in target.iterdir()) == sorted(kept)
+    for name in kept:
+        assert (target / name).read_bytes() == (single / name).read_bytes()
+    assert single / "config.json" in set(source.metadata_files(single))
+
+
+def test_a_folder_resolves_to_itself(single, monkeypatch):
+    assert source.resolve(str(single), None, True) == single
+    monkeypatch.setenv("HOME", str(single.parent))
+    assert source.resolve("~/single", None, True) == single
+
+
+def test_paths_that_are_no_folder_are_refused_without_the_hub(single, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    for path in (str(single / "nowhere"), str(single / "config.json"), "./nowhere", "../a", "a/b/c", "~/no/where", "a b"):
+        with pytest.raises(UsageError, match=r"is not a folder; give a folder with config\.json or a Hugging Face id"):
+            source.resolve(path, None, True)
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing-here", "nothing--here", "a..b", "nothing.git", "x" * 120])
+def test_models_that_cannot_be_had_give_one_message(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=f"model.path {name}: no such folder") as caught:
+        source.resolve(name, None, True)
+    assert "\n" not in str(caught.value)
+
+
+def test_configs(single):
+    assert source.read_config(single) == {"model_type": "llama"}
+    for text, message in (("{", "cannot be read as JSON"), ("[]", "expected a JSON object, got list")):
+        (single / "config.json").write_text(text, encoding="utf-8")
+        with pytest.raises(UsageError, match=message):
+            source.read_config(single)
+    (single / "config.json").unlink()
+    with pytest.raises(UsageError, match=r"has no config\.json"):
+        source.read_config(single)
