@@ -12,6 +12,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from lbllm_cli.text_sources import builtin_records
+
 ASSETS = Path(__file__).parent / "assets"
 TOY = ASSETS / "toy"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -59,13 +61,17 @@ def save_toy(folder: Path, name: str = "llama-tied", dtype: torch.dtype = torch.
 
 
 def write_recipe(path: Path, model: Path, output: Path, **sections) -> Path:
-    """A small recipe: 6 x 32 tokens of the bundled text, one evaluation set of 4 x 32, group 32."""
+    """A small recipe: 6 x 32 tokens of a novel's chapter, one evaluation set of 4 x 32, group 32."""
+    # Not builtin:calibration: tokenizing its three megabytes is most of a toy's run.
+    text = path.parent / "chapter.txt"
+    if not text.exists():
+        text.write_text(next(builtin_records("calibration", "novels"))["text"][:20_000], encoding="utf-8")
     recipe = {
         "model": {"path": str(model)},
         "output": {"dir": str(output)},
         "runtime": {"device": "cpu", "batch_size": 2},
         "data": {
-            "calibration": {"source": "builtin:calibration", "sequences": 6, "length": 32},
+            "calibration": {"source": str(text), "sequences": 6, "length": 32},
             "evaluation": [{"name": "novels", "source": "builtin:evaluation/novels", "length": 32, "segments": 4}],
         },
         "ptq": {"group_size": 32, "rounds": 1},

@@ -158,7 +158,7 @@ def test_output_that_cannot_be_written(lbllm, tmp_path, recipe):
 
 
 def test_disk_too_small(lbllm, tmp_path, recipe, monkeypatch):
-    usage = namedtuple("usage", "total used free")  # noqa: PYI024 - the shape of shutil's own
+    usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10, 9, 1000))
     for command in ("ptq", "validate"):
         assert "GiB of disk" in refused(lbllm, tmp_path / "run", command, "--recipe", recipe)

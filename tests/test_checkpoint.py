@@ -109,7 +109,7 @@ def test_equal_runs_give_equal_bytes_also_when_interrupted(tmp_path):
 
 
 def test_an_unfinished_stage_is_not_a_checkpoint(tmp_path):
-    with pytest.raises(UsageError, match="the ptq checkpoint in .* is not there; run: lbllm ptq"):
+    with pytest.raises(UsageError, match=r"the ptq checkpoint in .* is not there; run: lbllm ptq"):
         Checkpoint(tmp_path, "ptq")
     _write(_open(tmp_path), 2)
     assert checkpoint.complete_stages(tmp_path) == []
@@ -196,19 +196,14 @@ def _crash_at(monkeypatch, step: str, number: int) -> None:
     monkeypatch.setattr(Path, "unlink", unlinking)
 
 
-LOSES_THE_STAGE = pytest.mark.xfail(
-    strict=True, reason="progress.json is removed before the rename: in between, the finished stage is not recognised"
-)
-
-
 @pytest.mark.parametrize(
     ("replacing", "step", "number"),
     [
         (False, "unlink", 1),
-        pytest.param(False, "rename", 1, marks=LOSES_THE_STAGE),
+        (False, "rename", 1),
         (True, "rename", 1),
         (True, "unlink", 1),
-        pytest.param(True, "rename", 2, marks=LOSES_THE_STAGE),
+        (True, "rename", 2),
     ],
 )
 def test_a_crash_while_publishing_loses_nothing(tmp_path, monkeypatch, replacing, step, number):
@@ -216,10 +211,11 @@ def test_a_crash_while_publishing_loses_nothing(tmp_path, monkeypatch, replacing
         _finished(tmp_path, OTHER, seed=1)
     writer = _open(tmp_path, INPUTS, force=True)
     _write(writer, 3)
-    with monkeypatch.context() as patch, pytest.raises(Crash):
+    with monkeypatch.context() as patch:
         _crash_at(patch, step, number)
-        writer.finish(FACTS)
-    assert (tmp_path / "ptq.partial" / MANIFEST).exists()
+        with pytest.raises(Crash):
+            writer.finish(FACTS)
+    assert any((tmp_path / folder / MANIFEST).exists() for folder in ("ptq", "ptq.partial"))
 
     assert StageWriter(tmp_path, "ptq", INPUTS).open(force=False) is False
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ptq"]
@@ -246,9 +242,10 @@ def test_a_crash_while_committing_keeps_what_was_committed(tmp_path, monkeypatch
     def crash(*_: object) -> None:
         raise Crash
 
-    with monkeypatch.context() as patch, pytest.raises(Crash):
+    with monkeypatch.context() as patch:
         patch.setattr(files.os, "replace", crash)
-        writer.commit(1)
+        with pytest.raises(Crash):
+            writer.commit(1)
     again = _open(tmp_path)
     assert again.blocks_done == 1
     again.verify()
@@ -278,7 +275,6 @@ def test_a_committed_block_changed_before_resuming_is_named(tmp_path):
         _open(tmp_path).verify()
 
 
-@pytest.mark.xfail(strict=True, reason="open(force=True) resumes an unfinished stage of the same inputs, damaged or not")
 def test_force_starts_again_after_a_damaged_block_as_the_message_says(tmp_path):
     _write(_open(tmp_path), 2)
     (tmp_path / "ptq.partial" / block_file(0)).unlink()

@@ -1,6 +1,6 @@
 """Four levels by weighted EM: against a slow Lloyd iteration and against brute force over all partitions."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -59,8 +59,26 @@ def _best_error(weight, importance):
     best = float("inf")
     for cuts in combinations(range(1, len(points)), 3):
         edges = (0, *cuts, len(points))
-        best = min(best, sum(_spread(points[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)))
+        best = min(best, sum(_spread(points[a:b]) for a, b in pairwise(edges)))
     return best
+
+
+def _best_of_many(weight, importance):
+    """The same by dynamic programming over running sums: for rows with too many partitions to try."""
+    points = sorted(zip(weight, importance, strict=True))
+    sums = [(0.0, 0.0, 0.0)]
+    for v, m in points:
+        mass, moment, square = sums[-1]
+        sums.append((mass + m, moment + m * v, square + m * v * v))
+
+    def cost(a, b):
+        mass, moment, square = (late - early for early, late in zip(sums[a], sums[b], strict=True))
+        return square - moment * moment / mass
+
+    best = [0.0] + [float("inf")] * len(points)
+    for _ in range(4):
+        best = [0.0] + [min(best[a] + cost(a, b) for a in range(b)) for b in range(1, len(points) + 1)]
+    return best[-1]
 
 
 def test_nearest_rank_against_loop():
@@ -93,7 +111,7 @@ def test_fit_against_slow_lloyd(per_row, iterations):
     found = fit_levels(weight, importance, iterations)
     rows = zip(weight.tolist(), importance.expand(12, 40).tolist(), strict=True)
     slow = torch.tensor([_slow_fit(w, m, iterations) for w, m in rows])
-    # Measured: 1.5e-6 at most (float32 sums, and differences of them).
+    # Measured: 1.2e-6 at most (float32 sums, and differences of them).
     torch.testing.assert_close(found, slow, atol=1e-5, rtol=0)
 
 
@@ -102,11 +120,11 @@ def test_error_never_rises():
     weight = torch.randn(300, 48, generator=g) ** 3
     importance = torch.rand(48, generator=g) ** 4 * 100 + 0.01
     errors = [_errors(weight, importance, fit_levels(weight, importance, n)) for n in range(1, 11)]
-    for before, after in zip(errors[:-1], errors[1:], strict=True):
-        # Measured: no row rises by more than 4e-8 of itself.
+    for before, after in pairwise(errors):
+        # Measured: no row rises by more than 6e-8 of itself.
         assert bool((after <= before * (1 + 1e-6)).all())
-    # It does go on falling: 10 iterations reach 0.77 of the error of one.
-    assert float(errors[-1].sum()) < 0.85 * float(errors[0].sum())
+    # It does go on falling: 10 iterations reach 0.28 of the error of one.
+    assert float(errors[-1].sum()) < 0.4 * float(errors[0].sum())
 
 
 @pytest.mark.parametrize("n", [6, 7, 8])
@@ -117,8 +135,21 @@ def test_against_brute_force(n):
     found = _errors(weight, importance, fit_levels(weight, importance, 50))
     best = torch.tensor([_best_error(w, m) for w, m in zip(weight.tolist(), importance.tolist(), strict=True)])
     assert bool((found >= best - 1e-6).all())
-    # Measured, sum of errors over the sum of the best: BRUTE.
-    assert float(found.sum() / best.sum()) < 1.6
+    # EM stops at a local optimum. Measured, sum of errors over the sum of the best: 1.8, 1.4 and 2.0; 59, 62 and 40 % of the
+    # rows reach the best.
+    assert float(found.sum() / best.sum()) < 2.3
+    assert float((found <= best * (1 + 1e-4)).float().mean()) > 0.3
+
+
+def test_close_to_the_best_at_real_sizes():
+    g = _generator(64)
+    weight = torch.randn(20, 64, generator=g)
+    importance = torch.rand(20, 64, generator=g) * 3 + 0.05
+    found = _errors(weight, importance, fit_levels(weight, importance, 20))
+    best = torch.tensor([_best_of_many(w, m) for w, m in zip(weight.tolist(), importance.tolist(), strict=True)])
+    assert bool((found >= best * (1 - 1e-5)).all())
+    # Measured, sum of errors over the sum of the best: 1.08.
+    assert float(found.sum() / best.sum()) < 1.15
 
 
 @pytest.mark.parametrize("n", [4, 8, 64])
@@ -128,8 +159,8 @@ def test_separated_levels_come_back(n):
     ranks = torch.stack([torch.randperm(n, generator=g) % 4 for _ in range(50)])
     weight = levels.gather(1, ranks)
     importance = torch.rand(n, generator=g) + 0.1
-    # With equal importance the sums of a few equal numbers are nearly exact. Measured: 2.4e-7 and 9.5e-7.
-    for mass, tolerance in ((torch.ones(n), 1e-6), (importance, 4e-6)):
+    # Measured: 2.1e-6 and 5.5e-6, for levels up to 6.
+    for mass, tolerance in ((torch.ones(n), 1e-5), (importance, 3e-5)):
         found = fit_levels(weight, mass, 20)
         torch.testing.assert_close(found, levels, atol=tolerance, rtol=0)
         assert torch.equal(nearest_rank(weight, found), ranks)
@@ -148,7 +179,7 @@ def test_importance_lowers_the_weighted_error():
     importance = torch.rand(32, generator=g) ** 6 * 100 + 0.01
     weighted = _errors(weight, importance, fit_levels(weight, importance, 30)).sum()
     plain = _errors(weight, importance, fit_levels(weight, torch.ones(32), 30)).sum()
-    assert float(weighted / plain) < 0.8  # measured: IMPORTANCE
+    assert float(weighted / plain) < 0.8  # measured: 0.58
 
 
 @pytest.mark.parametrize(
@@ -161,8 +192,9 @@ def test_empty_levels(row):
         found = fit_levels(weight, importance, 20)
         assert bool(torch.isfinite(found).all())
         assert found.tolist() == [sorted(found.tolist()[0])]
-        # At most three values among four levels: nothing is left over. Measured: 0 or one rounding.
-        assert float(_errors(weight, importance, found)) <= 1e-10
+        # At most three values among four levels: nothing is left over. Measured: 6e-9 where a level's only member has
+        # 4e-4 of the importance (its mean is a difference of sums), else 6e-12 at most.
+        assert float(_errors(weight, importance, found)) <= 1e-7
 
 
 def test_result_ascends_and_inputs_stay():

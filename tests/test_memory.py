@@ -6,11 +6,12 @@ import sys
 from conftest import save_toy, write_recipe
 
 RUN = (
-    "import resource, sys, torch\n"
+    "import sys, torch\n"
     "torch.set_num_threads(1)\n"
     "from lbllm_cli.cli import app\n"
     "app(sys.argv[1:], standalone_mode=False)\n"
-    "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)\n"
+    "from lbllm_cli.report import peak_ram\n"
+    "print('peak', peak_ram())\n"
 )
 SIZES = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 64, "num_attention_heads": 8}
 

@@ -19,6 +19,7 @@ from lbllm_cli.model import LINEARS, open_model
 from lbllm_cli.ops.binarize import decode
 from lbllm_cli.recipe import Model
 from lbllm_cli.stream import binarized_weights
+from lbllm_cli.text_sources import builtin_records
 
 CPU = torch.device("cpu")
 
@@ -54,7 +55,8 @@ def test_every_family_through_all_commands(name, tmp_path, ok):
     expected = logits_of(staged)
     assert (expected - logits_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))).abs().max() > 0.01
     # Evaluation on the whole model in memory, by transformers alone.
-    tokens = AutoTokenizer.from_pretrained(folder)(first_novel_text(), add_special_tokens=False)["input_ids"][:128]
+    text = next(builtin_records("evaluation", "novels"))["text"]
+    tokens = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"][:128]
     rows = torch.tensor(tokens).view(4, 32)
     with torch.no_grad():
         loss = cross_entropy(staged(rows).logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
@@ -68,12 +70,6 @@ def test_every_family_through_all_commands(name, tmp_path, ok):
     ok("export", "--recipe", recipe, "export.format=dense")
     dense = AutoModelForCausalLM.from_pretrained(run / "export", dtype=torch.float32)
     torch.testing.assert_close(logits_of(dense), expected, atol=0, rtol=0)
-
-
-def first_novel_text() -> str:
-    from lbllm_cli.text_sources import builtin_records
-
-    return next(builtin_records("evaluation", "novels"))["text"]
 
 
 def test_export_stands_alone_and_keeps_the_source_files(tmp_path, ok, toy, recipe):
@@ -119,7 +115,7 @@ def test_packed_model_survives_casts_saving_and_dequantizing(tmp_path, ok, recip
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export")
     expected = logits_of(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.endswith((".scale", ".levels"))}
-    model.bfloat16().float()
+    model.to(torch.bfloat16)
     for name, tensor in before.items():
         assert torch.equal(model.state_dict()[name], tensor), name
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export")

@@ -196,6 +196,15 @@ def test_identity_notices_changes(single):
     assert len(seen) == 8
 
 
+def test_identity_notices_shapes_that_lie_deep_in_the_file(single):
+    seen = set()
+    for shape in ((300, 400), (400, 300), (120000,)):
+        save_file({"a.weight": torch.ones(shape)}, single / source.SINGLE, metadata={"padding": "x" * 70_000})
+        assert b"shape" not in (single / source.SINGLE).read_bytes()[:65536]
+        seen.add(_identity(single))
+    assert len(seen) == 3
+
+
 def test_identity_covers_every_shard(sharded):
     before = _identity(sharded)
     for file in sorted(sharded.glob("*.safetensors")):

@@ -157,14 +157,15 @@ class StageWriter:
     def open(self, force: bool) -> bool:
         """Starts, resumes or recognises the stage; returns False when it is already complete with the same inputs.
 
-        Raises UsageError listing the changed inputs when the folder holds another run, unless `force`, which discards an
-        unfinished one and replaces a finished one at the end.
+        force: start again, discarding an unfinished run; a finished one is replaced at the end, not before.
+        Raises UsageError listing the changed inputs when the folder holds another run.
         """
-        if self._same(self.path / PROGRESS):
+        shutil.rmtree(self._replaced, ignore_errors=True)
+        if self._same(self.path / MANIFEST):
+            self._publish()  # killed between the manifest and the rename
+            return False
+        if self._same(self.path / PROGRESS) and not force:
             self.hashes = json.loads((self.path / PROGRESS).read_text(encoding="utf-8"))["files"]
-            if (self.path / MANIFEST).exists():
-                self._publish()
-                return False
             return True
         if not force and (self.path / PROGRESS).exists():
             self._refuse(self.path / PROGRESS, "holds an unfinished run with other inputs")
@@ -172,6 +173,7 @@ class StageWriter:
             if not self._same(self.final / MANIFEST):
                 self._refuse(self.final / MANIFEST, "was made from other inputs")
             Checkpoint(self.final.parent, self.stage).verify()
+            (self.final / PROGRESS).unlink(missing_ok=True)
             return False
         shutil.rmtree(self.path, ignore_errors=True)
         self.path.mkdir(parents=True)
@@ -183,10 +185,12 @@ class StageWriter:
 
     def _inputs_of(self, file: Path) -> dict[str, Any]:
         try:
-            inputs: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["inputs"]
+            record = json.loads(file.read_text(encoding="utf-8"))
+            inputs: dict[str, Any] = record["inputs"]
+            blocks: dict[str, str] = record["files"]
         except (ValueError, KeyError, TypeError, OSError):
             return {}
-        return inputs
+        return inputs if isinstance(blocks, dict) else {}
 
     def _refuse(self, file: Path, what: str) -> None:
         before = self._inputs_of(file)
@@ -241,11 +245,15 @@ class StageWriter:
 
     def _publish(self) -> None:
         """Puts the finished folder in place; a replaced one is removed only afterwards."""
-        replaced = self.final.with_name(f"{self.stage}.replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
         if self.final.exists():
-            os.rename(self.final, replaced)
-        (self.path / PROGRESS).unlink(missing_ok=True)
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            os.rename(self.final, self._replaced)
         os.rename(self.path, self.final)
+        # Only now: a .partial folder without it would look like one that was never begun.
+        (self.final / PROGRESS).unlink(missing_ok=True)
         files.sync_folder(self.final.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        shutil.rmtree(self._replaced, ignore_errors=True)
+
+    @property
+    def _replaced(self) -> Path:
+        return self.final.with_name(f"{self.stage}.replaced")

@@ -35,11 +35,24 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _set_library_environment() -> None:
+    """Settings that libraries read once, at their import."""
+    import os
+
+    # stderr is for one line per block.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    # Threads that spin while they wait starve each other on a shared machine: a toy's block took 33 s instead of 2.6 s on
+    # two busy cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 @app.callback()
 def _main(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
 ) -> None:
-    pass
+    _set_library_environment()
 
 
 @contextmanager
@@ -79,18 +92,7 @@ def _run(command: Callable[..., None], recipe: Path, overrides: list[str] | None
         from lbllm_cli.recipe_file import load_recipe
 
         loaded = load_recipe(recipe, overrides)
-        _quiet()
         command(loaded, **options)
-
-
-def _quiet() -> None:
-    """Library chatter off before the libraries are imported: stderr is for one line per block."""
-    import os
-
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
 @app.command(epilog="Example: `lbllm ptq --recipe smollm2-135m.yaml ptq.group_size=64`")
@@ -130,7 +132,6 @@ def generate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
 ) -> None:
     """Stream text from a model folder to stdout; the chat template is applied where there is one."""
-    _quiet()
     with _exit_codes():
         from lbllm_cli import commands
 

@@ -25,7 +25,6 @@ from lbllm_cli.stages import export as exporting
 from lbllm_cli.stages.ptq import fit_block
 from lbllm_cli.stream import BlockLoop
 
-
 _KINDS = ("device", "ram", "disk", "streams")
 
 

@@ -62,12 +62,13 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
                     raise ValueError(f"{name}.scale holds NaN or infinity; export it again")
         return model
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         """Replaces every PackedLinear by an ordinary linear with the decoded weight."""
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for name, module in list(model.named_modules()):
             if isinstance(module, PackedLinear):
                 dense = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-                dense.weight = nn.Parameter(module.dense_weight().to(dtype or torch.float32), requires_grad=False)
+                dense.weight = nn.Parameter(module.dense_weight().to(wanted or torch.float32), requires_grad=False)
                 if module.bias is not None:
                     dense.bias = module.bias
                 model.set_submodule(name, dense)

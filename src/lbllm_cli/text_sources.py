@@ -113,12 +113,12 @@ def documents(item: Source, evaluating: bool, tokenizer: Any) -> Iterator[str]:
         return
     if name in PRESETS:
         preset = PRESETS[name]
-        part = preset.evaluation if evaluating else preset.calibration
-        assert part is not None  # `check` refused this
+        place = preset.evaluation if evaluating else preset.calibration
+        assert place is not None  # `check` refused this
         if item.path:
-            records = _local_records(Path(item.path).expanduser(), item.split or part[0])
+            records = _local_records(Path(item.path).expanduser(), item.split or place[0])
         else:
-            records = _hub_records(preset.repository, preset.config, *part)
+            records = _hub_records(preset.repository, preset.config, *place)
         yield from _texts(records, item.model_copy(update={"text_key": preset.key}), tokenizer)
         return
     split = item.split or ("test" if evaluating else "train")

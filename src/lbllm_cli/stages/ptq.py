@@ -1,7 +1,6 @@
 """Stage 1: Hessian-weighted EM with error compensation, block by block (LBLLM stage 1; refinement and target are ours)."""
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from lbllm_cli.ops.target import step_length, target_step
 from lbllm_cli.recipe import Ptq
 from lbllm_cli.stream import BlockTask, batches
 
-HONEST=os.environ.get('HONEST')
 Unit = tuple[str, ...]
 
 
@@ -114,7 +112,7 @@ def _fit_unit(
     task: BlockTask, unit: Unit, moments: _Moments, settings: Ptq
 ) -> tuple[dict[str, tuple[Tensor, Tensor, Tensor, Tensor]], dict[str, Any]]:
     """Fits the linears that share an input, as one matrix: rows are independent given H."""
-    everything = moments.fitted if HONEST else moments.fitted.plus(moments.held_out)
+    everything = moments.fitted.plus(moments.held_out)
     sources = [task.teacher.linear(name).weight.float() for name in unit]
     try:
         hessian, factor, damping = inverse_factor(everything.mean_hessian(), settings.damping)
