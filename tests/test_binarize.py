@@ -53,9 +53,9 @@ def _slow_decode(weight, levels, scale, inn):
 
 
 def _slow_project(levels):
-    """Smallest float16 not below max / 127, in exact fractions; levels rounded against it, halves to even."""
-    scale = HALVES[bisect.bisect_left(HALVES, Fraction(max(abs(v) for v in levels)) / 127)]
-    return [round(Fraction(v) / Fraction(scale)) if scale else 0 for v in levels], scale
+    """Smallest float16 not below max / 127 less 2e-6, in exact fractions; levels rounded against it, halves to even."""
+    scale = HALVES[bisect.bisect_left(HALVES, Fraction(max(abs(v) for v in levels)) / 127 * (1 - Fraction(2, 10**6)))]
+    return [max(-127, min(127, round(Fraction(v) / Fraction(scale)))) if scale else 0 for v in levels], scale
 
 
 @pytest.mark.parametrize(("out", "inn", "size"), SHAPES)
@@ -113,10 +113,10 @@ def test_project_levels_against_fractions():
     slow = [_slow_project(row) for row in wanted.double().tolist()]
     assert levels.tolist() == [row for row, _ in slow]
     assert scale.double().tolist() == [s for _, s in slow]
-    assert bool((scale.double() * 127 >= wanted.double().abs().amax(1)).all())
+    assert bool((scale.double() * 127 >= wanted.double().abs().amax(1) * (1 - 2.1e-6)).all())
     # Measured: 0.4995 of a step at worst.
     error = (level_values(levels, scale).double() - wanted.double()).abs()
-    assert bool((error <= 0.5 * scale.double().unsqueeze(1)).all())
+    assert bool((error <= 0.5003 * scale.double().unsqueeze(1)).all())
 
 
 def test_project_levels_next_to_a_boundary():
@@ -209,3 +209,12 @@ def test_expected_bits_by_hand():
     assert expected_bits([(7, 576)], 128) == pytest.approx((640 * 2 + 5 * 48) / 576)
     # Two linears: weighted by their sizes.
     assert expected_bits([(1, 128), (3, 64)], 128) == pytest.approx((304 + 3 * 304) / (128 + 3 * 64))
+
+
+def test_levels_one_rounding_error_off_the_grid_return_to_it():
+    # A weighted mean of equal levels comes back one float32 step away; a larger scale would move all four levels.
+    scale = torch.tensor([2.0**-24, 0.01, 1.0]).half()
+    grid = torch.tensor([127.0, -50.0, 3.0, 90.0]) * scale.float().unsqueeze(1)
+    levels, found = project_levels(grid * (1 + 1.2e-7))
+    assert torch.equal(found, scale)
+    assert levels.tolist() == [[127, -50, 3, 90]] * 3

@@ -31,14 +31,15 @@ def project_levels(levels: Tensor) -> tuple[Tensor, Tensor]:
 
     levels: float [..., groups, 4], weight units. Returns (int8 [..., groups, 4], float16 scale [..., groups]).
     The scale is max|level| / 127 rounded *up* to float16, and levels are rounded against that stored scale, so
-    no level exceeds 127 and a subnormal scale costs resolution, not range. [8, 5, 4] -> [8, 5, 4], [8, 5].
+    a subnormal scale costs resolution, not range. Rounding up ignores the last bits of float32: levels that come off
+    the grid by one rounding error return to it. [8, 5, 4] -> [8, 5, 4], [8, 5].
 
     Raises ValueError when a level is not finite or too large for a float16 scale.
     """
     wanted = levels.abs().amax(dim=-1).float() / LEVEL_MAX
     scale = wanted.half()
     up = torch.nextafter(scale, torch.full_like(scale, torch.inf))
-    scale = torch.where(scale.float() < wanted, up, scale)
+    scale = torch.where(scale.float() < wanted * (1 - 2e-6), up, scale)
     if not bool(torch.isfinite(scale).all()):
         raise ValueError(f"levels reach {float(wanted.max()) * LEVEL_MAX:.3g}, the format holds at most {LEVEL_MAX * 65504:.3g}")
     divisor = torch.where(scale == 0, torch.ones_like(scale), scale).float().unsqueeze(-1)

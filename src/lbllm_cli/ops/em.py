@@ -1,5 +1,7 @@
 """Four levels for a group of weights: weighted EM in one dimension (Lloyd's iteration), all rows at once."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -40,17 +42,14 @@ def fit_levels(weight: Tensor, importance: Tensor, iterations: int) -> Tensor:
     mass = importance.expand_as(weight)
     moment = mass * weight
     for _ in range(iterations):
-        # Four masks instead of scatter_add: 3x faster on a CPU for groups of 64 to 128.
         middle = (levels[:, 1:] + levels[:, :-1]) / 2
         above = [(weight > middle[:, k : k + 1]).to(weight.dtype) for k in range(LEVELS - 1)]
-        masses = [mass.sum(1)] + [(mass * a).sum(1) for a in above]
-        moments = [moment.sum(1)] + [(moment * a).sum(1) for a in above]
-        zero = torch.zeros_like(masses[0])
-        member_mass = torch.stack(masses, 1) - torch.stack([*masses[1:], zero], 1)
-        member_moment = torch.stack(moments, 1) - torch.stack([*moments[1:], zero], 1)
-        # Differences of sums leave rounding dust where a level has no members: below it the level counts as empty.
-        empty = member_mass <= 1e-6 * masses[0].unsqueeze(1)
-        moved = torch.where(empty, levels, member_moment / member_mass.clamp_min(1e-30))
+        # Sums over members, not differences of sums over tails: those lose a level of little mass beside a massive input.
+        # Four masks in turn: half the time of one batched product with them stacked.
+        members = [1 - above[0], *(low - high for low, high in pairwise(above)), above[-1]]
+        member_mass = torch.stack([(member * mass).sum(1) for member in members], 1)
+        member_moment = torch.stack([(member * moment).sum(1) for member in members], 1)
+        moved = torch.where(member_mass > 0, member_moment / member_mass, levels)
         moved = moved.sort(dim=1).values
         if torch.equal(moved, levels):
             break

@@ -22,6 +22,7 @@ from lbllm_cli.recipe import Ptq
 from lbllm_cli.stream import BlockTask, batches
 
 Unit = tuple[str, ...]
+_OUTPUT = UNITS[1]
 
 
 class _StopForward(Exception):
@@ -46,12 +47,100 @@ def _inputs_of(block: Block, names: list[str], stop: bool) -> Iterator[dict[str,
             handle.remove()
 
 
+class _KnownAttention(nn.Module):
+    """Stands for a block's attention once its heads' outputs are known: only the output projection is left to compute."""
+
+    def __init__(self, projection: nn.Linear):
+        super().__init__()
+        self.projection = projection
+        self.heads: Tensor | None = None
+
+    def forward(self, *arguments: Any, **options: Any) -> tuple[Tensor, None]:
+        assert self.heads is not None
+        return self.projection(self.heads), None
+
+
 @dataclass
 class _Moments:
     """Of one unit: estimated on most sequences, and on those held out to choose the target's strength."""
 
     fitted: InputMoments
     held_out: InputMoments
+
+
+class _Collector:
+    """Runs both streams through a block and sums the moments of what its linears read.
+
+    In sequential order every unit needs a pass. What o_proj reads does not change after it was collected, so later passes
+    start there: without it attention is a fourth of the stage's time. Kept only while the streams are in RAM as well.
+    """
+
+    def __init__(self, task: BlockTask, student: Block, settings: Ptq):
+        self.task = task
+        self.student = student
+        self.asymmetric = settings.asymmetric != 0
+        rows = task.quantized.rows
+        held = max(1, round(settings.held_out * rows)) if settings.asymmetric == "auto" else 0
+        self.parts = ((0, rows - held), (rows - held, rows))
+        self.keep = settings.sequential and task.quantized.path is None
+        self.known: dict[tuple[Block, int], Tensor] = {}
+
+    def collect(self, units: tuple[Unit, ...]) -> dict[Unit, _Moments]:
+        """Moments of some units' inputs, from one pass.
+
+        The pass that reaches the block's last linear lets the teacher run on to its end: its outputs are the targets.
+        """
+        moments = {}
+        for unit in units:
+            size = self.student.linear(unit[0]).in_features
+            moments[unit] = _Moments(*(InputMoments.empty(size, self.task.device, self.asymmetric) for _ in range(2)))
+        names = [unit[0] for unit in units]
+        last = units[-1] == UNITS[-1]
+        with (
+            self._attention() as attention,
+            _inputs_of(self.student, names, stop=True) as read,
+            _inputs_of(self.task.teacher, names, stop=not last) as wanted,
+        ):
+            for first, end in self.parts:
+                for rows in batches(first, end, self.task.batch_size):
+                    for block, stub in attention.items():
+                        stub.heads = self.known[block, rows.start].to(self.task.device)
+                    self._pass(rows, last)
+                    for unit in units:
+                        part = moments[unit].fitted if first == 0 else moments[unit].held_out
+                        part.add(read[unit[0]], wanted.get(unit[0]))
+                    if self.keep and units == (_OUTPUT,):
+                        self._remember(rows, read, wanted)
+        return moments
+
+    def _pass(self, rows: slice, last: bool) -> None:
+        task = self.task
+        with suppress(_StopForward):
+            if self.asymmetric and last:
+                task.run_teacher(rows)
+            elif self.asymmetric:
+                task.teacher(task.full.data[rows].to(task.device))
+        with suppress(_StopForward):
+            self.student(task.quantized.data[rows].to(task.device))
+
+    def _remember(self, rows: slice, read: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+        self.known[self.student, rows.start] = read[_OUTPUT[0]].cpu()
+        if self.asymmetric:
+            self.known[self.task.teacher, rows.start] = wanted[_OUTPUT[0]].cpu()
+
+    @contextmanager
+    def _attention(self) -> Iterator[dict[Block, _KnownAttention]]:
+        """Puts the stand-in where heads are known, and takes it out again."""
+        layers: dict[Block, Any] = {block: block.layer for block, _ in self.known}
+        real = {block: layer.self_attn for block, layer in layers.items()}
+        stubs = {block: _KnownAttention(block.linear(_OUTPUT[0])) for block in layers}
+        for block, layer in layers.items():
+            layer.self_attn = stubs[block]
+        try:
+            yield stubs
+        finally:
+            for block, layer in layers.items():
+                layer.self_attn = real[block]
 
 
 def fit_block(task: BlockTask, settings: Ptq) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -62,11 +151,12 @@ def fit_block(task: BlockTask, settings: Ptq) -> tuple[dict[str, Tensor], dict[s
     Raises RunError naming block and linear when an input or a Hessian is not finite.
     """
     student = task.teacher.sharing()
+    collector = _Collector(task, student, settings)
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Any] = {"linears": {}}
     passes: list[tuple[Unit, ...]] = [(unit,) for unit in UNITS] if settings.sequential else [UNITS]
     for units in passes:
-        moments = _collect(task, student, units, settings)
+        moments = collector.collect(units)
         for unit in units:
             packed, linears = _fit_unit(task, unit, moments.pop(unit), settings)
             facts["linears"] |= linears
@@ -75,37 +165,6 @@ def fit_block(task: BlockTask, settings: Ptq) -> tuple[dict[str, Tensor], dict[s
                 tensors |= {f"{full}.weight": weight, f"{full}.levels": levels, f"{full}.scale": scale}
                 student.set_weight(name, values)
     return tensors, facts
-
-
-def _collect(task: BlockTask, student: Block, units: tuple[Unit, ...], settings: Ptq) -> dict[Unit, _Moments]:
-    """Moments of the inputs of some units, from one pass over both streams.
-
-    The pass that reaches the block's last linear lets the teacher run on to its end: its outputs are the targets, and
-    a pass of their own would cost a fourth of all forward work.
-    """
-    asymmetric = settings.asymmetric != 0
-    rows_total = task.quantized.rows
-    held = max(1, round(settings.held_out * rows_total)) if settings.asymmetric == "auto" else 0
-    names = [unit[0] for unit in units]
-    to_the_end = units[-1] == UNITS[-1]
-    moments = {}
-    for unit in units:
-        size = student.linear(unit[0]).in_features
-        moments[unit] = _Moments(*(InputMoments.empty(size, task.device, asymmetric) for _ in range(2)))
-    with _inputs_of(student, names, stop=True) as read, _inputs_of(task.teacher, names, stop=not to_the_end) as wanted:
-        for first, last in ((0, rows_total - held), (rows_total - held, rows_total)):
-            for rows in batches(first, last, task.batch_size):
-                if asymmetric and to_the_end:
-                    task.run_teacher(rows)
-                elif asymmetric:
-                    with suppress(_StopForward):
-                        task.teacher(task.full.data[rows].to(task.device))
-                with suppress(_StopForward):
-                    student(task.quantized.data[rows].to(task.device))
-                for unit in units:
-                    part = moments[unit].fitted if first == 0 else moments[unit].held_out
-                    part.add(read[unit[0]], wanted.get(unit[0]))
-    return moments
 
 
 def _fit_unit(
