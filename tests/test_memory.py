@@ -15,6 +15,8 @@ RUN = (
 )
 SIZES = {"hidden_size": 384, "intermediate_size": 768, "head_dim": 48, "num_attention_heads": 8}
 
+QUICK = {"rounds": 0, "em_iterations": 2, "group_size": 128}
+
 
 def peak(*arguments: str) -> int:
     result = subprocess.run([sys.executable, "-c", RUN, *arguments], capture_output=True, text=True, check=True)
@@ -26,7 +28,7 @@ def test_peak_memory_is_independent_of_the_number_of_blocks(tmp_path):
     for blocks in (4, 16):
         folder = save_toy(tmp_path / f"model{blocks}", num_hidden_layers=blocks, **SIZES)
         weights = (folder / "model.safetensors").stat().st_size
-        recipe = write_recipe(tmp_path / f"{blocks}.yaml", folder, tmp_path / f"run{blocks}", ptq={"rounds": 0, "em_iterations": 2, "group_size": 128})
+        recipe = write_recipe(tmp_path / f"{blocks}.yaml", folder, tmp_path / f"run{blocks}", ptq=QUICK)
         peaks[blocks] = {c: peak(c, "--recipe", str(recipe)) for c in ("ptq", "eval")}
         peaks[blocks]["weights"] = weights
     more_weights = peaks[16]["weights"] - peaks[4]["weights"]

@@ -65,7 +65,8 @@ def test_every_family_through_all_commands(name, tmp_path, ok):
     ok("export", "--recipe", recipe)
     packed = AutoModelForCausalLM.from_pretrained(run / "export", dtype=torch.float32)
     torch.testing.assert_close(logits_of(packed), expected, atol=0, rtol=0)
-    assert results["ptq"]["bytes"] == pytest.approx(sum(f.stat().st_size for f in (run / "export").glob("*.safetensors")), rel=0.2)
+    exported = sum(file.stat().st_size for file in (run / "export").glob("*.safetensors"))
+    assert results["ptq"]["bytes"] == pytest.approx(exported, rel=0.2)  # headers of many small files
 
     ok("export", "--recipe", recipe, "export.format=dense")
     dense = AutoModelForCausalLM.from_pretrained(run / "export", dtype=torch.float32)

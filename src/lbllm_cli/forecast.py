@@ -15,8 +15,9 @@ from lbllm_cli.stages.ptq import expected_bits
 
 # Resident memory of a process that has imported torch and transformers, rounded up.
 _PROCESS = 0.7 * GIB
-# The loop holds the inputs and outputs of one stream and one end of the other at a time on disk, one less in RAM.
-_STREAMS_DISK, _STREAMS_RAM = 4, 4
+# Both streams before and after a block. While ptq fits a block in RAM there are three, and in sequential order what
+# both streams' attention heads gave, which the fit keeps instead of computing it again.
+_STREAMS, _STREAMS_FITTING = 4, 3
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def _fit_bytes(model: SourceModel, settings: Ptq) -> float:
     kinds = (2 if settings.asymmetric != 0 else 1) * (2 if settings.asymmetric == "auto" else 1)
     squares = [4.0 * unit[0][1] ** 2 for unit in shapes.values()]
     moments = kinds * (max(squares) if settings.sequential else sum(squares))
-    work = max(5 * 4.0 * unit[0][1] ** 2 + 7 * 4.0 * sum(out * inn for out, inn in unit) for unit in shapes.values())
+    work = max(9 * 4.0 * unit[0][1] ** 2 + 7 * 4.0 * sum(out * inn for out, inn in unit) for unit in shapes.values())
     return moments + work
 
 
@@ -81,7 +82,7 @@ def checkpoint_bytes(model: SourceModel, group_size: int) -> float:
     return expected_bits(shapes, group_size) * model.count(model.binarized_names) / 8
 
 
-def _streams(recipe: Recipe, one: float, in_ram: int) -> bool:
+def _streams(recipe: Recipe, one: float, in_ram: float) -> bool:
     """Whether streams go to disk: as the recipe says, or by half of the RAM that is free now."""
     if recipe.runtime.streams == "auto":
         return in_ram * one > psutil.virtual_memory().available / 2
@@ -92,8 +93,10 @@ def ptq_need(recipe: Recipe, model: SourceModel) -> Need:
     """Need of `lbllm ptq`."""
     tokens = recipe.data.calibration
     one = float(tokens.sequences * tokens.length * model.config.hidden_size * model.dtype.itemsize)
-    on_disk = _streams(recipe, one, _STREAMS_RAM)
-    count = _STREAMS_DISK if on_disk else _STREAMS_RAM
+    heads = model.shapes[f"{block_prefix(0)}self_attn.o_proj.weight"][1] / model.config.hidden_size
+    in_ram = max(_STREAMS, _STREAMS_FITTING + 2 * heads) if recipe.ptq.sequential else _STREAMS
+    on_disk = _streams(recipe, one, in_ram)
+    count = _STREAMS if on_disk else in_ram
     passing = _activation_bytes(model, min(tokens.sequences, recipe.runtime.batch_size), tokens.length)
     # Teacher, and the student's replaced weights beside it; then the fit, when no activations are alive.
     device = 2 * _block_bytes(model) + passing + _fit_bytes(model, recipe.ptq)

@@ -175,7 +175,7 @@ def _fit_unit(
     sources = [task.teacher.linear(name).weight.float() for name in unit]
     try:
         hessian, factor, damping = inverse_factor(everything.mean_hessian(), settings.damping)
-        strengths = _strengths(sources, moments, settings)
+        strengths = _strengths(sources, moments, factor, settings)
         targets = [
             weight + strength * target_step(weight, everything.mean_drift(), factor) if strength else weight
             for weight, strength in zip(sources, strengths, strict=True)
@@ -192,11 +192,13 @@ def _fit_unit(
     return dict(zip(unit, split, strict=True)), facts
 
 
-def _strengths(weights: list[Tensor], moments: _Moments, settings: Ptq) -> list[float]:
-    """Length of each linear's step towards the asymmetric target."""
+def _strengths(weights: list[Tensor], moments: _Moments, factor: Tensor, settings: Ptq) -> list[float]:
+    """Length of each linear's step towards the asymmetric target.
+
+    The held-out sequences take no part in the drift that the step follows, only in H, which gives it its metric.
+    """
     if settings.asymmetric != "auto":
         return [settings.asymmetric] * len(weights)
-    _, factor, _ = inverse_factor(moments.fitted.mean_hessian(), settings.damping)
     steps = [target_step(weight, moments.fitted.mean_drift(), factor) for weight in weights]
     return [step_length(weight, step, moments.held_out) for weight, step in zip(weights, steps, strict=True)]
 

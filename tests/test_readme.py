@@ -1,0 +1,78 @@
+"""Every command and every piece of Python of the README runs as written, on a toy where the README has the real model."""
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import save_toy
+
+from lbllm_cli.recipe_file import load_recipe
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A folder that looks like a checkout after the model was fetched; the model is a toy."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "recipes").mkdir()
+    for recipe in (ROOT / "recipes").glob("*.yaml"):
+        values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        # A tenth of the evaluation text: the commands are under test here, not the numbers.
+        for spec in values["data"]["evaluation"]:
+            spec["segments"] = 1
+        (folder / "recipes" / recipe.name).write_text(yaml.safe_dump(values), encoding="utf-8")
+    save_toy(folder / "models" / "smollm2-135m", max_position_embeddings=2048)
+    return folder
+
+
+def test_commands_run_as_written_in_order(checkout, ok, monkeypatch):
+    monkeypatch.chdir(checkout)
+    commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("lbllm ")]
+    assert len(commands) >= 6
+    for command in commands:
+        ok(*shlex.split(command, comments=True)[1:])
+
+
+def test_python_runs_as_written(checkout, ok, monkeypatch):
+    monkeypatch.chdir(checkout)
+    if not (checkout / "runs" / "smollm2-135m" / "export").exists():
+        ok("ptq", "--recipe", "recipes/smollm2-135m.yaml")
+        ok("export", "--recipe", "recipes/smollm2-135m.yaml")
+    (code,) = blocks("python")
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert type(names["model"].model.layers[0].mlp.up_proj).__name__ == "PackedLinear"
+
+
+def test_make_targets_of_the_readme_exist():
+    targets = {line.split()[1] for block in blocks("sh") for line in block.splitlines() if line.startswith("make ")}
+    assert targets >= {"test", "demo"}
+    environment = {**os.environ, "MAKEFLAGS": ""}
+    for target in targets:
+        subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True, env=environment)
+
+
+def test_the_recipe_of_the_readme_is_valid(tmp_path):
+    for block in blocks("yaml"):
+        (tmp_path / "recipe.yaml").write_text(block, encoding="utf-8")
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_recipe_headers_name_commands_that_exist(ok):
+    for recipe in (ROOT / "recipes").glob("*.yaml"):
+        header = [line.lstrip("# ") for line in recipe.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+        commands = [part for line in header for part in re.findall(r"lbllm (\w+) +--recipe (\S+)", line)]
+        assert recipe.name == "demo.yaml" or {name for name, _ in commands} >= {"ptq", "eval", "export"}, recipe
+        for _, path in commands:
+            assert (ROOT / path).exists(), path
+        assert any("Needs:" in line for line in recipe.read_text(encoding="utf-8").splitlines()), recipe
