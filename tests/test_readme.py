@@ -71,7 +71,7 @@ def test_the_recipe_of_the_readme_is_valid(tmp_path):
 def test_recipe_headers_name_commands_that_exist(ok):
     for recipe in (ROOT / "recipes").glob("*.yaml"):
         header = [line.lstrip("# ") for line in recipe.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-        commands = [part for line in header for part in re.findall(r"lbllm (\w+) +--recipe (\S+)", line)]
+        commands = [part for line in header for part in re.findall(r"lbllm (\w+) +--recipe ([\w./-]+)", line)]
         assert recipe.name == "demo.yaml" or {name for name, _ in commands} >= {"ptq", "eval", "export"}, recipe
         for _, path in commands:
             assert (ROOT / path).exists(), path
