@@ -82,11 +82,12 @@ def main() -> None:
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="NAME", help="variants to run; default all")
-    parser.add_argument("--segments", type=int, default=12, help="1,024-token evaluation segments per style")
+    parser.add_argument("--segments", type=int, default=12, help="evaluation segments per style")
+    parser.add_argument("--length", type=int, default=1024, help="tokens in a segment")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     sets = [
-        {"name": style, "source": f"builtin:evaluation/{style}", "length": 1024, "segments": arguments.segments}
+        {"name": style, "source": f"builtin:evaluation/{style}", "length": arguments.length, "segments": arguments.segments}
         for style in ("novels", "technical", "modern")
     ]
     common = [f"data.evaluation={json.dumps(sets)}"]

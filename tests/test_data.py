@@ -1,6 +1,7 @@
 """From named text to tokens: every kind of source, windows, mixtures, evaluation segments, refusals."""
 
 import dataclasses
+import gzip
 import hashlib
 import json
 from collections import Counter
@@ -444,3 +445,16 @@ def test_the_hash_covers_content_and_shape():
     changed[1, 2] = 9
     others = [changed, tokens.view(3, 2), tokens.view(6), tokens.flip(0)]
     assert Counter(data.tokens_hash(other) for other in (tokens, *others)).most_common(1)[0][1] == 1
+
+
+def test_compressed_json_lines_read_as_the_plain_file_does(tmp_path, tokenizer):
+    lines = "".join(json.dumps({"text": f"record {i} of many words"}) + "\n" for i in range(40))
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
+    with gzip.open(tmp_path / "b.json.gz", "wt", encoding="utf-8") as packed:
+        packed.write(lines)
+    rows = []
+    for name in ("a.jsonl", "b.json.gz"):
+        spec = EvaluationSet(name="x", source=[Source(source=str(tmp_path / name))], length=16, segments=4)
+        text_sources.check(spec.source[0], evaluating=True)
+        rows.append(data.evaluation_tokens(spec, tokenizer, 100_000))
+    assert torch.equal(*rows)

@@ -1,5 +1,6 @@
 """Where text comes from: bundled text, local files, and hub datasets in the forms the quantization papers use."""
 
+import gzip
 import json
 import lzma
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from lbllm_cli.recipe import Source
 
 STYLES = ("novels", "technical", "modern")
 PARTS = ("calibration", "evaluation")
-SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def check(item: Source, evaluating: bool) -> None:
         path = _existing(name)
         if path.is_dir() and not ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
             raise UsageError(f"source {name} is a folder but not a dataset written by save_to_disk (no state.json)")
-        if path.is_file() and path.suffix not in (*SUFFIXES, ".safetensors"):
+        if path.is_file() and not path.name.endswith((*SUFFIXES, ".safetensors")):
             kinds = ", ".join(SUFFIXES)
             raise UsageError(f"source {name}: unknown kind {path.suffix!r}; expected {kinds}, .safetensors or a folder")
 
@@ -164,8 +165,9 @@ def _local_records(path: Path, split: str) -> Iterator[dict[str, Any]]:
 
 
 def _json_records(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as handle:
-        if path.suffix == ".json" and handle.read(256).lstrip().startswith("["):
+    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    with opened as handle:
+        if path.name.removesuffix(".gz").endswith(".json") and handle.read(256).lstrip().startswith("["):
             handle.seek(0)
             yield from json.load(handle)
             return
