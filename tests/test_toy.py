@@ -23,7 +23,7 @@ def perplexity(tmp_path_factory):
     def measure(name: str, **settings) -> dict[str, float]:
         if name not in known:
             data = {"calibration": CALIBRATION, "evaluation": EVALUATION}
-            ptq = {"group_size": 64, "rounds": 2, **settings}
+            ptq = {"group_size": 64, **settings}
             recipe = str(write_recipe(base / f"{name}.yaml", TOY, base / name, data=data, ptq=ptq))
             stage = "base" if name == "base" else "ptq"
             for command in (["ptq"] if stage == "ptq" else []) + ["eval"]:

@@ -120,7 +120,7 @@ class Ptq(Section):
     compensation: bool = Field(True, description="push each column's error onto the columns not yet coded")
     refit: bool = Field(True, description="refit levels in closed form under the full Hessian")
     code_descent: bool = Field(True, description="coordinate descent over the codes under the full Hessian")
-    rounds: int = Field(2, ge=0, le=50, description="refit and code descent, this many times in turn")
+    rounds: int = Field(1, ge=0, le=50, description="code descent, then refit and code descent this many times; 0: neither")
     sequential: bool = Field(True, description="linears of a block see the already binarized linears before them")
     asymmetric: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = Field(
         "auto", description="strength of the asymmetric target; auto: chosen per linear on held-out sequences; 0: off"

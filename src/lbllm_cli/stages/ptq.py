@@ -219,6 +219,9 @@ def _fit_matrix(weight: Tensor, hessian: Tensor, factor: Tensor, settings: Ptq) 
         return fit_levels(group, weights, settings.em_iterations)
 
     found = compensate(weight, factor, size, fit, settings.compensation)
+    if settings.code_descent and settings.rounds:
+        # Before the first refit: reaches in one round what refitting first takes two rounds for.
+        found = descend_codes(weight, hessian, found, size)
     for _ in range(settings.rounds):
         if settings.refit:
             found = refit_levels(weight, hessian, found, size)
