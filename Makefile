@@ -29,7 +29,7 @@ $(MODEL)/config.json: | $(VENV)/.installed
 
 # The main job on a real model: binarize, measure, export, generate. A stage's manifest is the target that Make follows.
 demo: $(RUN)/eval/results.json $(RUN)/export/config.json
-	$(LBLLM) generate --model $(RUN)/export --prompt "Write one sentence about the sea." --max-new-tokens 32
+	$(LBLLM) generate --model $(RUN)/export --raw --prompt "The sea was calm, and" --max-new-tokens 32
 
 $(RUN)/ptq/lbllm_stage.json: $(DEMO) $(MODEL)/config.json | $(VENV)/.installed
 	$(LBLLM) ptq --recipe $(DEMO)

@@ -86,7 +86,8 @@ def test_export_stands_alone_and_keeps_the_source_files(tmp_path, ok, toy, recip
     for name, content in kept.items():
         assert (export / name).read_bytes() == content, name
     torch.testing.assert_close(logits_of(AutoModelForCausalLM.from_pretrained(export)), expected, atol=0, rtol=0)
-    assert ok("generate", "--model", export, "--prompt", "hello", "--max-new-tokens", "4").stdout
+    command = ("generate", "--model", export, "--prompt", "hello", "--max-new-tokens", "8")
+    assert ok(*command).stdout != ok(*command, "--raw").stdout  # with and without the chat template
 
 
 def test_loading_without_the_plugin_fails_loudly(tmp_path, ok, recipe):

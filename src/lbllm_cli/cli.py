@@ -127,6 +127,7 @@ def export(recipe: RecipeOption, overrides: Overrides = None, dry_run: DryRun = 
 def generate(
     model: Annotated[Path, typer.Option("--model", "-m", help="exported folder, or any model folder", show_default=False)],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="user message, or the beginning of a text", show_default=False)],
+    raw: Annotated[bool, typer.Option("--raw", help="continue the prompt as it is, without the chat template")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to write at most")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0: always the likeliest token")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="for temperatures above 0")] = 0,
@@ -136,7 +137,7 @@ def generate(
     with _exit_codes():
         from lbllm_cli import commands
 
-        commands.generate(model, prompt, max_new_tokens, temperature, seed, device)
+        commands.generate(model, prompt, raw, max_new_tokens, temperature, seed, device)
 
 
 @app.command(epilog="Example: `lbllm validate --recipe llama2-7b.yaml model.path=./folder-with-config-json`")

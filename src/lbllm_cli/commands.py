@@ -172,7 +172,7 @@ def export(recipe: Recipe, dry_run: bool, force: bool) -> None:
 
 
 @torch.no_grad()
-def generate(folder: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int, device: str) -> None:
+def generate(folder: Path, prompt: str, raw: bool, max_new_tokens: int, temperature: float, seed: int, device: str) -> None:
     """`lbllm generate`."""
     from lbllm_cli.generate import stream_text
     from lbllm_cli.source import read_config, read_folder
@@ -181,7 +181,7 @@ def generate(folder: Path, prompt: str, max_new_tokens: int, temperature: float,
         raise UsageError(f"--model {folder} is not a folder; give one that `lbllm export` wrote")
     read_config(folder)
     read_folder(folder)
-    for piece in stream_text(folder, prompt, max_new_tokens, temperature, seed, choose_device(device)):
+    for piece in stream_text(folder, prompt, raw, max_new_tokens, temperature, seed, choose_device(device)):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")

@@ -57,14 +57,17 @@ def cached_sample(model: SourceModel, tokenizer: Any, output: Path, item: Source
 
 
 def stream_text(
-    folder: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int, device: torch.device
+    folder: Path, prompt: str, raw: bool, max_new_tokens: int, temperature: float, seed: int, device: torch.device
 ) -> Iterator[str]:
-    """Text of a packed or dense model folder, piece by piece; the chat template is applied where there is one."""
+    """Text of a packed or dense model folder, piece by piece.
+
+    raw: continue the prompt as it is; otherwise the chat template is applied where there is one.
+    """
     import lbllm_cli.hf  # noqa: F401 - registers the packed format
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
-    if tokenizer.chat_template:
+    if tokenizer.chat_template and not raw:
         chat = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     else:

@@ -165,8 +165,7 @@ def _local_records(path: Path, split: str) -> Iterator[dict[str, Any]]:
 
 
 def _json_records(path: Path) -> Iterator[dict[str, Any]]:
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as handle:
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as handle:
         if path.name.removesuffix(".gz").endswith(".json") and handle.read(256).lstrip().startswith("["):
             handle.seek(0)
             yield from json.load(handle)
