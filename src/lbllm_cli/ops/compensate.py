@@ -44,20 +44,23 @@ class LevelTable:
         return rank[0].to(torch.uint8), self.levels.gather(0, rank)[0]
 
 
-def compensate(weight: Tensor, factor: Tensor, group_size: int, fit: LevelFit, push: bool = True) -> RankFit:
+def compensate(
+    weight: Tensor, factor: Tensor, group_size: int, fit: LevelFit, push: bool = True, importance: Tensor | None = None
+) -> RankFit:
     """Fits each group's levels, then codes its columns in turn.
 
     weight: float32 [out, in], left unchanged. factor: float32 [in, in], the upper Cholesky factor U of the inverse
-    Hessian; 1 / U_jj^2 is the importance of column j given that later columns absorb its error.
-    fit(group weights [out, n], importance [n]) -> levels [out, n]; called with the weights as compensated so far.
+    Hessian. fit(group weights [out, n], importance [n]) -> levels [out, 4]; called with the weights as compensated so far.
     push: False codes every column by its nearest level (the ablation "no compensation").
+    importance: float32 [in]; by default 1 / U_jj^2, what an error in column j costs when later columns absorb it.
     out=576, in=576, group_size=128 -> ranks [576, 576], levels [576, 5, 4], scale [576, 5].
     """
     out_features, in_features = weight.shape
     groups = group_count(in_features, group_size)
     # Columns are contiguous in the transpose: the inner loop then runs on whole cache lines.
     remaining = weight.T.contiguous()
-    importance = factor.diagonal().reciprocal().square()
+    if importance is None:
+        importance = factor.diagonal().reciprocal().square()
     ranks = torch.empty(in_features, out_features, dtype=torch.uint8, device=weight.device)
     levels = torch.empty(out_features, groups, LEVELS, dtype=torch.int8, device=weight.device)
     scale = torch.empty(out_features, groups, dtype=torch.float16, device=weight.device)

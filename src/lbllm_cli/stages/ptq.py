@@ -207,18 +207,13 @@ def _fit_matrix(weight: Tensor, hessian: Tensor, factor: Tensor, settings: Ptq) 
     """Levels and codes of a matrix: packed codes, levels and scale as stored, and the float32 weights they stand for."""
     size = settings.group_size
     importance = hessian.diagonal() if settings.importance == "hessian_diagonal" else None
-    taken = 0
 
-    def fit(group: Tensor, inverse_importance: Tensor) -> Tensor:
-        nonlocal taken
-        columns = slice(taken, taken + group.shape[1])
-        taken += group.shape[1]
+    def fit(group: Tensor, weights: Tensor) -> Tensor:
         if settings.levels == "quantile":
             return quantile_levels(group)
-        weights = inverse_importance if importance is None else importance[columns]
         return fit_levels(group, weights, settings.em_iterations)
 
-    found = compensate(weight, factor, size, fit, settings.compensation)
+    found = compensate(weight, factor, size, fit, settings.compensation, importance)
     if settings.code_descent and settings.rounds:
         # Before the first refit: reaches in one round what refitting first takes two rounds for.
         found = descend_codes(weight, hessian, found, size)
