@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 SHAPES = {
+    "smollm2-135m": {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3},
     "llama2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32},
     "llama2-70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8},
 }
@@ -59,18 +60,18 @@ def main() -> None:
         folder = Path(name)
         make_model(folder / "model", arguments.shape)
         make_tokenizer(folder / "model")
-        tokens = torch.randint(VOCABULARY, (arguments.sequences, arguments.length), dtype=torch.int64)
-        save_file({"input_ids": tokens}, folder / "tokens.safetensors")
+        ids = torch.randint(VOCABULARY, (arguments.sequences, arguments.length), dtype=torch.int64)
+        save_file({"input_ids": ids}, folder / "tokens.safetensors")
+        tokens = {"source": str(folder / "tokens.safetensors"), "length": arguments.length}
         recipe = {
             "model": {"path": str(folder / "model")},
             "output": {"dir": str(folder / "run")},
             "runtime": {"device": arguments.device},
             "data": {
-                "calibration": {
-                    "source": str(folder / "tokens.safetensors"), "sequences": arguments.sequences, "length": arguments.length
-                }
+                "calibration": {**tokens, "sequences": arguments.sequences},
+                "evaluation": [{**tokens, "name": "tokens", "segments": 1}],
             },
-        }  # fmt: skip
+        }
         (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
         forecast = json.loads(lbllm("validate", "--recipe", str(folder / "recipe.yaml"), "--json"))["forecast_bytes"]["ptq"]
         lbllm("ptq", "--recipe", str(folder / "recipe.yaml"))
