@@ -278,7 +278,9 @@ def test_a_committed_block_changed_before_resuming_is_named(tmp_path):
 def test_force_starts_again_after_a_damaged_block_as_the_message_says(tmp_path):
     _write(_open(tmp_path), 2)
     (tmp_path / "ptq.partial" / block_file(0)).unlink()
-    _open(tmp_path, force=True).verify()
+    writer = _open(tmp_path, force=True)
+    writer.verify()
+    assert writer.blocks_done == 0
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"inputs": {}, "files": {}}'])

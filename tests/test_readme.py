@@ -65,7 +65,7 @@ def test_make_targets_of_the_readme_exist():
 def test_the_recipe_of_the_readme_is_valid(tmp_path):
     for block in blocks("yaml"):
         (tmp_path / "recipe.yaml").write_text(block, encoding="utf-8")
-        load_recipe(tmp_path / "recipe.yaml")
+        assert load_recipe(tmp_path / "recipe.yaml").ptq.group_size == 128
 
 
 def test_recipe_headers_name_commands_that_exist(ok):
