@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from lbllm_cli.errors import UsageError
+from lbllm_cli.generate import ROWS_AT_ONCE
 from lbllm_cli.model import UNITS, SourceModel, block_prefix
 from lbllm_cli.recipe import Ptq, Recipe
 from lbllm_cli.report import GIB
@@ -76,6 +77,14 @@ def _outer_bytes(model: SourceModel) -> float:
     return model.count(["model.embed_tokens.weight"]) * (model.dtype.itemsize + 2)
 
 
+def _sampling_bytes(model: SourceModel, rows: int, length: int) -> float:
+    """The whole model, its 16-bit file while it is read, and keys and values of the sequences that are sampled together."""
+    values = model.shapes[f"{block_prefix(0)}self_attn.v_proj.weight"][0]
+    cache = 2 * model.blocks * min(rows, ROWS_AT_ONCE) * length * values
+    parameters = model.count(list(model.shapes))
+    return (parameters + cache) * model.dtype.itemsize + 2.0 * parameters
+
+
 def checkpoint_bytes(model: SourceModel, group_size: int) -> float:
     """Bytes of a stage's block files."""
     shapes = [(shape[0], shape[1]) for shape in (model.shapes[name] for name in model.binarized_names)]
@@ -103,7 +112,7 @@ def ptq_need(recipe: Recipe, model: SourceModel) -> Need:
     device = max(device, _outer_bytes(model))
     ram = _PROCESS + (0 if on_disk else count * one) + (device if model.device.type == "cpu" else _block_bytes(model))
     if any(item.source == "generate:" for item in tokens.source):
-        ram = max(ram, _PROCESS + model.count(list(model.shapes)) * model.dtype.itemsize)
+        ram = max(ram, _PROCESS + _sampling_bytes(model, tokens.sequences, tokens.length))
     disk = checkpoint_bytes(model, recipe.ptq.group_size) + (count * one if on_disk else 0)
     return Need("ptq", device, ram, disk, count * one, on_disk)
 

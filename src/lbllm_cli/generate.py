@@ -15,7 +15,8 @@ from lbllm_cli import files, interrupt
 from lbllm_cli.model import SourceModel
 from lbllm_cli.recipe import Source
 
-_ROWS = 32
+# Sequences sampled together: their keys and values lie in memory beside the whole model.
+ROWS_AT_ONCE = 32
 
 
 def sample_tokens(model: SourceModel, tokenizer: Any, rows: int, length: int, seed: int, temperature: float) -> Tensor:
@@ -26,8 +27,8 @@ def sample_tokens(model: SourceModel, tokenizer: Any, rows: int, length: int, se
     network = AutoModelForCausalLM.from_pretrained(model.folder, dtype=model.dtype).to(model.device).eval()
     generator = torch.Generator(device=model.device).manual_seed(seed)
     pieces = []
-    for start in range(0, rows, _ROWS):
-        count = min(_ROWS, rows - start)
+    for start in range(0, rows, ROWS_AT_ONCE):
+        count = min(ROWS_AT_ONCE, rows - start)
         if tokenizer.bos_token_id is not None:
             token = torch.full((count, 1), tokenizer.bos_token_id, device=model.device)
         else:
