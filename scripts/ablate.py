@@ -90,6 +90,11 @@ def main() -> None:
         for style in ("novels", "technical", "modern")
     ]
     common = [f"data.evaluation={json.dumps(sets)}"]
+    settings = {"segments": arguments.segments, "length": arguments.length}
+    record = arguments.out / "settings.json"
+    if record.exists() and json.loads(record.read_text(encoding="utf-8")) != settings:
+        sys.exit(f"{arguments.out} holds a table of other --segments or --length; choose another --out")
+    record.write_text(json.dumps(settings) + "\n", encoding="utf-8")
     rows = {"full precision": base_perplexity(arguments.recipe, arguments.out / "base", common)}
     for name in arguments.only or VARIANTS:
         folder = arguments.out / name.replace(" ", "-").replace(",", "").replace(":", "")
