@@ -9,12 +9,14 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256 as _sha256
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,12 +27,20 @@ from lbllm_cli.source import TensorEntry, read_header
 MANIFEST = "lbllm_stage.json"
 PROGRESS = "progress.json"
 FORMAT_VERSION = 1
-STAGES = ("ptq",)
+STAGES = ("ptq", "distill")
 
 
 def fingerprint(inputs: dict[str, Any]) -> str:
     """Hash of everything a stage depends on."""
     return _sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """One line per input that differs, "" when none does."""
+    keys = sorted(before.keys() | now.keys())
+    return "\n".join(
+        f"  {key}: {before.get(key, 'absent')} -> {now.get(key, 'absent')}" for key in keys if before.get(key) != now.get(key)
+    )
 
 
 def flatten(values: Any, prefix: str) -> dict[str, Any]:
@@ -95,6 +105,11 @@ class Checkpoint:
         """Hash of what the stage was made from."""
         return fingerprint(self.inputs)
 
+    @property
+    def content(self) -> str:
+        """Hash of the weight files: what a stage that goes on from here depends on."""
+        return fingerprint(self.hashes)
+
     def block_path(self, index: int) -> Path:
         """File of a block's tensors."""
         return self.path / block_file(index)
@@ -124,6 +139,44 @@ class Checkpoint:
     def entries(self) -> dict[str, TensorEntry]:
         """Entries of all blocks' tensors, from the headers."""
         return {name: entry for file in sorted(self.hashes) for name, entry in read_header(self.path / file).items()}
+
+
+class TrainingState:
+    """The unfinished training of one block, beside the blocks of a stage: one file of tensors, its facts in the header.
+
+    folder: the stage's .partial folder, whose inputs were compared already. minutes: between two saves.
+    """
+
+    def __init__(self, folder: Path, minutes: float):
+        self.path = folder / "training.safetensors"
+        self.seconds = 60 * minutes
+        self._last = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether it is time to save again."""
+        return time.monotonic() - self._last >= self.seconds
+
+    def save(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Replaces what was kept. facts: must hold `block`."""
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        metadata = {"facts": json.dumps(facts)}
+        files.write_atomic(self.path, lambda temporary: save_file(contiguous, temporary, metadata=metadata))
+        self._last = time.monotonic()
+
+    def load(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What was kept of block `index`, or None. The file of an earlier block, left by a crash, counts as nothing."""
+        if not self.path.exists():
+            return None
+        with safe_open(self.path, "pt") as file:
+            facts: dict[str, Any] = json.loads(file.metadata()["facts"])
+            if facts["block"] != index:
+                return None
+            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 (not a dict)
+
+    def clear(self) -> None:
+        """Forgets the training of a block that is committed."""
+        self.path.unlink(missing_ok=True)
+        self._last = time.monotonic()
 
 
 def block_file(index: int) -> str:
@@ -194,12 +247,7 @@ class StageWriter:
 
     def _refuse(self, file: Path, what: str) -> None:
         before = self._inputs_of(file)
-        changed = [
-            f"  {key}: {before.get(key, 'absent')} -> {self.inputs.get(key, 'absent')}"
-            for key in sorted(before.keys() | self.inputs.keys())
-            if before.get(key) != self.inputs.get(key)
-        ]
-        listed = "\n".join(changed) or "  (its record is damaged)"
+        listed = changes(before, self.inputs) or "  (its record is damaged)"
         raise UsageError(f"{file.parent} {what}:\n{listed}\nUse another output.dir, or --force to replace it")
 
     def write_block(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -107,6 +107,17 @@ def ptq(recipe: RecipeOption, overrides: Overrides = None, dry_run: DryRun = Fal
     _run(commands.ptq, recipe, overrides, dry_run=dry_run, force=force)
 
 
+@app.command(epilog="Example: `lbllm distill --recipe smollm2-135m.yaml data.training.sequences=64`")
+def distill(recipe: RecipeOption, overrides: Overrides = None, dry_run: DryRun = False, force: Force = False) -> None:
+    """Stage 2: train weights, bitmaps and levels block by block against the full-precision model.
+
+    Goes on from the ptq checkpoint. Interrupted runs resume, in the middle of a block too; a finished one says "up to date".
+    """
+    from lbllm_cli import commands
+
+    _run(commands.distill, recipe, overrides, dry_run=dry_run, force=force)
+
+
 @app.command("eval", epilog="Example: `lbllm eval --recipe smollm2-135m.yaml --json > results.json`")
 def evaluate(recipe: RecipeOption, overrides: Overrides = None, dry_run: DryRun = False, json: Json = False) -> None:
     """Measure perplexity and size of the base model and of every complete stage, side by side."""

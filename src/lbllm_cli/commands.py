@@ -12,18 +12,18 @@ from rich.console import Console
 from rich.table import Table
 
 from lbllm_cli import files, forecast, interrupt, prepare
-from lbllm_cli.checkpoint import Checkpoint, StageWriter, complete_stages, locked
+from lbllm_cli.checkpoint import Checkpoint, changes, complete_stages, locked
 from lbllm_cli.errors import UsageError
 from lbllm_cli.forecast import Need
 from lbllm_cli.model import choose_device
 from lbllm_cli.prepare import Plan
 from lbllm_cli.recipe import Recipe
-from lbllm_cli.recipe_file import dump_recipe
 from lbllm_cli.report import GIB, Reporter, console
 from lbllm_cli.stages import evaluate as evaluation
 from lbllm_cli.stages import export as exporting
-from lbllm_cli.stages.ptq import fit_block
-from lbllm_cli.stream import BlockLoop
+from lbllm_cli.pipeline import run_stage
+from lbllm_cli.stages.distill import fit_block as fit_distill
+from lbllm_cli.stages.ptq import fit_block as fit_ptq
 
 _KINDS = ("device", "ram", "disk", "streams")
 
@@ -45,43 +45,53 @@ def _announce(need: Need, plan: Plan) -> None:
 def ptq(recipe: Recipe, dry_run: bool, force: bool) -> None:
     """`lbllm ptq`."""
     plan = prepare.prepare(recipe, calibrate=True)
-    tokens = None if plan.generates else plan.calibration()
+    tokens = None if plan.generates("calibration") else plan.calibration()
     need = forecast.ptq_need(recipe, plan.model)
     _announce(need, plan)
-    share = f"{plan.model.binarized_share:.1%} of {plan.model.count(list(plan.model.shapes)):,} parameters are binarized"
-    _say(f"ptq: {plan.model.blocks} blocks, {share}, group size {recipe.ptq.group_size}")
-    if plan.generates:
+    if plan.generates("calibration"):
         _say("ptq: calibration text is sampled from the model, which is whole in memory meanwhile")
     if dry_run:
         _say(f"ptq: would write {plan.output / 'ptq'}")
         return
     with locked(plan.output), interrupt.graceful():
         tokens = plan.calibration() if tokens is None else tokens
-        writer = StageWriter(plan.output, "ptq", plan.ptq_inputs(tokens))
-        if not writer.open(force):
-            _say(f"ptq: up to date, {writer.final}")
-            return
-        writer.verify()
-        if writer.blocks_done:
-            _say(f"ptq: resuming after block {writer.blocks_done} of {plan.model.blocks}")
-        files.write_text(writer.path / "recipe.resolved.yaml", dump_recipe(recipe))
-        files.write_json(writer.path / "environment.json", prepare.environment(plan.model.device))
-        streams = writer.path / "streams" if need.on_disk else None
-        loop = BlockLoop(plan.model, writer, recipe.runtime.batch_size, streams)
-        with Reporter("ptq", plan.model.blocks, plan.model.device, writer.path / "events.jsonl") as reporter:
-            loop.run(tokens, partial(fit_block, settings=recipe.ptq), reporter)
-        shutil.rmtree(writer.path / "streams", ignore_errors=True)
-        writer.finish(
-            {
-                "parent": None,
-                "group_size": recipe.ptq.group_size,
-                "blocks": plan.model.blocks,
-                "parameters": plan.model.count(list(plan.model.shapes)),
-                "binarized_parameters": plan.model.count(plan.model.binarized_names),
-                "calibration_tokens": tokens.numel(),
-            }
+        run_stage(plan, need, tokens, plan.ptq_inputs(tokens), force, lambda _: partial(fit_ptq, settings=recipe.ptq))
+
+
+@torch.no_grad()
+def distill(recipe: Recipe, dry_run: bool, force: bool) -> None:
+    """`lbllm distill`."""
+    plan = prepare.prepare(recipe, calibrate=True, train=True)
+    parent = _checkpoint(plan, "ptq")
+    generates = plan.generates("training")
+    tokens = None if generates else plan.training()
+    _check_parent(plan, parent)
+    need = forecast.distill_need(recipe, plan.model)
+    _announce(need, plan)
+    if generates:
+        _say("distill: training text is sampled from the model, which is whole in memory meanwhile")
+    if dry_run:
+        _say(f"distill: would write {plan.output / 'distill'}, from {parent.path}")
+        return
+    with locked(plan.output), interrupt.graceful():
+        tokens = plan.training() if tokens is None else tokens
+        fit = partial(fit_distill, settings=recipe.distill, seed=recipe.runtime.seed)
+        run_stage(plan, need, tokens, plan.distill_inputs(tokens, parent), force, lambda r: partial(fit, tick=r.tick), parent)
+
+
+def _check_parent(plan: Plan, parent: Checkpoint) -> None:
+    """Refuses to go on from a ptq checkpoint that this recipe would make differently, listing the keys.
+
+    Text that the model would have to write anew is not compared.
+    """
+    sampled = plan.generates("calibration")
+    wanted = plan.ptq_inputs(None if sampled else plan.calibration())
+    made_from = {key: value for key, value in parent.inputs.items() if not sampled or key != "data.calibration.tokens"}
+    if changed := changes(made_from, wanted):
+        raise UsageError(
+            f"{parent.path} was made from other inputs than this recipe's:\n{changed}\n"
+            "Set these keys back, or run: lbllm ptq --recipe ... --force"
         )
-        _say(f"ptq: finished in {reporter.used()}; {writer.final}")
 
 
 def _checkpoints(plan: Plan) -> dict[str, Checkpoint | None]:
@@ -190,17 +200,26 @@ def generate(folder: Path, prompt: str, raw: bool, max_new_tokens: int, temperat
 @torch.no_grad()
 def validate(recipe: Recipe, as_json: bool) -> None:
     """`lbllm validate`."""
-    plan = prepare.prepare(recipe, weights=False, calibrate=True, evaluate=True)
+    plan = prepare.prepare(recipe, weights=False, calibrate=True, train=True, evaluate=True)
     model = plan.model
     problems, segments = [], {}
     if plan.tokenizer is not None:
-        for step in ((lambda: None) if plan.generates else plan.calibration, plan.evaluation):
+        for key, read in (("calibration", plan.calibration), ("training", plan.training)):
             try:
-                found = step()
-                segments = {name: rows.shape[0] for name, rows in found.items()} if isinstance(found, dict) else {}
+                if not plan.generates(key):
+                    read()
             except UsageError as error:
                 problems.append(str(error))
-    needs = [forecast.ptq_need(recipe, model), forecast.eval_need(recipe, model, segments), forecast.export_need(recipe, model)]
+        try:
+            segments = {name: rows.shape[0] for name, rows in plan.evaluation().items()}
+        except UsageError as error:
+            problems.append(str(error))
+    needs = [
+        forecast.ptq_need(recipe, model),
+        forecast.distill_need(recipe, model),
+        forecast.eval_need(recipe, model, segments),
+        forecast.export_need(recipe, model),
+    ]
     warnings = []
     for need in needs:
         try:

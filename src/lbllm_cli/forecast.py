@@ -10,22 +10,23 @@ import torch
 from lbllm_cli.errors import UsageError
 from lbllm_cli.generate import ROWS_AT_ONCE
 from lbllm_cli.model import UNITS, SourceModel, block_prefix
-from lbllm_cli.recipe import Ptq, Recipe
+from lbllm_cli.recipe import Distill, Ptq, Recipe, TokenSet
 from lbllm_cli.report import GIB
 from lbllm_cli.stages.ptq import expected_bits
 
 # Resident memory of a process that has imported torch and transformers, rounded up.
 _PROCESS = 0.7 * GIB
-# Both streams before and after a block. While ptq fits a block in RAM there are three, and in sequential order what
-# both streams' attention heads gave, which the fit keeps instead of computing it again.
-_STREAMS, _STREAMS_FITTING = 4, 3
+# Both streams before and after a block; in RAM the quantized one's outputs take its inputs' place. A stage that goes on from
+# another needs the full-precision inputs no more once it has the teacher's outputs.
+_STREAMS_DISK, _STREAMS_RAM = {"ptq": 4, "distill": 3}, {"ptq": 3, "distill": 2}
 
 
 @dataclass(frozen=True)
 class Need:
     """Bytes that a stage needs; on a CPU `device` is part of the same RAM.
 
-    streams: bytes of all hidden-state streams at once. on_disk: where these lie.
+    streams: bytes of all hidden-state streams at once. on_disk: where these lie. written: bytes that the whole stage writes,
+    where that is more than what it leaves behind.
     """
 
     stage: str
@@ -34,13 +35,15 @@ class Need:
     disk: float
     streams: float
     on_disk: bool
+    written: float = 0.0
 
     def line(self) -> str:
         """One line of log."""
         where = "disk" if self.on_disk else "RAM"
+        written = f", writes {self.written / GIB:.1f} GiB in all" if self.written else ""
         return (
             f"needs about {self.device / GIB:.1f} GiB for blocks and fitting, {self.ram / GIB:.1f} GiB of RAM, "
-            f"{self.disk / GIB:.1f} GiB of disk (streams in {where}: {self.streams / GIB:.1f} GiB)"
+            f"{self.disk / GIB:.1f} GiB of disk (streams in {where}: {self.streams / GIB:.1f} GiB){written}"
         )
 
 
@@ -98,23 +101,55 @@ def _streams(recipe: Recipe, one: float, in_ram: float) -> bool:
     return recipe.runtime.streams == "disk"
 
 
-def ptq_need(recipe: Recipe, model: SourceModel) -> Need:
-    """Need of `lbllm ptq`."""
-    tokens = recipe.data.calibration
+def _stage_need(stage: str, recipe: Recipe, model: SourceModel, tokens: TokenSet, device: float, kept: float = 0) -> Need:
+    """Need of a stage that runs over the blocks. device: its blocks and fitting. kept: streams' worth of RAM that its fit adds."""
     one = float(tokens.sequences * tokens.length * model.config.hidden_size * model.dtype.itemsize)
-    heads = model.shapes[f"{block_prefix(0)}self_attn.o_proj.weight"][1] / model.config.hidden_size
-    in_ram = max(_STREAMS, _STREAMS_FITTING + 2 * heads) if recipe.ptq.sequential else _STREAMS
+    in_ram = _STREAMS_RAM[stage] + kept
     on_disk = _streams(recipe, one, in_ram)
-    count = _STREAMS if on_disk else in_ram
-    passing = _activation_bytes(model, min(tokens.sequences, recipe.runtime.batch_size), tokens.length)
-    # Teacher, and the student's replaced weights beside it; then the fit, when no activations are alive.
-    device = 2 * _block_bytes(model) + passing + _fit_bytes(model, recipe.ptq)
+    count = _STREAMS_DISK[stage] if on_disk else in_ram
     device = max(device, _outer_bytes(model))
     ram = _PROCESS + (0 if on_disk else count * one) + (device if model.device.type == "cpu" else _block_bytes(model))
     if any(item.source == "generate:" for item in tokens.source):
         ram = max(ram, _PROCESS + _sampling_bytes(model, tokens.sequences, tokens.length))
-    disk = checkpoint_bytes(model, recipe.ptq.group_size) + (count * one if on_disk else 0)
-    return Need("ptq", device, ram, disk, count * one, on_disk)
+    blocks = checkpoint_bytes(model, recipe.ptq.group_size)
+    written = blocks + 2 * (model.blocks + 1) * one if on_disk else 0.0
+    return Need(stage, device, ram, blocks + (count * one if on_disk else 0), count * one, on_disk, written)
+
+
+def ptq_need(recipe: Recipe, model: SourceModel) -> Need:
+    """Need of `lbllm ptq`."""
+    tokens = recipe.data.calibration
+    heads = model.shapes[f"{block_prefix(0)}self_attn.o_proj.weight"][1] / model.config.hidden_size
+    passing = _activation_bytes(model, min(tokens.sequences, recipe.runtime.batch_size), tokens.length)
+    # Teacher, and the student's replaced weights beside it; then the fit, when no activations are alive.
+    device = 2 * _block_bytes(model) + passing + _fit_bytes(model, recipe.ptq)
+    # In sequential order the fit keeps what both streams' attention heads gave instead of computing it again.
+    return _stage_need("ptq", recipe, model, tokens, device, 2 * heads if recipe.ptq.sequential else 0)
+
+
+def _training_bytes(model: SourceModel, settings: Distill, group_size: int) -> float:
+    """Masters of a block, their gradients and AdamW's two moments, and its weights in float32 and in the compute dtype."""
+    weights = model.count(model.binarized_names) / model.blocks
+    kinds = {"weights", "bitmap"} if settings.parametrisation == "bitmap" else {"weights"}
+    masters = sum(16.0 if kind in settings.trained else 4.0 for kind in kinds)
+    current = 4.0 + 1.0 + 2.0 * model.dtype.itemsize
+    levels = 4.0 / group_size * (16.0 if "levels" in settings.trained else 4.0)
+    return weights * (masters + current + levels)
+
+
+def _training_activations(model: SourceModel, rows: int, length: int) -> float:
+    """What one forward pass of a block keeps for its backward pass."""
+    config = model.config
+    return rows * length * (14 * config.hidden_size + 5 * config.intermediate_size) * max(model.dtype.itemsize, 4)
+
+
+def distill_need(recipe: Recipe, model: SourceModel) -> Need:
+    """Need of `lbllm distill`."""
+    tokens, settings = recipe.data.training, recipe.distill
+    rows = min(settings.micro_batch_size, settings.batch_size)
+    device = _block_bytes(model) + _training_bytes(model, settings, recipe.ptq.group_size)
+    device += _training_activations(model, rows, tokens.length)
+    return _stage_need("distill", recipe, model, tokens, device)
 
 
 def eval_need(recipe: Recipe, model: SourceModel, segments: dict[str, int]) -> Need:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lbllm_cli import __version__, data, text_sources
-from lbllm_cli.checkpoint import flatten
+from lbllm_cli.checkpoint import Checkpoint, flatten
 from lbllm_cli.errors import UsageError
 from lbllm_cli.model import SourceModel, choose_device, open_model, open_tokenizer
-from lbllm_cli.recipe import Recipe, Source
+from lbllm_cli.recipe import Recipe, Source, TokenSet
 
 
 @dataclass(frozen=True)
@@ -32,44 +32,63 @@ class Plan:
         """Size of the model's vocabulary."""
         return int(self.model.config.vocab_size)
 
-    @property
-    def generates(self) -> bool:
-        """Whether calibration text is sampled from the model, which writes its cache into the output folder."""
-        return any(item.source == "generate:" for item in self.recipe.data.calibration.source)
+    def generates(self, key: str) -> bool:
+        """Whether data.<key> is sampled from the model, which writes its cache into the output folder."""
+        return any(item.source == "generate:" for item in self._tokens(key).source)
 
-    def calibration(self) -> Tensor:
-        """int64 [sequences, length] of data.calibration."""
+    def _tokens(self, key: str) -> TokenSet:
+        return self.recipe.data.training if key == "training" else self.recipe.data.calibration
 
+    def _rows(self, key: str) -> Tensor:
         def sample(item: Source, rows: int, length: int) -> Tensor:
             from lbllm_cli.generate import cached_sample
 
             return cached_sample(self.model, self.tokenizer, self.output, item, rows, length, self.recipe.runtime.seed)
 
-        spec, seed = self.recipe.data.calibration, self.recipe.runtime.seed
-        return data.calibration_tokens(spec, self.tokenizer, self.vocab, seed, sample, "calibration")
+        return data.calibration_tokens(self._tokens(key), self.tokenizer, self.vocab, self.recipe.runtime.seed, sample, key)
+
+    def calibration(self) -> Tensor:
+        """int64 [sequences, length] of data.calibration."""
+        return self._rows("calibration")
+
+    def training(self) -> Tensor:
+        """int64 [sequences, length] of data.training."""
+        return self._rows("training")
 
     def evaluation(self) -> dict[str, Tensor]:
         """name -> int64 [segments, length] of data.evaluation."""
         return {spec.name: data.evaluation_tokens(spec, self.tokenizer, self.vocab) for spec in self.recipe.data.evaluation}
 
-    def ptq_inputs(self, tokens: Tensor) -> dict[str, Any]:
-        """Everything the ptq checkpoint depends on, by recipe key: its fingerprint, and what a refusal lists."""
-        recipe = self.recipe
+    def _inputs(self, stage: str, key: str, tokens: Tensor | None) -> dict[str, Any]:
+        # The tokens themselves, not where they came from: a text that moved is still the same text.
+        text = {} if tokens is None else {f"data.{key}.tokens": f"{tokens.shape[0]} x {tokens.shape[1]}, {data.tokens_hash(tokens)}"}
         return {
-            "stage": "ptq",
+            "stage": stage,
             "model.files": self.model.identity(),
-            "model.dtype": recipe.model.dtype,
-            "runtime.seed": recipe.runtime.seed,
-            # The tokens themselves, not where they came from: a text that moved is still the same text.
-            "data.calibration.tokens": f"{tokens.shape[0]} x {tokens.shape[1]}, {data.tokens_hash(tokens)}",
-            **flatten(recipe.ptq.model_dump(mode="json"), "ptq"),
+            "model.dtype": self.recipe.model.dtype,
+            "runtime.seed": self.recipe.runtime.seed,
+            **text,
+            **flatten(getattr(self.recipe, stage).model_dump(mode="json"), stage),
         }
 
+    def ptq_inputs(self, tokens: Tensor | None) -> dict[str, Any]:
+        """Everything the ptq checkpoint depends on, by recipe key: its fingerprint, and what a refusal lists.
 
-def prepare(recipe: Recipe, weights: bool = True, calibrate: bool = False, evaluate: bool = False) -> Plan:
+        tokens: None leaves them out.
+        """
+        return self._inputs("ptq", "calibration", tokens)
+
+    def distill_inputs(self, tokens: Tensor, parent: Checkpoint) -> dict[str, Any]:
+        """Everything the distill checkpoint depends on; the parent by its bytes."""
+        return {**self._inputs("distill", "training", tokens), "parent.files": parent.content}
+
+
+def prepare(
+    recipe: Recipe, weights: bool = True, calibrate: bool = False, train: bool = False, evaluate: bool = False
+) -> Plan:
     """Opens model and tokenizer and checks the sources that will be read.
 
-    weights: False accepts a folder that holds only config.json. calibrate, evaluate: which parts of `data` must be usable.
+    weights: False accepts a folder that holds only config.json. calibrate, train, evaluate: which parts of `data` must be usable.
     Raises UsageError with every problem found.
     """
     problems: list[str] = []
@@ -84,8 +103,8 @@ def prepare(recipe: Recipe, weights: bool = True, calibrate: bool = False, evalu
     model = attempt(lambda: open_model(recipe.model, device or torch.device("cpu"), weights))
     output = Path(os.path.expanduser(recipe.output.dir))
     attempt(lambda: _check_output(output, model))
-    if calibrate:
-        for item in text_sources.expand(recipe.data.calibration.source):
+    for wanted, tokens in ((calibrate, recipe.data.calibration), (train, recipe.data.training)):
+        for item in text_sources.expand(tokens.source) if wanted else ():
             attempt(partial(text_sources.check, item, evaluating=False))
     if evaluate:
         for spec in recipe.data.evaluation:
@@ -102,7 +121,7 @@ def prepare(recipe: Recipe, weights: bool = True, calibrate: bool = False, evalu
 
 def _check_positions(recipe: Recipe, model: SourceModel, problems: list[str]) -> None:
     limit = int(getattr(model.config, "max_position_embeddings", 0) or 0)
-    lengths = {"data.calibration.length": recipe.data.calibration.length}
+    lengths = {f"data.{key}.length": getattr(recipe.data, key).length for key in ("calibration", "training")}
     lengths |= {f"data.evaluation {spec.name}, length": spec.length for spec in recipe.data.evaluation}
     for key, length in lengths.items():
         if limit and length > limit:

@@ -42,6 +42,7 @@ class Runtime(Section):
         "auto", description="hidden states between blocks; auto: RAM while they need less than half of what is free"
     )
     batch_size: Positive = Field(4, description="sequences in one forward pass of a block")
+    save_minutes: float = Field(10, ge=0, description="a block's unfinished training is saved this often")
 
 
 class Source(Section):
@@ -96,6 +97,7 @@ class Data(Section):
     """Text for every stage."""
 
     calibration: TokenSet = Field(default_factory=TokenSet)
+    training: TokenSet = Field(default_factory=lambda: TokenSet(sequences=256))
     evaluation: list[EvaluationSet] = Field(default_factory=_builtin_evaluation, min_length=1)
 
     @field_validator("evaluation")
@@ -135,10 +137,55 @@ class Ptq(Section):
         return value
 
 
+class Distill(Section):
+    """Stage 2: latent weights, levels and bitmaps trained block by block against the full-precision block."""
+
+    parametrisation: Literal["nearest", "bitmap"] = Field(
+        "nearest", description="nearest: the code is the level nearest to the latent weight; bitmap: the paper's relaxed bitmap"
+    )
+    train: list[Literal["weights", "levels", "bitmap"]] | None = Field(
+        None, min_length=1, description="what is trained; default everything the parametrisation has"
+    )
+    epochs: int = Field(4, ge=0, le=100, description="passes over the training sequences; 0 returns the ptq checkpoint")
+    batch_size: Positive = Field(4, description="sequences in an optimizer step")
+    micro_batch_size: Positive = Field(4, description="sequences in one forward and backward pass; gradients add up to a step")
+    lr_weights: float = Field(1e-2, gt=0, le=1, description="AdamW rate of latents, relative to the RMS of the linear's weights")
+    lr_levels: float = Field(2.5e-3, gt=0, le=1, description="AdamW rate of levels, relative to the same RMS")
+    lr_bitmap: float = Field(1e-2, gt=0, le=1, description="AdamW rate of the relaxed bitmap, which lies in [0, 1]")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which rates rise; then they fall as a cosine")
+    clip: float = Field(1.0, gt=0, description="largest gradient norm, parameters in units of their linear's RMS")
+    loss: Literal["plain", "mixed"] = Field(
+        "plain", description="plain: squared error over all tokens; mixed: half of it over ordinary tokens alone"
+    )
+    polarise: float = Field(0.01, ge=0, description="lambda of the regulariser 1 - |2 G - 1|^beta; grows from 0 to this")
+    polarise_beta: Annotated[list[Annotated[float, Field(ge=1, le=100)]], Field(min_length=2, max_length=2)] = Field(
+        [2.0, 2.0], description="beta at the first and at the last step"
+    )
+    latent_margin: float = Field(
+        0.1, ge=0, le=1, description="how far inside its code's cell a latent starts at least, 1: on its level"
+    )
+    held_out: float = Field(0.0625, gt=0, lt=1, description="share of the sequences that choose the best epoch")
+    max_skipped: int = Field(10, ge=0, description="steps of a block that may be skipped for not being finite")
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Kinds of parameters that are trained."""
+        every = ("weights", "levels", "bitmap") if self.parametrisation == "bitmap" else ("weights", "levels")
+        return tuple(self.train) if self.train is not None else every
+
+    @model_validator(mode="after")
+    def _has_what_is_trained(self) -> "Distill":
+        if self.parametrisation == "nearest" and "bitmap" in self.trained:
+            raise ValueError("train: parametrisation `nearest` has no bitmap; train weights and levels, or use `bitmap`")
+        if len(set(self.trained)) != len(self.trained):
+            raise ValueError(f"train: {', '.join(self.trained)} names a kind twice")
+        return self
+
+
 class Eval(Section):
     """What `lbllm eval` measures."""
 
-    checkpoints: list[Literal["base", "ptq"]] | None = Field(
+    checkpoints: list[Literal["base", "ptq", "distill"]] | None = Field(
         None, min_length=1, description="default: base and every complete stage"
     )
 
@@ -146,7 +193,7 @@ class Eval(Section):
 class Export(Section):
     """What `lbllm export` writes."""
 
-    checkpoint: Literal["latest", "ptq"] = Field("latest", description="latest: the last complete stage")
+    checkpoint: Literal["latest", "ptq", "distill"] = Field("latest", description="latest: the last complete stage")
     format: Literal["packed", "dense"] = Field("packed", description="packed: 2-bit codes; dense: a plain folder")
     shard_gb: float = Field(5.0, gt=0, description="largest weight file, in units of 10^9 bytes; held in RAM once")
 
@@ -160,6 +207,7 @@ class Recipe(Section):
     runtime: Runtime = Field(default_factory=Runtime)
     data: Data = Field(default_factory=Data)
     ptq: Ptq = Field(default_factory=Ptq)
+    distill: Distill = Field(default_factory=Distill)
     eval: Eval = Field(default_factory=Eval)
     export: Export = Field(default_factory=Export)
 
@@ -170,5 +218,22 @@ class Recipe(Section):
             raise ValueError(
                 "data.calibration.sequences: `ptq.asymmetric: auto` holds sequences out and needs at least 2, got "
                 f"{rows}; add sequences or set ptq.asymmetric to a number"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _training_fills_a_step(self) -> "Recipe":
+        rows, distill = self.data.training.sequences, self.distill
+        if rows < 2:
+            raise ValueError(f"data.training.sequences: one is held out, so at least 2 are needed, got {rows}")
+        left = rows - min(max(1, round(distill.held_out * rows)), rows - 1)
+        if distill.batch_size > left:
+            raise ValueError(
+                f"distill.batch_size: {distill.batch_size} sequences in a step, but data.training.sequences {rows} leaves "
+                f"{left} beside those that distill.held_out takes; lower it or add sequences"
+            )
+        if distill.micro_batch_size > distill.batch_size and "micro_batch_size" in distill.model_fields_set:
+            raise ValueError(
+                f"distill.micro_batch_size: {distill.micro_batch_size} is more than distill.batch_size, {distill.batch_size}"
             )
         return self

@@ -79,6 +79,10 @@ class Reporter:
         self._began = time.monotonic()
         self._bar.update(self._task, completed=index)
 
+    def tick(self, text: str) -> None:
+        """Where the work on a block is, beside the bar of a terminal."""
+        self._bar.update(self._task, description=f"{self.stage}: {text}")
+
     def step(self, index: int) -> None:
         """A block is done, without a line of its own."""
         self._bar.update(self._task, completed=index + 1)
@@ -96,7 +100,7 @@ class Reporter:
         if len(self._times) >= ETA_AFTER and index + 1 < self.blocks:
             line += f"  eta {clock((self.blocks - index - 1) * sum(self._times) / len(self._times))}"
         self.console.print(line, markup=False)
-        self._bar.update(self._task, completed=index + 1)
+        self._bar.update(self._task, completed=index + 1, description=self.stage)
         if self.events is not None:
             record = {"stage": self.stage, "block": index, "seconds": round(seconds, 3), "peak_ram_bytes": peak_ram()}
             with self.events.open("a", encoding="utf-8") as handle:
@@ -107,3 +111,21 @@ class Reporter:
         device = peak_device(self.device)
         gpu = f", {device / GIB:.2f} GiB of device memory" if device is not None else ""
         return f"{clock(time.monotonic() - self._start)} min:s, {peak_ram() / GIB:.2f} GiB of RAM at the peak{gpu}"
+
+
+def plot_errors(events: Path, path: Path) -> None:
+    """Per block, error on held-out sequences before and after training, from the last record of each block in `events`."""
+    from matplotlib.figure import Figure
+
+    records = {record["block"]: record for record in map(json.loads, events.read_text(encoding="utf-8").splitlines())}
+    blocks = sorted(records)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for key, name in (("error", "all tokens"), ("error_ordinary", "ordinary tokens")):
+        colour = axes.plot(blocks, [records[block]["before"][key] for block in blocks], "--", label=f"{name}, before")[0].get_color()
+        axes.plot(blocks, [records[block]["after"][key] for block in blocks], "-", color=colour, label=f"{name}, after")
+    axes.set(xlabel="decoder block", ylabel="squared error / energy of the teacher's output", yscale="log")
+    axes.set_title("Output error on held-out sequences, before and after training")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)

@@ -6,7 +6,8 @@ a run in RAM advances its streams through the committed blocks again, with the s
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lbllm_cli import files, interrupt
-from lbllm_cli.checkpoint import StageWriter
+from lbllm_cli.checkpoint import Checkpoint, StageWriter, TrainingState
 from lbllm_cli.errors import RunError
 from lbllm_cli.model import Block, SourceModel
 from lbllm_cli.ops.binarize import decode
@@ -73,6 +74,33 @@ def batches(start: int, end: int, size: int) -> Iterator[slice]:
         yield slice(first, min(first + size, end))
 
 
+Rows = slice | Tensor
+
+
+def fetched(streams: tuple[HiddenStream, ...], pieces: Sequence[Rows], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of several streams on the device, piece by piece; from disk or to a GPU, the next is read while one is worked on.
+
+    pieces: slices, or row numbers int64 [n]. Yields tensors [n, length, hidden], one per stream.
+    """
+
+    def load(rows: Rows) -> tuple[Tensor, ...]:
+        found = [stream.data[rows] for stream in streams]
+        # A slice of a mapped file is not read before it is copied.
+        return tuple(tensor.pin_memory() if device.type == "cuda" else tensor.clone() for tensor in found)
+
+    if device.type == "cpu" and all(stream.path is None for stream in streams):
+        for rows in pieces:
+            yield tuple(stream.data[rows] for stream in streams)
+        return
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        ahead = reader.submit(load, pieces[0]) if pieces else None
+        for index in range(len(pieces)):
+            assert ahead is not None
+            current = ahead.result()
+            ahead = reader.submit(load, pieces[index + 1]) if index + 1 < len(pieces) else None
+            yield tuple(tensor.to(device, non_blocking=True) for tensor in current)
+
+
 def embed_stream(model: SourceModel, tokens: Tensor, path: Path | None, batch_size: int) -> HiddenStream:
     """First inputs: token embeddings of tokens int64 [rows, length]."""
     embedding = model.embed()
@@ -84,8 +112,10 @@ def embed_stream(model: SourceModel, tokens: Tensor, path: Path | None, batch_si
 
 def advance(block: Block, inputs: HiddenStream, outputs: HiddenStream, device: torch.device, batch_size: int) -> None:
     """outputs = block(inputs); the two may be the same stream."""
-    for rows in batches(0, inputs.rows, batch_size):
-        outputs.data[rows] = block(inputs.data[rows].to(device)).cpu()
+    pieces = [slice(first, min(first + batch_size, inputs.rows)) for first in range(0, inputs.rows, batch_size)]
+    for rows, (hidden,) in zip(pieces, fetched((inputs,), pieces, device), strict=True):
+        interrupt.check()
+        outputs.data[rows] = block(hidden).cpu()
 
 
 @dataclass
@@ -93,7 +123,8 @@ class BlockTask:
     """What a stage's fit gets to see of one block.
 
     teacher: the full-precision block. full, quantized: its inputs on the two streams. targets: the teacher's outputs, filled
-    row by row by `run_teacher`.
+    row by row by `run_teacher`. For a stage that goes on from another one the targets are complete, and there are start, the
+    parent's tensors of the block, and keeper, where unfinished training is kept.
     """
 
     index: int
@@ -103,6 +134,8 @@ class BlockTask:
     targets: HiddenStream
     device: torch.device
     batch_size: int
+    start: dict[str, Tensor] | None = None
+    keeper: TrainingState | None = None
     _filled: set[int] = field(default_factory=set)
 
     def run_teacher(self, rows: slice) -> None:
@@ -139,14 +172,25 @@ def binarized_weights(stored: dict[str, Tensor], model: SourceModel) -> dict[str
 class BlockLoop:
     """Runs a stage over all blocks of a model, from the last committed one on.
 
-    folder: where streams on disk lie, or None for RAM.
+    folder: where streams on disk lie, or None for RAM. parent: the checkpoint that the stage goes on from, if it does; its fits
+    then find the targets complete, and the full-precision inputs are gone by then. keeper: for unfinished training.
     """
 
-    def __init__(self, model: SourceModel, writer: StageWriter, batch_size: int, folder: Path | None):
+    def __init__(
+        self,
+        model: SourceModel,
+        writer: StageWriter,
+        batch_size: int,
+        folder: Path | None,
+        parent: Checkpoint | None = None,
+        keeper: TrainingState | None = None,
+    ):
         self.model = model
         self.writer = writer
         self.batch_size = batch_size
         self.folder = folder
+        self.parent = parent
+        self.keeper = keeper
 
     def _path(self, name: str, index: int) -> Path | None:
         return None if self.folder is None else self.folder / f"{name}_{index:03d}.bin"
@@ -157,30 +201,54 @@ class BlockLoop:
         Raises RunError naming the block when an output is not finite.
         """
         first = self.writer.blocks_done
-        full, quantized = self._restore(tokens, first, reporter)
+        full, quantized, taught = self._restore(tokens, first, reporter)
         for index in range(first, self.model.blocks):
             interrupt.check()
             reporter.begin_block(index)
             teacher = self.model.block(index)
-            targets = full.like(self._path("full", index + 1))
+            if self.parent is None:
+                targets = full.like(self._path("full", index + 1))
+            else:
+                targets = full = full if taught else self._teach(index, teacher, full)
+                taught = False
             task = BlockTask(index, teacher, full, quantized, targets, self.model.device, self.batch_size)
+            if self.parent is not None:
+                task.start, task.keeper = self.parent.read_block(index), self.keeper
             tensors, facts = fit(task)
-            task.finish_targets()
+            if self.parent is None:
+                task.finish_targets()
             stored = self.writer.write_block(index, tensors)
             student = self.model.block(index, binarized_weights(stored, self.model))
-            outputs = quantized.like(self._path("quantized", index + 1))
+            # In RAM a crash loses the streams anyway, so that outputs may take their inputs' place.
+            outputs = quantized if self.folder is None else quantized.like(self._path("quantized", index + 1))
             advance(student, quantized, outputs, self.model.device, self.batch_size)
             error = self._error(index, targets, outputs)
             targets.sync()
             outputs.sync()
             self.writer.commit(index)
-            full.remove()
+            if self.keeper is not None:
+                self.keeper.clear()
+            if full is not targets:
+                full.remove()
             quantized.remove()
             full, quantized = targets, outputs
             facts |= {"error": error.relative, "error_ordinary": error.relative_ordinary}
             reporter.end_block(index, facts)
         full.remove()
         quantized.remove()
+
+    def _teach(self, index: int, teacher: Block, full: HiddenStream) -> HiddenStream:
+        """The teacher's outputs; its inputs are deleted, so that one stream less lies on disk while the student is trained."""
+        path = self._path("full", index + 1)
+        if path is None:
+            advance(teacher, full, full, self.model.device, self.batch_size)
+            return full
+        # Under another name until they are whole: the name is what tells a resumed run that they are.
+        targets = full.like(self._path("unfinished_full", index + 1))
+        advance(teacher, full, targets, self.model.device, self.batch_size)
+        targets.move(path)
+        full.remove()
+        return targets
 
     def _error(self, index: int, targets: HiddenStream, outputs: HiddenStream) -> BlockError:
         error = BlockError()
@@ -190,13 +258,18 @@ class BlockLoop:
             raise RunError(f"block {index}: an output holds NaN or infinity; try model.dtype: float32")
         return error
 
-    def _restore(self, tokens: Tensor, first: int, reporter: Reporter) -> tuple[HiddenStream, HiddenStream]:
-        """Both streams as they enter block `first`."""
+    def _restore(self, tokens: Tensor, first: int, reporter: Reporter) -> tuple[HiddenStream, HiddenStream, bool]:
+        """Both streams as they enter block `first`; whether the first holds the teacher's outputs of that block instead."""
         shape = (*tokens.shape, int(self.model.config.hidden_size))
         paths = [self._path(name, first) for name in ("full", "quantized")]
-        if first and all(path is not None and path.exists() for path in paths):
+        taught = self._path("full", first + 1) if self.parent is not None else None
+        if taught is not None and taught.exists():
+            if paths[0] is not None:
+                paths[0].unlink(missing_ok=True)
+            paths[0] = taught
+        if (first or paths[0] == taught) and all(path is not None and path.exists() for path in paths):
             full, quantized = (HiddenStream(shape, self.model.dtype, path, create=False) for path in paths)
-            return full, quantized
+            return full, quantized, paths[0] == taught
         if self.folder is not None:
             self.folder.mkdir(exist_ok=True)
         # Under other names until they are whole: a run that is killed while it derives them must not resume on half of them.
@@ -207,6 +280,6 @@ class BlockLoop:
             stored = binarized_weights(self.writer.read_block(index), self.model)
             advance(self.model.block(index), full, full, self.model.device, self.batch_size)
             advance(self.model.block(index, stored), quantized, quantized, self.model.device, self.batch_size)
-        for stream, path in zip((full, quantized), paths, strict=True):
+        for stream, path in zip((full, quantized), (self._path("full", first), self._path("quantized", first)), strict=True):
             stream.move(path)
-        return full, quantized
+        return full, quantized, False

@@ -26,6 +26,14 @@ def group_count(in_features: int, group_size: int) -> int:
     return -(-in_features // group_size)
 
 
+def grouped(matrix: Tensor, group_size: int) -> Tensor:
+    """Cuts rows into groups, zeros in the tail of a ragged last one: [2, 576], 128 -> [2, 5, 128]."""
+    out_features, in_features = matrix.shape
+    groups = group_count(in_features, group_size)
+    padded = torch.nn.functional.pad(matrix, (0, groups * group_size - in_features))
+    return padded.view(out_features, groups, group_size)
+
+
 def project_levels(levels: Tensor) -> tuple[Tensor, Tensor]:
     """Rounds levels to the stored grid.
 
@@ -61,12 +69,8 @@ def dequantize(codes: Tensor, levels: Tensor, scale: Tensor, group_size: int) ->
     codes: uint8 [out, in], 0..3. levels: int8 [out, groups, 4] in code order. scale: float16 [out, groups].
     Returns float32 [out, in]. out=2, in=576, group_size=128 -> levels [2, 5, 4], result [2, 576].
     """
-    out_features, in_features = codes.shape
-    groups = levels.shape[1]
-    padded = torch.nn.functional.pad(codes, (0, groups * group_size - in_features))
-    index = padded.view(out_features, groups, group_size).long()
-    values = level_values(levels, scale).gather(2, index)
-    return values.view(out_features, -1)[:, :in_features]
+    values = level_values(levels, scale).gather(2, grouped(codes, group_size).long())
+    return values.flatten(1)[:, : codes.shape[1]]
 
 
 def pack_codes(codes: Tensor, group_size: int) -> Tensor:
@@ -75,10 +79,8 @@ def pack_codes(codes: Tensor, group_size: int) -> Tensor:
     codes: uint8 [out, in]. Returns uint8 [out, groups, group_size / 4]; three axes, so that a loader that does not
     know the format fails on the shape. out=2, in=576, group_size=128 -> [2, 5, 32].
     """
-    out_features, in_features = codes.shape
-    groups = group_count(in_features, group_size)
-    padded = torch.nn.functional.pad(codes, (0, groups * group_size - in_features))
-    quads = padded.view(out_features, groups, group_size // 4, 4)
+    whole = grouped(codes, group_size)
+    quads = whole.view(*whole.shape[:2], group_size // 4, 4)
     return quads[..., 0] | (quads[..., 1] << 2) | (quads[..., 2] << 4) | (quads[..., 3] << 6)
 
 
@@ -95,6 +97,12 @@ def decode(weight: Tensor, levels: Tensor, scale: Tensor, in_features: int) -> T
     weight: uint8 [out, groups, group_size / 4]. levels: int8 [out, groups, 4]. scale: float16 [out, groups].
     """
     return dequantize(unpack_codes(weight, in_features), levels, scale, weight.shape[2] * 4)
+
+
+def ranks_from_codes(codes: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse of `codes_from_ranks`: codes uint8 [..., n] and levels [..., groups, 4] in code order -> ranks, ascending levels."""
+    by_code = torch.argsort(torch.tensor(RANK_TO_CODE, device=codes.device)).to(torch.uint8)
+    return by_code[codes.long()], levels[..., list(RANK_TO_CODE)]
 
 
 def codes_from_ranks(ranks: Tensor, levels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
-from lbllm_cli.ops.binarize import LEVELS, project_levels
+from lbllm_cli.ops.binarize import LEVELS, grouped, project_levels
 from lbllm_cli.ops.compensate import LevelTable, RankFit
 
 # Relative pull of every level towards its present value: it decides only levels that no weight uses.
@@ -17,10 +17,7 @@ _CHUNK_BYTES = 64 << 20
 
 def values_of(fit: RankFit, group_size: int) -> Tensor:
     """Weights of a fit in rank order: float32 [out, in]."""
-    out_features, in_features = fit.ranks.shape
-    groups = fit.levels.shape[1]
-    index = pad(fit.ranks, (0, groups * group_size - in_features)).view(out_features, groups, group_size).long()
-    return fit.values().gather(2, index).view(out_features, -1)[:, :in_features]
+    return fit.values().gather(2, grouped(fit.ranks, group_size).long()).flatten(1)[:, : fit.ranks.shape[1]]
 
 
 def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
@@ -34,12 +31,9 @@ def ordered(ranks: Tensor, levels: Tensor, group_size: int) -> tuple[Tensor, Ten
 
     ranks: uint8 [out, in]. levels: float [out, groups, 4] in any order. Same shapes back.
     """
-    out_features, in_features = ranks.shape
-    groups = levels.shape[1]
     ascending, order = levels.sort(dim=2)
     renamed = order.argsort(dim=2).to(torch.uint8)
-    index = pad(ranks, (0, groups * group_size - in_features)).view(out_features, groups, group_size).long()
-    return renamed.gather(2, index).view(out_features, -1)[:, :in_features].contiguous(), ascending
+    return renamed.gather(2, grouped(ranks, group_size).long()).flatten(1)[:, : ranks.shape[1]].contiguous(), ascending
 
 
 def _normal_equations(ranks: Tensor, weighted: Tensor, hessian: Tensor, groups: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,305 @@
+"""Training of one block against the full-precision block's outputs: steps, schedule, selection, resume. No files, no formats.
+
+A step: the student's present weights enter its block, micro-batches add up gradients, these go back through the straight-through
+estimators once, AdamW moves the masters. After every epoch the student is scored on held-out sequences; the best state wins,
+and the start is one of the candidates.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lbllm_cli import interrupt
+from lbllm_cli.errors import Interrupted, RunError
+from lbllm_cli.model import Block
+from lbllm_cli.ops.metrics import BlockError, massive_tokens
+from lbllm_cli.stream import HiddenStream, fetched
+
+if TYPE_CHECKING:
+    from lbllm_cli.recipe import Distill
+
+_LAST_RATE = 0.05
+
+
+class Student(Protocol):
+    """What is trained."""
+
+    block: Block
+
+    def groups(self) -> list[dict[str, Any]]:
+        """AdamW groups: `params`, `top`, the learning rate at the top of the schedule, and `unit`, the parameters' scale."""
+
+    def begin(self) -> None:
+        """Puts the present weights into the block."""
+
+    def backward(self, progress: float) -> None:
+        """Carries the gradients of the block's weights to the parameters. progress: share of the steps done, 0 to 1."""
+
+    def constrain(self) -> None:
+        """After a step."""
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint."""
+
+    def facts(self) -> dict[str, float]:
+        """What an epoch's record says about the present state."""
+
+
+class StateKeeper(Protocol):
+    """Where an unfinished block's training is kept."""
+
+    def save(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Replaces what was kept."""
+
+    def load(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What was kept of block `index`, if anything."""
+
+    def due(self) -> bool:
+        """Whether enough time has passed since the last save."""
+
+
+def rate_factor(step: int, steps: int, warmup: float) -> float:
+    """Share of the top learning rate in step `step` of `steps`: linear up over the first `warmup` of them, cosine down to 5 %.
+
+    0, 100, 0.05 -> 0.2; 4 -> 1.0; 99 -> 0.05.
+    """
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    share = (step - rising + 1) / max(1, steps - rising)
+    return _LAST_RATE + (1 - _LAST_RATE) * (1 + math.cos(math.pi * share)) / 2
+
+
+@dataclass
+class Progress:
+    """How far a block's training is: everything a resumed run needs beside the tensors."""
+
+    block: int
+    epoch: int = 0
+    step: int = 0
+    skipped: int = 0
+    loss_sum: float = 0.0
+    norm_sum: float = 0.0
+    norm_max: float = 0.0
+    seconds: float = 0.0
+    best: int = 0
+    best_loss: float = 1.0
+    start: dict[str, float] = field(default_factory=dict)
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Trainer:
+    """Trains `student` so that its block turns `inputs` into `targets`.
+
+    seed: data order. tick(text): told where training is. memory(): fields for an epoch's record.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        student: Student,
+        inputs: HiddenStream,
+        targets: HiddenStream,
+        device: torch.device,
+        settings: "Distill",
+        seed: int,
+        keeper: StateKeeper,
+        tick: Callable[[str], None],
+    ):
+        self.student = student
+        self.inputs, self.targets, self.device = inputs, targets, device
+        self.settings, self.keeper, self.tick = settings, keeper, tick
+        self.seed = (seed << 20) + index
+        held = held_out_rows(inputs.rows, settings.held_out)
+        # Spread over the data, which may be ordered by source.
+        self.held = [round((i + 0.5) * inputs.rows / held - 0.5) for i in range(held)]
+        self.rows = sorted(set(range(inputs.rows)) - set(self.held))
+        self.steps = -(-len(self.rows) // settings.batch_size)
+        self.groups = student.groups()
+        self.optimizer = torch.optim.AdamW(self.groups, weight_decay=0.0, betas=(0.9, 0.95), fused=True)
+        self.progress = Progress(index)
+        self.best: dict[str, Tensor] | None = None
+
+    def run(self) -> dict[str, Tensor] | None:
+        """The best epoch's tensors, or None when no epoch was better than the start; `progress` tells how it went."""
+        self._resume()
+        if not self.progress.start:
+            self.student.begin()
+            self.progress.start = self._held_out()
+        while self.progress.epoch < self.settings.epochs:
+            self._epoch()
+        return self.best
+
+    def _batches(self) -> list[Tensor]:
+        """Rows of each step of the present epoch."""
+        generator = torch.Generator().manual_seed((self.seed << 10) + self.progress.epoch)
+        order = torch.tensor(self.rows)[torch.randperm(len(self.rows), generator=generator)]
+        return list(order.split(self.settings.batch_size))
+
+    def _epoch(self) -> None:
+        progress = self.progress
+        began = time.monotonic()
+        batches = self._batches()[progress.step :]
+        pieces = [micro for batch in batches for micro in batch.split(self.settings.micro_batch_size)]
+        feed = fetched((self.inputs, self.targets), pieces, self.device)
+        for batch in batches:
+            self._pause(began)
+            began = self._count(began)
+            self.tick(f"epoch {progress.epoch + 1}/{self.settings.epochs}, step {progress.step + 1}/{self.steps}")
+            self._step(batch, feed)
+            progress.step += 1
+        self._count(began)
+        self._score()
+        progress.epoch, progress.step = progress.epoch + 1, 0
+        progress.loss_sum = progress.norm_sum = progress.norm_max = progress.seconds = 0.0
+
+    def _count(self, began: float) -> float:
+        now = time.monotonic()
+        self.progress.seconds += now - began
+        return now
+
+    def _pause(self, began: float) -> None:
+        """Between two steps: saves when it is time to, or a signal came."""
+        try:
+            interrupt.check()
+        except Interrupted:
+            self._save()
+            raise
+        if self.keeper.due():
+            self._save()
+
+    def _step(self, batch: Tensor, feed: Iterator[tuple[Tensor, ...]]) -> None:
+        """One optimizer step over the rows of `batch`."""
+        self.student.begin()
+        loss = torch.zeros((), device=self.device)
+        for _ in batch.split(self.settings.micro_batch_size):
+            inputs, targets = next(feed)
+            part = self._loss(self.student.block(inputs), targets) * (inputs.shape[0] / len(batch))
+            part.backward()
+            loss += part.detach()
+        done = (self.progress.epoch * self.steps + self.progress.step) / (self.settings.epochs * self.steps)
+        self.student.backward(done)
+        self._update(float(loss))
+
+    def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Squared error of a micro-batch, 1 for the start's error on held-out sequences.
+
+        plain: over all tokens. mixed: half over all, half over ordinary tokens alone, each relative to its start.
+        """
+        error = (outputs.float() - targets.float()).square().sum(-1)
+        start = self.progress.start
+        loss = error.mean() / start["per_token"]
+        if self.settings.loss == "mixed":
+            ordinary = torch.where(massive_tokens(targets), 0, error).mean() / start["per_token_ordinary"]
+            loss = (loss + ordinary) / 2
+        return loss
+
+    def _update(self, loss: float) -> None:
+        """The one place where gradients become a step: they are complete here, and nothing is between here and the masters."""
+        progress = self.progress
+        gradients = [(group["unit"], p.grad) for group in self.groups for p in group["params"] if p.grad is not None]
+        norms = torch.stack([grad.norm() * unit for unit, grad in gradients])
+        norm = float(norms.norm())
+        if math.isfinite(loss) and math.isfinite(norm):
+            factor = rate_factor(progress.epoch * self.steps + progress.step, self.settings.epochs * self.steps, self.settings.warmup)
+            for group in self.groups:
+                group["lr"] = group["top"] * factor
+            if norm > self.settings.clip:
+                for _, grad in gradients:
+                    grad.mul_(self.settings.clip / norm)
+            self.optimizer.step()
+            self.student.constrain()
+            progress.loss_sum += loss
+            progress.norm_sum += norm
+            progress.norm_max = max(progress.norm_max, norm)
+        else:
+            progress.skipped += 1
+            self._check_skipped(loss, norm)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _check_skipped(self, loss: float, norm: float) -> None:
+        progress = self.progress
+        where = f"block {progress.block}, epoch {progress.epoch + 1}, step {progress.step + 1}"
+        if progress.skipped > self.settings.max_skipped:
+            raise RunError(
+                f"{where}: loss {loss:.3g}, gradient norm {norm:.3g}; {progress.skipped} steps of this block were not finite, "
+                f"distill.max_skipped allows {self.settings.max_skipped}; lower distill.lr_weights, or set model.dtype: float32"
+            )
+
+    @torch.no_grad()
+    def _held_out(self) -> dict[str, float]:
+        """Errors on the held-out sequences of the weights that are in the block."""
+        error = BlockError()
+        pieces = list(torch.tensor(self.held).split(self.settings.micro_batch_size))
+        for inputs, targets in fetched((self.inputs, self.targets), pieces, self.device):
+            error.add(targets, self.student.block(inputs))
+        if not error.finite:
+            return {"error": math.inf, "error_ordinary": math.inf, "per_token": math.inf, "per_token_ordinary": math.inf}
+        tokens = len(self.held) * self.inputs.data.shape[1]
+        return {
+            "error": error.relative,
+            "error_ordinary": error.relative_ordinary,
+            "per_token": max(error.error / tokens, 1e-30),
+            "per_token_ordinary": max(error.ordinary_error / tokens, 1e-30),
+        }
+
+    def _score(self) -> None:
+        """End of an epoch: held-out error, record, and whether this is the best state so far."""
+        progress, settings = self.progress, self.settings
+        self.student.begin()
+        held, start = self._held_out(), progress.start
+        parts = [held[key] / start[key] for key in ("per_token", "per_token_ordinary")]
+        loss = sum(parts) / 2 if settings.loss == "mixed" else parts[0]
+        if loss < progress.best_loss and held["error_ordinary"] <= start["error_ordinary"]:
+            progress.best, progress.best_loss = progress.epoch + 1, loss
+            self.best = self.student.snapshot()
+        taken = max(1, self.steps - progress.skipped)
+        tokens = len(self.rows) * self.inputs.data.shape[1]
+        progress.epochs.append(
+            {
+                "loss": progress.loss_sum / taken,
+                "held_out_loss": loss,
+                "held_out": held,
+                **self.student.facts(),
+                "gradient_norm": progress.norm_sum / taken,
+                "gradient_norm_max": progress.norm_max,
+                "skipped": progress.skipped,
+                "tokens_per_second": round(tokens / max(progress.seconds, 1e-9)),
+            }
+        )
+
+    def _parameters(self) -> dict[str, Tensor]:
+        return {f"{g}.{i}": p for g, group in enumerate(self.groups) for i, p in enumerate(group["params"])}
+
+    def _save(self) -> None:
+        tensors = {f"best/{name}": tensor for name, tensor in (self.best or {}).items()}
+        for name, parameter in self._parameters().items():
+            tensors[f"{name}/value"] = parameter.detach()
+            tensors |= {f"{name}/{key}": moment for key, moment in self.optimizer.state[parameter].items()}
+        self.keeper.save(tensors, asdict(self.progress))
+
+    def _resume(self) -> None:
+        kept = self.keeper.load(self.progress.block)
+        if kept is None:
+            return
+        tensors, facts = kept
+        self.progress = Progress(**facts)
+        found: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            owner, _, name = key.partition("/")
+            found.setdefault(owner, {})[name] = tensor.to(self.device)
+        self.best = found.get("best")
+        for name, parameter in self._parameters().items():
+            with torch.no_grad():
+                parameter.copy_(found[name].pop("value"))
+            self.optimizer.state[parameter].update(found[name])
+
+
+def held_out_rows(rows: int, share: float) -> int:
+    """Sequences held out of `rows`: at least one, and at least one is left."""
+    return min(max(1, round(share * rows)), rows - 1)
