@@ -72,6 +72,7 @@ def write_recipe(path: Path, model: Path, output: Path, **sections) -> Path:
         "runtime": {"device": "cpu", "batch_size": 2},
         "data": {
             "calibration": {"source": str(text), "sequences": 6, "length": 32},
+            "training": {"source": str(text), "sequences": 9, "length": 32},
             "evaluation": [{"name": "novels", "source": "builtin:evaluation/novels", "length": 32, "segments": 4}],
         },
         "ptq": {"group_size": 32, "rounds": 1},

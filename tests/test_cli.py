@@ -9,7 +9,7 @@ import pytest
 import yaml
 from conftest import save_toy, write_recipe
 
-COMMANDS = ("ptq", "eval", "export", "generate", "validate", "config")
+COMMANDS = ("ptq", "distill", "eval", "export", "generate", "validate", "config")
 
 
 def test_help_lists_every_command_and_imports_no_torch():
@@ -59,7 +59,7 @@ def test_manifest_holds_no_clock_and_no_path(ok, tmp_path, recipe):
     ok("ptq", "--recipe", recipe)
     manifest = json.loads((tmp_path / "run" / "ptq" / "lbllm_stage.json").read_text())
     assert str(tmp_path) not in json.dumps(manifest)
-    assert manifest["calibration_tokens"] == 6 * 32
+    assert manifest["tokens"] == 6 * 32
     assert manifest["binarized_parameters"] / manifest["parameters"] == pytest.approx(0.6, abs=0.2)
     environment = json.loads((tmp_path / "run" / "ptq" / "environment.json").read_text())
     assert environment["threads"] == 1

@@ -16,12 +16,12 @@ from lbllm_cli.checkpoint import Checkpoint, changes, complete_stages, locked
 from lbllm_cli.errors import UsageError
 from lbllm_cli.forecast import Need
 from lbllm_cli.model import choose_device
+from lbllm_cli.pipeline import run_stage
 from lbllm_cli.prepare import Plan
 from lbllm_cli.recipe import Recipe
 from lbllm_cli.report import GIB, Reporter, console
 from lbllm_cli.stages import evaluate as evaluation
 from lbllm_cli.stages import export as exporting
-from lbllm_cli.pipeline import run_stage
 from lbllm_cli.stages.distill import fit_block as fit_distill
 from lbllm_cli.stages.ptq import fit_block as fit_ptq
 
@@ -76,7 +76,15 @@ def distill(recipe: Recipe, dry_run: bool, force: bool) -> None:
     with locked(plan.output), interrupt.graceful():
         tokens = plan.training() if tokens is None else tokens
         fit = partial(fit_distill, settings=recipe.distill, seed=recipe.runtime.seed)
-        run_stage(plan, need, tokens, plan.distill_inputs(tokens, parent), force, lambda r: partial(fit, tick=r.tick), parent)
+        run_stage(
+            plan,
+            need,
+            tokens,
+            plan.distill_inputs(tokens, parent),
+            force,
+            lambda reporter: partial(fit, monitor=reporter),
+            parent,
+        )
 
 
 def _check_parent(plan: Plan, parent: Checkpoint) -> None:

@@ -102,7 +102,7 @@ def _streams(recipe: Recipe, one: float, in_ram: float) -> bool:
 
 
 def _stage_need(stage: str, recipe: Recipe, model: SourceModel, tokens: TokenSet, device: float, kept: float = 0) -> Need:
-    """Need of a stage that runs over the blocks. device: its blocks and fitting. kept: streams' worth of RAM that its fit adds."""
+    """Need of a stage that runs over the blocks. device: blocks and fitting. kept: streams' worth of RAM that its fit adds."""
     one = float(tokens.sequences * tokens.length * model.config.hidden_size * model.dtype.itemsize)
     in_ram = _STREAMS_RAM[stage] + kept
     on_disk = _streams(recipe, one, in_ram)

@@ -4,7 +4,7 @@ import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from lbllm_cli import source
 from lbllm_cli.errors import UsageError
-from lbllm_cli.recipe import Model
 from lbllm_cli.source import TensorEntry
+
+if TYPE_CHECKING:
+    from lbllm_cli.recipe import Model
 
 # Linears that read the same input share one Hessian and are fitted as one matrix.
 UNITS = (
@@ -220,7 +222,7 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device(wanted)
 
 
-def open_model(recipe: Model, device: torch.device, weights: bool = True) -> SourceModel:
+def open_model(recipe: "Model", device: torch.device, weights: bool = True) -> SourceModel:
     """Checks everything about a model that its config and safetensors headers tell; reads no weight.
 
     weights: False needs only config.json, for forecasts. Raises UsageError for a missing or damaged file, an unsupported
@@ -243,7 +245,7 @@ def open_model(recipe: Model, device: torch.device, weights: bool = True) -> Sou
 
 
 def _compute_dtype(
-    recipe: Model, config: PretrainedConfig, entries: dict[str, TensorEntry], device: torch.device
+    recipe: "Model", config: PretrainedConfig, entries: dict[str, TensorEntry], device: torch.device
 ) -> torch.dtype:
     if recipe.dtype != "source":
         return _TORCH_DTYPES[recipe.dtype]
@@ -254,7 +256,7 @@ def _compute_dtype(
     return stored if stored in _TORCH_DTYPES.values() else torch.bfloat16
 
 
-def open_tokenizer(recipe: Model, folder: Path) -> Any:
+def open_tokenizer(recipe: "Model", folder: Path) -> Any:
     """The model's tokenizer. Raises UsageError when the folder has none."""
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UsageError(f"{folder} has no tokenizer: expected tokenizer.json or tokenizer.model; copy the model's own")

@@ -61,7 +61,9 @@ class Plan:
 
     def _inputs(self, stage: str, key: str, tokens: Tensor | None) -> dict[str, Any]:
         # The tokens themselves, not where they came from: a text that moved is still the same text.
-        text = {} if tokens is None else {f"data.{key}.tokens": f"{tokens.shape[0]} x {tokens.shape[1]}, {data.tokens_hash(tokens)}"}
+        text = {}
+        if tokens is not None:
+            text = {f"data.{key}.tokens": f"{tokens.shape[0]} x {tokens.shape[1]}, {data.tokens_hash(tokens)}"}
         return {
             "stage": stage,
             "model.files": self.model.identity(),
@@ -83,9 +85,7 @@ class Plan:
         return {**self._inputs("distill", "training", tokens), "parent.files": parent.content}
 
 
-def prepare(
-    recipe: Recipe, weights: bool = True, calibrate: bool = False, train: bool = False, evaluate: bool = False
-) -> Plan:
+def prepare(recipe: Recipe, weights: bool = True, calibrate: bool = False, train: bool = False, evaluate: bool = False) -> Plan:
     """Opens model and tokenizer and checks the sources that will be read.
 
     weights: False accepts a folder that holds only config.json. calibrate, train, evaluate: which parts of `data` must be usable.
@@ -103,8 +103,10 @@ def prepare(
     model = attempt(lambda: open_model(recipe.model, device or torch.device("cpu"), weights))
     output = Path(os.path.expanduser(recipe.output.dir))
     attempt(lambda: _check_output(output, model))
-    for wanted, tokens in ((calibrate, recipe.data.calibration), (train, recipe.data.training)):
-        for item in text_sources.expand(tokens.source) if wanted else ():
+    read = {"calibration": recipe.data.calibration} if calibrate else {}
+    read |= {"training": recipe.data.training} if train else {}
+    for tokens in read.values():
+        for item in text_sources.expand(tokens.source):
             attempt(partial(text_sources.check, item, evaluating=False))
     if evaluate:
         for spec in recipe.data.evaluation:
@@ -113,19 +115,21 @@ def prepare(
     tokenizer = None
     if model is not None and (model.entries or weights):
         tokenizer = attempt(lambda: open_tokenizer(recipe.model, model.folder))
-        _check_positions(recipe, model, problems)
+        lengths = {f"data.{key}.length": tokens.length for key, tokens in read.items()}
+        lengths |= {f"data.evaluation {spec.name}, length": spec.length for spec in recipe.data.evaluation}
+        problems += _beyond_positions(lengths, model)
     if problems:
         raise UsageError("\n".join(problems))
     return Plan(recipe, output, model, tokenizer)
 
 
-def _check_positions(recipe: Recipe, model: SourceModel, problems: list[str]) -> None:
+def _beyond_positions(lengths: dict[str, int], model: SourceModel) -> list[str]:
     limit = int(getattr(model.config, "max_position_embeddings", 0) or 0)
-    lengths = {f"data.{key}.length": getattr(recipe.data, key).length for key in ("calibration", "training")}
-    lengths |= {f"data.evaluation {spec.name}, length": spec.length for spec in recipe.data.evaluation}
-    for key, length in lengths.items():
-        if limit and length > limit:
-            problems.append(f"{key} is {length}, the model has {limit} positions; lower it")
+    return [
+        f"{key} is {length}, the model has {limit} positions; lower it"
+        for key, length in lengths.items()
+        if limit and length > limit
+    ]
 
 
 def _check_output(output: Path, model: SourceModel | None) -> None:

@@ -146,14 +146,14 @@ class Distill(Section):
     train: list[Literal["weights", "levels", "bitmap"]] | None = Field(
         None, min_length=1, description="what is trained; default everything the parametrisation has"
     )
-    epochs: int = Field(4, ge=0, le=100, description="passes over the training sequences; 0 returns the ptq checkpoint")
-    batch_size: Positive = Field(4, description="sequences in an optimizer step")
+    epochs: int = Field(2, ge=0, le=100, description="passes over the training sequences; 0 returns the ptq checkpoint")
+    batch_size: Positive = Field(2, description="sequences in an optimizer step")
     micro_batch_size: Positive = Field(4, description="sequences in one forward and backward pass; gradients add up to a step")
-    lr_weights: float = Field(1e-2, gt=0, le=1, description="AdamW rate of latents, relative to the RMS of the linear's weights")
-    lr_levels: float = Field(2.5e-3, gt=0, le=1, description="AdamW rate of levels, relative to the same RMS")
+    lr_weights: float = Field(2e-2, gt=0, le=1, description="AdamW rate of latents, relative to the RMS of the linear's weights")
+    lr_levels: float = Field(1e-2, gt=0, le=1, description="AdamW rate of levels, relative to the same RMS")
     lr_bitmap: float = Field(1e-2, gt=0, le=1, description="AdamW rate of the relaxed bitmap, which lies in [0, 1]")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which rates rise; then they fall as a cosine")
-    clip: float = Field(1.0, gt=0, description="largest gradient norm, parameters in units of their linear's RMS")
+    clip: float = Field(2.0, gt=0, description="largest gradient norm, in units of its running mean")
     loss: Literal["plain", "mixed"] = Field(
         "plain", description="plain: squared error over all tokens; mixed: half of it over ordinary tokens alone"
     )
@@ -162,7 +162,10 @@ class Distill(Section):
         [2.0, 2.0], description="beta at the first and at the last step"
     )
     latent_margin: float = Field(
-        0.1, ge=0, le=1, description="how far inside its code's cell a latent starts at least, 1: on its level"
+        0.2, ge=0, le=1, description="how far inside its code's cell a latent starts at least, 1: on its level"
+    )
+    dampening: float = Field(
+        0.003, ge=0, lt=1, description="share of the way to its level that a latent is pulled in every step, against chatter"
     )
     held_out: float = Field(0.0625, gt=0, lt=1, description="share of the sequences that choose the best epoch")
     max_skipped: int = Field(10, ge=0, description="steps of a block that may be skipped for not being finite")

@@ -41,10 +41,7 @@ def _mapping(loader: _StrictLoader, node: yaml.MappingNode, deep: bool = False) 
         if key in seen:
             raise UsageError(f"line {line}: duplicate key `{key}`, first on line {seen[key]}; remove one of them")
         seen[key] = line
-    return {
-        loader.construct_object(k, deep=True): loader.construct_object(v, deep=True)
-        for k, v in node.value
-    }
+    return {loader.construct_object(k, deep=True): loader.construct_object(v, deep=True) for k, v in node.value}
 
 
 _StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping)

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-ETA_AFTER, ETA_WINDOW = 3, 8
+ETA_WINDOW = 8
 GIB = float(1 << 30)
 
 
@@ -83,6 +83,10 @@ class Reporter:
         """Where the work on a block is, beside the bar of a terminal."""
         self._bar.update(self._task, description=f"{self.stage}: {text}")
 
+    def memory(self) -> dict[str, int | None]:
+        """Peak memory so far, bytes."""
+        return {"peak_ram_bytes": peak_ram(), "peak_device_bytes": peak_device(self.device)}
+
     def step(self, index: int) -> None:
         """A block is done, without a line of its own."""
         self._bar.update(self._task, completed=index + 1)
@@ -97,14 +101,14 @@ class Reporter:
         line += f"  {seconds:6.1f} s  ram {peak_ram() / GIB:.1f} GiB"
         device = peak_device(self.device)
         line += f"  gpu {device / GIB:.1f} GiB" if device is not None else ""
-        if len(self._times) >= ETA_AFTER and index + 1 < self.blocks:
+        if index + 1 < self.blocks:
             line += f"  eta {clock((self.blocks - index - 1) * sum(self._times) / len(self._times))}"
         self.console.print(line, markup=False)
         self._bar.update(self._task, completed=index + 1, description=self.stage)
         if self.events is not None:
-            record = {"stage": self.stage, "block": index, "seconds": round(seconds, 3), "peak_ram_bytes": peak_ram()}
+            record = {"stage": self.stage, "block": index, "seconds": round(seconds, 3), **self.memory(), **facts}
             with self.events.open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps(record | {"peak_device_bytes": device} | facts) + "\n")
+                handle.write(json.dumps(record) + "\n")
 
     def used(self) -> str:
         """Time and memory so far, for the last line of a stage."""
@@ -122,8 +126,9 @@ def plot_errors(events: Path, path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for key, name in (("error", "all tokens"), ("error_ordinary", "ordinary tokens")):
-        colour = axes.plot(blocks, [records[block]["before"][key] for block in blocks], "--", label=f"{name}, before")[0].get_color()
-        axes.plot(blocks, [records[block]["after"][key] for block in blocks], "-", color=colour, label=f"{name}, after")
+        before, after = ([records[block][when][key] for block in blocks] for when in ("before", "after"))
+        (line,) = axes.plot(blocks, before, "--", label=f"{name}, before")
+        axes.plot(blocks, after, "-", color=line.get_color(), label=f"{name}, after")
     axes.set(xlabel="decoder block", ylabel="squared error / energy of the teacher's output", yscale="log")
     axes.set_title("Output error on held-out sequences, before and after training")
     axes.grid(alpha=0.3)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,9 @@ from lbllm_cli.errors import RunError
 from lbllm_cli.model import Block, SourceModel
 from lbllm_cli.ops.binarize import decode
 from lbllm_cli.ops.metrics import BlockError
-from lbllm_cli.report import Reporter
+
+if TYPE_CHECKING:
+    from lbllm_cli.report import Reporter
 
 
 class HiddenStream:
@@ -195,7 +197,7 @@ class BlockLoop:
     def _path(self, name: str, index: int) -> Path | None:
         return None if self.folder is None else self.folder / f"{name}_{index:03d}.bin"
 
-    def run(self, tokens: Tensor, fit: Fit, reporter: Reporter) -> None:
+    def run(self, tokens: Tensor, fit: Fit, reporter: "Reporter") -> None:
         """tokens: int64 [rows, length], the stage's data.
 
         Raises RunError naming the block when an output is not finite.
@@ -258,7 +260,7 @@ class BlockLoop:
             raise RunError(f"block {index}: an output holds NaN or infinity; try model.dtype: float32")
         return error
 
-    def _restore(self, tokens: Tensor, first: int, reporter: Reporter) -> tuple[HiddenStream, HiddenStream, bool]:
+    def _restore(self, tokens: Tensor, first: int, reporter: "Reporter") -> tuple[HiddenStream, HiddenStream, bool]:
         """Both streams as they enter block `first`; whether the first holds the teacher's outputs of that block instead."""
         shape = (*tokens.shape, int(self.model.config.hidden_size))
         paths = [self._path(name, first) for name in ("full", "quantized")]

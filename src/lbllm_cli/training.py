@@ -7,7 +7,7 @@ and the start is one of the candidates.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,12 +18,14 @@ from lbllm_cli import interrupt
 from lbllm_cli.errors import Interrupted, RunError
 from lbllm_cli.model import Block
 from lbllm_cli.ops.metrics import BlockError, massive_tokens
-from lbllm_cli.stream import HiddenStream, fetched
+from lbllm_cli.stream import BlockTask, fetched
 
 if TYPE_CHECKING:
     from lbllm_cli.recipe import Distill
 
 _LAST_RATE = 0.05
+# The usual gradient norm follows the present one by this share a step.
+_FOLLOW = 0.1
 
 
 class Student(Protocol):
@@ -32,7 +34,7 @@ class Student(Protocol):
     block: Block
 
     def groups(self) -> list[dict[str, Any]]:
-        """AdamW groups: `params`, `top`, the learning rate at the top of the schedule, and `unit`, the parameters' scale."""
+        """AdamW groups: `params`, their `kind`, `top`, the learning rate at the top of the schedule, and `unit`, their scale."""
 
     def begin(self) -> None:
         """Puts the present weights into the block."""
@@ -48,6 +50,16 @@ class Student(Protocol):
 
     def facts(self) -> dict[str, float]:
         """What an epoch's record says about the present state."""
+
+
+class Monitor(Protocol):
+    """Who is told how training goes."""
+
+    def tick(self, text: str) -> None:
+        """Where training is."""
+
+    def memory(self) -> dict[str, int | None]:
+        """Peak memory so far, for the record of an epoch."""
 
 
 class StateKeeper(Protocol):
@@ -86,6 +98,7 @@ class Progress:
     loss_sum: float = 0.0
     norm_sum: float = 0.0
     norm_max: float = 0.0
+    usual_norm: float = 0.0
     seconds: float = 0.0
     best: int = 0
     best_loss: float = 1.0
@@ -94,35 +107,33 @@ class Progress:
 
 
 class Trainer:
-    """Trains `student` so that its block turns `inputs` into `targets`.
+    """Trains `student` so that its block turns the quantized stream into the targets.
 
-    seed: data order. tick(text): told where training is. memory(): fields for an epoch's record.
+    task: both streams. seed: data order. keeper: unfinished training. monitor: told how it goes.
     """
 
     def __init__(
         self,
-        index: int,
+        task: BlockTask,
         student: Student,
-        inputs: HiddenStream,
-        targets: HiddenStream,
-        device: torch.device,
         settings: "Distill",
         seed: int,
         keeper: StateKeeper,
-        tick: Callable[[str], None],
+        monitor: Monitor,
     ):
         self.student = student
-        self.inputs, self.targets, self.device = inputs, targets, device
-        self.settings, self.keeper, self.tick = settings, keeper, tick
-        self.seed = (seed << 20) + index
-        held = held_out_rows(inputs.rows, settings.held_out)
+        self.inputs, self.targets, self.device = task.quantized, task.targets, task.device
+        self.settings, self.keeper, self.monitor = settings, keeper, monitor
+        self.seed = (seed << 20) + task.index
+        rows = task.quantized.rows
+        held = held_out_rows(rows, settings.held_out)
         # Spread over the data, which may be ordered by source.
-        self.held = [round((i + 0.5) * inputs.rows / held - 0.5) for i in range(held)]
-        self.rows = sorted(set(range(inputs.rows)) - set(self.held))
+        self.held = [round((i + 0.5) * rows / held - 0.5) for i in range(held)]
+        self.rows = sorted(set(range(rows)) - set(self.held))
         self.steps = -(-len(self.rows) // settings.batch_size)
         self.groups = student.groups()
         self.optimizer = torch.optim.AdamW(self.groups, weight_decay=0.0, betas=(0.9, 0.95), fused=True)
-        self.progress = Progress(index)
+        self.progress = Progress(task.index)
         self.best: dict[str, Tensor] | None = None
 
     def run(self) -> dict[str, Tensor] | None:
@@ -148,9 +159,9 @@ class Trainer:
         pieces = [micro for batch in batches for micro in batch.split(self.settings.micro_batch_size)]
         feed = fetched((self.inputs, self.targets), pieces, self.device)
         for batch in batches:
-            self._pause(began)
+            self._pause()
             began = self._count(began)
-            self.tick(f"epoch {progress.epoch + 1}/{self.settings.epochs}, step {progress.step + 1}/{self.steps}")
+            self.monitor.tick(f"epoch {progress.epoch + 1}/{self.settings.epochs}, step {progress.step + 1}/{self.steps}")
             self._step(batch, feed)
             progress.step += 1
         self._count(began)
@@ -163,7 +174,7 @@ class Trainer:
         self.progress.seconds += now - began
         return now
 
-    def _pause(self, began: float) -> None:
+    def _pause(self) -> None:
         """Between two steps: saves when it is time to, or a signal came."""
         try:
             interrupt.check()
@@ -206,12 +217,18 @@ class Trainer:
         norms = torch.stack([grad.norm() * unit for unit, grad in gradients])
         norm = float(norms.norm())
         if math.isfinite(loss) and math.isfinite(norm):
-            factor = rate_factor(progress.epoch * self.steps + progress.step, self.settings.epochs * self.steps, self.settings.warmup)
+            done, whole = progress.epoch * self.steps + progress.step, self.settings.epochs * self.steps
+            factor = rate_factor(done, whole, self.settings.warmup)
             for group in self.groups:
                 group["lr"] = group["top"] * factor
-            if norm > self.settings.clip:
+            limit = self.settings.clip * progress.usual_norm if progress.usual_norm else math.inf
+            if norm > limit:
                 for _, grad in gradients:
-                    grad.mul_(self.settings.clip / norm)
+                    grad.mul_(limit / norm)
+            taken = min(norm, limit)
+            progress.usual_norm = (
+                taken if not progress.usual_norm else progress.usual_norm + _FOLLOW * (taken - progress.usual_norm)
+            )
             self.optimizer.step()
             self.student.constrain()
             progress.loss_sum += loss
@@ -266,10 +283,12 @@ class Trainer:
                 "held_out_loss": loss,
                 "held_out": held,
                 **self.student.facts(),
+                "lr": {group["kind"]: group["lr"] / group["unit"] for group in self.groups},
                 "gradient_norm": progress.norm_sum / taken,
                 "gradient_norm_max": progress.norm_max,
                 "skipped": progress.skipped,
                 "tokens_per_second": round(tokens / max(progress.seconds, 1e-9)),
+                **self.monitor.memory(),
             }
         )
 

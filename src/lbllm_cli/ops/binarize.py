@@ -100,7 +100,7 @@ def decode(weight: Tensor, levels: Tensor, scale: Tensor, in_features: int) -> T
 
 
 def ranks_from_codes(codes: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse of `codes_from_ranks`: codes uint8 [..., n] and levels [..., groups, 4] in code order -> ranks, ascending levels."""
+    """Inverse of `codes_from_ranks`: uint8 [..., n] and [..., groups, 4] in code order -> ranks, levels in rank order."""
     by_code = torch.argsort(torch.tensor(RANK_TO_CODE, device=codes.device)).to(torch.uint8)
     return by_code[codes.long()], levels[..., list(RANK_TO_CODE)]
 

@@ -1,9 +1,11 @@
 """Straight-through estimators: weights that sit on their group's levels, with gradients for what chose them.
 
-Everything is grouped: latents, bitmaps and weights are float32 [out, groups, group_size], zero beyond a ragged tail.
+Everything is grouped: latents, bitmaps and weights are float32 [out, groups, group_size]; what lies in the tail of a ragged last
+group is never read and gets no gradient.
 A surrogate says what the backward pass differentiates; codes are constants in it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -104,6 +106,11 @@ class StoredLevels(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return grads[0]
+
+
+nearest_level: Callable[[Tensor, Tensor], Tensor] = NearestLevel.apply
+bitmap_level: Callable[[Tensor, Tensor, Tensor], Tensor] = BitmapLevel.apply
+stored_levels: Callable[[Tensor], Tensor] = StoredLevels.apply
 
 
 def polarisation(bitmap: Tensor, beta: float) -> float:

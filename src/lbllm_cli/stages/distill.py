@@ -1,16 +1,18 @@
-"""Stage 2: weight-aware training, block by block, against the full-precision block (LBLLM stage 2; rates and schedules are ours)."""
+"""Stage 2: weight-aware training, block by block, against the full-precision block.
 
-from collections.abc import Callable
+As in LBLLM's stage 2; rates, schedules, starting latents and the parametrisation `nearest` are ours.
+"""
+
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lbllm_cli.model import LINEARS, Block, block_prefix
+from lbllm_cli.model import LINEARS, Block
 from lbllm_cli.ops.binarize import unpack_codes
 from lbllm_cli.stream import BlockTask
 from lbllm_cli.trainable import BITMAP, LEVELS, PARAMETRISATIONS, WEIGHTS, Bitmap, Packed, Trainable
-from lbllm_cli.training import Trainer
+from lbllm_cli.training import Monitor, Trainer
 
 if TYPE_CHECKING:
     from lbllm_cli.recipe import Distill
@@ -44,7 +46,7 @@ class BinarizedStudent:
             for kind, parameters in linear.kinds().items():
                 if kind in self.settings.trained:
                     unit = 1.0 if kind == BITMAP else linear.rms
-                    groups.append({"params": parameters, "top": rates[kind] * unit, "unit": unit})
+                    groups.append({"params": parameters, "kind": kind, "top": rates[kind] * unit, "unit": unit})
         return groups
 
     def begin(self) -> None:
@@ -56,7 +58,7 @@ class BinarizedStudent:
 
     def backward(self, progress: float) -> None:
         """Carries the gradients of the block's weights to the masters, and adds the regulariser's."""
-        for name, linear in self.linears.items():
+        for name in self.linears:
             weight = self.block.linear(name).weight
             assert weight.grad is not None
             self.current.pop(name).backward(weight.grad.float())
@@ -71,11 +73,11 @@ class BinarizedStudent:
     def constrain(self) -> None:
         """After a step."""
         for linear in self.linears.values():
-            linear.constrain()
+            linear.constrain(self.settings.dampening)
 
     def snapshot(self) -> dict[str, Tensor]:
         """The packed tensors of the block."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, linear in self.linears.items():
             tensors |= named(self.block.prefix + name, linear.packed())
         return tensors
@@ -106,19 +108,18 @@ def _packed(start: dict[str, Tensor], prefix: str, device: torch.device) -> Pack
     return weight, levels, scale
 
 
-def fit_block(task: BlockTask, settings: "Distill", seed: int, tick: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def fit_block(task: BlockTask, settings: "Distill", seed: int, monitor: Monitor) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Trains the linears of one block from the parent's.
 
     Returns the packed tensors under their full names, the parent's own where no epoch was better, and facts: the errors at the
     start, which epoch won, and one record per epoch.
     Raises RunError when more steps than allowed were not finite.
     """
-    assert task.start is not None and task.keeper is not None
+    assert task.start is not None
+    assert task.keeper is not None
     with torch.enable_grad():
         student = BinarizedStudent(task.teacher, task.start, settings)
-        trainer = Trainer(
-            task.index, student, task.quantized, task.targets, task.device, settings, seed, task.keeper, tick
-        )  # fmt: skip
+        trainer = Trainer(task, student, settings, seed, task.keeper, monitor)
         best = trainer.run()
     progress = trainer.progress
     facts = {
