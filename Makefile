@@ -27,17 +27,20 @@ check: $(VENV)/.installed
 $(MODEL)/config.json: | $(VENV)/.installed
 	$(PY) scripts/fetch_smollm2.py $(MODEL)
 
-# The main job on a real model: binarize, measure, export, generate. A stage's manifest is the target that Make follows.
+# The main job on a real model: binarize, train, measure, export, generate. A stage's manifest is the target that Make follows.
 demo: $(RUN)/eval/results.json $(RUN)/export/config.json
 	$(LBLLM) generate --model $(RUN)/export --raw --prompt "The sea was calm, and" --max-new-tokens 32
 
 $(RUN)/ptq/lbllm_stage.json: $(DEMO) $(MODEL)/config.json | $(VENV)/.installed
 	$(LBLLM) ptq --recipe $(DEMO)
 
-$(RUN)/eval/results.json: $(RUN)/ptq/lbllm_stage.json
+$(RUN)/distill/lbllm_stage.json: $(RUN)/ptq/lbllm_stage.json
+	$(LBLLM) distill --recipe $(DEMO)
+
+$(RUN)/eval/results.json: $(RUN)/distill/lbllm_stage.json
 	$(LBLLM) eval --recipe $(DEMO)
 
-$(RUN)/export/config.json: $(RUN)/ptq/lbllm_stage.json
+$(RUN)/export/config.json: $(RUN)/distill/lbllm_stage.json
 	$(LBLLM) export --recipe $(DEMO)
 
 clean:

@@ -1,20 +1,22 @@
 #!/usr/bin/env python3
-"""Runs variants of `lbllm ptq` on one recipe and writes one table: perplexity per text, and time of the stage.
+"""Runs variants of a stage on one recipe and writes one table: perplexity per text, and time of the stage.
 
-    python scripts/ablate.py --recipe recipes/smollm2-135m.yaml --out runs/ablation [--segments 12] [--only NAME ...]
+    python scripts/ablate.py --recipe recipes/smollm2-135m.yaml --stage distill --out runs/distill [--only NAME ...]
 
-Every variant is a run folder of its own, so a stopped script goes on where it was, and finished variants cost nothing.
-The table (table.md, table.json) is written again after every variant.
+Every variant is a run folder of its own, so a stopped script goes on where it was, and finished variants cost nothing; variants
+of distill start from one ptq checkpoint per group size. The table (table.md, table.json) is written again after every variant,
+and tokens.png once there are variants that differ in tokens alone.
 """
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-VARIANTS: dict[str, list[str]] = {
+PTQ: dict[str, list[str]] = {
     "default": [],
     "group 128": ["ptq.group_size=128"],
     "calibrated on novels": ["data.calibration.source=builtin:calibration/novels"],
@@ -35,6 +37,30 @@ VARIANTS: dict[str, list[str]] = {
     "quantile levels, no refinement": ["ptq.levels=quantile", "ptq.rounds=0"],
     "importance diag H": ["ptq.importance=hessian_diagonal"],
 }
+BITMAP = "distill.parametrisation=bitmap"
+DISTILL: dict[str, list[str]] = {
+    "default": [],
+    "no stage 2": ["distill.epochs=0"],
+    "nearest, levels": ["distill.train=[levels]"],
+    "nearest, weights": ["distill.train=[weights]"],
+    "bitmap, levels": [BITMAP, "distill.train=[levels]"],
+    "bitmap, levels and bitmap": [BITMAP, "distill.train=[levels, bitmap]"],
+    "bitmap, levels and weights": [BITMAP, "distill.train=[levels, weights]"],
+    "bitmap, all": [BITMAP],
+    "bitmap, all, not polarised": [BITMAP, "distill.polarise=0"],
+    "mixed loss": ["distill.loss=mixed"],
+    "no dampening": ["distill.dampening=0"],
+    "latents at the cell's edge": ["distill.latent_margin=0"],
+    "latents on their level": ["distill.latent_margin=1"],
+    "half the rates": ["distill.lr_weights=0.01", "distill.lr_levels=0.005"],
+    "twice the rates": ["distill.lr_weights=0.04", "distill.lr_levels=0.02"],
+    "32 sequences": ["data.training.sequences=32"],
+    "64 sequences": ["data.training.sequences=64"],
+    "128 sequences": ["data.training.sequences=128"],
+    "256 sequences": ["data.training.sequences=256"],
+    "group 128": ["ptq.group_size=128"],
+}
+VARIANTS = {"ptq": PTQ, "distill": DISTILL}
 
 
 def lbllm(*arguments: str) -> None:
@@ -44,16 +70,37 @@ def lbllm(*arguments: str) -> None:
         sys.exit(code)
 
 
-def measure(recipe: str, folder: Path, overrides: list[str]) -> dict[str, Any]:
-    """Runs one variant, or finds it finished: its perplexities and the seconds its blocks took."""
-    common = [f"output.dir={folder}", *overrides]
-    lbllm("ptq", "--recipe", recipe, *common)
+def folder_of(out: Path, name: str) -> Path:
+    """Run folder of a variant."""
+    return out / "".join(letter if letter.isalnum() else "-" for letter in name)
+
+
+def give_parent(recipe: str, out: Path, folder: Path, overrides: list[str]) -> None:
+    """Puts the finished ptq stage that a variant of distill starts from into its folder."""
+    if (folder / "ptq").exists():
+        return
+    parent = folder_of(out, " ".join(["parent", *(key for key in overrides if key.startswith("ptq."))]))
+    lbllm("ptq", "--recipe", recipe, f"output.dir={parent}", *overrides)
+    unfinished = folder / "ptq.copy"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(parent / "ptq", unfinished)
+    unfinished.rename(folder / "ptq")
+
+
+def measure(stage: str, recipe: str, out: Path, name: str, overrides: list[str]) -> dict[str, Any]:
+    """Runs one variant, or finds it finished: its perplexities, and the tokens and seconds that its blocks took."""
+    folder = folder_of(out, name)
+    if stage != "ptq":
+        give_parent(recipe, out, folder, overrides)
+    lbllm(stage, "--recipe", recipe, f"output.dir={folder}", *overrides)
     results = folder / "eval" / "results.json"
     if not results.exists():
-        lbllm("eval", "--recipe", recipe, *common, "eval.checkpoints=[ptq]")
-    events = (folder / "ptq" / "events.jsonl").read_text(encoding="utf-8").splitlines()
+        lbllm("eval", "--recipe", recipe, f"output.dir={folder}", *overrides, f"eval.checkpoints=[{stage}]")
+    events = (folder / stage / "events.jsonl").read_text(encoding="utf-8").splitlines()
     seconds = {event["block"]: event["seconds"] for event in map(json.loads, events)}
-    return {**json.loads(results.read_text(encoding="utf-8"))["ptq"], "seconds": round(sum(seconds.values()))}
+    tokens = json.loads((folder / stage / "lbllm_stage.json").read_text(encoding="utf-8"))["tokens"]
+    measured = json.loads(results.read_text(encoding="utf-8"))[stage]
+    return {**measured, "tokens": tokens, "seconds": round(sum(seconds.values()))}
 
 
 def base_perplexity(recipe: str, folder: Path, overrides: list[str]) -> dict[str, Any]:
@@ -68,11 +115,31 @@ def write_table(out: Path, rows: dict[str, dict[str, Any]]) -> None:
     """table.json, and table.md with the ratio to full precision beside each perplexity."""
     (out / "table.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     base = rows["full precision"]["perplexity"]
-    lines = [f"| variant | {' | '.join(base)} | bits per weight | seconds |", "|---|" + "---:|" * (len(base) + 2)]
+    lines = [f"| variant | {' | '.join(base)} | bits per weight | tokens | seconds |", "|---|" + "---:|" * (len(base) + 3)]
     for name, row in rows.items():
         cells = [f"{row['perplexity'][text]:.2f} ({row['perplexity'][text] / base[text]:.2f}x)" for text in base]
-        lines.append(f"| {name} | {' | '.join(cells)} | {row['bits_per_weight']:.3f} | {row.get('seconds', '')} |")
+        rest = f"{row['bits_per_weight']:.3f} | {row.get('tokens', '')} | {row.get('seconds', '')}"
+        lines.append(f"| {name} | {' | '.join(cells)} | {rest} |")
     (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def plot_tokens(out: Path, rows: dict[str, dict[str, Any]]) -> None:
+    """Perplexity over full precision against training tokens, from the variants that differ in sequences alone."""
+    from matplotlib.figure import Figure
+
+    found = sorted((row for name, row in rows.items() if name.endswith(" sequences")), key=lambda row: row["tokens"])
+    if len(found) < 2:
+        return
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for text, base in rows["full precision"]["perplexity"].items():
+        axes.plot([row["tokens"] for row in found], [row["perplexity"][text] / base for row in found], "o-", label=text)
+    axes.set(xlabel="training tokens", ylabel="perplexity, times full precision", xscale="log")
+    axes.set_xticks([row["tokens"] for row in found], [f"{row['tokens'] // 1024}k" for row in found], minor=False)
+    axes.set_xticks([], minor=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(out / "tokens.png", dpi=120)
 
 
 def main() -> None:
@@ -80,26 +147,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="NAME", help="variants to run; default all")
+    parser.add_argument("--stage", choices=VARIANTS, default="ptq")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="variants to run; default all of the stage")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe keys that all variants share")
     parser.add_argument("--segments", type=int, default=12, help="evaluation segments per style")
     parser.add_argument("--length", type=int, default=1024, help="tokens in a segment")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
+    variants = VARIANTS[arguments.stage]
+    if unknown := set(arguments.only or ()) - set(variants):
+        parser.error(f"no such variant: {', '.join(sorted(unknown))}; there are: {', '.join(variants)}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     sets = [
         {"name": style, "source": f"builtin:evaluation/{style}", "length": arguments.length, "segments": arguments.segments}
         for style in ("novels", "technical", "modern")
     ]
     common = [f"data.evaluation={json.dumps(sets)}"]
-    settings = {"segments": arguments.segments, "length": arguments.length}
+    common += arguments.overrides
+    settings = {"stage": arguments.stage, "common": common}
     record = arguments.out / "settings.json"
     if record.exists() and json.loads(record.read_text(encoding="utf-8")) != settings:
-        sys.exit(f"{arguments.out} holds a table of other --segments or --length; choose another --out")
+        sys.exit(f"{arguments.out} holds a table of another stage, other texts or other keys; choose another --out")
     record.write_text(json.dumps(settings) + "\n", encoding="utf-8")
     rows = {"full precision": base_perplexity(arguments.recipe, arguments.out / "base", common)}
-    for name in arguments.only or VARIANTS:
-        folder = arguments.out / name.replace(" ", "-").replace(",", "").replace(":", "")
-        rows[name] = measure(arguments.recipe, folder, [*common, *VARIANTS[name]])
+    for name in arguments.only or variants:
+        rows[name] = measure(arguments.stage, arguments.recipe, arguments.out, name, [*common, *variants[name]])
         write_table(arguments.out, rows)
+        plot_tokens(arguments.out, rows)
         print(f"{name}: {rows[name]['perplexity']}, {rows[name]['seconds']} s", flush=True)
 
 

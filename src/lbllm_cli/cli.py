@@ -79,7 +79,7 @@ def _exit_codes() -> Iterator[None]:
         raise typer.Exit(1) from None
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
-            keys = "runtime.batch_size, or set ptq.sequential: true or ptq.asymmetric: 0"
+            keys = "runtime.batch_size or distill.micro_batch_size, or set ptq.sequential: true or ptq.asymmetric: 0"
             typer.echo(f"lbllm: out of device memory; lower {keys}, and run the same command again to resume", err=True)
             raise typer.Exit(1) from None
         if type(error).__name__ == "SafetensorError" and "No space left" in str(error):

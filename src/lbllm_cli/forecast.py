@@ -1,8 +1,9 @@
 """What a stage will need, from shapes alone: device memory, RAM, disk. Printed before the start, compared with what is free."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -26,7 +27,8 @@ class Need:
     """Bytes that a stage needs; on a CPU `device` is part of the same RAM.
 
     streams: bytes of all hidden-state streams at once. on_disk: where these lie. written: bytes that the whole stage writes,
-    where that is more than what it leaves behind.
+    where that is more than what it leaves behind. state: bytes of one unfinished training state, saved every save_minutes.
+    cheaper: recipe keys that need less device memory.
     """
 
     stage: str
@@ -36,11 +38,16 @@ class Need:
     streams: float
     on_disk: bool
     written: float = 0.0
+    state: float = 0.0
+    save_minutes: float = 0.0
+    cheaper: str = "lower runtime.batch_size"
 
     def line(self) -> str:
         """One line of log."""
         where = "disk" if self.on_disk else "RAM"
         written = f", writes {self.written / GIB:.1f} GiB in all" if self.written else ""
+        if self.state:
+            written += f", saves {self.state / GIB:.2f} GiB of training state every {self.save_minutes:g} minutes"
         return (
             f"needs about {self.device / GIB:.1f} GiB for blocks and fitting, {self.ram / GIB:.1f} GiB of RAM, "
             f"{self.disk / GIB:.1f} GiB of disk (streams in {where}: {self.streams / GIB:.1f} GiB){written}"
@@ -101,7 +108,9 @@ def _streams(recipe: Recipe, one: float, in_ram: float) -> bool:
     return recipe.runtime.streams == "disk"
 
 
-def _stage_need(stage: str, recipe: Recipe, model: SourceModel, tokens: TokenSet, device: float, kept: float = 0) -> Need:
+def _stage_need(
+    stage: str, recipe: Recipe, model: SourceModel, tokens: TokenSet, device: float, kept: float = 0, state: float = 0
+) -> Need:
     """Need of a stage that runs over the blocks. device: blocks and fitting. kept: streams' worth of RAM that its fit adds."""
     one = float(tokens.sequences * tokens.length * model.config.hidden_size * model.dtype.itemsize)
     in_ram = _STREAMS_RAM[stage] + kept
@@ -113,7 +122,9 @@ def _stage_need(stage: str, recipe: Recipe, model: SourceModel, tokens: TokenSet
         ram = max(ram, _PROCESS + _sampling_bytes(model, tokens.sequences, tokens.length))
     blocks = checkpoint_bytes(model, recipe.ptq.group_size)
     written = blocks + 2 * (model.blocks + 1) * one if on_disk else 0.0
-    return Need(stage, device, ram, blocks + (count * one if on_disk else 0), count * one, on_disk, written)
+    # A state is replaced by a whole one: two exist for a moment.
+    disk = blocks + (count * one if on_disk else 0) + 2 * state
+    return Need(stage, device, ram, disk, count * one, on_disk, written, state, recipe.runtime.save_minutes)
 
 
 def ptq_need(recipe: Recipe, model: SourceModel) -> Need:
@@ -124,17 +135,18 @@ def ptq_need(recipe: Recipe, model: SourceModel) -> Need:
     # Teacher, and the student's replaced weights beside it; then the fit, when no activations are alive.
     device = 2 * _block_bytes(model) + passing + _fit_bytes(model, recipe.ptq)
     # In sequential order the fit keeps what both streams' attention heads gave instead of computing it again.
-    return _stage_need("ptq", recipe, model, tokens, device, 2 * heads if recipe.ptq.sequential else 0)
+    need = _stage_need("ptq", recipe, model, tokens, device, 2 * heads if recipe.ptq.sequential else 0)
+    keys = "lower runtime.batch_size, or set ptq.sequential: true or ptq.asymmetric: 0, which hold fewer Hessians at once"
+    return replace(need, cheaper=keys)
 
 
-def _training_bytes(model: SourceModel, settings: Distill, group_size: int) -> float:
-    """Masters of a block, their gradients and AdamW's two moments, and its weights in float32 and in the compute dtype."""
+def _masters(model: SourceModel, settings: Distill, group_size: int) -> tuple[float, float]:
+    """Masters of a block's linears, how many are trained and how many are not."""
     weights = model.count(model.binarized_names) / model.blocks
-    kinds = {"weights", "bitmap"} if settings.parametrisation == "bitmap" else {"weights"}
-    masters = sum(16.0 if kind in settings.trained else 4.0 for kind in kinds)
-    current = 4.0 + 1.0 + 2.0 * model.dtype.itemsize
-    levels = 4.0 / group_size * (16.0 if "levels" in settings.trained else 4.0)
-    return weights * (masters + current + levels)
+    sizes = {"weights": weights, "levels": weights * 4 / group_size}
+    sizes |= {"bitmap": weights} if settings.parametrisation == "bitmap" else {}
+    trained = sum(size for kind, size in sizes.items() if kind in settings.trained)
+    return trained, sum(sizes.values()) - trained
 
 
 def _training_activations(model: SourceModel, rows: int, length: int) -> float:
@@ -146,10 +158,36 @@ def _training_activations(model: SourceModel, rows: int, length: int) -> float:
 def distill_need(recipe: Recipe, model: SourceModel) -> Need:
     """Need of `lbllm distill`."""
     tokens, settings = recipe.data.training, recipe.distill
-    rows = min(settings.micro_batch_size, settings.batch_size)
-    device = _block_bytes(model) + _training_bytes(model, settings, recipe.ptq.group_size)
-    device += _training_activations(model, rows, tokens.length)
-    return _stage_need("distill", recipe, model, tokens, device)
+    device, state = _training_device(recipe, model, settings), 12 * _masters(model, settings, recipe.ptq.group_size)[0]
+    need = _stage_need("distill", recipe, model, tokens, device, state=state)
+    return replace(need, cheaper=_cheaper(recipe, model))
+
+
+def _training_device(recipe: Recipe, model: SourceModel, settings: Distill) -> float:
+    """The teacher's block; masters, their gradients and AdamW's two moments; the weights they stand for, in float32 and in the
+    compute dtype with a gradient; activations. Or the teacher's pass over the data, if that is more."""
+    trained, frozen = _masters(model, settings, recipe.ptq.group_size)
+    weights = model.count(model.binarized_names) / model.blocks
+    length = recipe.data.training.length
+    current = weights * (4.0 + 1.0 + 2.0 * model.dtype.itemsize)
+    passing = _training_activations(model, min(settings.micro_batch_size, settings.batch_size), length)
+    teaching = 2 * _block_bytes(model) + _activation_bytes(model, recipe.runtime.batch_size, length)
+    return max(_block_bytes(model) + 16 * trained + 4 * frozen + current + passing, teaching)
+
+
+def _cheaper(recipe: Recipe, model: SourceModel) -> str:
+    """Settings of distill that need less device memory, with what each alone would need."""
+    settings = recipe.distill
+    alternatives: dict[str, dict[str, Any]] = {}
+    if settings.parametrisation == "bitmap":
+        alternatives["distill.parametrisation: nearest"] = {"parametrisation": "nearest", "train": None}
+    if min(settings.micro_batch_size, settings.batch_size) > 1:
+        alternatives["distill.micro_batch_size: 1"] = {"micro_batch_size": 1}
+    if settings.trained != ("levels",):
+        alternatives["distill.train: [levels]"] = {"train": ["levels"]}
+    needs = {key: _training_device(recipe, model, settings.model_copy(update=change)) for key, change in alternatives.items()}
+    listed = ", ".join(f"{key} ({need / GIB:.1f} GiB)" for key, need in needs.items())
+    return f"cheaper: {listed}" if needs else "a larger GPU is needed"
 
 
 def eval_need(recipe: Recipe, model: SourceModel, segments: dict[str, int]) -> Need:
@@ -190,13 +228,12 @@ def check_need(need: Need, output: Path, device: torch.device) -> list[str]:
     if need.ram > available:
         warnings.append(
             f"needs about {need.ram / GIB:.1f} GiB of RAM, {available / GIB:.1f} GiB are available; set runtime.streams: disk, "
-            "or lower runtime.batch_size or data.calibration.sequences"
+            "or lower runtime.batch_size or the number of sequences"
         )
     if device.type == "cuda":
         room = torch.cuda.mem_get_info(device)[0]
         if need.device > room:
             warnings.append(
-                f"needs about {need.device / GIB:.1f} GiB of device memory, {room / GIB:.1f} GiB are free; lower "
-                "runtime.batch_size, or set ptq.sequential: true or ptq.asymmetric: 0, which hold fewer Hessians at once"
+                f"needs about {need.device / GIB:.1f} GiB of device memory, {room / GIB:.1f} GiB are free; {need.cheaper}"
             )
     return warnings

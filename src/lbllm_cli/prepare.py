@@ -118,6 +118,9 @@ def prepare(recipe: Recipe, weights: bool = True, calibrate: bool = False, train
         lengths = {f"data.{key}.length": tokens.length for key, tokens in read.items()}
         lengths |= {f"data.evaluation {spec.name}, length": spec.length for spec in recipe.data.evaluation}
         problems += _beyond_positions(lengths, model)
+    if train and model is not None and model.dtype == torch.float16:
+        # Gradients of float16 activations underflow; scaling the loss would only hide it.
+        problems.append("distill does not train in float16; set model.dtype: bfloat16 (or float32), for ptq as well")
     if problems:
         raise UsageError("\n".join(problems))
     return Plan(recipe, output, model, tokenizer)
