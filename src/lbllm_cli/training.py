@@ -95,6 +95,7 @@ class Progress:
     epoch: int = 0
     step: int = 0
     skipped: int = 0
+    taken: int = 0
     loss_sum: float = 0.0
     norm_sum: float = 0.0
     norm_max: float = 0.0
@@ -124,7 +125,7 @@ class Trainer:
         self.student = student
         self.inputs, self.targets, self.device = task.quantized, task.targets, task.device
         self.settings, self.keeper, self.monitor = settings, keeper, monitor
-        self.seed = (seed << 20) + task.index
+        self.seed = ((seed << 20) + task.index) % (1 << 50)
         rows = task.quantized.rows
         held = held_out_rows(rows, settings.held_out)
         # Spread over the data, which may be ordered by source.
@@ -142,6 +143,8 @@ class Trainer:
         if not self.progress.start:
             self.student.begin()
             self.progress.start = self._held_out()
+        if not math.isfinite(self.progress.start["error"]):
+            raise RunError(f"block {self.progress.block}: the outputs of its start are not finite; set model.dtype: float32")
         while self.progress.epoch < self.settings.epochs:
             self._epoch()
         return self.best
@@ -168,6 +171,7 @@ class Trainer:
         self._score()
         progress.epoch, progress.step = progress.epoch + 1, 0
         progress.loss_sum = progress.norm_sum = progress.norm_max = progress.seconds = 0.0
+        progress.taken = 0
 
     def _count(self, began: float) -> float:
         now = time.monotonic()
@@ -231,6 +235,7 @@ class Trainer:
             )
             self.optimizer.step()
             self.student.constrain()
+            progress.taken += 1
             progress.loss_sum += loss
             progress.norm_sum += norm
             progress.norm_max = max(progress.norm_max, norm)
@@ -275,7 +280,7 @@ class Trainer:
         if loss < progress.best_loss and held["error_ordinary"] <= start["error_ordinary"]:
             progress.best, progress.best_loss = progress.epoch + 1, loss
             self.best = self.student.snapshot()
-        taken = max(1, self.steps - progress.skipped)
+        taken = max(1, progress.taken)
         tokens = len(self.rows) * self.inputs.data.shape[1]
         progress.epochs.append(
             {
