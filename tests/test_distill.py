@@ -73,9 +73,9 @@ def test_training_lowers_the_held_out_error_of_every_block(ok, run, tmp_path, pa
     assert [record["block"] for record in records] == [0, 1, 2]
     for record in records:
         assert record["after"]["error_ordinary"] <= record["before"]["error_ordinary"]
-    # Measured 0.91 (nearest) and 0.93 (bitmap) on the average block.
+    # Measured 0.744 (nearest) and 0.764 (bitmap) on the average block.
     gains = [record["after"]["error_ordinary"] / record["before"]["error_ordinary"] for record in records]
-    assert sum(gains) / 3 < 0.97
+    assert sum(gains) / 3 < 0.85
     assert block_bytes(tmp_path / "run" / "distill") != block_bytes(tmp_path / "run" / "ptq")
 
 
@@ -122,7 +122,7 @@ def test_the_start_keeps_the_advantage_of_compensated_codes(parent):
         naive = nearest_ranks(grouped(weight, 32), levels).flatten(1)[:, : weight.shape[1]]
         moved += int((naive != ranks).sum())
         total += ranks.numel()
-    assert moved / total > 0.02  # measured 0.13: these codes a naive start would undo
+    assert moved / total > 0.1  # measured 0.196: these codes a naive start would undo
 
 
 @pytest.mark.parametrize("streams", ["ram", "disk"])
@@ -203,7 +203,7 @@ def test_only_what_is_named_is_trained(ok, run, tmp_path, train):
     changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
     if train == ["levels"]:
         assert {"levels", "scale"} <= changed
-        # Two levels that cross exchange their codes; nothing else may change one. Measured 0.0006 of the bytes.
+        # Two levels that cross exchange their codes; nothing else may change one. Measured 0.0016 of the bytes.
         codes = [torch.cat([t.flatten() for n, t in stored.items() if n.endswith("weight")]) for stored in (before, after)]
         assert (codes[0] != codes[1]).float().mean() < 0.005
     else:

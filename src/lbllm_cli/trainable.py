@@ -41,7 +41,7 @@ def _follow(latent: nn.Parameter, values: Tensor, dampening: float) -> None:
     """Pulls latents a share of the way to the levels they chose; frozen ones all the way, so that no code ever changes.
 
     Without it latents chatter about the edges of their cells, and the state in which a run ends is a random one: on the first
-    block of the tests' toy the error rose to 1.17 times the start's instead of falling to 0.93.
+    block of the tests' toy (64 x 256 tokens, 4 epochs) the loss ended at 1.17, with a pull of 0.5 % a step at 0.93.
     """
     if share := dampening if latent.requires_grad else 1.0:
         latent.lerp_(values, share)
