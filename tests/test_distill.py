@@ -292,6 +292,10 @@ def test_another_parent_makes_the_stage_out_of_date(ok, lbllm, run, tmp_path):
     result = lbllm("distill", "--recipe", recipe, "ptq.rounds=0")
     assert result.exit_code == 2
     assert "parent.files" in result.stderr
+    for command in ("eval", "export"):
+        message = refused(lbllm, tmp_path / "run", command, "--recipe", recipe)
+        assert "was made from another ptq checkpoint" in message
+        assert "lbllm distill --recipe ... --force" in message
 
 
 def test_disk_too_small_for_the_streams(lbllm, run, tmp_path, monkeypatch):

@@ -116,6 +116,14 @@ def _checkpoint(plan: Plan, stage: str) -> Checkpoint:
             f"{checkpoint.path} was made from another model (expected {now[:12]}, got {str(made_from)[:12]}); "
             "set model.path to the model it was made from, or use another output.dir"
         )
+    parent = checkpoint.manifest.get("parent")
+    if parent and parent["stage"] in complete_stages(plan.output):
+        present = Checkpoint(plan.output, parent["stage"])
+        if present.content != checkpoint.inputs["parent.files"]:
+            raise UsageError(
+                f"{checkpoint.path} was made from another {parent['stage']} checkpoint than the one in {present.path}; "
+                f"run: lbllm {stage} --recipe ... --force"
+            )
     checkpoint.verify()
     return checkpoint
 

@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from lbllm_cli.held_out import held_out_rows
+
 Positive = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
 
@@ -231,7 +233,7 @@ class Recipe(Section):
         rows, distill = self.data.training.sequences, self.distill
         if rows < 2:
             raise ValueError(f"data.training.sequences: one is held out, so at least 2 are needed, got {rows}")
-        left = rows - min(max(1, round(distill.held_out * rows)), rows - 1)
+        left = rows - held_out_rows(rows, distill.held_out)
         if distill.batch_size > left:
             raise ValueError(
                 f"distill.batch_size: {distill.batch_size} sequences in a step, but data.training.sequences {rows} leaves "

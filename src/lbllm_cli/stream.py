@@ -87,8 +87,10 @@ def fetched(streams: tuple[HiddenStream, ...], pieces: Sequence[Rows], device: t
 
     def load(rows: Rows) -> tuple[Tensor, ...]:
         found = [stream.data[rows] for stream in streams]
-        # A slice of a mapped file is not read before it is copied.
-        return tuple(tensor.pin_memory() if device.type == "cuda" else tensor.clone() for tensor in found)
+        if device.type == "cuda":
+            return tuple(tensor.pin_memory() for tensor in found)
+        # A slice of a mapped file is not read before it is copied; rows by number are a copy already.
+        return tuple(tensor.clone() if isinstance(rows, slice) else tensor for tensor in found)
 
     if device.type == "cpu" and all(stream.path is None for stream in streams):
         for rows in pieces:

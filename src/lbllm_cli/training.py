@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lbllm_cli import interrupt
 from lbllm_cli.errors import Interrupted, RunError
+from lbllm_cli.held_out import held_out_rows
 from lbllm_cli.model import Block
 from lbllm_cli.ops.metrics import BlockError, massive_tokens
 from lbllm_cli.stream import BlockTask, fetched
@@ -322,8 +323,3 @@ class Trainer:
             with torch.no_grad():
                 parameter.copy_(found[name].pop("value"))
             self.optimizer.state[parameter].update(found[name])
-
-
-def held_out_rows(rows: int, share: float) -> int:
-    """Sequences held out of `rows`: at least one, and at least one is left."""
-    return min(max(1, round(share * rows)), rows - 1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lbllm_cli.errors import RunError
+from lbllm_cli.held_out import held_out_rows
 from lbllm_cli.model import UNITS, Block, block_prefix
 from lbllm_cli.ops.binarize import codes_from_ranks, dequantize, pack_codes
 from lbllm_cli.ops.compensate import compensate
@@ -81,7 +82,7 @@ class _Collector:
         self.student = student
         self.asymmetric = settings.asymmetric != 0
         rows = task.quantized.rows
-        self.held = max(1, round(settings.held_out * rows)) if settings.asymmetric == "auto" else 0
+        self.held = held_out_rows(rows, settings.held_out) if settings.asymmetric == "auto" else 0
         self.parts = ((0, rows - self.held), (rows - self.held, rows))
         self.keep = settings.sequential and task.quantized.path is None
         self.known: dict[tuple[Block, int], Tensor] = {}
