@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from lbllm_cli import files, forecast, interrupt, prepare
 from lbllm_cli.checkpoint import Checkpoint, changes, complete_stages, locked
@@ -24,6 +26,7 @@ from lbllm_cli.stages import evaluate as evaluation
 from lbllm_cli.stages import export as exporting
 from lbllm_cli.stages.distill import fit_block as fit_distill
 from lbllm_cli.stages.ptq import fit_block as fit_ptq
+from lbllm_cli.stream import Fit
 
 _KINDS = ("device", "ram", "disk", "streams")
 
@@ -45,17 +48,8 @@ def _announce(need: Need, plan: Plan) -> None:
 def ptq(recipe: Recipe, dry_run: bool, force: bool) -> None:
     """`lbllm ptq`."""
     plan = prepare.prepare(recipe, calibrate=True)
-    tokens = None if plan.generates("calibration") else plan.calibration()
     need = forecast.ptq_need(recipe, plan.model)
-    _announce(need, plan)
-    if plan.generates("calibration"):
-        _say("ptq: calibration text is sampled from the model, which is whole in memory meanwhile")
-    if dry_run:
-        _say(f"ptq: would write {plan.output / 'ptq'}")
-        return
-    with locked(plan.output), interrupt.graceful():
-        tokens = plan.calibration() if tokens is None else tokens
-        run_stage(plan, need, tokens, plan.ptq_inputs(tokens), force, lambda _: partial(fit_ptq, settings=recipe.ptq))
+    _run(plan, need, "calibration", plan.ptq_inputs, lambda _: partial(fit_ptq, settings=recipe.ptq), dry_run, force)
 
 
 @torch.no_grad()
@@ -63,28 +57,35 @@ def distill(recipe: Recipe, dry_run: bool, force: bool) -> None:
     """`lbllm distill`."""
     plan = prepare.prepare(recipe, calibrate=True, train=True)
     parent = _checkpoint(plan, "ptq")
-    generates = plan.generates("training")
-    tokens = None if generates else plan.training()
     _check_parent(plan, parent)
     need = forecast.distill_need(recipe, plan.model)
+    inputs = partial(plan.distill_inputs, parent=parent)
+    fit = partial(fit_distill, settings=recipe.distill, seed=recipe.runtime.seed)
+    _run(plan, need, "training", inputs, lambda reporter: partial(fit, monitor=reporter), dry_run, force, parent)
+
+
+def _run(
+    plan: Plan,
+    need: Need,
+    key: str,
+    inputs: Callable[[Tensor], dict[str, Any]],
+    fit: Callable[[Reporter], Fit],
+    dry_run: bool,
+    force: bool,
+    parent: Checkpoint | None = None,
+) -> None:
+    """Reads the text of data.<key>, says what the stage needs, and runs it. inputs: of its checkpoint, by its tokens."""
+    stage, sampled = need.stage, plan.generates(key)
+    tokens = None if sampled else plan.tokens(key)
     _announce(need, plan)
-    if generates:
-        _say("distill: training text is sampled from the model, which is whole in memory meanwhile")
+    if sampled:
+        _say(f"{stage}: {key} text is sampled from the model, which is whole in memory meanwhile")
     if dry_run:
-        _say(f"distill: would write {plan.output / 'distill'}, from {parent.path}")
+        _say(f"{stage}: would write {plan.output / stage}")
         return
     with locked(plan.output), interrupt.graceful():
-        tokens = plan.training() if tokens is None else tokens
-        fit = partial(fit_distill, settings=recipe.distill, seed=recipe.runtime.seed)
-        run_stage(
-            plan,
-            need,
-            tokens,
-            plan.distill_inputs(tokens, parent),
-            force,
-            lambda reporter: partial(fit, monitor=reporter),
-            parent,
-        )
+        tokens = plan.tokens(key) if tokens is None else tokens
+        run_stage(plan, need, tokens, inputs(tokens), force, fit, parent)
 
 
 def _check_parent(plan: Plan, parent: Checkpoint) -> None:
@@ -93,7 +94,7 @@ def _check_parent(plan: Plan, parent: Checkpoint) -> None:
     Text that the model would have to write anew is not compared.
     """
     sampled = plan.generates("calibration")
-    wanted = plan.ptq_inputs(None if sampled else plan.calibration())
+    wanted = plan.ptq_inputs(None if sampled else plan.tokens("calibration"))
     made_from = {key: value for key, value in parent.inputs.items() if not sampled or key != "data.calibration.tokens"}
     if changed := changes(made_from, wanted):
         raise UsageError(
@@ -220,10 +221,10 @@ def validate(recipe: Recipe, as_json: bool) -> None:
     model = plan.model
     problems, segments = [], {}
     if plan.tokenizer is not None:
-        for key, read in (("calibration", plan.calibration), ("training", plan.training)):
+        for key in ("calibration", "training"):
             try:
                 if not plan.generates(key):
-                    read()
+                    plan.tokens(key)
             except UsageError as error:
                 problems.append(str(error))
         try:

@@ -32,28 +32,22 @@ class Plan:
         """Size of the model's vocabulary."""
         return int(self.model.config.vocab_size)
 
-    def generates(self, key: str) -> bool:
-        """Whether data.<key> is sampled from the model, which writes its cache into the output folder."""
-        return any(item.source == "generate:" for item in self._tokens(key).source)
-
-    def _tokens(self, key: str) -> TokenSet:
+    def _set(self, key: str) -> TokenSet:
         return self.recipe.data.training if key == "training" else self.recipe.data.calibration
 
-    def _rows(self, key: str) -> Tensor:
+    def generates(self, key: str) -> bool:
+        """Whether data.<key> is sampled from the model, which writes its cache into the output folder."""
+        return any(item.source == "generate:" for item in self._set(key).source)
+
+    def tokens(self, key: str) -> Tensor:
+        """int64 [sequences, length] of data.<key>, calibration or training."""
+
         def sample(item: Source, rows: int, length: int) -> Tensor:
             from lbllm_cli.generate import cached_sample
 
             return cached_sample(self.model, self.tokenizer, self.output, item, rows, length, self.recipe.runtime.seed)
 
-        return data.calibration_tokens(self._tokens(key), self.tokenizer, self.vocab, self.recipe.runtime.seed, sample, key)
-
-    def calibration(self) -> Tensor:
-        """int64 [sequences, length] of data.calibration."""
-        return self._rows("calibration")
-
-    def training(self) -> Tensor:
-        """int64 [sequences, length] of data.training."""
-        return self._rows("training")
+        return data.calibration_tokens(self._set(key), self.tokenizer, self.vocab, self.recipe.runtime.seed, sample, key)
 
     def evaluation(self) -> dict[str, Tensor]:
         """name -> int64 [segments, length] of data.evaluation."""
