@@ -27,7 +27,7 @@ from lbllm_cli.source import TensorEntry, read_header
 MANIFEST = "lbllm_stage.json"
 PROGRESS = "progress.json"
 FORMAT_VERSION = 1
-STAGES = ("ptq", "distill")
+STAGES = ("ptq", "distill", "act-calib")
 
 
 def fingerprint(inputs: dict[str, Any]) -> str:

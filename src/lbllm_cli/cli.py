@@ -79,7 +79,7 @@ def _exit_codes() -> Iterator[None]:
         raise typer.Exit(1) from None
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
-            keys = "runtime.batch_size or distill.micro_batch_size, or set ptq.sequential: true or ptq.asymmetric: 0"
+            keys = "runtime.batch_size or micro_batch_size, or set ptq.sequential: true or ptq.asymmetric: 0"
             typer.echo(f"lbllm: out of device memory; lower {keys}, and run the same command again to resume", err=True)
             raise typer.Exit(1) from None
         if type(error).__name__ == "SafetensorError" and "No space left" in str(error):
@@ -118,6 +118,18 @@ def distill(recipe: RecipeOption, overrides: Overrides = None, dry_run: DryRun =
     _run(commands.distill, recipe, overrides, dry_run=dry_run, force=force)
 
 
+@app.command("act-calib", epilog="Example: `lbllm act-calib --recipe smollm2-135m.yaml act_calib.granularity=token`")
+def act_calib(recipe: RecipeOption, overrides: Overrides = None, dry_run: DryRun = False, force: Force = False) -> None:
+    """Stage 3: quantize activations, keys and values to 4 bits; train the quantizers, and the levels behind them, block by block.
+
+    Goes on from the distill checkpoint, or from ptq's with act_calib.parent=ptq. Interrupted runs resume, in the middle of a
+    block too; a finished one says "up to date".
+    """
+    from lbllm_cli import commands
+
+    _run(commands.act_calib, recipe, overrides, dry_run=dry_run, force=force)
+
+
 @app.command("eval", epilog="Example: `lbllm eval --recipe smollm2-135m.yaml --json > results.json`")
 def evaluate(recipe: RecipeOption, overrides: Overrides = None, dry_run: DryRun = False, json: Json = False) -> None:
     """Measure perplexity and size of the base model and of every complete stage, side by side."""
@@ -143,12 +155,15 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0: always the likeliest token")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="for temperatures above 0")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    full_activations: Annotated[
+        bool, typer.Option("--full-activations", help="do not quantize activations, keys and values")
+    ] = False,
 ) -> None:
     """Stream text from a model folder to stdout; the chat template is applied where there is one."""
     with _exit_codes():
         from lbllm_cli import commands
 
-        commands.generate(model, prompt, raw, max_new_tokens, temperature, seed, device)
+        commands.generate(model, prompt, raw, max_new_tokens, temperature, seed, device, full_activations)
 
 
 @app.command(epilog="Example: `lbllm validate --recipe llama2-7b.yaml model.path=./folder-with-config-json`")

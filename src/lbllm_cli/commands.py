@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from lbllm_cli import files, forecast, interrupt, prepare
+from lbllm_cli.activations import ActivationFormat
 from lbllm_cli.checkpoint import Checkpoint, changes, complete_stages, locked
 from lbllm_cli.errors import UsageError
 from lbllm_cli.forecast import Need
@@ -24,6 +24,8 @@ from lbllm_cli.recipe import Recipe
 from lbllm_cli.report import GIB, Reporter, console
 from lbllm_cli.stages import evaluate as evaluation
 from lbllm_cli.stages import export as exporting
+from lbllm_cli.stages.act_calib import activation_format
+from lbllm_cli.stages.act_calib import fit_block as fit_act_calib
 from lbllm_cli.stages.distill import fit_block as fit_distill
 from lbllm_cli.stages.ptq import fit_block as fit_ptq
 from lbllm_cli.stream import Fit
@@ -49,58 +51,78 @@ def ptq(recipe: Recipe, dry_run: bool, force: bool) -> None:
     """`lbllm ptq`."""
     plan = prepare.prepare(recipe, calibrate=True)
     need = forecast.ptq_need(recipe, plan.model)
-    _run(plan, need, "calibration", plan.ptq_inputs, lambda _: partial(fit_ptq, settings=recipe.ptq), dry_run, force)
+    _run(plan, need, lambda _: partial(fit_ptq, settings=recipe.ptq), dry_run, force)
 
 
 @torch.no_grad()
 def distill(recipe: Recipe, dry_run: bool, force: bool) -> None:
     """`lbllm distill`."""
     plan = prepare.prepare(recipe, calibrate=True, train=True)
-    parent = _checkpoint(plan, "ptq")
-    _check_parent(plan, parent)
+    parent = _parent(plan, "ptq")
     need = forecast.distill_need(recipe, plan.model)
-    inputs = partial(plan.distill_inputs, parent=parent)
     fit = partial(fit_distill, settings=recipe.distill, seed=recipe.runtime.seed)
-    _run(plan, need, "training", inputs, lambda reporter: partial(fit, monitor=reporter), dry_run, force, parent)
+    _run(plan, need, lambda reporter: partial(fit, monitor=reporter), dry_run, force, parent)
+
+
+@torch.no_grad()
+def act_calib(recipe: Recipe, dry_run: bool, force: bool) -> None:
+    """`lbllm act-calib`."""
+    plan = prepare.prepare(recipe, calibrate=True, train=True)
+    parent = _parent(plan, recipe.act_calib.parent)
+    need = forecast.act_calib_need(recipe, plan.model)
+    layout = activation_format(recipe.act_calib, recipe.ptq.group_size)
+    fit = partial(fit_act_calib, settings=recipe.act_calib, layout=layout, seed=recipe.runtime.seed)
+    _run(plan, need, lambda reporter: partial(fit, monitor=reporter), dry_run, force, parent, layout)
 
 
 def _run(
     plan: Plan,
     need: Need,
-    key: str,
-    inputs: Callable[[Tensor], dict[str, Any]],
     fit: Callable[[Reporter], Fit],
     dry_run: bool,
     force: bool,
     parent: Checkpoint | None = None,
+    activations: ActivationFormat | None = None,
 ) -> None:
-    """Reads the text of data.<key>, says what the stage needs, and runs it. inputs: of its checkpoint, by its tokens."""
-    stage, sampled = need.stage, plan.generates(key)
+    """Reads the text of a stage, says what it needs, and runs it; see `pipeline.run_stage`."""
+    stage, key = need.stage, prepare.DATA[need.stage]
+    sampled = plan.generates(key)
     tokens = None if sampled else plan.tokens(key)
     _announce(need, plan)
     if sampled:
         _say(f"{stage}: {key} text is sampled from the model, which is whole in memory meanwhile")
     if dry_run:
-        _say(f"{stage}: would write {plan.output / stage}")
+        _say(f"{stage}: would write {plan.output / stage}" + (f", from {parent.path}" if parent else ""))
         return
     with locked(plan.output), interrupt.graceful():
         tokens = plan.tokens(key) if tokens is None else tokens
-        run_stage(plan, need, tokens, inputs(tokens), force, fit, parent)
+        run_stage(plan, need, tokens, plan.inputs(stage, tokens, parent), force, fit, parent, activations)
 
 
-def _check_parent(plan: Plan, parent: Checkpoint) -> None:
-    """Refuses to go on from a ptq checkpoint that this recipe would make differently, listing the keys.
+def _parent(plan: Plan, stage: str) -> Checkpoint:
+    """The checkpoint to go on from; refuses one that this recipe would make differently, or whose own parent it would.
 
     Text that the model would have to write anew is not compared.
     """
-    sampled = plan.generates("calibration")
-    wanted = plan.ptq_inputs(None if sampled else plan.tokens("calibration"))
-    made_from = {key: value for key, value in parent.inputs.items() if not sampled or key != "data.calibration.tokens"}
-    if changed := changes(made_from, wanted):
+    parent = _checkpoint(plan, stage)
+    earlier = (parent.manifest.get("parent") or {}).get("stage")
+    present = [Checkpoint(plan.output, earlier)] if earlier in complete_stages(plan.output) else []
+    for checkpoint in (*present, parent):
+        key = prepare.DATA[checkpoint.stage]
+        wanted = plan.inputs(checkpoint.stage, None if plan.generates(key) else plan.tokens(key))
+        left_out = {prepare.PARENT, *([f"data.{key}.tokens"] if plan.generates(key) else [])}
+        made_from = {name: value for name, value in checkpoint.inputs.items() if name not in left_out}
+        if changed := changes(made_from, wanted):
+            raise UsageError(
+                f"{checkpoint.path} was made from other inputs than this recipe's:\n{changed}\n"
+                f"Set these keys back, or run: lbllm {checkpoint.stage} --recipe ... --force"
+            )
+    if parent.manifest["group_size"] != plan.recipe.ptq.group_size:
         raise UsageError(
-            f"{parent.path} was made from other inputs than this recipe's:\n{changed}\n"
-            "Set these keys back, or run: lbllm ptq --recipe ... --force"
+            f"{parent.path} has group size {parent.manifest['group_size']}, ptq.group_size is {plan.recipe.ptq.group_size}; "
+            "set it back, or use another output.dir"
         )
+    return parent
 
 
 def _checkpoints(plan: Plan) -> dict[str, Checkpoint | None]:
@@ -120,7 +142,7 @@ def _checkpoint(plan: Plan, stage: str) -> Checkpoint:
     parent = checkpoint.manifest.get("parent")
     if parent and parent["stage"] in complete_stages(plan.output):
         present = Checkpoint(plan.output, parent["stage"])
-        if present.content != checkpoint.inputs["parent.files"]:
+        if present.content != checkpoint.inputs[prepare.PARENT]:
             raise UsageError(
                 f"{checkpoint.path} was made from another {parent['stage']} checkpoint than the one in {present.path}; "
                 f"run: lbllm {stage} --recipe ... --force"
@@ -168,6 +190,8 @@ def results_table(results: dict[str, Any]) -> Table:
         table.add_column(name, justify="right")
     for text in first["perplexity"]:
         table.add_row(f"perplexity, {text}", *(f"{result['perplexity'][text]:.2f}" for result in results.values()))
+    for key, label in (("activation_bits", "bits per activation"), ("kv_bits", "bits per key and value entry")):
+        table.add_row(label, *(str(result[key]) for result in results.values()))
     table.add_row("bits per weight", *(f"{result['bits_per_weight']:.3f}" for result in results.values()))
     table.add_row("bits per parameter", *(f"{result['bits_per_parameter']:.3f}" for result in results.values()))
     table.add_row("bytes", *(f"{result['bytes']:,}" for result in results.values()))
@@ -199,7 +223,9 @@ def export(recipe: Recipe, dry_run: bool, force: bool) -> None:
 
 
 @torch.no_grad()
-def generate(folder: Path, prompt: str, raw: bool, max_new_tokens: int, temperature: float, seed: int, device: str) -> None:
+def generate(
+    folder: Path, prompt: str, raw: bool, max_new_tokens: int, temperature: float, seed: int, device: str, full_activations: bool
+) -> None:
     """`lbllm generate`."""
     from lbllm_cli.generate import stream_text
     from lbllm_cli.source import read_config, read_folder
@@ -208,7 +234,8 @@ def generate(folder: Path, prompt: str, raw: bool, max_new_tokens: int, temperat
         raise UsageError(f"--model {folder} is not a folder; give one that `lbllm export` wrote")
     read_config(folder)
     read_folder(folder)
-    for piece in stream_text(folder, prompt, raw, max_new_tokens, temperature, seed, choose_device(device)):
+    chosen = choose_device(device)
+    for piece in stream_text(folder, prompt, raw, max_new_tokens, temperature, seed, chosen, full_activations):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
@@ -234,6 +261,7 @@ def validate(recipe: Recipe, as_json: bool) -> None:
     needs = [
         forecast.ptq_need(recipe, model),
         forecast.distill_need(recipe, model),
+        forecast.act_calib_need(recipe, model),
         forecast.eval_need(recipe, model, segments),
         forecast.export_need(recipe, model),
     ]

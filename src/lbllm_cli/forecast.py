@@ -11,7 +11,7 @@ import torch
 from lbllm_cli.errors import UsageError
 from lbllm_cli.generate import ROWS_AT_ONCE
 from lbllm_cli.model import UNITS, SourceModel, block_prefix
-from lbllm_cli.recipe import Distill, Ptq, Recipe, TokenSet
+from lbllm_cli.recipe import ActCalib, Distill, Ptq, Recipe, TokenSet
 from lbllm_cli.report import GIB
 from lbllm_cli.stages.ptq import expected_bits
 
@@ -19,7 +19,7 @@ from lbllm_cli.stages.ptq import expected_bits
 _PROCESS = 0.7 * GIB
 # Both streams before and after a block; in RAM the quantized one's outputs take its inputs' place. A stage that goes on from
 # another needs the full-precision inputs no more once it has the teacher's outputs.
-_STREAMS_DISK, _STREAMS_RAM = {"ptq": 4, "distill": 3}, {"ptq": 3, "distill": 2}
+_STREAMS_DISK, _STREAMS_RAM = {"ptq": 4, "distill": 3, "act-calib": 3}, {"ptq": 3, "distill": 2, "act-calib": 2}
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,14 @@ def ptq_need(recipe: Recipe, model: SourceModel) -> Need:
     return replace(need, cheaper=keys)
 
 
-def _masters(model: SourceModel, settings: Distill, group_size: int) -> tuple[float, float]:
-    """Masters of a block's linears, how many are trained and how many are not."""
+def _masters(model: SourceModel, settings: Distill | ActCalib, group_size: int) -> tuple[float, float]:
+    """Masters of a block's linears, how many are trained and how many are not; quantizers are too small to count."""
     weights = model.count(model.binarized_names) / model.blocks
-    sizes = {"weights": weights, "levels": weights * 4 / group_size}
-    sizes |= {"bitmap": weights} if settings.parametrisation == "bitmap" else {}
+    sizes = {"levels": weights * 4 / group_size}
+    if isinstance(settings, Distill) or "weights" in settings.trained:
+        sizes["weights"] = weights
+    if isinstance(settings, Distill) and settings.parametrisation == "bitmap":
+        sizes["bitmap"] = weights
     trained = sum(size for kind, size in sizes.items() if kind in settings.trained)
     return trained, sum(sizes.values()) - trained
 
@@ -163,14 +166,31 @@ def distill_need(recipe: Recipe, model: SourceModel) -> Need:
     return replace(need, cheaper=_cheaper(recipe, model))
 
 
-def _training_device(recipe: Recipe, model: SourceModel, settings: Distill) -> float:
+def act_calib_need(recipe: Recipe, model: SourceModel) -> Need:
+    """Need of `lbllm act-calib`."""
+    settings = recipe.act_calib
+    device, state = _training_device(recipe, model, settings), 12 * _masters(model, settings, recipe.ptq.group_size)[0]
+    need = _stage_need("act-calib", recipe, model, recipe.data.training, device, state=state)
+    return replace(need, cheaper="lower act_calib.micro_batch_size or runtime.batch_size")
+
+
+def _quantizer_activations(model: SourceModel, rows: int, length: int) -> float:
+    """What quantizing the inputs of a block keeps for its backward pass: a soft knee some twenty tensors of each input."""
+    config = model.config
+    inputs = 3 * config.hidden_size + config.intermediate_size
+    return 20.0 * 4 * rows * length * inputs
+
+
+def _training_device(recipe: Recipe, model: SourceModel, settings: Distill | ActCalib) -> float:
     """The teacher's block; masters, their gradients and AdamW's two moments; the weights they stand for, in float32 and in the
     compute dtype with a gradient; activations. Or the teacher's pass over the data, if that is more."""
     trained, frozen = _masters(model, settings, recipe.ptq.group_size)
     weights = model.count(model.binarized_names) / model.blocks
     length = recipe.data.training.length
     current = weights * (4.0 + 1.0 + 2.0 * model.dtype.itemsize)
-    passing = _training_activations(model, min(settings.micro_batch_size, settings.batch_size), length)
+    rows = min(settings.micro_batch_size, settings.batch_size)
+    passing = _training_activations(model, rows, length)
+    passing += _quantizer_activations(model, rows, length) if isinstance(settings, ActCalib) else 0
     teaching = 2 * _block_bytes(model) + _activation_bytes(model, recipe.runtime.batch_size, length)
     return max(_block_bytes(model) + 16 * trained + 4 * frozen + current + passing, teaching)
 

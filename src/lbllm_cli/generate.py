@@ -58,16 +58,25 @@ def cached_sample(model: SourceModel, tokenizer: Any, output: Path, item: Source
 
 
 def stream_text(
-    folder: Path, prompt: str, raw: bool, max_new_tokens: int, temperature: float, seed: int, device: torch.device
+    folder: Path,
+    prompt: str,
+    raw: bool,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    device: torch.device,
+    full_activations: bool,
 ) -> Iterator[str]:
     """Text of a packed or dense model folder, piece by piece.
 
-    raw: continue the prompt as it is; otherwise the chat template is applied where there is one.
+    raw: continue the prompt as it is; otherwise the chat template is applied where there is one. full_activations: do not
+    quantize activations, keys and values.
     """
-    import lbllm_cli.hf  # noqa: F401 - registers the packed format
+    import lbllm_cli.hf  # registers the packed format
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+    lbllm_cli.hf.quantize_activations(model, not full_activations)
     if tokenizer.chat_template and not raw:
         chat = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)

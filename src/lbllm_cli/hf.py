@@ -12,6 +12,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lbllm_cli.activations import ActQuantizer, attach, format_of, quantizer_widths
+from lbllm_cli.kv_cache import keep_quantized
 from lbllm_cli.layers import PackedLinear
 from lbllm_cli.stages.export import FORMAT_VERSION
 
@@ -24,13 +26,16 @@ class LbllmConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Raises ValueError for a format_version that this lbllm does not read.
     """
 
-    def __init__(self, group_size: int, linears: list[str], format_version: int, **others: Any):
-        if format_version != FORMAT_VERSION:
+    def __init__(
+        self, group_size: int, linears: list[str], format_version: int, activations: dict[str, Any] | None = None, **others: Any
+    ):
+        if format_version > FORMAT_VERSION:
             raise ValueError(f"packed format_version {format_version}, this lbllm reads {FORMAT_VERSION}; update lbllm-cli")
         self.quant_method = METHOD
         self.group_size = group_size
         self.linears = linears
         self.format_version = format_version
+        self.activations = activations
         for key, value in others.items():
             setattr(self, key, value)
 
@@ -40,7 +45,7 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
 
     requires_calibration = True
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **others: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **others: Any) -> None:
         wanted = tuple(self.quantization_config.linears)
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         found = {name: module for name, module in linears.items() if name.endswith(wanted)}
@@ -52,19 +57,32 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
                 if packed.bias is not None:
                     packed.bias.data = packed.bias.data.to(module.weight.dtype)
                 model.set_submodule(name, packed)
+        if layout := format_of(self.quantization_config.to_dict()):
+            for layer in model.get_decoder().layers:
+                for name, width in quantizer_widths(layer).items():
+                    owner, _, own = name.rpartition(".")
+                    with torch.device("meta"):
+                        layer.get_submodule(owner).add_module(own, layout.empty(name, width))
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **others: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **others: Any) -> nn.Module:
         for name, module in model.named_modules():
             if isinstance(module, PackedLinear):
                 if module.scale.is_meta or module.weight.is_meta:
                     raise ValueError(f"{name} has no weights in this folder; export it again")
                 if not bool(torch.isfinite(module.scale).all()):
                     raise ValueError(f"{name}.scale holds NaN or infinity; export it again")
+            if isinstance(module, ActQuantizer) and any(buffer.is_meta for buffer in module.buffers()):
+                raise ValueError(f"{name} has no tables in this folder; export it again")
+        if self.quantization_config.activations:
+            self._handles = [keep_quantized(model)]
+            for layer in model.get_decoder().layers:
+                self._handles += attach(layer, {name: layer.get_submodule(name) for name in quantizer_widths(layer)})
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
-        """Replaces every PackedLinear by an ordinary linear with the decoded weight."""
+        """Replaces every PackedLinear by an ordinary linear with the decoded weight; activations are no longer quantized."""
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        quantize_activations(model, False)
         for name, module in list(model.named_modules()):
             if isinstance(module, PackedLinear):
                 dense = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
@@ -80,6 +98,13 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def quantize_activations(model: nn.Module, wanted: bool) -> None:
+    """Whether a loaded model quantizes activations, keys and values, as it does by default where its export says how."""
+    for module in model.modules():
+        if isinstance(module, ActQuantizer):
+            module.enabled = wanted
 
 
 if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # a second registration would raise

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from lbllm_cli import files, prepare
+from lbllm_cli.activations import ActivationFormat
 from lbllm_cli.checkpoint import Checkpoint, StageWriter, TrainingState
 from lbllm_cli.forecast import Need
 from lbllm_cli.prepare import Plan
@@ -22,11 +23,12 @@ def run_stage(
     force: bool,
     fit: Callable[[Reporter], Fit],
     parent: Checkpoint | None = None,
+    activations: ActivationFormat | None = None,
 ) -> None:
     """Runs stage `need.stage`, or finds it up to date.
 
     tokens: int64 [rows, length]. inputs: what the checkpoint depends on. fit: the stage's fit, given who reports its progress.
-    parent: the checkpoint that the stage goes on from.
+    parent: the checkpoint that the stage goes on from. activations: how the stage's blocks quantize them, if they do.
     """
     recipe, model, stage = plan.recipe, plan.model, need.stage
     writer = StageWriter(plan.output, stage, inputs)
@@ -44,7 +46,8 @@ def run_stage(
         files.write_json(writer.path / "environment.json", prepare.environment(model.device))
         streams = writer.path / "streams" if need.on_disk else None
         keeper = TrainingState(writer.path, recipe.runtime.save_minutes) if parent is not None else None
-        BlockLoop(model, writer, recipe.runtime.batch_size, streams, parent, keeper).run(tokens, fit(reporter), reporter)
+        loop = BlockLoop(model, writer, recipe.runtime.batch_size, streams, parent, keeper, activations)
+        loop.run(tokens, fit(reporter), reporter)
     shutil.rmtree(writer.path / "streams", ignore_errors=True)
     if parent is not None:
         plot_errors(events, writer.path / "loss.png")
@@ -56,6 +59,7 @@ def run_stage(
             "parameters": model.count(list(model.shapes)),
             "binarized_parameters": model.count(model.binarized_names),
             "tokens": tokens.numel(),
+            **({} if activations is None else {"activations": activations.as_dict()}),
         }
     )
     reporter.note(f"finished in {reporter.used()}; {writer.final}")

@@ -17,6 +17,10 @@ from lbllm_cli.errors import UsageError
 from lbllm_cli.model import SourceModel, choose_device, open_model, open_tokenizer
 from lbllm_cli.recipe import Recipe, Source, TokenSet
 
+# Which part of `data` a stage reads.
+DATA = {"ptq": "calibration", "distill": "training", "act-calib": "training"}
+PARENT = "parent.files"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -53,30 +57,25 @@ class Plan:
         """name -> int64 [segments, length] of data.evaluation."""
         return {spec.name: data.evaluation_tokens(spec, self.tokenizer, self.vocab) for spec in self.recipe.data.evaluation}
 
-    def _inputs(self, stage: str, key: str, tokens: Tensor | None) -> dict[str, Any]:
+    def inputs(self, stage: str, tokens: Tensor | None, parent: Checkpoint | None = None) -> dict[str, Any]:
+        """Everything a stage's checkpoint depends on, by recipe key: its fingerprint, and what a refusal lists.
+
+        tokens: of data.<DATA[stage]>; None leaves them out. parent: what the stage goes on from, by its bytes.
+        """
+        section = stage.replace("-", "_")
         # The tokens themselves, not where they came from: a text that moved is still the same text.
         text = {}
         if tokens is not None:
-            text = {f"data.{key}.tokens": f"{tokens.shape[0]} x {tokens.shape[1]}, {data.tokens_hash(tokens)}"}
+            text = {f"data.{DATA[stage]}.tokens": f"{tokens.shape[0]} x {tokens.shape[1]}, {data.tokens_hash(tokens)}"}
         return {
             "stage": stage,
             "model.files": self.model.identity(),
             "model.dtype": self.recipe.model.dtype,
             "runtime.seed": self.recipe.runtime.seed,
             **text,
-            **flatten(getattr(self.recipe, stage).model_dump(mode="json"), stage),
+            **flatten(getattr(self.recipe, section).model_dump(mode="json"), section),
+            **({} if parent is None else {PARENT: parent.content}),
         }
-
-    def ptq_inputs(self, tokens: Tensor | None) -> dict[str, Any]:
-        """Everything the ptq checkpoint depends on, by recipe key: its fingerprint, and what a refusal lists.
-
-        tokens: None leaves them out.
-        """
-        return self._inputs("ptq", "calibration", tokens)
-
-    def distill_inputs(self, tokens: Tensor, parent: Checkpoint) -> dict[str, Any]:
-        """Everything the distill checkpoint depends on; the parent by its bytes."""
-        return {**self._inputs("distill", "training", tokens), "parent.files": parent.content}
 
 
 def prepare(recipe: Recipe, weights: bool = True, calibrate: bool = False, train: bool = False, evaluate: bool = False) -> Plan:
@@ -114,7 +113,7 @@ def prepare(recipe: Recipe, weights: bool = True, calibrate: bool = False, train
         problems += _beyond_positions(lengths, model)
     if train and model is not None and model.dtype == torch.float16:
         # Gradients of float16 activations underflow; scaling the loss would only hide it.
-        problems.append("distill does not train in float16; set model.dtype: bfloat16 (or float32), for ptq as well")
+        problems.append("training in float16 loses gradients; set model.dtype: bfloat16 (or float32), for every stage")
     if problems:
         raise UsageError("\n".join(problems))
     return Plan(recipe, output, model, tokenizer)

@@ -139,31 +139,20 @@ class Ptq(Section):
         return value
 
 
-class Distill(Section):
-    """Stage 2: latent weights, levels and bitmaps trained block by block against the full-precision block."""
+class Training(Section):
+    """What the stages that train a block have in common."""
 
-    parametrisation: Literal["nearest", "bitmap"] = Field(
-        "nearest", description="nearest: the code is the level nearest to the latent weight; bitmap: the paper's relaxed bitmap"
-    )
-    train: list[Literal["weights", "levels", "bitmap"]] | None = Field(
-        None, min_length=1, description="what is trained; default everything the parametrisation has"
-    )
-    epochs: int = Field(2, ge=0, le=100, description="passes over the training sequences; 0 returns the ptq checkpoint")
+    epochs: int = Field(2, ge=0, le=100, description="passes over the training sequences; 0 trains nothing")
     batch_size: Positive = Field(2, description="sequences in an optimizer step")
     micro_batch_size: Positive = Field(
         4, description="most sequences in one forward and backward pass; gradients add up to a step"
     )
     lr_weights: float = Field(2e-2, gt=0, le=1, description="AdamW rate of latents, relative to the RMS of the linear's weights")
     lr_levels: float = Field(1e-2, gt=0, le=1, description="AdamW rate of levels, relative to the same RMS")
-    lr_bitmap: float = Field(1e-2, gt=0, le=1, description="AdamW rate of the relaxed bitmap, which lies in [0, 1]")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which rates rise; then they fall as a cosine")
     clip: float = Field(2.0, gt=0, description="largest gradient norm, in units of its running mean")
     loss: Literal["plain", "mixed"] = Field(
         "plain", description="plain: squared error over all tokens; mixed: half of it over ordinary tokens alone"
-    )
-    polarise: float = Field(0.01, ge=0, description="lambda of the regulariser 1 - |2 G - 1|^beta; grows from 0 to this")
-    polarise_beta: Annotated[list[Annotated[float, Field(ge=1, le=100)]], Field(min_length=2, max_length=2)] = Field(
-        [2.0, 2.0], description="beta at the first and at the last step"
     )
     latent_margin: float = Field(
         0.2, ge=0, le=1, description="how far inside its code's cell a latent starts at least, 1: on its level"
@@ -173,6 +162,27 @@ class Distill(Section):
     )
     held_out: float = Field(0.0625, gt=0, lt=1, description="share of the sequences that choose the best epoch")
     max_skipped: int = Field(10, ge=0, description="steps of a block that may be skipped for not being finite")
+
+
+def _each_once(kinds: tuple[str, ...]) -> None:
+    if len(set(kinds)) != len(kinds):
+        raise ValueError(f"train: {', '.join(kinds)} names a kind twice")
+
+
+class Distill(Training):
+    """Stage 2: latent weights, levels and bitmaps trained block by block against the full-precision block."""
+
+    parametrisation: Literal["nearest", "bitmap"] = Field(
+        "nearest", description="nearest: the code is the level nearest to the latent weight; bitmap: the paper's relaxed bitmap"
+    )
+    train: list[Literal["weights", "levels", "bitmap"]] | None = Field(
+        None, min_length=1, description="what is trained; default everything the parametrisation has"
+    )
+    lr_bitmap: float = Field(1e-2, gt=0, le=1, description="AdamW rate of the relaxed bitmap, which lies in [0, 1]")
+    polarise: float = Field(0.01, ge=0, description="lambda of the regulariser 1 - |2 G - 1|^beta; grows from 0 to this")
+    polarise_beta: Annotated[list[Annotated[float, Field(ge=1, le=100)]], Field(min_length=2, max_length=2)] = Field(
+        [2.0, 2.0], description="beta at the first and at the last step"
+    )
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -184,15 +194,56 @@ class Distill(Section):
     def _has_what_is_trained(self) -> "Distill":
         if self.parametrisation == "nearest" and "bitmap" in self.trained:
             raise ValueError("train: parametrisation `nearest` has no bitmap; train weights and levels, or use `bitmap`")
-        if len(set(self.trained)) != len(self.trained):
-            raise ValueError(f"train: {', '.join(self.trained)} names a kind twice")
+        _each_once(self.trained)
+        return self
+
+
+Bits = Annotated[int, Field(ge=3, le=8)]
+
+
+class ActCalib(Training):
+    """Stage 3: quantizers of activations, keys and values, and the levels behind them, trained block by block."""
+
+    parent: Literal["distill", "ptq"] = Field("distill", description="checkpoint to go on from; ptq: stage 2 is skipped")
+    bits: Bits = Field(4, description="bits of an activation")
+    kv_bits: Bits = Field(4, description="bits of a key's or value's entry, in the cache and in every other pass")
+    granularity: Literal["group", "token"] = Field(
+        "group", description="what shares a step: ptq.group_size inputs of a token, or all inputs of a token"
+    )
+    form: Literal["knee", "uniform"] = Field(
+        "knee", description="knee: static tables of fine and coarse levels; uniform: equal steps and a dynamic zero"
+    )
+    kv_form: Literal["knee", "uniform"] = Field("knee", description="the same for keys and values")
+    tables: int = Field(2, ge=1, le=2, description="tables of a knee quantizer; with 2 each token and group takes the better")
+    train: list[Literal["weights", "levels", "clip_factors", "knees"]] = Field(
+        ["levels", "clip_factors", "knees"],
+        min_length=1,
+        description="what is trained; with weights, codes are trained as well (weights and activations jointly)",
+    )
+    epochs: int = Field(1, ge=0, le=100, description="passes over the training sequences; 0 keeps the quantizers as fitted")
+    lr_levels: float = Field(5e-3, gt=0, le=1, description="AdamW rate of levels, relative to the RMS of the linear's weights")
+    lr_clip_factors: float = Field(5e-3, gt=0, le=1, description="AdamW rate of clipping factors, which lie in [0.1, 1]")
+    lr_knees: float = Field(1e-2, gt=0, le=1, description="AdamW rate of the logarithm of coarse ratios, which place the knees")
+    soft: float = Field(0.5, ge=0, lt=1, description="share of the steps with soft knees; after it the deployed form is trained")
+    temperature: Annotated[list[Annotated[float, Field(gt=0, le=10)]], Field(min_length=2, max_length=2)] = Field(
+        [1.0, 0.05], description="of the soft knee at its first and last step, in fine steps"
+    )
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Kinds of parameters that are trained."""
+        return tuple(self.train)
+
+    @model_validator(mode="after")
+    def _kinds_differ(self) -> "ActCalib":
+        _each_once(self.trained)
         return self
 
 
 class Eval(Section):
     """What `lbllm eval` measures."""
 
-    checkpoints: list[Literal["base", "ptq", "distill"]] | None = Field(
+    checkpoints: list[Literal["base", "ptq", "distill", "act-calib"]] | None = Field(
         None, min_length=1, description="default: base and every complete stage"
     )
 
@@ -200,7 +251,7 @@ class Eval(Section):
 class Export(Section):
     """What `lbllm export` writes."""
 
-    checkpoint: Literal["latest", "ptq", "distill"] = Field("latest", description="latest: the last complete stage")
+    checkpoint: Literal["latest", "ptq", "distill", "act-calib"] = Field("latest", description="latest: the last complete stage")
     format: Literal["packed", "dense"] = Field("packed", description="packed: 2-bit codes; dense: a plain folder")
     shard_gb: float = Field(5.0, gt=0, description="largest weight file, in units of 10^9 bytes; held in RAM once")
 
@@ -215,6 +266,7 @@ class Recipe(Section):
     data: Data = Field(default_factory=Data)
     ptq: Ptq = Field(default_factory=Ptq)
     distill: Distill = Field(default_factory=Distill)
+    act_calib: ActCalib = Field(default_factory=ActCalib)
     eval: Eval = Field(default_factory=Eval)
     export: Export = Field(default_factory=Export)
 
@@ -230,13 +282,14 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _training_fills_a_step(self) -> "Recipe":
-        rows, distill = self.data.training.sequences, self.distill
+        rows = self.data.training.sequences
         if rows < 2:
             raise ValueError(f"data.training.sequences: one is held out, so at least 2 are needed, got {rows}")
-        left = rows - held_out_rows(rows, distill.held_out)
-        if distill.batch_size > left:
-            raise ValueError(
-                f"distill.batch_size: {distill.batch_size} sequences in a step, but data.training.sequences {rows} leaves "
-                f"{left} beside those that distill.held_out takes; lower it or add sequences"
-            )
+        for section, settings in (("distill", self.distill), ("act_calib", self.act_calib)):
+            left = rows - held_out_rows(rows, settings.held_out)
+            if settings.batch_size > left:
+                raise ValueError(
+                    f"{section}.batch_size: {settings.batch_size} sequences in a step, but data.training.sequences {rows} leaves "
+                    f"{left} beside those that {section}.held_out takes; lower it or add sequences"
+                )
         return self

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lbllm_cli import files, interrupt
+from lbllm_cli.activations import TENSORS, ActivationFormat, attach, read_quantizers
 from lbllm_cli.checkpoint import Checkpoint, StageWriter, TrainingState
 from lbllm_cli.errors import RunError
 from lbllm_cli.model import Block, SourceModel
@@ -158,13 +159,15 @@ Fit = Callable[[BlockTask], tuple[dict[str, Tensor], dict[str, Any]]]
 
 
 def binarized_weights(stored: dict[str, Tensor], model: SourceModel) -> dict[str, Tensor]:
-    """Tensors of one block of a checkpoint as the model runs with them: binarized linears decoded, others as they are.
+    """Weights of one block of a checkpoint as the model runs with them: binarized linears decoded, others as they are.
 
     stored: `P.weight`, `P.levels`, `P.scale` per linear. Returns float32 [out, in] under `P.weight`, on the model's device.
     """
     weights: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         owner, _, kind = name.rpartition(".")
+        if kind in TENSORS:
+            continue
         if f"{owner}.scale" not in stored:
             weights[name] = tensor.to(model.device)
         elif kind == "weight":
@@ -173,11 +176,21 @@ def binarized_weights(stored: dict[str, Tensor], model: SourceModel) -> dict[str
     return weights
 
 
+def stored_block(model: SourceModel, index: int, stored: dict[str, Tensor], activations: ActivationFormat | None) -> Block:
+    """Block `index` as a checkpoint holds it; activations: how it quantizes them, None for not at all."""
+    block = model.block(index, binarized_weights(stored, model))
+    if activations is not None:
+        quantizers = read_quantizers(block.layer, stored, block.prefix, activations)
+        attach(block.layer, {name: quantizer.to(model.device) for name, quantizer in quantizers.items()})
+    return block
+
+
 class BlockLoop:
     """Runs a stage over all blocks of a model, from the last committed one on.
 
     folder: where streams on disk lie, or None for RAM. parent: the checkpoint that the stage goes on from, if it does; its fits
-    then find the targets complete, and the full-precision inputs are gone by then. keeper: for unfinished training.
+    then find the targets complete, and the full-precision inputs are gone by then. keeper: for unfinished training. activations:
+    how the stage's blocks quantize them.
     """
 
     def __init__(
@@ -188,6 +201,7 @@ class BlockLoop:
         folder: Path | None,
         parent: Checkpoint | None = None,
         keeper: TrainingState | None = None,
+        activations: ActivationFormat | None = None,
     ):
         self.model = model
         self.writer = writer
@@ -195,6 +209,7 @@ class BlockLoop:
         self.folder = folder
         self.parent = parent
         self.keeper = keeper
+        self.activations = activations
 
     def _path(self, name: str, index: int) -> Path | None:
         return None if self.folder is None else self.folder / f"{name}_{index:03d}.bin"
@@ -222,7 +237,7 @@ class BlockLoop:
             if self.parent is None:
                 task.finish_targets()
             stored = self.writer.write_block(index, tensors)
-            student = self.model.block(index, binarized_weights(stored, self.model))
+            student = stored_block(self.model, index, stored, self.activations)
             # In RAM a crash loses the streams anyway, so that outputs may take their inputs' place.
             outputs = quantized if self.folder is None else quantized.like(self._path("quantized", index + 1))
             advance(student, quantized, outputs, self.model.device, self.batch_size)
@@ -281,9 +296,9 @@ class BlockLoop:
         full, quantized = (embed_stream(self.model, tokens, path, self.batch_size) for path in unfinished)
         for index in range(first):
             reporter.note(f"advancing the streams through finished block {index + 1} of {first}")
-            stored = binarized_weights(self.writer.read_block(index), self.model)
+            student = stored_block(self.model, index, self.writer.read_block(index), self.activations)
             advance(self.model.block(index), full, full, self.model.device, self.batch_size)
-            advance(self.model.block(index, stored), quantized, quantized, self.model.device, self.batch_size)
+            advance(student, quantized, quantized, self.model.device, self.batch_size)
         for stream, path in zip((full, quantized), (self._path("full", first), self._path("quantized", first)), strict=True):
             stream.move(path)
         return full, quantized, False

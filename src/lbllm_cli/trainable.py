@@ -20,6 +20,7 @@ from lbllm_cli.ops.refine import ordered
 from lbllm_cli.ops.ste import (
     bitmap_codes,
     bitmap_level,
+    fixed_level,
     nearest_level,
     nearest_ranks,
     polarisation,
@@ -157,5 +158,40 @@ class Bitmap(nn.Module):
         return _pack(ranks, ascending, scale, self.group_size)
 
 
-Trainable = Nearest | Bitmap
+class Fixed(nn.Module):
+    """Codes that never change, uint8 [out, groups, size], and levels [out, groups, 4] in code order.
+
+    Arguments as for `Nearest`; there is no latent weight that a margin could mean.
+    """
+
+    codes: Tensor
+
+    def __init__(self, weight: Tensor, packed: Packed, train: Collection[str]):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.group_size = packed[0].shape[2] * 4
+        self.rms = float(weight.float().square().mean().sqrt())
+        codes = binarize.unpack_codes(packed[0], self.in_features)
+        self.register_buffer("codes", binarize.grouped(codes, self.group_size))
+        self.levels = nn.Parameter(starting_levels(packed[1], packed[2]).clone(), requires_grad=LEVELS in train)
+
+    def kinds(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by kind, frozen ones included."""
+        return {LEVELS: [self.levels]}
+
+    def forward(self) -> Tensor:
+        grouped = fixed_level(self.codes, stored_levels(self.levels))
+        return grouped.flatten(1)[:, : self.in_features]
+
+    def constrain(self, dampening: float) -> None:
+        """Nothing to keep in order: a level belongs to its code wherever it goes."""
+
+    @torch.no_grad()
+    def packed(self) -> Packed:
+        """The present weights as a checkpoint holds them."""
+        stored, scale = binarize.project_levels(self.levels)
+        return binarize.pack_codes(self.codes.flatten(1)[:, : self.in_features], self.group_size), stored, scale
+
+
+Trainable = Nearest | Bitmap | Fixed
 PARAMETRISATIONS: dict[str, type[Nearest] | type[Bitmap]] = {"nearest": Nearest, "bitmap": Bitmap}

@@ -22,7 +22,7 @@ from lbllm_cli.ops.metrics import BlockError, massive_tokens
 from lbllm_cli.stream import BlockTask, fetched
 
 if TYPE_CHECKING:
-    from lbllm_cli.recipe import Distill
+    from lbllm_cli.recipe import Training
 
 _LAST_RATE = 0.05
 # The usual gradient norm follows the present one by this share a step.
@@ -37,17 +37,20 @@ class Student(Protocol):
     def groups(self) -> list[dict[str, Any]]:
         """AdamW groups: `params`, their `kind`, `top`, the learning rate at the top of the schedule, and `unit`, their scale."""
 
-    def begin(self) -> None:
-        """Puts the present weights into the block."""
+    def begin(self, progress: float) -> None:
+        """Puts the present weights into the block. progress: share of the steps done, 0 to 1."""
 
-    def backward(self, progress: float) -> None:
-        """Carries the gradients of the block's weights to the parameters. progress: share of the steps done, 0 to 1."""
+    def backward(self) -> None:
+        """Carries the gradients of the block's weights to the parameters."""
 
     def constrain(self) -> None:
         """After a step."""
 
     def snapshot(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint."""
+
+    def resumed(self) -> None:
+        """After the parameters were replaced by saved ones."""
 
     def facts(self) -> dict[str, float]:
         """What an epoch's record says about the present state."""
@@ -111,21 +114,23 @@ class Progress:
 class Trainer:
     """Trains `student` so that its block turns the quantized stream into the targets.
 
-    task: both streams. seed: data order. keeper: unfinished training. monitor: told how it goes.
+    task: both streams. section: the recipe's, for messages. seed: data order. keeper: unfinished training. monitor: told how it
+    goes.
     """
 
     def __init__(
         self,
         task: BlockTask,
         student: Student,
-        settings: "Distill",
+        settings: "Training",
+        section: str,
         seed: int,
         keeper: StateKeeper,
         monitor: Monitor,
     ):
         self.student = student
         self.inputs, self.targets, self.device = task.quantized, task.targets, task.device
-        self.settings, self.keeper, self.monitor = settings, keeper, monitor
+        self.settings, self.section, self.keeper, self.monitor = settings, section, keeper, monitor
         self.seed = ((seed << 20) + task.index) % (1 << 50)
         rows = task.quantized.rows
         held = held_out_rows(rows, settings.held_out)
@@ -142,13 +147,24 @@ class Trainer:
         """The best epoch's tensors, or None when no epoch was better than the start; `progress` tells how it went."""
         self._resume()
         if not self.progress.start:
-            self.student.begin()
+            self.student.begin(0.0)
             self.progress.start = self._held_out()
         if not math.isfinite(self.progress.start["error"]):
             raise RunError(f"block {self.progress.block}: the outputs of its start are not finite; set model.dtype: float32")
         while self.progress.epoch < self.settings.epochs:
             self._epoch()
         return self.best
+
+    def facts(self) -> dict[str, Any]:
+        """How it went: errors at the start and of the best epoch, which one that was, and one record per epoch."""
+        progress = self.progress
+        return {
+            "before": progress.start,
+            "after": progress.epochs[progress.best - 1]["held_out"] if progress.best else progress.start,
+            "best_epoch": progress.best,
+            "skipped": progress.skipped,
+            "epochs": progress.epochs,
+        }
 
     def _batches(self) -> list[Tensor]:
         """Rows of each step of the present epoch."""
@@ -191,16 +207,19 @@ class Trainer:
 
     def _step(self, batch: Tensor, feed: Iterator[tuple[Tensor, ...]]) -> None:
         """One optimizer step over the rows of `batch`."""
-        self.student.begin()
+        self.student.begin(self._done())
         loss = torch.zeros((), device=self.device)
         for _ in batch.split(self.settings.micro_batch_size):
             inputs, targets = next(feed)
             part = self._loss(self.student.block(inputs), targets) * (inputs.shape[0] / len(batch))
             part.backward()
             loss += part.detach()
-        done = (self.progress.epoch * self.steps + self.progress.step) / (self.settings.epochs * self.steps)
-        self.student.backward(done)
+        self.student.backward()
         self._update(float(loss))
+
+    def _done(self) -> float:
+        """Share of all steps that are done."""
+        return (self.progress.epoch * self.steps + self.progress.step) / (self.settings.epochs * self.steps)
 
     def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Squared error of a micro-batch, 1 for the start's error on held-out sequences.
@@ -251,7 +270,8 @@ class Trainer:
         if progress.skipped > self.settings.max_skipped:
             raise RunError(
                 f"{where}: loss {loss:.3g}, gradient norm {norm:.3g}; {progress.skipped} steps of this block were not finite, "
-                f"distill.max_skipped allows {self.settings.max_skipped}; lower distill.lr_weights, or set model.dtype: float32"
+                f"{self.section}.max_skipped allows {self.settings.max_skipped}; lower {self.section}.lr_levels and the rates "
+                "beside it, or set model.dtype: float32"
             )
 
     @torch.no_grad()
@@ -274,7 +294,7 @@ class Trainer:
     def _score(self) -> None:
         """End of an epoch: held-out error, record, and whether this is the best state so far."""
         progress, settings = self.progress, self.settings
-        self.student.begin()
+        self.student.begin(self._done())
         held, start = self._held_out(), progress.start
         parts = [held[key] / start[key] for key in ("per_token", "per_token_ordinary")]
         loss = sum(parts) / 2 if settings.loss == "mixed" else parts[0]
@@ -323,3 +343,4 @@ class Trainer:
             with torch.no_grad():
                 parameter.copy_(found[name].pop("value"))
             self.optimizer.state[parameter].update(found[name])
+        self.student.resumed()

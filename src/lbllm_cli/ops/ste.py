@@ -93,6 +93,24 @@ class BitmapLevel(Function):
         return grads[0] if wants_latent else None, bitmap, sums_per_level(grads[0], codes) if wants_levels else None
 
 
+class FixedLevel(Function):
+    """The level of each weight's code, where codes never change.
+
+    codes: uint8 [out, groups, size]. levels: [out, groups, 4] in code order -> weights [out, groups, size].
+    Surrogate: levels[code], which is exact. (2, 9, 64), (2, 9, 4) -> (2, 9, 64).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, codes: Tensor, levels: Tensor) -> Tensor:
+        ctx.save_for_backward(codes)
+        return levels.gather(2, codes.long())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        (codes,) = ctx.saved_tensors
+        return None, sums_per_level(grads[0], codes)
+
+
 class StoredLevels(Function):
     """Levels rounded to what the checkpoint holds, int8 times a float16 scale: [..., groups, 4] -> the same shape.
 
@@ -110,6 +128,7 @@ class StoredLevels(Function):
 
 nearest_level: Callable[[Tensor, Tensor], Tensor] = NearestLevel.apply
 bitmap_level: Callable[[Tensor, Tensor, Tensor], Tensor] = BitmapLevel.apply
+fixed_level: Callable[[Tensor, Tensor], Tensor] = FixedLevel.apply
 stored_levels: Callable[[Tensor], Tensor] = StoredLevels.apply
 
 

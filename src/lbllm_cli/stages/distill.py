@@ -6,12 +6,13 @@ As in LBLLM's stage 2; rates, schedules, starting latents and the parametrisatio
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lbllm_cli.linears import BlockLinears, packed_of
 from lbllm_cli.model import LINEARS, Block
 from lbllm_cli.ops.binarize import unpack_codes
 from lbllm_cli.stream import BlockTask
-from lbllm_cli.trainable import BITMAP, LEVELS, PARAMETRISATIONS, WEIGHTS, Bitmap, Packed, Trainable
+from lbllm_cli.trainable import BITMAP, LEVELS, PARAMETRISATIONS, WEIGHTS, Bitmap, Trainable
 from lbllm_cli.training import Monitor, Trainer
 
 if TYPE_CHECKING:
@@ -25,68 +26,57 @@ class BinarizedStudent:
     """
 
     def __init__(self, teacher: Block, start: dict[str, Tensor], settings: "Distill"):
-        self.block = teacher.sharing()
         self.settings = settings
         kind = PARAMETRISATIONS[settings.parametrisation]
-        self.linears: dict[str, Trainable] = {}
+        linears: dict[str, Trainable] = {}
         self.codes: dict[str, Tensor] = {}
-        self.current: dict[str, Tensor] = {}
         for name in LINEARS:
-            linear = teacher.linear(name)
-            packed = _packed(start, teacher.prefix + name, linear.weight.device)
-            self.linears[name] = kind(linear.weight, packed, settings.trained, settings.latent_margin)
+            weight = teacher.linear(name).weight
+            packed = packed_of(start, teacher.prefix + name, weight.device)
+            linears[name] = kind(weight, packed, settings.trained, settings.latent_margin)
             self.codes[name] = packed[0]
-            self.block.linear(name).weight = nn.Parameter(torch.empty_like(linear.weight))
+        self.weights = BlockLinears(teacher, linears, settings.trained)
+        self.block = self.weights.block
+        self._progress = 0.0
 
     def groups(self) -> list[dict[str, Any]]:
-        """One group per linear and kind: rates of weights and levels are relative to the root mean square of the weights."""
-        rates = {WEIGHTS: self.settings.lr_weights, LEVELS: self.settings.lr_levels, BITMAP: self.settings.lr_bitmap}
-        groups = []
-        for linear in self.linears.values():
-            for kind, parameters in linear.kinds().items():
-                if kind in self.settings.trained:
-                    unit = 1.0 if kind == BITMAP else linear.rms
-                    groups.append({"params": parameters, "kind": kind, "top": rates[kind] * unit, "unit": unit})
-        return groups
+        """AdamW groups."""
+        settings = self.settings
+        return self.weights.groups({WEIGHTS: settings.lr_weights, LEVELS: settings.lr_levels, BITMAP: settings.lr_bitmap})
 
-    def begin(self) -> None:
+    def begin(self, progress: float) -> None:
         """Puts the present weights into the block."""
-        for name, linear in self.linears.items():
-            self.current[name] = linear()
-            with torch.no_grad():
-                self.block.linear(name).weight.copy_(self.current[name])
+        self._progress = progress
+        self.weights.begin()
 
-    def backward(self, progress: float) -> None:
+    def backward(self) -> None:
         """Carries the gradients of the block's weights to the masters, and adds the regulariser's."""
-        for name in self.linears:
-            weight = self.block.linear(name).weight
-            assert weight.grad is not None
-            self.current.pop(name).backward(weight.grad.float())
-            weight.grad = None
+        self.weights.backward()
         if BITMAP in self.settings.trained and self.settings.polarise:
             begin, end = self.settings.polarise_beta
-            count = sum(linear.out_features * linear.in_features for linear in self.linears.values())
-            for linear in self.linears.values():
+            linears = self.weights.linears.values()
+            count = sum(linear.out_features * linear.in_features for linear in linears)
+            for linear in linears:
                 assert isinstance(linear, Bitmap)
-                linear.polarise(self.settings.polarise * progress, begin + (end - begin) * progress, count)
+                linear.polarise(self.settings.polarise * self._progress, begin + (end - begin) * self._progress, count)
 
     def constrain(self) -> None:
         """After a step."""
-        for linear in self.linears.values():
+        for linear in self.weights.linears.values():
             linear.constrain(self.settings.dampening)
+
+    def resumed(self) -> None:
+        """Nothing is derived from the parameters before the next `begin`."""
 
     def snapshot(self) -> dict[str, Tensor]:
         """The packed tensors of the block."""
-        tensors: dict[str, Tensor] = {}
-        for name, linear in self.linears.items():
-            tensors |= named(self.block.prefix + name, linear.packed())
-        return tensors
+        return self.weights.packed()
 
     def facts(self) -> dict[str, float]:
         """Shares of signs and bitmap bits that differ from the start, and how polarised the bitmaps are."""
         signs = bits = total = 0
         certain = 0.0
-        for name, linear in self.linears.items():
+        for name, linear in self.weights.linears.items():
             now, before = (unpack_codes(codes, linear.in_features) for codes in (linear.packed()[0], self.codes[name]))
             changed = now ^ before
             signs += int((changed & 1).sum())
@@ -96,16 +86,6 @@ class BinarizedStudent:
                 certain += linear.certainty() * now.numel()
         facts = {"flipped_signs": signs / total, "flipped_bits": bits / total}
         return facts | ({"polarisation": certain / total} if certain else {})
-
-
-def named(prefix: str, packed: Packed) -> dict[str, Tensor]:
-    """Full names of a linear's packed tensors."""
-    return dict(zip((f"{prefix}.weight", f"{prefix}.levels", f"{prefix}.scale"), packed, strict=True))
-
-
-def _packed(start: dict[str, Tensor], prefix: str, device: torch.device) -> Packed:
-    weight, levels, scale = (start[f"{prefix}.{part}"].to(device) for part in ("weight", "levels", "scale"))
-    return weight, levels, scale
 
 
 def fit_block(task: BlockTask, settings: "Distill", seed: int, monitor: Monitor) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -119,14 +99,6 @@ def fit_block(task: BlockTask, settings: "Distill", seed: int, monitor: Monitor)
     assert task.keeper is not None
     with torch.enable_grad():
         student = BinarizedStudent(task.teacher, task.start, settings)
-        trainer = Trainer(task, student, settings, seed, task.keeper, monitor)
+        trainer = Trainer(task, student, settings, "distill", seed, task.keeper, monitor)
         best = trainer.run()
-    progress = trainer.progress
-    facts = {
-        "before": progress.start,
-        "after": progress.epochs[progress.best - 1]["held_out"] if progress.best else progress.start,
-        "best_epoch": progress.best,
-        "skipped": progress.skipped,
-        "epochs": progress.epochs,
-    }
-    return (task.start if best is None else best), facts
+    return (task.start if best is None else best), trainer.facts()

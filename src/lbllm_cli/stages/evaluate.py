@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from lbllm_cli.activations import format_of
 from lbllm_cli.checkpoint import Checkpoint
-from lbllm_cli.model import SourceModel
+from lbllm_cli.model import Block, SourceModel
 from lbllm_cli.report import Reporter
-from lbllm_cli.stream import HiddenStream, advance, batches, binarized_weights, embed_stream
+from lbllm_cli.stream import HiddenStream, advance, batches, embed_stream, stored_block
 
 BASE = "base"
 # Positions whose logits exist at once: 256 x 128,256 (Llama 3) in float32 are 131 MB.
@@ -70,8 +71,7 @@ def perplexities(
             streams[name] = embed_stream(model, tokens, folder / f"{name}.bin" if folder else None, batch_size)
         for index in range(model.blocks):
             reporter.begin_block(index)
-            stored = None if checkpoint is None else binarized_weights(checkpoint.read_block(index), model)
-            block = model.block(index, stored)
+            block = model.block(index) if checkpoint is None else _stored(model, checkpoint, index)
             for stream in streams.values():
                 advance(block, stream, stream, model.device, batch_size)
             reporter.step(index)
@@ -80,6 +80,10 @@ def perplexities(
     finally:
         for stream in streams.values():
             stream.remove()
+
+
+def _stored(model: SourceModel, checkpoint: Checkpoint, index: int) -> Block:
+    return stored_block(model, index, checkpoint.read_block(index), format_of(checkpoint.manifest))
 
 
 def _perplexity(model: SourceModel, head: torch.nn.Module, stream: HiddenStream, tokens: Tensor) -> float:
@@ -97,9 +101,12 @@ def _perplexity(model: SourceModel, head: torch.nn.Module, stream: HiddenStream,
 def result(model: SourceModel, checkpoint: Checkpoint | None, perplexity: dict[str, float]) -> dict[str, Any]:
     """One entry of results.json."""
     sizes = measure_sizes(model, checkpoint)
+    activations = None if checkpoint is None else format_of(checkpoint.manifest)
     return {
         "perplexity": {name: round(value, 4) for name, value in perplexity.items()},
         "bits_per_weight": round(sizes.bits_per_weight, 4),
         "bits_per_parameter": round(sizes.bits_per_parameter, 4),
         "bytes": sizes.bytes,
+        "activation_bits": activations.bits if activations else 16,
+        "kv_bits": activations.kv_bits if activations else 16,
     }

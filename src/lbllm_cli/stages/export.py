@@ -15,15 +15,17 @@ from lbllm_cli.errors import UsageError
 from lbllm_cli.model import LINEARS, SourceModel
 from lbllm_cli.stream import binarized_weights
 
-FORMAT_VERSION = 1
+# 1: weights alone. 2: with quantizers of activations, which a reader of 1 would leave out without a word.
+FORMAT_VERSION = 2
 RECORD = "lbllm_export.json"
 
 
-def quantization_config(group_size: int, stage: str) -> dict[str, Any]:
-    """The `quantization_config` block of a packed model's config.json."""
+def quantization_config(group_size: int, stage: str, activations: dict[str, Any] | None) -> dict[str, Any]:
+    """The `quantization_config` block of a packed model's config.json. activations: an ActivationFormat's values."""
     return {
         "quant_method": "lbllm",
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if activations else 1,
+        **({"activations": activations} if activations else {}),
         "group_size": group_size,
         "stage": stage,
         "linears": list(LINEARS),
@@ -46,7 +48,7 @@ def export(model: SourceModel, checkpoint: Checkpoint, target: Path, dense: bool
     group_size = int(checkpoint.manifest["group_size"])
     config = source.read_config(model.folder)
     if not dense:
-        config["quantization_config"] = quantization_config(group_size, checkpoint.stage)
+        config["quantization_config"] = quantization_config(group_size, checkpoint.stage, checkpoint.manifest.get("activations"))
     files.write_json(partial / "config.json", config)
     _write_shards(_tensors(model, checkpoint, dense), partial, shard_bytes)
     files.write_text(partial / "README.md", _card(model, checkpoint, dense, group_size))

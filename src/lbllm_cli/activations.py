@@ -1,0 +1,177 @@
+"""Activation quantizers in a decoder block: one per distinct input of its linears, one for keys and one for values.
+
+`attach` puts them into a block, be it in training, in evaluation or in an exported model: it is the same function everywhere.
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lbllm_cli.model import UNITS
+from lbllm_cli.ops.actquant import Tables, dequantize, join_groups, quantize, split_groups
+
+# The inputs of a unit belong to its first linear; keys and values are quantized by the attention layer.
+INPUTS = tuple(f"{unit[0]}.input" for unit in UNITS)
+KEYS, VALUES = "self_attn.key_cache", "self_attn.value_cache"
+TENSORS = ("act_levels", "act_zero", "act_clip")
+# Steps of keys and values are stored in the cache: 2 bytes, with the range of float32.
+KV_STEP = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class ActivationFormat:
+    """How the activations of a checkpoint are quantized.
+
+    bits, kv_bits: 3 to 8. granularity: a step per token and group, or per token. form, kv_form: see `ops.actquant`. tables: of
+    a knee quantizer. group_size: inputs in a group; that of the weights. Keys and values have a step per token, head and group.
+    """
+
+    bits: int
+    kv_bits: int
+    granularity: Literal["group", "token"]
+    form: Literal["knee", "uniform"]
+    kv_form: Literal["knee", "uniform"]
+    tables: int
+    group_size: int
+
+    def size(self, width: int) -> int:
+        """Values that share a step, of an input with `width` channels."""
+        return self.cache_size(width) if self.granularity == "group" else width
+
+    def cache_size(self, width: int) -> int:
+        """Values that share a step, of keys or values with `width` channels per head."""
+        return min(self.group_size, width)
+
+    def empty(self, name: str, width: int) -> "ActQuantizer":
+        """A quantizer of the right shapes for the input `name`, to be filled by a loader."""
+        cached = name in (KEYS, VALUES)
+        bits, form = (self.kv_bits, self.kv_form) if cached else (self.bits, self.form)
+        count = self.tables if form == "knee" else 1
+        zero = torch.zeros(count, dtype=torch.uint8) if form == "knee" else None
+        tables = Tables(torch.zeros(count, 2**bits, dtype=torch.uint8), zero, torch.ones(count, 2))
+        size = self.cache_size(width) if cached else self.size(width)
+        return ActQuantizer(tables, size, KV_STEP if cached else torch.float32)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For manifests and config.json."""
+        return asdict(self)
+
+
+def format_of(manifest: dict[str, Any]) -> ActivationFormat | None:
+    """Of a stage's manifest or a packed model's quantization_config; None where activations are in full precision."""
+    values = manifest.get("activations")
+    return ActivationFormat(**values) if values else None
+
+
+class ActQuantizer(nn.Module):
+    """Quantizes the last axis: [..., width] -> values that the codes stand for, in the input's dtype.
+
+    act_levels: uint8 [tables, 2^bits]. act_zero: uint8 [tables], empty in the uniform form. act_clip: float32 [tables, 2].
+    size: values that share a step. step_dtype: of a uniform quantizer's steps.
+    """
+
+    act_levels: Tensor
+    act_zero: Tensor
+    act_clip: Tensor
+
+    def __init__(self, tables: Tables, size: int, step_dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.size = size
+        self.step_dtype = step_dtype
+        self.enabled = True
+        self.register_buffer("act_levels", tables.levels)
+        self.register_buffer("act_zero", tables.levels.new_empty(0) if tables.zero is None else tables.zero)
+        self.register_buffer("act_clip", tables.clip)
+        self._last: tuple[weakref.ref[Tensor], Tensor] | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """Moves the clipping factors but never casts them: in bfloat16 they would be others than those that were trained."""
+        clip = self.act_clip
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.act_clip.dtype != torch.float32:
+            self.act_clip = clip.to(self.act_clip.device)
+        return self
+
+    @property
+    def tables(self) -> Tables:
+        """What the quantizer knows before it sees data."""
+        return Tables(self.act_levels, self.act_zero if self.act_zero.numel() else None, self.act_clip)
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return (self.act_levels.shape[1] - 1).bit_length()
+
+    def values(self, x: Tensor) -> Tensor:
+        """Groups [..., size] -> the values of their codes, float32."""
+        return dequantize(quantize(x, self.tables, self.step_dtype), self.act_levels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return x
+        # Linears that read one input call in turn with the same tensor; it is quantized once.
+        if self._last is not None and self._last[0]() is x:
+            return self._last[1]
+        quantized = join_groups(self.values(split_groups(x, self.size)), x.shape[-1]).to(x.dtype)
+        self._last = (weakref.ref(x, self._forget), quantized)
+        return quantized
+
+    def _forget(self, _: Any) -> None:
+        self._last = None
+
+
+def quantizer_widths(layer: nn.Module) -> dict[str, int]:
+    """Channels of each quantizer's input: of its linear, or per head."""
+    attention: Any = layer.get_submodule("self_attn")
+    linears: list[Any] = [layer.get_submodule(unit[0]) for unit in UNITS]
+    widths = {name: int(linear.in_features) for linear, name in zip(linears, INPUTS, strict=True)}
+    return widths | {KEYS: int(attention.head_dim), VALUES: int(attention.head_dim)}
+
+
+def read_quantizers(layer: nn.Module, tensors: dict[str, Tensor], prefix: str, layout: ActivationFormat) -> dict[str, nn.Module]:
+    """Quantizers of a decoder layer from its checkpoint's tensors, by name in the block. prefix: of the block's tensors."""
+    found: dict[str, nn.Module] = {}
+    for name, width in quantizer_widths(layer).items():
+        quantizer = layout.empty(name, width)
+        quantizer.load_state_dict({part: tensors[f"{prefix}{name}.{part}"] for part in TENSORS}, assign=True)
+        found[name] = quantizer
+    return found
+
+
+class _Passing:
+    """Stands where a cache would: keys and values pass through their quantizers and are not kept."""
+
+    def __init__(self, keys: nn.Module, values: nn.Module):
+        self.keys, self.values = keys, values
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        """[rows, heads, length, head_dim], keys after the rotary embedding."""
+        return self.keys(keys), self.values(values)
+
+
+def attach(layer: nn.Module, quantizers: dict[str, nn.Module]) -> list[Any]:
+    """Lets a decoder layer's linears read quantized inputs and its attention quantized keys and values.
+
+    layer: transformers' own. quantizers: by name in the block, all of INPUTS, KEYS and VALUES. Keys and values of a pass
+    with a cache are the cache's business (`kv_cache`). Returns handles that take everything back.
+    """
+
+    def quantizing(quantizer: nn.Module) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+        return lambda _, args: (quantizer(args[0]), *args[1:])
+
+    handles: list[Any] = []
+    for unit, name in zip(UNITS, INPUTS, strict=True):
+        handles += [layer.get_submodule(linear).register_forward_pre_hook(quantizing(quantizers[name])) for linear in unit]
+    passing = _Passing(quantizers[KEYS], quantizers[VALUES])
+
+    def without_cache(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if kwargs.get("past_key_values") is None:
+            kwargs = {**kwargs, "past_key_values": passing}
+        return args, kwargs
+
+    attention = layer.get_submodule("self_attn")
+    return [*handles, attention.register_forward_pre_hook(without_cache, with_kwargs=True)]

@@ -1,0 +1,121 @@
+"""A transformers cache that holds keys and values as codes: a record of bytes per token and head, nothing in full precision.
+
+Record of one token and head: for each group its codes, densely packed, the bfloat16 step (2 bytes), and one byte, the table it
+took (knee) or its zero (uniform). Everything that transformers does to a cache (growing, sliding, cropping, reordering for beams,
+repeating for batches) it does to records, with its own code.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from lbllm_cli.activations import KV_STEP, ActQuantizer
+from lbllm_cli.ops.actquant import Codes, dequantize, join_groups, pack_bits, quantize, split_groups, unpack_bits
+
+_MARK = KV_STEP.itemsize + 1
+
+
+def write_record(x: Tensor, quantizer: ActQuantizer) -> Tensor:
+    """Quantizes keys or values [rows, heads, tokens, head_dim] to uint8 [rows, heads, tokens, groups * record_bytes]."""
+    tables = quantizer.tables
+    codes = quantize(split_groups(x, quantizer.size), tables, quantizer.step_dtype)
+    filled = torch.nn.functional.pad(codes.codes, (0, -codes.codes.shape[-1] % 8))
+    step = codes.step.to(KV_STEP).unsqueeze(-1).view(torch.uint8)
+    mark = (codes.zero if tables.zero is None else codes.table.to(torch.uint8)).unsqueeze(-1)
+    return torch.cat([pack_bits(filled, quantizer.bits), step, mark], dim=-1).flatten(-2)
+
+
+def read_record(records: Tensor, quantizer: ActQuantizer, width: int) -> Tensor:
+    """Inverse of `write_record`, to the values that the codes stand for: float32 [rows, heads, tokens, width]."""
+    tables = quantizer.tables
+    groups = records.unflatten(-1, (-1, record_bytes(quantizer)))
+    codes = unpack_bits(groups[..., :-_MARK], quantizer.bits)[..., : quantizer.size]
+    step = groups[..., -_MARK:-1].contiguous().view(KV_STEP).squeeze(-1).float()
+    mark = groups[..., -1]
+    table = torch.zeros_like(mark, dtype=torch.int64) if tables.zero is None else mark.long()
+    zero = mark if tables.zero is None else tables.zero[table]
+    return join_groups(dequantize(Codes(codes, step, zero, table), tables.levels), width)
+
+
+def record_bytes(quantizer: ActQuantizer) -> int:
+    """Bytes of one group: 64 values in 4 bits -> 32 + 3."""
+    return -(-quantizer.size // 8) * quantizer.bits + _MARK
+
+
+class _Records:
+    """What both kinds of layers add to transformers' own: they keep records in the place of keys and values."""
+
+    keys_by: ActQuantizer
+    values_by: ActQuantizer
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keeps the records of new tokens; returns keys and values of all kept ones, decoded: [rows, heads, tokens, head_dim]."""
+        written = (write_record(x, by) for x, by in ((key_states, self.keys_by), (value_states, self.values_by)))
+        keys, values = super().update(*written, *args, **kwargs)  # type: ignore[misc]
+        width, dtype = key_states.shape[-1], key_states.dtype
+        return read_record(keys, self.keys_by, width).to(dtype), read_record(values, self.values_by, width).to(dtype)
+
+
+class RecordLayer(_Records, DynamicLayer):  # type: ignore[misc]
+    """Full attention."""
+
+    # Without this the class would register itself as transformers' default for its layer type.
+    _layer_type = None
+
+    def __init__(self, keys_by: ActQuantizer, values_by: ActQuantizer):
+        super().__init__()
+        self.keys_by, self.values_by = keys_by, values_by
+
+
+class SlidingRecordLayer(_Records, DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """Sliding-window attention."""
+
+    _layer_type = None
+
+    def __init__(self, keys_by: ActQuantizer, values_by: ActQuantizer, sliding_window: int):
+        super().__init__(sliding_window=sliding_window)
+        self.keys_by, self.values_by = keys_by, values_by
+
+
+class QuantizedKVCache(Cache):  # type: ignore[misc]
+    """Cache of a model whose attention layers have quantizers for keys and values: `past_key_values=QuantizedKVCache(model)`."""
+
+    def __init__(self, model: Any):
+        attention = [layer.self_attn for layer in model.get_decoder().layers]
+        layers: list[Any] = []
+        for module, plain in zip(attention, DynamicCache(config=model.config).layers, strict=True):
+            by = (module.key_cache, module.value_cache)
+            sliding = isinstance(plain, DynamicSlidingWindowLayer)
+            layers.append(SlidingRecordLayer(*by, plain.sliding_window) if sliding else RecordLayer(*by))
+        super().__init__(layers=layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all records."""
+        return sum(t.nbytes for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values))
+
+
+def keep_quantized(model: Any) -> Any:
+    """Gives `model` a QuantizedKVCache wherever transformers would make its own, in `generate` too. Returns a removable handle.
+
+    A pass with another cache that already holds tokens raises ValueError: their keys and values are in full precision.
+    """
+
+    def exchange(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        cache, wanted = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        wanted = model.config.use_cache if wanted is None else wanted
+        if isinstance(cache, QuantizedKVCache) or (cache is None and not wanted):
+            return args, kwargs
+        first = model.get_decoder().layers[0].self_attn
+        if not first.key_cache.enabled:
+            return args, kwargs
+        if cache is not None and (not isinstance(cache, DynamicCache) or cache.get_seq_length()):
+            raise ValueError(
+                f"this model keeps keys and values in {first.key_cache.bits} bits: expected no cache, an empty DynamicCache or a "
+                f"QuantizedKVCache, got {type(cache).__name__}; leave past_key_values and cache_implementation out"
+            )
+        return args, {**kwargs, "past_key_values": QuantizedKVCache(model)}
+
+    return model.get_decoder().register_forward_pre_hook(exchange, with_kwargs=True)

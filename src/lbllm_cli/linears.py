@@ -1,0 +1,69 @@
+"""The linears of a block in training: their masters, the weights these stand for, and the gradients on the way back."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lbllm_cli.model import LINEARS, Block
+from lbllm_cli.trainable import BITMAP, Packed, Trainable
+
+
+class BlockLinears:
+    """A copy of the full-precision block whose linears run with the weights of their masters.
+
+    teacher: the full-precision block. linears: masters by name in the block. trained: kinds of parameters that get gradients.
+    """
+
+    def __init__(self, teacher: Block, linears: dict[str, Trainable], trained: tuple[str, ...]):
+        self.block = teacher.sharing()
+        self.linears = linears
+        self.trained = trained
+        self._current: dict[str, Tensor] = {}
+        for name in LINEARS:
+            self.block.linear(name).weight = nn.Parameter(torch.empty_like(teacher.linear(name).weight))
+
+    def groups(self, rates: dict[str, float]) -> list[dict[str, Any]]:
+        """AdamW groups, one per linear and kind: rates of weights and levels are relative to the RMS of the weights."""
+        groups = []
+        for linear in self.linears.values():
+            for kind, parameters in linear.kinds().items():
+                if kind in self.trained:
+                    unit = 1.0 if kind == BITMAP else linear.rms
+                    groups.append({"params": parameters, "kind": kind, "top": rates[kind] * unit, "unit": unit})
+        return groups
+
+    def begin(self) -> None:
+        """Puts the present weights into the block."""
+        for name, linear in self.linears.items():
+            self._current[name] = linear()
+            with torch.no_grad():
+                self.block.linear(name).weight.copy_(self._current[name])
+
+    def backward(self) -> None:
+        """Carries the gradients of the block's weights to the masters."""
+        for name in self.linears:
+            weight = self.block.linear(name).weight
+            assert weight.grad is not None
+            current = self._current.pop(name)
+            if current.requires_grad:
+                current.backward(weight.grad.float())
+            weight.grad = None
+
+    def packed(self) -> dict[str, Tensor]:
+        """The packed tensors of the block, under their full names."""
+        tensors: dict[str, Tensor] = {}
+        for name, linear in self.linears.items():
+            tensors |= named(self.block.prefix + name, linear.packed())
+        return tensors
+
+
+def named(prefix: str, packed: Packed) -> dict[str, Tensor]:
+    """Full names of a linear's packed tensors."""
+    return dict(zip((f"{prefix}.weight", f"{prefix}.levels", f"{prefix}.scale"), packed, strict=True))
+
+
+def packed_of(start: dict[str, Tensor], prefix: str, device: torch.device) -> Packed:
+    """A linear's packed tensors out of those of its block, by its full name."""
+    weight, levels, scale = (start[f"{prefix}.{part}"].to(device) for part in ("weight", "levels", "scale"))
+    return weight, levels, scale

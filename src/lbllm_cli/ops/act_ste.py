@@ -1,0 +1,107 @@
+"""Gradients of the activation quantizer: a straight-through estimator of the deployed form, and the soft form for its knees.
+
+A surrogate says what the backward pass differentiates; codes, tables taken and the extremes of a group are constants in it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from lbllm_cli.ops.actquant import Tables, dequantize, extremes, quantize, reciprocal
+
+
+class FakeQuantize(Function):
+    """Values of the deployed form: x float [..., size] -> float32 [..., size], bit for bit `dequantize(quantize(x))`.
+
+    clip: float32 [tables, 2]. tables: the rest of the quantizer; its clip is not read.
+    Surrogate, for values inside the clipped range: x + (d / d0 - 1) * (x_hat - x0), for those outside: x_hat * d / d0, where d
+    is the step as a function of clip, d0 and x0 as in the forward pass. In the uniform kind a clipped value follows the factor of
+    its side alone, an inner one the sum of both. (4, 9, 64), clip (2, 2) -> (4, 9, 64).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, clip: Tensor, tables: Tables, step_dtype: torch.dtype) -> Tensor:
+        tables = tables._replace(clip=clip)
+        codes = quantize(x, tables, step_dtype)
+        values = dequantize(codes, tables.levels)
+        ctx.tables, ctx.dtype = tables, x.dtype
+        ctx.save_for_backward(x.float(), values, codes.step, codes.zero, codes.table)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, values, step, zero, table = ctx.saved_tensors
+        tables: Tables = ctx.tables
+        grad = grads[0]
+        lattice_top = tables.levels[:, -1].float()[table]
+        place = x * reciprocal(step).unsqueeze(-1) + zero.float().unsqueeze(-1)
+        # Half a step beyond the outermost level still rounds to it.
+        over, under = place > lattice_top.unsqueeze(-1) + 0.5, place < -0.5
+        inside = ~(over | under)
+        grad_x = (grad * inside).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        grad_clip = None
+        if ctx.needs_input_grad[1]:
+            rounding = grad * (values - x)
+            parts = (rounding * inside).sum(-1), (grad * values * over).sum(-1), (grad * values * under).sum(-1)
+            fold = _uniform_clip_gradient if tables.zero is None else _knee_clip_gradient
+            grad_clip = fold(x, tables, table, *parts)
+        return grad_x, grad_clip, None, None
+
+
+def _knee_clip_gradient(x: Tensor, tables: Tables, table: Tensor, inner: Tensor, over: Tensor, under: Tensor) -> Tensor:
+    """One step serves both sides: everything goes to the factor of the side that sets it."""
+    assert tables.zero is not None
+    high, low = extremes(x)
+    below = tables.zero.float()
+    above = tables.levels[:, -1].float() - below
+    up = torch.where(above > 0, tables.clip[:, 0] / above, 0)[table] * high
+    down = torch.where(below > 0, tables.clip[:, 1] / below, 0)[table] * low
+    side = (down > up).long()
+    sums = torch.zeros_like(tables.clip).flatten()
+    sums.index_add_(0, (2 * table + side).flatten(), (inner + over + under).flatten())
+    return sums.view_as(tables.clip) / tables.clip
+
+
+def _uniform_clip_gradient(x: Tensor, tables: Tables, table: Tensor, inner: Tensor, over: Tensor, under: Tensor) -> Tensor:
+    high, low = extremes(x)
+    up, down = high * tables.clip[0, 0], low * tables.clip[0, 1]
+    shared = inner / (up + down).clamp(min=1e-30)
+    gradients = (shared * high).sum() + over.sum() / tables.clip[0, 0], (shared * low).sum() + under.sum() / tables.clip[0, 1]
+    return torch.stack(gradients).unsqueeze(0)
+
+
+fake_quantize: Callable[[Tensor, Tensor, Tables, torch.dtype], Tensor] = FakeQuantize.apply
+
+
+def _round_through(x: Tensor) -> Tensor:
+    """Rounds; the gradient passes."""
+    return x + (x.round() - x).detach()
+
+
+def soft_quantize(x: Tensor, table: Tensor, counts: Tensor, ratio: Tensor, clip: Tensor, temperature: float) -> Tensor:
+    """Knee quantizer with real coarse ratios and a soft knee, for training the knees (LBLLM's soft mask).
+
+    x: float32 [..., size]. table: int64 [...], which table each group takes. counts: float32 [tables, 4], fine levels below and
+    above zero, coarse ones below and above. ratio, clip: float32 [tables, 2], coarse steps in fine ones below and above; clipping
+    factors above and below, as in `Tables`. temperature: tau of sigmoid((knee - |x|) / tau), in fine steps.
+    With integer ratios and temperature to 0 this is the deployed form. Rounding is straight-through; differentiable in x, ratio
+    and clip. (4, 9, 64), table (4, 9) -> (4, 9, 64).
+    """
+    high, low = extremes(x.detach())
+    fine, coarse = counts[:, :2], counts[:, 2:]
+    reach = fine + ratio * coarse
+    side = torch.where(reach > 0, clip.flip(-1) / reach.clamp(min=1e-9), 0)[table]
+    step = torch.maximum(side[..., 0] * low, side[..., 1] * high).clamp(min=1e-30).unsqueeze(-1)
+    place = x / step
+    negative = place < 0
+    size = place.abs()
+    knee, steps, width = (
+        torch.where(negative, part[..., :1], part[..., 1:]) for part in (fine[table], coarse[table], ratio[table])
+    )
+    inner = torch.minimum(_round_through(size), knee)
+    outer = knee + width * torch.minimum(_round_through((size - knee) / width).clamp(min=0), steps)
+    mask = torch.sigmoid((knee - size) / temperature)
+    return (mask * inner + (1 - mask) * outer) * step * place.sign()

@@ -1,0 +1,180 @@
+"""The activation quantizer: the only place that turns activations, keys and values into codes, or codes into values.
+
+x is cut into groups along its last axis. A group is stored as codes and a step d; code c stands for d * (T[c] - Z), where T is
+an ascending table of 2^bits integers and Z, the lattice place of zero, is one of them: zero stays zero. The step is dynamic, it
+comes from the group's own extremes; T and Z are one of two kinds:
+
+    knee      static tables, one or two per quantizer, of which a group takes the one with the smaller error. Fine steps of 1
+              about zero, coarse steps of an integer ratio beyond the knees (LBLLM stage 3: dense and sparse regions).
+    uniform   T = 0, 1, 2, ..., and Z as dynamic as the step: the plain asymmetric quantizer.
+
+T lies in 0..127 for up to 7 bits (0..255 for 8), so that products with int8 levels are exact in integer dot products.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LATTICE_MAX = 127
+# Steps below this have no finite reciprocal worth using: the group is zero.
+_SMALLEST_STEP = 1e-30
+
+
+class Tables(NamedTuple):
+    """What a quantizer knows before it sees data.
+
+    levels: uint8 [tables, 2^bits], T of each table, ascending. zero: uint8 [tables], Z of each table; None: uniform, one table.
+    clip: float32 [tables, 2], the share of a group's largest positive and largest negative value that is represented.
+    """
+
+    levels: Tensor
+    zero: Tensor | None
+    clip: Tensor
+
+
+class Codes(NamedTuple):
+    """A quantized tensor of groups.
+
+    codes: uint8 [..., size]. step: float32 [...], d. zero: uint8 [...], Z. table: int64 [...], which table the group took.
+    """
+
+    codes: Tensor
+    step: Tensor
+    zero: Tensor
+    table: Tensor
+
+
+def split_groups(x: Tensor, size: int) -> Tensor:
+    """Cuts the last axis into groups, zeros in the tail of a ragged last one: [2, 7, 576], 128 -> [2, 7, 5, 128]."""
+    width = x.shape[-1]
+    groups = -(-width // size)
+    if groups * size != width:
+        x = torch.nn.functional.pad(x, (0, groups * size - width))
+    return x.unflatten(-1, (groups, size))
+
+
+def join_groups(groups: Tensor, width: int) -> Tensor:
+    """Inverse of `split_groups`: [2, 7, 5, 128], 576 -> [2, 7, 576]."""
+    return groups.flatten(-2)[..., :width]
+
+
+def uniform_levels(bits: int) -> Tensor:
+    """T of the uniform kind: uint8 [1, 2^bits]."""
+    return torch.arange(2**bits, dtype=torch.uint8).unsqueeze(0)
+
+
+def snap_table(levels: Tensor) -> Tensor:
+    """Code nearest to each lattice place, the lower one on a tie: uint8 [n] ascending -> int64 [levels[-1] + 1]."""
+    values = levels.long()
+    middle = values[1:] + values[:-1]
+    return torch.searchsorted(middle, 2 * torch.arange(int(values[-1]) + 1, device=levels.device))
+
+
+def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest positive value and size of the largest negative one of each group, both >= 0: [..., size] -> [...], [...]."""
+    low, high = x.aminmax(dim=-1)
+    return high.clamp_(min=0), low.neg_().clamp_(min=0)
+
+
+def knee_step(high: Tensor, low: Tensor, levels: Tensor, zero: Tensor, clip: Tensor) -> Tensor:
+    """Step of one static table: the smallest that reaches both clipped extremes. high, low: [...]; levels [n]; clip [2]."""
+    above, below = float(levels[-1]) - float(zero), float(zero)
+    up = high * (clip[0] / above) if above else torch.zeros_like(high)
+    return torch.maximum(up, low * (clip[1] / below)) if below else up
+
+
+def reciprocal(step: Tensor) -> Tensor:
+    """1 / step, 0 for a group of zeros."""
+    return torch.where(step > _SMALLEST_STEP, step, torch.inf).reciprocal()
+
+
+def _knee_codes(x: Tensor, step: Tensor, levels: Tensor, zero: Tensor) -> Tensor:
+    """Codes with one static table, in two roundings: to the lattice, then to the nearest of its levels. int64 [..., size]."""
+    place = (x * reciprocal(step).unsqueeze(-1)).round_().add_(float(zero)).clamp_(0, float(levels[-1]))
+    return snap_table(levels)[place.to(torch.int64)]
+
+
+def _quantize_knee(x: Tensor, tables: Tables, step_dtype: torch.dtype) -> Codes:
+    assert tables.zero is not None
+    high, low = extremes(x)
+    best: Codes | None = None
+    least = high
+    for index, (levels, zero, clip) in enumerate(zip(tables.levels, tables.zero, tables.clip, strict=True)):
+        step = knee_step(high, low, levels, zero, clip).to(step_dtype).float()
+        codes = _knee_codes(x, step, levels, zero)
+        found = Codes(codes.to(torch.uint8), step, zero.expand_as(step), torch.full_like(step, index, dtype=torch.int64))
+        if len(tables.levels) == 1:
+            return found
+        error = (x - step.unsqueeze(-1) * (levels[codes].float() - float(zero))).square().sum(-1)
+        if best is None:
+            best, least = found, error
+            continue
+        better = error < least
+        least = torch.minimum(least, error)
+        best = Codes(
+            torch.where(better.unsqueeze(-1), found.codes, best.codes),
+            *(torch.where(better, new, old) for new, old in zip(found[1:], best[1:], strict=True)),
+        )
+    assert best is not None
+    return best
+
+
+def _quantize_uniform(x: Tensor, tables: Tables, step_dtype: torch.dtype) -> Codes:
+    high, low = extremes(x)
+    top = tables.levels.shape[1] - 1
+    up, down = high * tables.clip[0, 0], low * tables.clip[0, 1]
+    step = ((up + down) / top).to(step_dtype).float()
+    inverse = reciprocal(step)
+    zero = (down * inverse).round_().clamp_(0, top)
+    codes = (x * inverse.unsqueeze(-1)).round_().add_(zero.unsqueeze(-1)).clamp_(0, top)
+    return Codes(codes.to(torch.uint8), step, zero.to(torch.uint8), torch.zeros_like(step, dtype=torch.int64))
+
+
+def quantize(x: Tensor, tables: Tables, step_dtype: torch.dtype = torch.float32) -> Codes:
+    """Quantizes groups: x float [..., size] -> codes [..., size], step, zero and table [...].
+
+    step_dtype: what steps are stored in; they are rounded before codes are chosen. [2, 7, 9, 64] with two tables of 16 levels
+    -> codes [2, 7, 9, 64], the rest [2, 7, 9].
+    """
+    kind = _quantize_uniform if tables.zero is None else _quantize_knee
+    return kind(x.float(), tables, step_dtype)
+
+
+def places(codes: Codes, levels: Tensor) -> Tensor:
+    """Lattice places T of a quantized tensor: uint8 [..., size], the integer operand of a kernel."""
+    whole = codes.codes.long()
+    if levels.shape[0] > 1:
+        whole = whole + (codes.table * levels.shape[1]).unsqueeze(-1)
+    return levels.flatten()[whole]
+
+
+def dequantize(codes: Codes, levels: Tensor) -> Tensor:
+    """Values of a quantized tensor: float32 [..., size], d * (T - Z) with one rounding."""
+    lattice = places(codes, levels).float() - codes.zero.float().unsqueeze(-1)
+    return lattice.mul_(codes.step.unsqueeze(-1))
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Packs codes densely, code i in bits i*bits and up, little endian; for 4 bits two to a byte, the first one low.
+
+    codes: uint8 [..., n], n * bits divisible by 8. Returns uint8 [..., n * bits / 8]. [3, 64], 4 -> [3, 32].
+    """
+    if bits == 8:
+        return codes.clone()
+    if bits == 4:
+        return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    shifts = torch.arange(bits, dtype=torch.uint8, device=codes.device)
+    stream = ((codes.unsqueeze(-1) >> shifts) & 1).flatten(-2).unflatten(-1, (-1, 8))
+    return (stream << torch.arange(8, dtype=torch.uint8, device=codes.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, bits: int) -> Tensor:
+    """Inverse of `pack_bits`: uint8 [..., n * bits / 8] -> uint8 [..., n]."""
+    if bits == 8:
+        return packed.clone()
+    if bits == 4:
+        return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
+    places_of_byte = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    stream = ((packed.unsqueeze(-1) >> places_of_byte) & 1).flatten(-2).unflatten(-1, (-1, bits))
+    return (stream << torch.arange(bits, dtype=torch.uint8, device=packed.device)).sum(-1, dtype=torch.uint8)

@@ -1,0 +1,78 @@
+"""An activation quantizer in training: clipping factors, and the coarse ratios that place its knees."""
+
+import torch
+from torch import Tensor, nn
+
+from lbllm_cli.activations import ActQuantizer
+from lbllm_cli.ops.act_ste import fake_quantize, soft_quantize
+from lbllm_cli.ops.actfit import Shape, tables_of
+from lbllm_cli.ops.actquant import Tables, quantize
+
+CLIP_FACTORS, KNEES = "clip_factors", "knees"
+# A factor far below 1 cuts every group's largest value; above 1 some levels are never used.
+_CLIP_RANGE = 0.1, 1.0
+
+
+class TrainableQuantizer(ActQuantizer):
+    """An ActQuantizer whose clipping factors, float32 [tables, 2], and log coarse ratios, float32 [tables, 2], have gradients.
+
+    tables: where to start. shapes: of knee tables, None in the uniform form. train: kinds of parameters that get gradients.
+    Under no_grad the forward pass is always the deployed form; with gradients it is the soft form while `temperature` is above
+    0 and knees are trained.
+    """
+
+    def __init__(self, tables: Tables, shapes: list[Shape] | None, size: int, step_dtype: torch.dtype, train: tuple[str, ...]):
+        super().__init__(tables, size, step_dtype)
+        self.shapes = shapes
+        self.temperature = 0.0
+        self.clip = nn.Parameter(tables.clip.clone(), requires_grad=CLIP_FACTORS in train)
+        device = tables.clip.device
+        ratios = torch.tensor([[shape.ratio_low, shape.ratio_high] for shape in shapes or []], device=device).float()
+        counts = torch.tensor([shape[:4] for shape in shapes or []], device=device).float()
+        self.log_ratio = nn.Parameter(ratios.log(), requires_grad=KNEES in train and bool(shapes))
+        self.register_buffer("counts", counts, persistent=False)
+
+    def kinds(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by kind, frozen ones included."""
+        return {CLIP_FACTORS: [self.clip]} | ({KNEES: [self.log_ratio]} if self.shapes else {})
+
+    def values(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().values(x)
+        if self.temperature and self.log_ratio.requires_grad:
+            with torch.no_grad():
+                table = quantize(x, self.tables, self.step_dtype).table
+            counts = self.get_buffer("counts")
+            return soft_quantize(x.float(), table, counts, self.log_ratio.exp(), self.clip, self.temperature)
+        return fake_quantize(x, self.clip, self.tables, self.step_dtype)
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """After a step: factors and ratios stay where they mean something, the deployed form follows."""
+        self.clip.clamp_(*_CLIP_RANGE)
+        self.log_ratio.clamp_(min=0)
+        self.deploy()
+
+    @torch.no_grad()
+    def deploy(self) -> None:
+        """The deployed form of the present parameters: ratios rounded to integers that fit the lattice."""
+        levels, zero = self.act_levels, self.act_zero
+        if self.shapes:
+            moved = [self._rounded(shape, row) for shape, row in zip(self.shapes, self.log_ratio.exp().tolist(), strict=True)]
+            tables = tables_of(moved, levels.device)
+            assert tables.zero is not None
+            levels, zero = tables.levels, tables.zero
+        self.act_levels, self.act_zero, self.act_clip = levels, zero, self.clip.detach().clone()
+
+    def moved_ratios(self) -> Tensor:
+        """1 where a coarse ratio is another integer than at the start, float32 [tables * 2]."""
+        start = torch.tensor([[shape.ratio_low, shape.ratio_high] for shape in self.shapes or []], device=self.clip.device)
+        return (self.log_ratio.detach().exp().round() != start).float().flatten()
+
+    @staticmethod
+    def _rounded(shape: Shape, ratios: list[float]) -> Shape:
+        found = shape._replace(ratio_low=max(1, round(ratios[0])), ratio_high=max(1, round(ratios[1])))
+        while not found.valid():
+            side = "ratio_low" if found.ratio_low * found.coarse_low > found.ratio_high * found.coarse_high else "ratio_high"
+            found = found._replace(**{side: getattr(found, side) - 1})
+        return found
