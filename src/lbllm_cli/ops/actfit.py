@@ -14,10 +14,10 @@ from torch import Tensor
 
 from lbllm_cli.ops.actquant import LATTICE_MAX, Tables, dequantize, quantize
 
-_RATIOS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
+_RATIOS = (2, 3, 4, 6, 9, 13, 18)
 _ROUNDS = 4
-# Token-groups in the sample: 4,096 of 64 are a hundredth of a second per shape.
-SAMPLE = 4096
+# Token-groups in the sample: on inputs of SmolLM2-135M 1,024 of 64 found tables as good as 4,096, in a third of the time.
+SAMPLE = 1024
 
 
 class Shape(NamedTuple):
@@ -69,11 +69,9 @@ def grid(bits: int) -> Iterator[Shape]:
     for low in range(0, most + 1, stride):
         for high in range(max(0, low - 2 * stride), min(most, low + 2 * stride) + 1, stride):
             fine = levels - 1 - low - high
-            for below in {fine // 2, fine - fine // 2, fine // 3, fine - fine // 3}:
-                for ratio in _RATIOS if low or high else (1,):
-                    shape = Shape(below, fine - below, low, high, ratio, ratio)
-                    if shape.valid() and (ratio > 1 or not (low or high)):
-                        yield shape
+            for below in sorted({fine // 2, fine - fine // 2}):
+                shapes = (Shape(below, fine - below, low, high, ratio, ratio) for ratio in (_RATIOS if low or high else (1,)))
+                yield from (shape for shape in shapes if shape.valid())
 
 
 def _neighbours(shape: Shape) -> Iterator[Shape]:

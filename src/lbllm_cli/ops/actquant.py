@@ -91,8 +91,9 @@ def reciprocal(step: Tensor) -> Tensor:
 
 def _knee_codes(x: Tensor, step: Tensor, levels: Tensor, zero: Tensor) -> Tensor:
     """Codes with one static table, in two roundings: to the lattice, then to the nearest of its levels. int64 [..., size]."""
-    place = (x * reciprocal(step).unsqueeze(-1)).round_().add_(float(zero)).clamp_(0, float(levels[-1]))
-    return snap_table(levels)[place.to(torch.int64)]
+    place = (x * reciprocal(step).unsqueeze(-1)).round_().add_(float(zero))
+    # Clamped as integers: what is not finite has a step that is not either, but must have a code.
+    return snap_table(levels)[place.to(torch.int64).clamp_(0, int(levels[-1]))]
 
 
 def _quantize_knee(x: Tensor, tables: Tables, step_dtype: torch.dtype) -> Codes:
