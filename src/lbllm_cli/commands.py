@@ -24,7 +24,7 @@ from lbllm_cli.recipe import Recipe
 from lbllm_cli.report import GIB, Reporter, console
 from lbllm_cli.stages import evaluate as evaluation
 from lbllm_cli.stages import export as exporting
-from lbllm_cli.stages.act_calib import activation_format
+from lbllm_cli.stages.act_calib import MIN_TOKENS, activation_format
 from lbllm_cli.stages.act_calib import fit_block as fit_act_calib
 from lbllm_cli.stages.distill import fit_block as fit_distill
 from lbllm_cli.stages.ptq import fit_block as fit_ptq
@@ -68,6 +68,11 @@ def distill(recipe: Recipe, dry_run: bool, force: bool) -> None:
 def act_calib(recipe: Recipe, dry_run: bool, force: bool) -> None:
     """`lbllm act-calib`."""
     plan = prepare.prepare(recipe, calibrate=True, train=True)
+    tokens = recipe.data.training.sequences * recipe.data.training.length
+    if tokens < MIN_TOKENS:
+        raise UsageError(
+            f"data.training: {tokens} tokens, act-calib fits its quantizers on at least {MIN_TOKENS}; raise sequences or length"
+        )
     parent = _parent(plan, recipe.act_calib.parent)
     need = forecast.act_calib_need(recipe, plan.model)
     layout = activation_format(recipe.act_calib, recipe.ptq.group_size)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Sequences whose activations the quantizers' tables are fitted on.
 _SEQUENCES = 8
+# Of fewer tokens the tables would follow single groups.
+MIN_TOKENS = 256
 # What SAMPLE is meant for: of larger groups fewer are taken, so that a search costs the same.
 _USUAL_GROUP = 64
 

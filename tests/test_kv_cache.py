@@ -1,0 +1,187 @@
+"""The 4-bit cache: what it holds, and that generation with it equals the full pass."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, save_toy, write_recipe
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from typer.testing import CliRunner
+
+import lbllm_cli.hf
+from lbllm_cli.activations import KEYS, KV_STEP, ActivationFormat
+from lbllm_cli.cli import app
+from lbllm_cli.kv_cache import QuantizedKVCache, read_record, record_bytes, write_record
+from lbllm_cli.ops.actfit import fit_knee, tables_of
+from lbllm_cli.ops.actquant import uniform_levels
+from lbllm_cli.text_sources import builtin_records
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def export(request, tmp_path_factory) -> Path:
+    """An exported W(1+1)A4KV4 toy of each family."""
+    base = tmp_path_factory.mktemp("export")
+    toy = save_toy(base / "model", request.param)
+    recipe = write_recipe(base / "r.yaml", toy, base / "run", act_calib={"parent": "ptq", "epochs": 0}, ptq={"rounds": 0})
+    for command in ("ptq", "act-calib", "eval", "export"):
+        result = CliRunner().invoke(app, [command, "--recipe", str(recipe)], catch_exceptions=False)
+        assert result.exit_code == 0, result.stderr
+    return base / "run" / "export"
+
+
+def load(folder: Path, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def ids(rows: int, length: int, seed: int = 3) -> torch.Tensor:
+    return torch.randint(1, 1024, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def test_prefill_and_decode_give_the_full_pass(export):
+    model, tokens = load(export), ids(2, 40)
+    whole = model(tokens, use_cache=False).logits
+    assert not torch.equal(whole, full_precision(export, tokens))
+    first = model(tokens[:, :23])
+    cache = first.past_key_values
+    assert isinstance(cache, QuantizedKVCache)
+    pieces = [first.logits]
+    for position in range(23, 40):
+        pieces.append(model(tokens[:, position : position + 1], past_key_values=cache).logits)
+    # Rounding may send one activation to the neighbouring code, 1/15 of its group's range away; logits are of order 1 to 10.
+    difference = (torch.cat(pieces, 1) - whole).abs()
+    assert float(difference.median()) < 1e-4
+    assert float(difference.mean() / whole.abs().mean()) < 0.02
+
+
+def full_precision(export: Path, tokens: torch.Tensor) -> torch.Tensor:
+    model = load(export)
+    lbllm_cli.hf.quantize_activations(model, False)
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+@torch.no_grad()
+def test_only_keys_and_values_quantized_decode_is_the_full_pass_within_rounding(export):
+    """With activations in full precision nothing can tip over between two codes but keys and values themselves."""
+    model, tokens = load(export), ids(2, 40)
+    for name, module in model.named_modules():
+        if name.endswith(".input"):
+            module.enabled = False
+    whole = model(tokens, use_cache=False).logits
+    cache, pieces = QuantizedKVCache(model), []
+    for part in tokens.split([23, 1, 5, 1, 10], dim=1):
+        pieces.append(model(part, past_key_values=cache).logits)
+    difference = (torch.cat(pieces, 1) - whole).abs()
+    assert float(difference.median()) < 2e-6 * float(whole.abs().max())
+
+
+@torch.no_grad()
+def test_a_padded_batch_gives_what_its_rows_give_alone(export):
+    model = load(export)
+    for module in model.modules():
+        if isinstance(module, lbllm_cli.hf.ActQuantizer) and module.bits == 4 and module is not None:
+            module.enabled = module.step_dtype == KV_STEP
+    long, short = ids(1, 12, 1), ids(1, 7, 2)
+    padded = torch.cat([torch.cat([torch.zeros(1, 5, dtype=torch.long), short], 1), long])
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, :5] = 0
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    together = model.generate(padded, attention_mask=mask, **options)[:, 12:]
+    alone = [model.generate(row, attention_mask=torch.ones_like(row), **options)[:, row.shape[1] :] for row in (short, long)]
+    assert torch.equal(together, torch.cat(alone))
+
+
+@torch.no_grad()
+def test_generate_uses_the_cache_unchanged(export):
+    model, prompt = load(export), ids(1, 9)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    out = model.generate(prompt, return_dict_in_generate=True, **options)
+    assert isinstance(out.past_key_values, QuantizedKVCache)
+    step_by_step = prompt
+    for _ in range(12):
+        step_by_step = torch.cat([step_by_step, model(step_by_step, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    same = (out.sequences == step_by_step).float().mean()
+    assert same > 0.8  # measured 1.0 for every family; a tie between two tokens may fall either way
+    beams = model.generate(prompt, num_beams=3, return_dict_in_generate=True, **options)
+    assert isinstance(beams.past_key_values, QuantizedKVCache)
+    assert model.generate(prompt, use_cache=False, **options).shape == out.sequences.shape
+
+
+@torch.no_grad()
+def test_the_cache_holds_what_its_codes_say(export):
+    model, tokens = load(export), ids(2, 30)
+    cache = model(tokens).past_key_values
+    attention = model.model.layers[0].self_attn
+    width, heads = attention.head_dim, model.config.num_key_value_heads
+    size = attention.key_cache.size
+    record = -(-width // size) * (size * 4 // 8 + 3)
+    kept = [min(30, layer.sliding_window - 1) if layer.is_sliding else 30 for layer in cache.layers]
+    assert cache.nbytes == sum(2 * 2 * heads * tokens_kept * record for tokens_kept in kept)
+    assert all(layer.keys.dtype == torch.uint8 for layer in cache.layers)
+    assert record < 0.32 * 2 * width + 3  # bfloat16 is 2 bytes an entry
+
+
+@torch.no_grad()
+def test_perplexity_of_the_export_is_that_of_eval(export):
+    results = json.loads((export.parent / "eval" / "results.json").read_text())
+    text = next(builtin_records("evaluation", "novels"))["text"]
+    tokens = torch.tensor(AutoTokenizer.from_pretrained(export)(text, add_special_tokens=False)["input_ids"][:128]).view(4, 32)
+    model = load(export)
+    losses = {}
+    for quantized in (True, False):
+        lbllm_cli.hf.quantize_activations(model, quantized)
+        losses[quantized] = float(cross_entropy(model(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).exp())
+    assert losses[True] == pytest.approx(results["act-calib"]["perplexity"]["novels"], rel=1e-3)
+    assert losses[False] == pytest.approx(results["ptq"]["perplexity"]["novels"], rel=2e-5)
+
+
+@torch.no_grad()
+def test_saved_again_cast_and_dequantized(export, tmp_path):
+    model, tokens = load(export), ids(2, 20)
+    expected = model(tokens).logits
+    model.save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again")
+    assert torch.equal(again(tokens).logits, expected)
+    clip = again.model.layers[0].self_attn.key_cache.act_clip
+    clip.fill_(0.7003)
+    again.to(torch.bfloat16)
+    assert float(again.model.layers[0].self_attn.key_cache.act_clip[0, 0]) == pytest.approx(0.7003, abs=1e-7)
+    assert again(tokens).logits.dtype == torch.bfloat16
+    half = load(export, dtype=torch.bfloat16)
+    assert half.model.layers[0].self_attn.key_cache.act_clip.dtype == torch.float32
+    full = full_precision(export, tokens)
+    model.dequantize()
+    torch.testing.assert_close(model(tokens).logits, full, atol=0, rtol=0)
+
+
+@torch.no_grad()
+def test_a_cache_of_full_precision_is_refused(export):
+    model, tokens = load(export), ids(1, 10)
+    lbllm_cli.hf.quantize_activations(model, False)
+    cache = model(tokens).past_key_values
+    assert type(cache) is DynamicCache
+    lbllm_cli.hf.quantize_activations(model, True)
+    with pytest.raises(ValueError, match="keeps keys and values in 4 bits"):
+        model(tokens, past_key_values=cache)
+    with pytest.raises(ValueError, match="leave past_key_values and cache_implementation out"):
+        model.generate(tokens, cache_implementation="static", max_new_tokens=2, pad_token_id=0)
+
+
+@pytest.mark.parametrize("form", ["knee", "uniform"])
+@pytest.mark.parametrize("bits", [3, 4, 5, 8])
+@pytest.mark.parametrize("width", [16, 24, 80])
+def test_records_hold_exactly_what_the_quantizer_gives(form, bits, width):
+    quantizer = ActivationFormat(4, bits, "group", "knee", form, 2, 64).empty(KEYS, width)
+    x = torch.randn(2, 3, 5, width, generator=torch.Generator().manual_seed(bits)) * 7
+    if form == "uniform":
+        quantizer.act_levels = uniform_levels(bits)
+    else:
+        tables = tables_of(fit_knee(x.reshape(-1, width)[:, :16], bits, 2))
+        quantizer.act_levels, quantizer.act_zero = tables.levels, tables.zero
+    records = write_record(x, quantizer)
+    assert records.dtype == torch.uint8
+    assert records.shape == (2, 3, 5, -(-width // quantizer.size) * record_bytes(quantizer))
+    assert torch.equal(read_record(records, quantizer, width), quantizer(x))
