@@ -20,6 +20,7 @@ KEYS, VALUES = "self_attn.key_cache", "self_attn.value_cache"
 TENSORS = ("act_levels", "act_zero", "act_clip")
 # Steps of keys and values are stored in the cache: 2 bytes, with the range of float32.
 KV_STEP = torch.bfloat16
+CLIP_UNIT = 65536
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class ActivationFormat:
         return asdict(self)
 
 
+def stored_clip(clip: Tensor) -> Tensor:
+    """Clipping factors as they are stored: float [...] -> int32 [...], in units of 2^-16."""
+    return (clip * CLIP_UNIT).round().to(torch.int32)
+
+
 def format_of(manifest: dict[str, Any]) -> ActivationFormat | None:
     """Of a stage's manifest or a packed model's quantization_config; None where activations are in full precision."""
     values = manifest.get("activations")
@@ -70,8 +76,9 @@ def format_of(manifest: dict[str, Any]) -> ActivationFormat | None:
 class ActQuantizer(nn.Module):
     """Quantizes the last axis: [..., width] -> values that the codes stand for, in the input's dtype.
 
-    act_levels: uint8 [tables, 2^bits]. act_zero: uint8 [tables], empty in the uniform form. act_clip: float32 [tables, 2].
-    size: values that share a step. step_dtype: of a uniform quantizer's steps.
+    act_levels: uint8 [tables, 2^bits]. act_zero: uint8 [tables], empty in the uniform form. act_clip: int32 [tables, 2], in
+    units of 2^-16: loaders that cast a model's floats leave it alone. size: values that share a step. step_dtype: what steps
+    are stored in.
     """
 
     act_levels: Tensor
@@ -85,21 +92,14 @@ class ActQuantizer(nn.Module):
         self.enabled = True
         self.register_buffer("act_levels", tables.levels)
         self.register_buffer("act_zero", tables.levels.new_empty(0) if tables.zero is None else tables.zero)
-        self.register_buffer("act_clip", tables.clip)
+        self.register_buffer("act_clip", stored_clip(tables.clip))
         self._last: tuple[weakref.ref[Tensor], Tensor] | None = None
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Moves the clipping factors but never casts them: in bfloat16 they would be others than those that were trained."""
-        clip = self.act_clip
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.act_clip.dtype != torch.float32:
-            self.act_clip = clip.to(self.act_clip.device)
-        return self
 
     @property
     def tables(self) -> Tables:
         """What the quantizer knows before it sees data."""
-        return Tables(self.act_levels, self.act_zero if self.act_zero.numel() else None, self.act_clip)
+        clip = self.act_clip.float() / CLIP_UNIT
+        return Tables(self.act_levels, self.act_zero if self.act_zero.numel() else None, clip)
 
     @property
     def bits(self) -> int:

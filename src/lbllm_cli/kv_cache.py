@@ -5,6 +5,7 @@ took (knee) or its zero (uniform). Everything that transformers does to a cache 
 repeating for batches) it does to records, with its own code.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ def write_record(x: Tensor, quantizer: ActQuantizer) -> Tensor:
     """Quantizes keys or values [rows, heads, tokens, head_dim] to uint8 [rows, heads, tokens, groups * record_bytes]."""
     tables = quantizer.tables
     codes = quantize(split_groups(x, quantizer.size), tables, quantizer.step_dtype)
-    filled = torch.nn.functional.pad(codes.codes, (0, -codes.codes.shape[-1] % 8))
+    filled = torch.nn.functional.pad(codes.codes, (0, _packed_codes(quantizer) - quantizer.size))
     step = codes.step.to(KV_STEP).unsqueeze(-1).view(torch.uint8)
     mark = (codes.zero if tables.zero is None else codes.table.to(torch.uint8)).unsqueeze(-1)
     return torch.cat([pack_bits(filled, quantizer.bits), step, mark], dim=-1).flatten(-2)
@@ -39,9 +40,15 @@ def read_record(records: Tensor, quantizer: ActQuantizer, width: int) -> Tensor:
     return join_groups(dequantize(Codes(codes, step, zero, table), tables.levels), width)
 
 
+def _packed_codes(quantizer: ActQuantizer) -> int:
+    """Codes of a group with those that fill its last byte: 20 in 4 bits -> 20, 20 in 3 bits -> 24."""
+    whole = 8 // math.gcd(quantizer.bits, 8)
+    return -(-quantizer.size // whole) * whole
+
+
 def record_bytes(quantizer: ActQuantizer) -> int:
     """Bytes of one group: 64 values in 4 bits -> 32 + 3."""
-    return -(-quantizer.size // 8) * quantizer.bits + _MARK
+    return _packed_codes(quantizer) * quantizer.bits // 8 + _MARK
 
 
 class _Records:

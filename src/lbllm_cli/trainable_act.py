@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lbllm_cli.activations import ActQuantizer
+from lbllm_cli.activations import ActQuantizer, stored_clip
 from lbllm_cli.ops.act_ste import fake_quantize, soft_quantize
 from lbllm_cli.ops.actfit import Shape, tables_of
 from lbllm_cli.ops.actquant import Tables, quantize
@@ -62,7 +62,7 @@ class TrainableQuantizer(ActQuantizer):
             tables = tables_of(moved, levels.device)
             assert tables.zero is not None
             levels, zero = tables.levels, tables.zero
-        self.act_levels, self.act_zero, self.act_clip = levels, zero, self.clip.detach().clone()
+        self.act_levels, self.act_zero, self.act_clip = levels, zero, stored_clip(self.clip)
 
     def moved_ratios(self) -> Tensor:
         """1 where a coarse ratio is another integer than at the start, float32 [tables * 2]."""

@@ -16,7 +16,7 @@ from lbllm_cli.ops.actquant import Tables, dequantize, extremes, quantize, recip
 class FakeQuantize(Function):
     """Values of the deployed form: x float [..., size] -> float32 [..., size], bit for bit `dequantize(quantize(x))`.
 
-    clip: float32 [tables, 2]. tables: the rest of the quantizer; its clip is not read.
+    clip: float32 [tables, 2], what gets the gradient. tables: the quantizer, with these factors as they are stored.
     Surrogate, for values inside the clipped range: x + (d / d0 - 1) * (x_hat - x0), for those outside: x_hat * d / d0, where d
     is the step as a function of clip, d0 and x0 as in the forward pass. In the uniform kind a clipped value follows the factor of
     its side alone, an inner one the sum of both. (4, 9, 64), clip (2, 2) -> (4, 9, 64).
@@ -24,7 +24,6 @@ class FakeQuantize(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, clip: Tensor, tables: Tables, step_dtype: torch.dtype) -> Tensor:
-        tables = tables._replace(clip=clip)
         codes = quantize(x, tables, step_dtype)
         values = dequantize(codes, tables.levels)
         ctx.tables, ctx.dtype = tables, x.dtype
