@@ -135,7 +135,7 @@ def test_what_is_reported_is_what_is_stored(ok, run, tmp_path, form, monkeypatch
         best = real(self)
         layout = activation_format(self.settings, 32)
         self.student.block = stored_block(open_model(Model(path=str(toy)), CPU), self.progress.block, best, layout)
-        again.append(self._held_out())
+        again.append(self._held_out(self.progress.start["per_token_ordinary"]))
         return best
 
     recipe = run(parent="ptq", form=form, kv_form=form)

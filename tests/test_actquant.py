@@ -110,10 +110,10 @@ def test_zero_stays_zero_and_values_are_fixed_points_of_their_step(tables):
     assert bool(torch.isfinite(values).all())
 
 
-@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-20, 1e20, 1e37])
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-20, 1e20, 1e36])
 def test_extreme_scales_are_finite(scale):
     for tables in (tables_of([ONE, TWO]), uniform()):
-        x = (draw(8, 32) * scale).clamp(-3e38, 3e38)
+        x = (draw(8, 32) * scale).clamp(-1e38, 1e38)
         values = dequantize(quantize(x, tables), tables.levels)
         assert bool(torch.isfinite(values).all())
         if 1e-25 < scale < 1e30:

@@ -95,7 +95,7 @@ def test_what_is_reported_is_what_is_stored(ok, run, tmp_path, monkeypatch):
             linear, prefix = self.student.block.linear(name), self.student.block.prefix + name
             parts = [best[f"{prefix}.{part}"] for part in ("weight", "levels", "scale")]
             linear.weight.data.copy_(decode(*parts, linear.in_features))
-        again.append(self._held_out())
+        again.append(self._held_out(self.progress.start["per_token_ordinary"]))
         return best
 
     monkeypatch.setattr(Trainer, "run", check)

@@ -6,7 +6,7 @@ import statistics
 import pytest
 import torch
 
-from lbllm_cli.ops.metrics import BlockError, massive_tokens
+from lbllm_cli.ops.metrics import BlockError, massive_tokens, robust_error
 
 
 def _hidden(seed, shape=(3, 7, 16)):
@@ -91,3 +91,17 @@ def test_not_finite(bad, side):
     found = BlockError()
     found.add(**states)
     assert not found.finite
+
+
+def test_robust_error_is_hubers_loss_on_distances():
+    error = torch.tensor([0.0, 1.0, 99.9, 100.0, 400.0, 1e6])
+    distance = error.double().sqrt()
+    expected = torch.where(distance <= 10, distance**2, 2 * 10 * distance - 100)
+    torch.testing.assert_close(robust_error(error, 1.0).double(), expected, rtol=1e-6, atol=0)
+    assert torch.equal(robust_error(error, 1e5), error)  # nothing is far off: bit for bit the squared error
+    free = error.clone().requires_grad_()
+    robust_error(free, 1.0).sum().backward()
+    # d/d distance = 2 distance * d/d error: it stops growing at the threshold.
+    pull = 2 * error.sqrt() * free.grad
+    assert pull[2] < 20
+    torch.testing.assert_close(pull[3:], torch.full((3,), 20.0))

@@ -151,8 +151,10 @@ class Training(Section):
     lr_levels: float = Field(1e-2, gt=0, le=1, description="AdamW rate of levels, relative to the same RMS")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which rates rise; then they fall as a cosine")
     clip: float = Field(2.0, gt=0, description="largest gradient norm, in units of its running mean")
-    loss: Literal["plain", "mixed"] = Field(
-        "plain", description="plain: squared error over all tokens; mixed: half of it over ordinary tokens alone"
+    loss: Literal["robust", "plain", "mixed"] = Field(
+        "robust",
+        description="plain: squared error over all tokens; robust: of tokens far off, beyond 100 times the usual squared error, "
+        "the distance counts instead of its square; mixed: half of plain over ordinary tokens alone",
     )
     latent_margin: float = Field(
         0.2, ge=0, le=1, description="how far inside its code's cell a latent starts at least, 1: on its level"

@@ -18,7 +18,7 @@ from lbllm_cli import interrupt
 from lbllm_cli.errors import Interrupted, RunError
 from lbllm_cli.held_out import held_out_rows
 from lbllm_cli.model import Block
-from lbllm_cli.ops.metrics import BlockError, massive_tokens
+from lbllm_cli.ops.metrics import BlockError, massive_tokens, robust_error
 from lbllm_cli.stream import BlockTask, fetched
 
 if TYPE_CHECKING:
@@ -148,7 +148,8 @@ class Trainer:
         self._resume()
         if not self.progress.start:
             self.student.begin(0.0)
-            self.progress.start = self._held_out()
+            start = self._held_out(None)
+            self.progress.start = self._held_out(start["per_token_ordinary"])
         if not math.isfinite(self.progress.start["error"]):
             raise RunError(f"block {self.progress.block}: the outputs of its start are not finite; set model.dtype: float32")
         while self.progress.epoch < self.settings.epochs:
@@ -224,10 +225,13 @@ class Trainer:
     def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Squared error of a micro-batch, 1 for the start's error on held-out sequences.
 
-        plain: over all tokens. mixed: half over all, half over ordinary tokens alone, each relative to its start.
+        plain: over all tokens. robust: see `robust_error`. mixed: half over all, half over ordinary tokens alone, each relative
+        to its start.
         """
         error = (outputs.float() - targets.float()).square().sum(-1)
         start = self.progress.start
+        if self.settings.loss == "robust":
+            return robust_error(error, start["per_token_ordinary"]).mean() / start["per_token_robust"]
         loss = error.mean() / start["per_token"]
         if self.settings.loss == "mixed":
             ordinary = torch.where(massive_tokens(targets), 0, error).mean() / start["per_token_ordinary"]
@@ -275,29 +279,34 @@ class Trainer:
             )
 
     @torch.no_grad()
-    def _held_out(self) -> dict[str, float]:
-        """Errors on the held-out sequences of the weights that are in the block."""
+    def _held_out(self, usual: float | None) -> dict[str, float]:
+        """Errors of the block as it is on the held-out sequences. usual: see `robust_error`; None leaves that one out."""
         error = BlockError()
+        robust = 0.0
         pieces = list(torch.tensor(self.held).split(self.settings.micro_batch_size))
         for inputs, targets in fetched((self.inputs, self.targets), pieces, self.device):
-            error.add(targets, self.student.block(inputs))
+            outputs = self.student.block(inputs)
+            error.add(targets, outputs)
+            if usual is not None:
+                robust += float(robust_error((outputs.float() - targets.float()).square().sum(-1), usual).sum())
+        kinds = ("per_token", "per_token_ordinary", "per_token_robust")
         if not error.finite:
-            return {"error": math.inf, "error_ordinary": math.inf, "per_token": math.inf, "per_token_ordinary": math.inf}
+            return dict.fromkeys(("error", "error_ordinary", *kinds), math.inf)
         tokens = len(self.held) * self.inputs.data.shape[1]
-        return {
-            "error": error.relative,
-            "error_ordinary": error.relative_ordinary,
-            "per_token": max(error.error / tokens, 1e-30),
-            "per_token_ordinary": max(error.ordinary_error / tokens, 1e-30),
-        }
+        sums = (error.error, error.ordinary_error, robust)
+        per_token = {kind: max(total / tokens, 1e-30) for kind, total in zip(kinds, sums, strict=True)}
+        return {"error": error.relative, "error_ordinary": error.relative_ordinary, **per_token}
 
     def _score(self) -> None:
         """End of an epoch: held-out error, record, and whether this is the best state so far."""
         progress, settings = self.progress, self.settings
         self.student.begin(self._done())
-        held, start = self._held_out(), progress.start
-        parts = [held[key] / start[key] for key in ("per_token", "per_token_ordinary")]
-        loss = sum(parts) / 2 if settings.loss == "mixed" else parts[0]
+        start = progress.start
+        held = self._held_out(start["per_token_ordinary"])
+        by = {"plain": ("per_token",), "robust": ("per_token_robust",), "mixed": ("per_token", "per_token_ordinary")}[
+            settings.loss
+        ]
+        loss = sum(held[key] / start[key] for key in by) / len(by)
         if loss < progress.best_loss and held["error_ordinary"] <= start["error_ordinary"]:
             progress.best, progress.best_loss = progress.epoch + 1, loss
             self.best = self.student.snapshot()

@@ -3,16 +3,28 @@
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 # Attention sinks (position 0 above all) have hidden states tens to hundreds of times larger than other tokens.
 _MASSIVE = 10.0
+# A token this many times the usual squared error off pulls ten times as hard as a usual one, and no harder from there on.
+_FAR_OFF = 100.0
 
 
 def massive_tokens(hidden: Tensor) -> Tensor:
     """Tokens whose norm exceeds ten times the median norm: hidden [rows, length, hidden] -> bool [rows, length]."""
     norms = hidden.float().norm(dim=-1)
     return norms > _MASSIVE * norms.median()
+
+
+def robust_error(error: Tensor, usual: float) -> Tensor:
+    """Huber's loss on the distance of each token: squared errors up to 100 times the usual one, linear in the distance beyond.
+
+    error: squared distances [...]. usual: the mean one of ordinary tokens. (4.0, 900.0), usual 1.0 -> (4.0, 500.0).
+    """
+    limit = _FAR_OFF * usual
+    return torch.where(error > limit, 2 * (limit * error.clamp(min=limit)).sqrt() - limit, error)
 
 
 @dataclass
