@@ -27,21 +27,10 @@ check: $(VENV)/.installed
 $(MODEL)/config.json: | $(VENV)/.installed
 	$(PY) scripts/fetch_smollm2.py $(MODEL)
 
-# The main job on a real model: binarize, train, measure, export, generate. A stage's manifest is the target that Make follows.
-demo: $(RUN)/eval/results.json $(RUN)/export/config.json
+# The main job on a real model: binarize, train, quantize activations, measure, export, generate.
+demo: $(MODEL)/config.json
+	$(MAKE) -f recipes/batch.mk RECIPE=$(DEMO) RUN=$(RUN) LBLLM=$(LBLLM)
 	$(LBLLM) generate --model $(RUN)/export --raw --prompt "The sea was calm, and" --max-new-tokens 32
-
-$(RUN)/ptq/lbllm_stage.json: $(DEMO) $(MODEL)/config.json | $(VENV)/.installed
-	$(LBLLM) ptq --recipe $(DEMO)
-
-$(RUN)/distill/lbllm_stage.json: $(RUN)/ptq/lbllm_stage.json
-	$(LBLLM) distill --recipe $(DEMO)
-
-$(RUN)/eval/results.json: $(RUN)/distill/lbllm_stage.json
-	$(LBLLM) eval --recipe $(DEMO)
-
-$(RUN)/export/config.json: $(RUN)/distill/lbllm_stage.json
-	$(LBLLM) export --recipe $(DEMO)
 
 clean:
 	rm -rf $(RUN)

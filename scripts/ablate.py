@@ -4,8 +4,8 @@
     python scripts/ablate.py --recipe recipes/smollm2-135m.yaml --stage distill --out runs/distill [--only NAME ...]
 
 Every variant is a run folder of its own, so a stopped script goes on where it was, and finished variants cost nothing; variants
-of distill start from one ptq checkpoint per group size. The table (table.md, table.json) is written again after every variant,
-and tokens.png once there are variants that differ in tokens alone.
+of a later stage start from one checkpoint of the stages before it per group size. The table (table.md, table.json) is written
+again after every variant, and tokens.png once there are variants that differ in tokens alone.
 """
 
 import argparse
@@ -60,7 +60,33 @@ DISTILL: dict[str, list[str]] = {
     "256 sequences": ["data.training.sequences=256"],
     "group 128": ["ptq.group_size=128"],
 }
-VARIANTS = {"ptq": PTQ, "distill": DISTILL}
+JOINT = "act_calib.train=[weights, levels, clip_factors, knees]"
+ACT_CALIB: dict[str, list[str]] = {
+    "default": [],
+    "nothing trained": ["act_calib.epochs=0"],
+    "levels alone": ["act_calib.train=[levels]"],
+    "fixed knees": ["act_calib.train=[levels, clip_factors]"],
+    "fixed clipping factors": ["act_calib.train=[levels, knees]"],
+    "quantizers alone": ["act_calib.train=[clip_factors, knees]"],
+    "no soft knees": ["act_calib.soft=0"],
+    "one table": ["act_calib.tables=1"],
+    "one table, nothing trained": ["act_calib.tables=1", "act_calib.epochs=0"],
+    "uniform": ["act_calib.form=uniform", "act_calib.kv_form=uniform"],
+    "uniform, nothing trained": ["act_calib.form=uniform", "act_calib.kv_form=uniform", "act_calib.epochs=0"],
+    "uniform keys and values": ["act_calib.kv_form=uniform"],
+    "per token": ["act_calib.granularity=token"],
+    "per token, nothing trained": ["act_calib.granularity=token", "act_calib.epochs=0"],
+    "8-bit keys and values": ["act_calib.kv_bits=8"],
+    "8-bit activations": ["act_calib.bits=8"],
+    "twice the rates": ["act_calib.lr_levels=0.01", "act_calib.lr_clip_factors=0.01", "act_calib.lr_knees=0.02"],
+    "half the rates": ["act_calib.lr_levels=0.0025", "act_calib.lr_clip_factors=0.0025", "act_calib.lr_knees=0.005"],
+    "ptq, then act-calib": ["act_calib.parent=ptq"],
+    "ptq, then jointly": ["act_calib.parent=ptq", JOINT, "act_calib.epochs=2"],
+    "group 128": ["ptq.group_size=128"],
+}
+VARIANTS = {"ptq": PTQ, "distill": DISTILL, "act-calib": ACT_CALIB}
+# The stages that a variant starts from; they depend on these keys alone.
+PARENTS = {"ptq": (), "distill": ("ptq",), "act-calib": ("ptq", "distill")}
 
 
 def lbllm(*arguments: str) -> None:
@@ -75,23 +101,25 @@ def folder_of(out: Path, name: str) -> Path:
     return out / "".join(letter if letter.isalnum() else "-" for letter in name)
 
 
-def give_parent(recipe: str, out: Path, folder: Path, overrides: list[str]) -> None:
-    """Puts the finished ptq stage that a variant of distill starts from into its folder."""
-    if (folder / "ptq").exists():
-        return
-    parent = folder_of(out, " ".join(["parent", *(key for key in overrides if key.startswith("ptq."))]))
-    lbllm("ptq", "--recipe", recipe, f"output.dir={parent}", *overrides)
-    unfinished = folder / "ptq.copy"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(parent / "ptq", unfinished)
-    unfinished.rename(folder / "ptq")
+def give_parents(stage: str, recipe: str, out: Path, folder: Path, overrides: list[str]) -> None:
+    """Puts the finished stages that a variant starts from into its folder."""
+    parents = PARENTS[stage]
+    keys = [key for key in overrides if key.startswith(tuple(f"{name}." for name in parents))]
+    made = folder_of(out, " ".join(["parent", *keys]))
+    for name in parents:
+        if (folder / name).exists():
+            continue
+        lbllm(name, "--recipe", recipe, f"output.dir={made}", *overrides)
+        unfinished = folder / f"{name}.copy"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(made / name, unfinished)
+        unfinished.rename(folder / name)
 
 
 def measure(stage: str, recipe: str, out: Path, name: str, overrides: list[str]) -> dict[str, Any]:
     """Runs one variant, or finds it finished: its perplexities, and the tokens and seconds that its blocks took."""
     folder = folder_of(out, name)
-    if stage != "ptq":
-        give_parent(recipe, out, folder, overrides)
+    give_parents(stage, recipe, out, folder, overrides)
     lbllm(stage, "--recipe", recipe, f"output.dir={folder}", *overrides)
     results = folder / "eval" / "results.json"
     if not results.exists():

@@ -220,6 +220,7 @@ def export(recipe: Recipe, dry_run: bool, force: bool) -> None:
         return
     with locked(plan.output), interrupt.graceful():
         if not force and exporting.up_to_date(target, exporting.export_inputs(checkpoint, dense, shard)):
+            files.touch(target / exporting.RECORD)
             _say(f"export: up to date, {target}")
             return
         exporting.export(plan.model, checkpoint, target, dense, shard)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lbllm_cli import files, prepare
 from lbllm_cli.activations import ActivationFormat
-from lbllm_cli.checkpoint import Checkpoint, StageWriter, TrainingState
+from lbllm_cli.checkpoint import MANIFEST, Checkpoint, StageWriter, TrainingState
 from lbllm_cli.forecast import Need
 from lbllm_cli.prepare import Plan
 from lbllm_cli.recipe_file import dump_recipe
@@ -35,6 +35,7 @@ def run_stage(
     events = writer.path / "events.jsonl"
     with Reporter(stage, model.blocks, model.device, events) as reporter:
         if not writer.open(force):
+            files.touch(writer.final / MANIFEST)
             reporter.note(f"up to date, {writer.final}")
             return
         writer.verify()

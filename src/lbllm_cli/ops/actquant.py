@@ -73,8 +73,7 @@ def snap_table(levels: Tensor) -> Tensor:
 
 def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
     """Largest positive value and size of the largest negative one of each group, both >= 0: [..., size] -> [...], [...]."""
-    low, high = x.aminmax(dim=-1)
-    return high.clamp_(min=0), low.neg_().clamp_(min=0)
+    return x.amax(-1).clamp_(min=0), x.amin(-1).neg_().clamp_(min=0)
 
 
 def knee_step(high: Tensor, low: Tensor, levels: Tensor, zero: Tensor, clip: Tensor) -> Tensor:
@@ -89,36 +88,39 @@ def reciprocal(step: Tensor) -> Tensor:
     return torch.where(step > _SMALLEST_STEP, step, torch.inf).reciprocal()
 
 
-def _knee_codes(x: Tensor, step: Tensor, levels: Tensor, zero: Tensor) -> Tensor:
-    """Codes with one static table, in two roundings: to the lattice, then to the nearest of its levels. int64 [..., size]."""
+def _places(x: Tensor, step: Tensor, levels: Tensor, zero: Tensor) -> Tensor:
+    """Lattice place of each value with one static table, before it goes to the nearest level: int32 [..., size]."""
     place = (x * reciprocal(step).unsqueeze(-1)).round_().add_(float(zero))
     # Clamped as integers: what is not finite has a step that is not either, but must have a code.
-    return snap_table(levels)[place.to(torch.int64).clamp_(0, int(levels[-1]))]
+    return place.to(torch.int32).clamp_(0, int(levels[-1]))
+
+
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    """table[index]; on a CPU three times as fast as indexing."""
+    return table.index_select(0, index.reshape(-1)).view(index.shape)
 
 
 def _quantize_knee(x: Tensor, tables: Tables, step_dtype: torch.dtype) -> Codes:
     assert tables.zero is not None
     high, low = extremes(x)
-    best: Codes | None = None
-    least = high
-    for index, (levels, zero, clip) in enumerate(zip(tables.levels, tables.zero, tables.clip, strict=True)):
+    snaps = [snap_table(levels) for levels in tables.levels]
+    steps, found, errors = [], [], []
+    for levels, zero, clip, snap in zip(tables.levels, tables.zero, tables.clip, snaps, strict=True):
         step = knee_step(high, low, levels, zero, clip).to(step_dtype).float()
-        codes = _knee_codes(x, step, levels, zero)
-        found = Codes(codes.to(torch.uint8), step, zero.expand_as(step), torch.full_like(step, index, dtype=torch.int64))
-        if len(tables.levels) == 1:
-            return found
-        error = (x - step.unsqueeze(-1) * (levels[codes].float() - float(zero))).square().sum(-1)
-        if best is None:
-            best, least = found, error
-            continue
-        better = error < least
-        least = torch.minimum(least, error)
-        best = Codes(
-            torch.where(better.unsqueeze(-1), found.codes, best.codes),
-            *(torch.where(better, new, old) for new, old in zip(found[1:], best[1:], strict=True)),
-        )
-    assert best is not None
-    return best
+        place = _places(x, step, levels, zero)
+        if len(snaps) > 1:
+            lattice = _look_up(levels.float()[snap] - float(zero), place)
+            errors.append(lattice.mul_(step.unsqueeze(-1)).sub_(x).square_().sum(-1))
+        steps.append(step)
+        found.append(place)
+    if len(snaps) == 1:
+        table, step, place = torch.zeros_like(steps[0], dtype=torch.int64), steps[0], found[0]
+    else:
+        second = errors[1] < errors[0]
+        table, step = second.long(), torch.where(second, steps[1], steps[0])
+        place = torch.where(second.unsqueeze(-1), found[1].add_(len(snaps[0])), found[0])
+    codes = _look_up(torch.cat(snaps).to(torch.uint8), place)
+    return Codes(codes, step, tables.zero[table], table)
 
 
 def _quantize_uniform(x: Tensor, tables: Tables, step_dtype: torch.dtype) -> Codes:
@@ -144,10 +146,10 @@ def quantize(x: Tensor, tables: Tables, step_dtype: torch.dtype = torch.float32)
 
 def places(codes: Codes, levels: Tensor) -> Tensor:
     """Lattice places T of a quantized tensor: uint8 [..., size], the integer operand of a kernel."""
-    whole = codes.codes.long()
+    whole = codes.codes.int()
     if levels.shape[0] > 1:
-        whole = whole + (codes.table * levels.shape[1]).unsqueeze(-1)
-    return levels.flatten()[whole]
+        whole += (codes.table.int() * levels.shape[1]).unsqueeze(-1)
+    return _look_up(levels.flatten(), whole)
 
 
 def dequantize(codes: Codes, levels: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def fitted(name: str, x: Tensor, layout: ActivationFormat, seed: int, train: tup
     """The quantizer `name` as training starts from it, for inputs x [..., width]."""
     form = layout.empty(name, x.shape[-1])
     if form.tables.zero is None:
-        tables = Tables(uniform_levels(form.bits).to(x.device), None, form.act_clip.to(x.device))
+        tables = Tables(uniform_levels(form.bits).to(x.device), None, form.tables.clip.to(x.device))
         return TrainableQuantizer(tables, None, form.size, form.step_dtype, train)
     groups = split_groups(x.float(), form.size).reshape(-1, form.size)
     count = max(SAMPLE * _USUAL_GROUP // form.size, SAMPLE // 16)
