@@ -119,6 +119,13 @@ def test_rates_that_ruin_everything_return_what_was_fitted(ok, run, tmp_path):
     assert block_bytes(tmp_path / "run" / "act-calib") == expected
 
 
+def test_a_part_of_the_sequences(ok, run, tmp_path):
+    ok("act-calib", "--recipe", run(epochs=0, sequences=8))
+    checkpoint = Checkpoint(tmp_path / "run", "act-calib")
+    assert checkpoint.manifest["tokens"] == 8 * 32
+    assert checkpoint.inputs["data.training.tokens"].startswith("8 x 32, ")
+
+
 def test_joint_training_moves_codes(ok, run, tmp_path):
     ok("act-calib", "--recipe", run(parent="ptq", train=["weights", "levels", "clip_factors", "knees"]), MORE)
     before, after = (packed(tmp_path / "run" / stage) for stage in ("ptq", "act-calib"))
@@ -291,9 +298,13 @@ def test_more_bits_are_nearer_to_full_precision(ok, run, tmp_path):
         ("act_calib.kv_bits=9", "act_calib.kv_bits: input should be less than or equal to 8"),
         ("act_calib.granularity=channel", "act_calib.granularity"),
         ("act_calib.parent=act-calib", "act_calib.parent"),
-        ("act_calib.batch_size=9", "leaves 8 beside those that act_calib.held_out takes"),
+        ("act_calib.batch_size=9", "9 sequences leave 8 beside those that act_calib.held_out takes"),
         ("act_calib.train=[levels, levels]", "names a kind twice"),
-        ("data.training.length=16", "data.training: 144 tokens, act-calib fits its quantizers on at least 256"),
+        ("act_calib.sequences=10", "act_calib.sequences: 10 of data.training.sequences, which are 9"),
+        (
+            "act_calib.sequences=5",
+            "data.training, act_calib.sequences: 160 tokens, act-calib fits its quantizers on at least 256",
+        ),
     ],
 )
 def test_settings(lbllm, run, tmp_path, override, expected):

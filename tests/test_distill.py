@@ -259,7 +259,7 @@ def test_state_is_saved_when_time_has_passed(tmp_path):
         ("distill.lr_weights=0", "distill.lr_weights: input should be greater than 0"),
         ("distill.lr_bitmap=2", "distill.lr_bitmap: input should be less than or equal to 1"),
         ("distill.train=[bitmap]", "parametrisation `nearest` has no bitmap"),
-        ("distill.batch_size=9", "leaves 8 beside those that distill.held_out takes"),
+        ("distill.batch_size=9", "9 sequences leave 8 beside those that distill.held_out takes"),
         ("data.training.sequences=1", "data.training.sequences: one is held out"),
         ("distill.parametrisation=nearest_level", "distill.parametrisation"),
         ("data.training.sequences=90000", "2,880,000 are needed (90000 sequences x 32)"),

@@ -154,6 +154,7 @@ def test_saved_again_cast_and_dequantized(export, tmp_path):
         assert other(tokens).logits.dtype == torch.bfloat16
     full = full_precision(export, tokens)
     model.dequantize()
+    assert not [name for name in model.state_dict() if ".act_" in name]
     torch.testing.assert_close(model(tokens).logits, full, atol=0, rtol=0)
 
 

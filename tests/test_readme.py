@@ -4,11 +4,12 @@ import os
 import re
 import shlex
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import save_toy
+from conftest import save_toy, write_recipe
 
 from lbllm_cli.recipe_file import load_recipe
 
@@ -72,8 +73,31 @@ def test_the_recipe_of_the_readme_is_valid(tmp_path):
 def test_recipe_headers_name_commands_that_exist(ok):
     for recipe in (ROOT / "recipes").glob("*.yaml"):
         header = [line.lstrip("# ") for line in recipe.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-        commands = [part for line in header for part in re.findall(r"lbllm (\w+) +--recipe ([\w./-]+)", line)]
-        assert recipe.name == "demo.yaml" or {name for name, _ in commands} >= {"ptq", "distill", "eval", "export"}, recipe
+        commands = [part for line in header for part in re.findall(r"lbllm ([\w-]+) +--recipe ([\w./-]+)", line)]
+        stages = {"ptq", "distill", "act-calib", "eval", "export"}
+        assert recipe.name == "demo.yaml" or {name for name, _ in commands} >= stages, recipe
         for _, path in commands:
             assert (ROOT / path).exists(), path
         assert any("Needs:" in line for line in recipe.read_text(encoding="utf-8").splitlines()), recipe
+
+
+def make_says(recipe: Path, run: Path) -> str:
+    command = ["make", "--dry-run", "-f", str(ROOT / "recipes" / "batch.mk"), f"RECIPE={recipe}", f"RUN={run}"]
+    environment = {**os.environ, "MAKEFLAGS": ""}
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+
+
+def test_batch_job_runs_what_is_missing_and_then_has_nothing_to_do(tmp_path, ok):
+    recipe = write_recipe(tmp_path / "r.yaml", save_toy(tmp_path / "model"), tmp_path / "run", ptq={"rounds": 0})
+    stages = ["ptq", "distill", "act-calib", "eval", "export"]
+    assert [line.split()[1] for line in make_says(recipe, tmp_path / "run").splitlines()] == stages
+    for stage in stages:
+        ok(stage, "--recipe", recipe)
+    assert "Nothing to be done" in make_says(recipe, tmp_path / "run")
+    # A recipe that was only touched: what is up to date becomes newer than it, or Make would never end.
+    os.utime(recipe, (time.time() + 5, time.time() + 5))
+    assert len(make_says(recipe, tmp_path / "run").splitlines()) == 5
+    os.utime(recipe)
+    for stage in stages:
+        ok(stage, "--recipe", recipe)
+    assert "Nothing to be done" in make_says(recipe, tmp_path / "run")

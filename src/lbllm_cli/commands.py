@@ -68,10 +68,11 @@ def distill(recipe: Recipe, dry_run: bool, force: bool) -> None:
 def act_calib(recipe: Recipe, dry_run: bool, force: bool) -> None:
     """`lbllm act-calib`."""
     plan = prepare.prepare(recipe, calibrate=True, train=True)
-    tokens = recipe.data.training.sequences * recipe.data.training.length
+    tokens = (recipe.act_calib.sequences or recipe.data.training.sequences) * recipe.data.training.length
     if tokens < MIN_TOKENS:
         raise UsageError(
-            f"data.training: {tokens} tokens, act-calib fits its quantizers on at least {MIN_TOKENS}; raise sequences or length"
+            f"data.training, act_calib.sequences: {tokens} tokens, act-calib fits its quantizers on at least {MIN_TOKENS}; "
+            "raise sequences or length"
         )
     parent = _parent(plan, recipe.act_calib.parent)
     need = forecast.act_calib_need(recipe, plan.model)
@@ -92,7 +93,7 @@ def _run(
     """Reads the text of a stage, says what it needs, and runs it; see `pipeline.run_stage`."""
     stage, key = need.stage, prepare.DATA[need.stage]
     sampled = plan.generates(key)
-    tokens = None if sampled else plan.tokens(key)
+    tokens = None if sampled else plan.stage_tokens(stage)
     _announce(need, plan)
     if sampled:
         _say(f"{stage}: {key} text is sampled from the model, which is whole in memory meanwhile")
@@ -100,7 +101,7 @@ def _run(
         _say(f"{stage}: would write {plan.output / stage}" + (f", from {parent.path}" if parent else ""))
         return
     with locked(plan.output), interrupt.graceful():
-        tokens = plan.tokens(key) if tokens is None else tokens
+        tokens = plan.stage_tokens(stage) if tokens is None else tokens
         run_stage(plan, need, tokens, plan.inputs(stage, tokens, parent), force, fit, parent, activations)
 
 
@@ -114,7 +115,7 @@ def _parent(plan: Plan, stage: str) -> Checkpoint:
     present = [Checkpoint(plan.output, earlier)] if earlier in complete_stages(plan.output) else []
     for checkpoint in (*present, parent):
         key = prepare.DATA[checkpoint.stage]
-        wanted = plan.inputs(checkpoint.stage, None if plan.generates(key) else plan.tokens(key))
+        wanted = plan.inputs(checkpoint.stage, None if plan.generates(key) else plan.stage_tokens(checkpoint.stage))
         left_out = {prepare.PARENT, *([f"data.{key}.tokens"] if plan.generates(key) else [])}
         made_from = {name: value for name, value in checkpoint.inputs.items() if name not in left_out}
         if changed := changes(made_from, wanted):

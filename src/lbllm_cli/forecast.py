@@ -170,7 +170,8 @@ def act_calib_need(recipe: Recipe, model: SourceModel) -> Need:
     """Need of `lbllm act-calib`."""
     settings = recipe.act_calib
     device, state = _training_device(recipe, model, settings), 12 * _masters(model, settings, recipe.ptq.group_size)[0]
-    need = _stage_need("act-calib", recipe, model, recipe.data.training, device, state=state)
+    tokens = recipe.data.training.model_copy(update={"sequences": settings.sequences or recipe.data.training.sequences})
+    need = _stage_need("act-calib", recipe, model, tokens, device, state=state)
     return replace(need, cheaper="lower act_calib.micro_batch_size or runtime.batch_size")
 
 

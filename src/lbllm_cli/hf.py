@@ -73,8 +73,9 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
                     raise ValueError(f"{name}.scale holds NaN or infinity; export it again")
             if isinstance(module, ActQuantizer) and any(buffer.is_meta for buffer in module.buffers()):
                 raise ValueError(f"{name} has no tables in this folder; export it again")
+        self._handles: list[Any] = []
         if self.quantization_config.activations:
-            self._handles = [keep_quantized(model)]
+            self._handles.append(keep_quantized(model))
             for layer in model.get_decoder().layers:
                 self._handles += attach(layer, {name: layer.get_submodule(name) for name in quantizer_widths(layer)})
         return model
@@ -82,7 +83,12 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         """Replaces every PackedLinear by an ordinary linear with the decoded weight; activations are no longer quantized."""
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        quantize_activations(model, False)
+        for handle in self._handles:
+            handle.remove()
+        for name, module in list(model.named_modules()):
+            if isinstance(module, ActQuantizer):
+                owner, _, own = name.rpartition(".")
+                delattr(model.get_submodule(owner), own)
         for name, module in list(model.named_modules()):
             if isinstance(module, PackedLinear):
                 dense = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")

@@ -53,6 +53,15 @@ class Plan:
 
         return data.calibration_tokens(self._set(key), self.tokenizer, self.vocab, self.recipe.runtime.seed, sample, key)
 
+    def stage_tokens(self, stage: str) -> Tensor:
+        """int64 [sequences, length] that a stage reads."""
+        tokens = self.tokens(DATA[stage])
+        count = self.recipe.act_calib.sequences
+        if stage != "act-calib" or count is None:
+            return tokens
+        # Spread, for the sequences may be ordered by source.
+        return tokens[torch.linspace(0, len(tokens) - 1, count).round().long()]
+
     def evaluation(self) -> dict[str, Tensor]:
         """name -> int64 [segments, length] of data.evaluation."""
         return {spec.name: data.evaluation_tokens(spec, self.tokenizer, self.vocab) for spec in self.recipe.data.evaluation}

@@ -207,6 +207,9 @@ class ActCalib(Training):
     """Stage 3: quantizers of activations, keys and values, and the levels behind them, trained block by block."""
 
     parent: Literal["distill", "ptq"] = Field("distill", description="checkpoint to go on from; ptq: stage 2 is skipped")
+    sequences: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="sequences of data.training to use, spread evenly over them; default all"
+    )
     bits: Bits = Field(4, description="bits of an activation")
     kv_bits: Bits = Field(4, description="bits of a key's or value's entry, in the cache and in every other pass")
     granularity: Literal["group", "token"] = Field(
@@ -287,11 +290,14 @@ class Recipe(Section):
         rows = self.data.training.sequences
         if rows < 2:
             raise ValueError(f"data.training.sequences: one is held out, so at least 2 are needed, got {rows}")
-        for section, settings in (("distill", self.distill), ("act_calib", self.act_calib)):
-            left = rows - held_out_rows(rows, settings.held_out)
+        wanted = self.act_calib.sequences or rows
+        if wanted > rows:
+            raise ValueError(f"act_calib.sequences: {wanted} of data.training.sequences, which are {rows}")
+        for section, settings, count in (("distill", self.distill, rows), ("act_calib", self.act_calib, wanted)):
+            left = count - held_out_rows(count, settings.held_out)
             if settings.batch_size > left:
                 raise ValueError(
-                    f"{section}.batch_size: {settings.batch_size} sequences in a step, but data.training.sequences {rows} leaves "
-                    f"{left} beside those that {section}.held_out takes; lower it or add sequences"
+                    f"{section}.batch_size: {settings.batch_size} sequences in a step, but {count} sequences leave {left} beside "
+                    f"those that {section}.held_out takes; lower it or raise data.training.sequences"
                 )
         return self
