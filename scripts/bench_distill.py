@@ -39,11 +39,12 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lbllm_cli.errors import UsageError
+from lbllm_cli.linears import named
 from lbllm_cli.model import LINEARS, Block, block_prefix, choose_device
 from lbllm_cli.ops import binarize
 from lbllm_cli.ops.em import quantile_levels
 from lbllm_cli.ops.ste import nearest_ranks
-from lbllm_cli.stages.distill import BinarizedStudent, named
+from lbllm_cli.stages.distill import BinarizedStudent
 from lbllm_cli.stream import BlockTask, HiddenStream
 from lbllm_cli.training import Trainer
 
@@ -80,7 +81,7 @@ class Settings:
     lr_bitmap: float = 1e-2
     warmup: float = 0.05
     clip: float = 0.5
-    loss: str = "plain"
+    loss: str = "robust"
     polarise: float = 0.01
     polarise_beta: tuple[float, ...] = (2.0, 2.0)
     latent_margin: float = 0.2
@@ -109,14 +110,14 @@ class DenseStudent:
         return [{"params": [master], "kind": "weights", "top": self.rate * rms, "unit": rms} for master, rms in scales]
 
     @torch.no_grad()
-    def begin(self) -> None:
+    def begin(self, progress: float) -> None:
         """Masters into the block's dtype."""
         for name, master in self.masters.items():
             weight = self.block.linear(name).weight
             if weight is not master:
                 weight.copy_(master)
 
-    def backward(self, progress: float) -> None:
+    def backward(self) -> None:
         """Gradients to the masters."""
         for name, master in self.masters.items():
             weight = self.block.linear(name).weight
@@ -126,6 +127,9 @@ class DenseStudent:
 
     def constrain(self) -> None:
         """Nothing to do."""
+
+    def resumed(self) -> None:
+        """Never asked for."""
 
     def snapshot(self) -> dict[str, Tensor]:
         """Never asked for: no epoch is scored here."""
@@ -205,9 +209,8 @@ class Runner:
             task.start = case.start(teacher)
             student = BinarizedStudent(teacher, task.start, settings)  # type: ignore[arg-type]
         self.task, self.device = task, case.device
-        self.trainer = Trainer(task, student, settings, 0, None, print)  # type: ignore[arg-type]
-        student.begin()
-        self.trainer.progress.start = self.trainer._held_out()
+        self.trainer = Trainer(task, student, settings, "distill", 0, None, print)  # type: ignore[arg-type]
+        self.trainer.measure_start()
         self.rows, self.feed = torch.tensor(self.trainer.rows), repeat(data.batch)
 
     def step(self) -> float:

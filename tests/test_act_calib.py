@@ -324,3 +324,17 @@ def test_parents(lbllm, run, tmp_path):
     assert "lbllm distill --recipe" in refused(lbllm, folder, "act-calib", "--recipe", recipe)
     shutil.rmtree(folder / "ptq")
     assert "lbllm ptq --recipe" in refused(lbllm, folder, "act-calib", "--recipe", recipe, "act_calib.parent=ptq")
+
+
+def test_generate_runs_activations_in_full_precision_when_told_to(ok, lbllm, run, tmp_path, monkeypatch):
+    ok("act-calib", "--recipe", run(epochs=0))
+    ok("export", "--recipe", run(epochs=0))
+    assert "W(1+1)A4KV4" in (tmp_path / "run" / "export" / "README.md").read_text()
+    calls = []
+    real = ActQuantizer.values
+    monkeypatch.setattr(ActQuantizer, "values", lambda self, x: (calls.append(1), real(self, x))[1])
+    command = ("generate", "--model", tmp_path / "run" / "export", "--prompt", "the sea", "--max-new-tokens", "4")
+    ok(*command, "--full-activations")
+    assert not calls
+    ok(*command)
+    assert calls

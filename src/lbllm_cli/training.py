@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from torch import Tensor
 from lbllm_cli import interrupt
 from lbllm_cli.errors import Interrupted, RunError
 from lbllm_cli.held_out import held_out_rows
-from lbllm_cli.model import Block
 from lbllm_cli.ops.metrics import BlockError, massive_tokens, robust_error
+from lbllm_cli.protocols import Monitor, StateKeeper, Student
 from lbllm_cli.stream import BlockTask, fetched
 
 if TYPE_CHECKING:
@@ -27,56 +27,6 @@ if TYPE_CHECKING:
 _LAST_RATE = 0.05
 # The usual gradient norm follows the present one by this share a step.
 _FOLLOW = 0.1
-
-
-class Student(Protocol):
-    """What is trained."""
-
-    block: Block
-
-    def groups(self) -> list[dict[str, Any]]:
-        """AdamW groups: `params`, their `kind`, `top`, the learning rate at the top of the schedule, and `unit`, their scale."""
-
-    def begin(self, progress: float) -> None:
-        """Puts the present weights into the block. progress: share of the steps done, 0 to 1."""
-
-    def backward(self) -> None:
-        """Carries the gradients of the block's weights to the parameters."""
-
-    def constrain(self) -> None:
-        """After a step."""
-
-    def snapshot(self) -> dict[str, Tensor]:
-        """The tensors of a checkpoint."""
-
-    def resumed(self) -> None:
-        """After the parameters were replaced by saved ones."""
-
-    def facts(self) -> dict[str, float]:
-        """What an epoch's record says about the present state."""
-
-
-class Monitor(Protocol):
-    """Who is told how training goes."""
-
-    def tick(self, text: str) -> None:
-        """Where training is."""
-
-    def memory(self) -> dict[str, int | None]:
-        """Peak memory so far, for the record of an epoch."""
-
-
-class StateKeeper(Protocol):
-    """Where an unfinished block's training is kept."""
-
-    def save(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Replaces what was kept."""
-
-    def load(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What was kept of block `index`, if anything."""
-
-    def due(self) -> bool:
-        """Whether enough time has passed since the last save."""
 
 
 def rate_factor(step: int, steps: int, warmup: float) -> float:
@@ -147,14 +97,18 @@ class Trainer:
         """The best epoch's tensors, or None when no epoch was better than the start; `progress` tells how it went."""
         self._resume()
         if not self.progress.start:
-            self.student.begin(0.0)
-            start = self._held_out(None)
-            self.progress.start = self._held_out(start["per_token_ordinary"])
+            self.measure_start()
         if not math.isfinite(self.progress.start["error"]):
             raise RunError(f"block {self.progress.block}: the outputs of its start are not finite; set model.dtype: float32")
         while self.progress.epoch < self.settings.epochs:
             self._epoch()
         return self.best
+
+    def measure_start(self) -> None:
+        """Held-out errors of the student as it begins, which the loss is relative to."""
+        self.student.begin(0.0)
+        usual = self._held_out(None)["per_token_ordinary"]
+        self.progress.start = self._held_out(usual)
 
     def facts(self) -> dict[str, Any]:
         """How it went: errors at the start and of the best epoch, which one that was, and one record per epoch."""

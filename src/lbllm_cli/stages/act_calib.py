@@ -14,10 +14,11 @@ from lbllm_cli.linears import BlockLinears, packed_of
 from lbllm_cli.model import LINEARS, Block
 from lbllm_cli.ops.actfit import SAMPLE, fit_knee, tables_of
 from lbllm_cli.ops.actquant import Tables, split_groups, uniform_levels
+from lbllm_cli.protocols import Monitor
 from lbllm_cli.stream import BlockTask
 from lbllm_cli.trainable import LEVELS, WEIGHTS, Fixed, Nearest, Trainable
 from lbllm_cli.trainable_act import CLIP_FACTORS, KNEES, TrainableQuantizer
-from lbllm_cli.training import Monitor, Trainer
+from lbllm_cli.training import Trainer
 
 if TYPE_CHECKING:
     from lbllm_cli.recipe import ActCalib

@@ -11,9 +11,10 @@ from torch import Tensor
 from lbllm_cli.linears import BlockLinears, packed_of
 from lbllm_cli.model import LINEARS, Block
 from lbllm_cli.ops.binarize import unpack_codes
+from lbllm_cli.protocols import Monitor
 from lbllm_cli.stream import BlockTask
 from lbllm_cli.trainable import BITMAP, LEVELS, PARAMETRISATIONS, WEIGHTS, Bitmap, Trainable
-from lbllm_cli.training import Monitor, Trainer
+from lbllm_cli.training import Trainer
 
 if TYPE_CHECKING:
     from lbllm_cli.recipe import Distill

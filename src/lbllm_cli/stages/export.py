@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lbllm_cli import __version__, files, interrupt, source
+from lbllm_cli.activations import format_of
 from lbllm_cli.checkpoint import Checkpoint, fingerprint
 from lbllm_cli.errors import UsageError
 from lbllm_cli.model import LINEARS, SourceModel
@@ -124,13 +125,20 @@ def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_byt
 def _card(model: SourceModel, checkpoint: Checkpoint, dense: bool, group_size: int) -> str:
     """Model card: what this is and how to load it."""
     name = model.folder.name
-    lines = [f"# {name}, W(1+1), {checkpoint.stage}", ""]
+    layout = None if dense else format_of(checkpoint.manifest)
+    lines = [f"# {name}, W(1+1){f'A{layout.bits}KV{layout.kv_bits}' if layout else ''}, {checkpoint.stage}", ""]
     lines.append(
         f"The linear layers of {name}'s decoder blocks are binarized to a sign bit and a bitmap bit per weight, four levels "
         f"per group of {group_size} inputs (LBLLM, arXiv 2604.19167), by lbllm {__version__}, stage `{checkpoint.stage}`. "
         "Embeddings, norms, biases and head are those of the source model. The source model's licence applies."
     )
     lines.append("")
+    if layout:
+        lines += [
+            f"Activations are quantized to {layout.bits} bits as it runs, keys and values to {layout.kv_bits}, in the cache too; "
+            "`lbllm_cli.hf.quantize_activations(model, False)` turns that off.",
+            "",
+        ]
     if dense:
         lines.append("This folder holds the decoded weights: any program that reads the source model reads it.")
     else:
