@@ -9,7 +9,7 @@ import torch
 from conftest import FAMILIES, save_toy, write_recipe
 from safetensors.torch import load_file
 from test_bad_input import refused
-from test_distill import BLOCKS, MORE, block_bytes, events
+from test_distill import BLOCKS, block_bytes, events
 from test_resume import hashes
 from transformers import AutoModelForCausalLM
 
@@ -35,6 +35,7 @@ from lbllm_cli.stream import stored_block
 from lbllm_cli.training import Trainer
 
 CPU = torch.device("cpu")
+MORE = "data.training.sequences=64"
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def test_training_moves_levels_and_quantizers_but_no_code(ok, run, tmp_path):
     assert set(last["lr"]) == {"levels", "clip_factors", "knees"}
     assert last["moved_ratios"] > 0
     gains = [r["after"]["error_ordinary"] / r["before"]["error_ordinary"] for r in events(tmp_path / "run" / "act-calib")]
-    assert sum(gains) / 3 < 0.97  # measured 0.93
+    assert sum(gains) / 3 < 0.97  # measured 0.940
 
 
 def test_rates_that_ruin_everything_return_what_was_fitted(ok, run, tmp_path):
@@ -155,7 +156,8 @@ def test_what_is_reported_is_what_is_stored(ok, run, tmp_path, form, monkeypatch
 
 @pytest.mark.parametrize("streams", ["ram", "disk"])
 def test_interrupted_between_any_two_steps_and_resumed_equals_uninterrupted(ok, lbllm, run, tmp_path, monkeypatch, streams):
-    recipe = run(batch_size=3, micro_batch_size=2, epochs=2, lr_knees=0.2)
+    # Few levels: every resumed run searches its tables again.
+    recipe = run(batch_size=3, micro_batch_size=2, epochs=1, lr_knees=0.2, bits=3, kv_bits=3)
     ok("act-calib", "--recipe", recipe, f"runtime.streams={streams}")
     folder = tmp_path / "run" / "act-calib"
     expected = {k: v for k, v in hashes(folder).items() if "recipe.resolved" not in k and ".png" not in k}
@@ -175,7 +177,7 @@ def test_interrupted_between_any_two_steps_and_resumed_equals_uninterrupted(ok, 
         stopped += 1
         assert stopped < 20, result.stderr
     assert result.exit_code == 0
-    assert stopped >= 6
+    assert stopped >= 3  # 3 blocks x 3 steps, stopped in every third call
     assert {k: v for k, v in hashes(folder).items() if "recipe.resolved" not in k and ".png" not in k} == expected
 
 

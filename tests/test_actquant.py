@@ -80,7 +80,7 @@ def test_against_a_slow_reference(tables, step_dtype):
     got = dequantize(codes, tables.levels)
     expected = torch.tensor([slow_group(row, tables, step_dtype) for row in x.tolist()])
     # One in float32, the other in float64: a value within 1e-7 of an edge may fall to either side. None does here.
-    torch.testing.assert_close(got, expected, rtol=2e-6, atol=1e-7)  # measured 2.4e-7 relative
+    torch.testing.assert_close(got, expected, rtol=2e-6, atol=1e-7)  # measured 2.1e-7 relative
 
 
 def test_integer_path_equals_the_values_bit_for_bit():
@@ -180,7 +180,7 @@ def test_tables_of_every_width_fit_the_lattice(bits):
     x = draw(64, 32)
     shapes = fit_knee(x, bits, 2)
     error = float((dequantize(quantize(x, tables_of(shapes)), tables_of(shapes).levels) - x).square().sum() / x.square().sum())
-    # measured 0.0388, 0.00837, 0.00199, 0.000489, 0.000289, 0.0000708
+    # measured 0.0277, 0.00665, 0.00170, 0.000516, 0.000385, 0.0000841
     assert error < {3: 0.05, 4: 0.012, 5: 0.003, 6: 0.0008, 7: 0.0005, 8: 0.0001}[bits]
 
 
@@ -286,7 +286,7 @@ def test_the_soft_form_becomes_the_deployed_one():
     step = quantize(x, tables).step.unsqueeze(-1)
     away = ((soft(x, shapes, 1e-4) - hard).abs() / step).flatten()
     # In two roundings (lattice, then level) a value near the middle of a coarse step may go the other way: at most one step.
-    assert float((away > 1e-3).float().mean()) < 0.02  # measured 0.006
+    assert float((away > 1e-3).float().mean()) < 0.005  # measured 0
     spread = [float((soft(x, shapes, t) - hard).abs().mean()) for t in (2.0, 0.5, 0.05)]
     assert spread[0] > spread[1] > spread[2]
 

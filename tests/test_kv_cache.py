@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from typer.testing import CliRunner
 
 import lbllm_cli.hf
-from lbllm_cli.activations import KEYS, KV_STEP, ActivationFormat
+from lbllm_cli.activations import KEYS, ActivationFormat
 from lbllm_cli.cli import app
 from lbllm_cli.kv_cache import QuantizedKVCache, read_record, record_bytes, write_record
 from lbllm_cli.ops.actfit import fit_knee, tables_of
@@ -50,10 +50,8 @@ def test_prefill_and_decode_give_the_full_pass(export):
     pieces = [first.logits]
     for position in range(23, 40):
         pieces.append(model(tokens[:, position : position + 1], past_key_values=cache).logits)
-    # Rounding may send one activation to the neighbouring code, 1/15 of its group's range away; logits are of order 1 to 10.
     difference = (torch.cat(pieces, 1) - whole).abs()
-    assert float(difference.median()) < 1e-4
-    assert float(difference.mean() / whole.abs().mean()) < 0.02
+    assert float(difference.mean() / whole.abs().mean()) < 1e-4  # measured 2.1e-7: no activation tipped over to another code
 
 
 def full_precision(export: Path, tokens: torch.Tensor) -> torch.Tensor:
@@ -74,16 +72,12 @@ def test_only_keys_and_values_quantized_decode_is_the_full_pass_within_rounding(
     cache, pieces = QuantizedKVCache(model), []
     for part in tokens.split([23, 1, 5, 1, 10], dim=1):
         pieces.append(model(part, past_key_values=cache).logits)
-    difference = (torch.cat(pieces, 1) - whole).abs()
-    assert float(difference.median()) < 2e-6 * float(whole.abs().max())
+    assert float((torch.cat(pieces, 1) - whole).abs().max()) < 1e-5 * float(whole.abs().max())
 
 
 @torch.no_grad()
 def test_a_padded_batch_gives_what_its_rows_give_alone(export):
     model = load(export)
-    for module in model.modules():
-        if isinstance(module, lbllm_cli.hf.ActQuantizer) and module.bits == 4 and module is not None:
-            module.enabled = module.step_dtype == KV_STEP
     long, short = ids(1, 12, 1), ids(1, 7, 2)
     padded = torch.cat([torch.cat([torch.zeros(1, 5, dtype=torch.long), short], 1), long])
     mask = torch.ones(2, 12, dtype=torch.long)
