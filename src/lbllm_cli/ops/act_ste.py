@@ -17,9 +17,10 @@ class FakeQuantize(Function):
     """Values of the deployed form: x float [..., size] -> float32 [..., size], bit for bit `dequantize(quantize(x))`.
 
     clip: float32 [tables, 2], what gets the gradient. tables: the quantizer, with these factors as they are stored.
-    Surrogate, for values inside the clipped range: x + (d / d0 - 1) * (x_hat - x0), for those outside: x_hat * d / d0, where d
-    is the step as a function of clip, d0 and x0 as in the forward pass. In the uniform kind a clipped value follows the factor of
-    its side alone, an inner one the sum of both. (4, 9, 64), clip (2, 2) -> (4, 9, 64).
+    Surrogate, for values within half a step of the table: x + (r / r0 - 1) * (x_hat - x0), for those outside: x_hat * r / r0,
+    where r is the reach, the step that codes are chosen with, as a function of clip, r0 and x0 as in the forward pass. In the
+    uniform kind a clipped value follows the factor of its side alone, an inner one the sum of both. (4, 9, 64), clip (2, 2) ->
+    (4, 9, 64).
     """
 
     @staticmethod
@@ -86,7 +87,7 @@ def soft_quantize(x: Tensor, table: Tensor, counts: Tensor, ratio: Tensor, clip:
     x: float32 [..., size]. table: int64 [...], which table each group takes. counts: float32 [tables, 4], fine levels below and
     above zero, coarse ones below and above. ratio, clip: float32 [tables, 2], coarse steps in fine ones below and above; clipping
     factors above and below, as in `Tables`. temperature: tau of sigmoid((knee - |x|) / tau), in fine steps.
-    With integer ratios and temperature to 0 this is the deployed form. Rounding is straight-through; differentiable in x, ratio
+    With integer ratios and temperature to 0 this is the deployed form before its step is refitted. Rounding is straight-through; differentiable in x, ratio
     and clip. (4, 9, 64), table (4, 9) -> (4, 9, 64).
     """
     high, low = extremes(x.detach())
