@@ -87,8 +87,8 @@ def soft_quantize(x: Tensor, table: Tensor, counts: Tensor, ratio: Tensor, clip:
     x: float32 [..., size]. table: int64 [...], which table each group takes. counts: float32 [tables, 4], fine levels below and
     above zero, coarse ones below and above. ratio, clip: float32 [tables, 2], coarse steps in fine ones below and above; clipping
     factors above and below, as in `Tables`. temperature: tau of sigmoid((knee - |x|) / tau), in fine steps.
-    With integer ratios and temperature to 0 this is the deployed form before its step is refitted. Rounding is straight-through; differentiable in x, ratio
-    and clip. (4, 9, 64), table (4, 9) -> (4, 9, 64).
+    With integer ratios and temperature to 0 this is the deployed form before its step is refitted. Rounding is straight-through;
+    differentiable in x, ratio and clip. (4, 9, 64), table (4, 9) -> (4, 9, 64).
     """
     high, low = extremes(x.detach())
     fine, coarse = counts[:, :2], counts[:, 2:]

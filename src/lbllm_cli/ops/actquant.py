@@ -104,14 +104,9 @@ def _look_up(table: Tensor, index: Tensor) -> Tensor:
     return table.index_select(0, index.reshape(-1)).view(index.shape)
 
 
-def _refit(x: Tensor, lattice: Tensor) -> tuple[Tensor, Tensor]:
-    """The step that is best for given codes, and how much of |x|^2 it explains: sum(x l) / sum(l^2), sum(x l)^2 / sum(l^2).
-
-    x, lattice: [..., size], l = T - Z. Returns [...], [...]; 0 where every code is zero.
-    """
-    product, square = (x * lattice).sum(-1), lattice.square().sum(-1).clamp_(min=1)
-    step = product / square
-    return step, product * step
+def _refit(x: Tensor, lattice: Tensor) -> Tensor:
+    """The step that is best for given codes, sum(x l) / sum(l^2), l = T - Z: [..., size] -> [...]; 0 where every code is zero."""
+    return (x * lattice).sum(-1) / lattice.square().sum(-1).clamp_(min=1)
 
 
 def _quantize_knee(x: Tensor, tables: Tables, step_dtype: torch.dtype) -> Codes:
@@ -119,19 +114,22 @@ def _quantize_knee(x: Tensor, tables: Tables, step_dtype: torch.dtype) -> Codes:
     high, low = extremes(x)
     snaps = [snap_table(levels) for levels in tables.levels]
     best: Codes | None = None
-    most, start = high, 0
+    least, start = high, 0
     for index, (levels, zero, clip, snap) in enumerate(zip(tables.levels, tables.zero, tables.clip, snaps, strict=True)):
         reach = knee_step(high, low, levels, zero, clip)
         values = levels.float()[snap] - float(zero)
         for share in _SHARES:
             place = _places(x, reach * share, levels, zero)
-            step, explained = _refit(x, _look_up(values, place))
+            lattice = _look_up(values, place)
+            step = _refit(x, lattice)
+            # Not from the sums of the refit: the difference of two numbers near |x|^2 is mostly rounding.
+            error = lattice.mul_(step.unsqueeze(-1)).sub_(x).square_().sum(-1)
             found = Codes(place.add_(start), step, zero.expand_as(step), torch.full_like(step, index, dtype=torch.int64))
             if best is None:
-                best, most = found, explained
+                best, least = found, error
                 continue
-            better = explained > most
-            most = torch.where(better, explained, most)
+            better = error < least
+            least = torch.where(better, error, least)
             best = Codes(
                 torch.where(better.unsqueeze(-1), found.codes, best.codes),
                 *(torch.where(better, new, old) for new, old in zip(found[1:], best[1:], strict=True)),
@@ -148,7 +146,7 @@ def _quantize_uniform(x: Tensor, tables: Tables, step_dtype: torch.dtype) -> Cod
     inverse = reciprocal((up + down) / top)
     zero = (down * inverse).round_().clamp_(0, top)
     codes = (x * inverse.unsqueeze(-1)).round_().add_(zero.unsqueeze(-1)).clamp_(0, top)
-    step, _ = _refit(x, codes - zero.unsqueeze(-1))
+    step = _refit(x, codes - zero.unsqueeze(-1))
     table = torch.zeros_like(step, dtype=torch.int64)
     return Codes(codes.to(torch.uint8), step.to(step_dtype).float(), zero.to(torch.uint8), table)
 
