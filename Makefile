@@ -3,6 +3,8 @@ VENV ?= .venv
 PYTHON ?= python3
 MODEL := models/smollm2-135m
 RUN := runs/demo
+# Processes of the test suite, one thread each.
+JOBS ?= 2
 DEMO := recipes/demo.yaml
 PY := $(VENV)/bin/python
 LBLLM := $(VENV)/bin/lbllm
@@ -18,7 +20,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 # The test suite, after style and types.
 test: check
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses $(JOBS)
 
 check: $(VENV)/.installed
 	$(VENV)/bin/ruff check src tests scripts

@@ -1,5 +1,6 @@
 """The model is never whole in memory: the peak does not grow with the number of blocks."""
 
+import json
 import subprocess
 import sys
 
@@ -24,14 +25,19 @@ def peak(*arguments: str) -> int:
 
 
 def test_peak_memory_is_independent_of_the_number_of_blocks(tmp_path):
-    peaks = {}
+    measured = {}
     for blocks in (4, 16):
         folder = save_toy(tmp_path / f"model{blocks}", num_hidden_layers=blocks, **SIZES)
-        weights = (folder / "model.safetensors").stat().st_size
         recipe = write_recipe(tmp_path / f"{blocks}.yaml", folder, tmp_path / f"run{blocks}", ptq=QUICK)
-        peaks[blocks] = {c: peak(c, "--recipe", str(recipe)) for c in ("ptq", "eval")}
-        peaks[blocks]["weights"] = weights
-    more_weights = peaks[16]["weights"] - peaks[4]["weights"]
+        for command in ("ptq", "eval"):
+            measured[command, blocks] = peak(command, "--recipe", str(recipe))
+        measured["weights", blocks] = (folder / "model.safetensors").stat().st_size
+    more_weights = measured["weights", 16] - measured["weights", 4]
     assert more_weights > 60e6
-    for command in ("ptq", "eval"):
-        assert peaks[16][command] - peaks[4][command] < 0.25 * more_weights, peaks
+    # Measured: -6 to 9 MB.
+    assert measured["eval", 16] - measured["eval", 4] < 0.25 * more_weights, measured
+    # The allocator reaches its plateau after four or five blocks (some 20 MB more than after one), so that two
+    # models of different depth do not compare; the second half of one does. Measured: 0 to 8 MB of 40.
+    peaks = [json.loads(line)["peak_ram_bytes"] for line in (tmp_path / "run16/ptq/events.jsonl").read_text().splitlines()]
+    assert len(peaks) == 16
+    assert peaks[-1] - peaks[7] < 0.5 * more_weights * 8 / 12, peaks

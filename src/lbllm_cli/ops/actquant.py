@@ -23,6 +23,7 @@ _SMALLEST_STEP = 1e-30
 # A knee table is tried with the step that reaches the group's extremes and with a smaller one, and the better is taken. Together
 # with the refit that leaves 6 % less squared error on the inputs of two blocks of SmolLM2-135M, the refit alone 3 %.
 _SHARES = (1.0, 0.88)
+_PIECE = 1 << 18
 
 
 class Tables(NamedTuple):
@@ -92,11 +93,34 @@ def reciprocal(step: Tensor) -> Tensor:
     return torch.where(step > _SMALLEST_STEP, step, torch.inf).reciprocal()
 
 
-def _places(x: Tensor, step: Tensor, levels: Tensor, zero: Tensor) -> Tensor:
-    """Lattice place of each value with one static table, before it goes to the nearest level: int32 [..., size]."""
-    place = (x * reciprocal(step).unsqueeze(-1)).round_().add_(float(zero))
-    # Clamped as integers: what is not finite has a step that is not either, but must have a code.
-    return place.to(torch.int32).clamp_(0, int(levels[-1]))
+class _Candidate(NamedTuple):
+    """One static table with one share of the reach, and what is looked up in it."""
+
+    table: int
+    levels: Tensor
+    zero: Tensor
+    clip: Tensor
+    share: float
+    lattice: Tensor  # float32, T[nearest code] - Z of each lattice place
+    start: int  # of its places among those of all tables
+
+
+def _candidates(tables: Tables, snaps: list[Tensor]) -> list[_Candidate]:
+    assert tables.zero is not None
+    found, start = [], 0
+    for index, (levels, zero, clip, snap) in enumerate(zip(tables.levels, tables.zero, tables.clip, snaps, strict=True)):
+        lattice = levels.float()[snap] - float(zero)
+        found += [_Candidate(index, levels, zero, clip, share, lattice, start) for share in _SHARES]
+        start += len(snap)
+    return found
+
+
+def _places(x: Tensor, step: Tensor, top: int, zero: float) -> Tensor:
+    """Lattice place of each value with one static table, before it goes to the nearest level: int64 [..., size]."""
+    place = (x * reciprocal(step).unsqueeze(-1)).round_().add_(zero)
+    # Clamped as integers: what is not finite has a step that is not either, but must have a code. int64 at the end, since
+    # index_select converts other indices, more slowly: 381 against 218 microseconds for 2^18 on a CPU.
+    return place.to(torch.int32).clamp_(0, top).long()
 
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:
@@ -110,33 +134,41 @@ def _refit(x: Tensor, lattice: Tensor) -> Tensor:
 
 
 def _quantize_knee(x: Tensor, tables: Tables, step_dtype: torch.dtype) -> Codes:
-    assert tables.zero is not None
-    high, low = extremes(x)
     snaps = [snap_table(levels) for levels in tables.levels]
+    candidates, snap = _candidates(tables, snaps), torch.cat(snaps).to(torch.uint8)
+    rows = x.reshape(-1, x.shape[-1])
+    # Pieces that stay in a CPU's cache: 1,024 x 1,536 values in 40 ms of one core instead of 70.
+    piece = max(1, _PIECE // x.shape[-1]) if x.device.type == "cpu" else max(1, len(rows))
+    parts = [_best_codes(part, candidates, snap) for part in rows.split(piece)]
+    joined = Codes(*(torch.cat(part).view(*x.shape[:-1], *part[0].shape[1:]) for part in zip(*parts, strict=True)))
+    return joined._replace(step=joined.step.to(step_dtype).float())
+
+
+def _best_codes(x: Tensor, candidates: list[_Candidate], snap: Tensor) -> Codes:
+    """For each of [rows, size] the candidate with the least error."""
+    high, low = extremes(x)
     best: Codes | None = None
-    least, start = high, 0
-    for index, (levels, zero, clip, snap) in enumerate(zip(tables.levels, tables.zero, tables.clip, snaps, strict=True)):
+    least = high
+    for candidate in candidates:
+        table, levels, zero, clip, share, lattice_of, start = candidate
         reach = knee_step(high, low, levels, zero, clip)
-        values = levels.float()[snap] - float(zero)
-        for share in _SHARES:
-            place = _places(x, reach * share, levels, zero)
-            lattice = _look_up(values, place)
-            step = _refit(x, lattice)
-            # Not from the sums of the refit: the difference of two numbers near |x|^2 is mostly rounding.
-            error = lattice.mul_(step.unsqueeze(-1)).sub_(x).square_().sum(-1)
-            found = Codes(place.add_(start), step, zero.expand_as(step), torch.full_like(step, index, dtype=torch.int64))
-            if best is None:
-                best, least = found, error
-                continue
-            better = error < least
-            least = torch.where(better, error, least)
-            best = Codes(
-                torch.where(better.unsqueeze(-1), found.codes, best.codes),
-                *(torch.where(better, new, old) for new, old in zip(found[1:], best[1:], strict=True)),
-            )
-        start += len(snap)
+        place = _places(x, reach * share, int(levels[-1]), float(zero))
+        lattice = _look_up(lattice_of, place)
+        step = _refit(x, lattice)
+        # Not from the sums of the refit: the difference of two numbers near |x|^2 is mostly rounding.
+        error = lattice.mul_(step.unsqueeze(-1)).sub_(x).square_().sum(-1)
+        found = Codes(place.add_(start), step, zero.expand_as(step), torch.full_like(step, table, dtype=torch.int64))
+        if best is None:
+            best, least = found, error
+            continue
+        better = error < least
+        least = torch.where(better, error, least)
+        best = Codes(
+            torch.where(better.unsqueeze(-1), found.codes, best.codes),
+            *(torch.where(better, new, old) for new, old in zip(found[1:], best[1:], strict=True)),
+        )
     assert best is not None
-    return best._replace(codes=_look_up(torch.cat(snaps).to(torch.uint8), best.codes), step=best.step.to(step_dtype).float())
+    return best._replace(codes=_look_up(snap, best.codes))
 
 
 def _quantize_uniform(x: Tensor, tables: Tables, step_dtype: torch.dtype) -> Codes:
