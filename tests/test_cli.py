@@ -83,7 +83,7 @@ def test_eval_prints_a_table_and_measures_what_is_asked(ok, recipe):
 def test_streams_on_disk_give_the_same_perplexity_and_leave_nothing(ok, tmp_path, recipe):
     ok("ptq", "--recipe", recipe)
     in_ram = ok("eval", "--recipe", recipe, "--json").stdout
-    assert ok("eval", "--recipe", recipe, "--json", "runtime.streams=disk").stdout == in_ram
+    assert ok("eval", "--recipe", recipe, "--json", "--force", "runtime.streams=disk").stdout == in_ram
     assert not list((tmp_path / "run").rglob("*.bin"))
 
 

@@ -130,12 +130,21 @@ def act_calib(recipe: RecipeOption, overrides: Overrides = None, dry_run: DryRun
     _run(commands.act_calib, recipe, overrides, dry_run=dry_run, force=force)
 
 
-@app.command("eval", epilog="Example: `lbllm eval --recipe smollm2-135m.yaml --json > results.json`")
-def evaluate(recipe: RecipeOption, overrides: Overrides = None, dry_run: DryRun = False, json: Json = False) -> None:
-    """Measure perplexity and size of the base model and of every complete stage, side by side."""
-    from lbllm_cli import commands
+@app.command("eval", epilog="Example: `lbllm eval --recipe smollm2-135m.yaml 'eval.tasks=[builtin:continuation]' --json`")
+def evaluate(
+    recipe: RecipeOption,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    force: Annotated[bool, typer.Option("--force", help="measure again what is known")] = False,
+    json: Json = False,
+) -> None:
+    """Measure the base model and every complete stage, side by side: perplexity, agreement, lm-eval tasks, size.
 
-    _run(commands.evaluate, recipe, overrides, dry_run=dry_run, as_json=json)
+    What was measured before is not measured again: a stage, a text or a task that is added costs only itself.
+    """
+    from lbllm_cli import eval_command
+
+    _run(eval_command.evaluate, recipe, overrides, dry_run=dry_run, as_json=json, force=force)
 
 
 @app.command(epilog="Example: `lbllm export --recipe smollm2-135m.yaml export.format=dense`")

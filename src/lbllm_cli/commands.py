@@ -1,7 +1,6 @@
 """What each command does with a recipe: prepare, say what it needs, run the stage, say what it used."""
 
 import json
-import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +13,7 @@ from rich.table import Table
 
 from lbllm_cli import files, forecast, interrupt, prepare
 from lbllm_cli.activations import ActivationFormat
-from lbllm_cli.checkpoint import Checkpoint, changes, complete_stages, locked
+from lbllm_cli.checkpoint import STAGES, Checkpoint, changes, complete_stages, locked
 from lbllm_cli.errors import UsageError
 from lbllm_cli.forecast import Need
 from lbllm_cli.model import choose_device
@@ -22,7 +21,6 @@ from lbllm_cli.pipeline import run_stage
 from lbllm_cli.prepare import Plan
 from lbllm_cli.recipe import Recipe
 from lbllm_cli.report import GIB, Reporter, console
-from lbllm_cli.stages import evaluate as evaluation
 from lbllm_cli.stages import export as exporting
 from lbllm_cli.stages.act_calib import MIN_TOKENS, activation_format
 from lbllm_cli.stages.act_calib import fit_block as fit_act_calib
@@ -33,17 +31,18 @@ from lbllm_cli.stream import Fit
 _KINDS = ("device", "ram", "disk", "streams")
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """One line on stderr."""
     console().print(text, markup=False)
 
 
-def _announce(need: Need, plan: Plan) -> None:
+def announce(need: Need, plan: Plan) -> None:
     """The forecast, after what it rules out has been refused."""
     model = plan.model
     warnings = forecast.check_need(need, plan.output, model.device)
-    _say(f"{need.stage}: {need.line()}, on {model.device} in {str(model.dtype).removeprefix('torch.')}")
+    say(f"{need.stage}: {need.line()}, on {model.device} in {str(model.dtype).removeprefix('torch.')}")
     for warning in warnings:
-        _say(f"{need.stage}: warning: {warning}")
+        say(f"{need.stage}: warning: {warning}")
 
 
 @torch.no_grad()
@@ -94,11 +93,11 @@ def _run(
     stage, key = need.stage, prepare.DATA[need.stage]
     sampled = plan.generates(key)
     tokens = None if sampled else plan.stage_tokens(stage)
-    _announce(need, plan)
+    announce(need, plan)
     if sampled:
-        _say(f"{stage}: {key} text is sampled from the model, which is whole in memory meanwhile")
+        say(f"{stage}: {key} text is sampled from the model, which is whole in memory meanwhile")
     if dry_run:
-        _say(f"{stage}: would write {plan.output / stage}" + (f", from {parent.path}" if parent else ""))
+        say(f"{stage}: would write {plan.output / stage}" + (f", from {parent.path}" if parent else ""))
         return
     with locked(plan.output), interrupt.graceful():
         tokens = plan.stage_tokens(stage) if tokens is None else tokens
@@ -110,7 +109,7 @@ def _parent(plan: Plan, stage: str) -> Checkpoint:
 
     Text that the model would have to write anew is not compared.
     """
-    parent = _checkpoint(plan, stage)
+    parent = open_checkpoint(plan, stage)
     earlier = (parent.manifest.get("parent") or {}).get("stage")
     present = [Checkpoint(plan.output, earlier)] if earlier in complete_stages(plan.output) else []
     for checkpoint in (*present, parent):
@@ -131,13 +130,8 @@ def _parent(plan: Plan, stage: str) -> Checkpoint:
     return parent
 
 
-def _checkpoints(plan: Plan) -> dict[str, Checkpoint | None]:
-    """What `lbllm eval` measures, by name; every checkpoint belongs to this model and is unchanged."""
-    names: list[str] = list(plan.recipe.eval.checkpoints or []) or [evaluation.BASE, *complete_stages(plan.output)]
-    return {name: None if name == evaluation.BASE else _checkpoint(plan, name) for name in names}
-
-
-def _checkpoint(plan: Plan, stage: str) -> Checkpoint:
+def open_checkpoint(plan: Plan, stage: str) -> Checkpoint:
+    """A complete stage that belongs to this model and parent and is unchanged; refuses any other by name."""
     checkpoint = Checkpoint(plan.output, stage)
     made_from, now = checkpoint.inputs.get("model.files"), plan.model.identity()
     if made_from != now:
@@ -158,53 +152,6 @@ def _checkpoint(plan: Plan, stage: str) -> Checkpoint:
 
 
 @torch.no_grad()
-def evaluate(recipe: Recipe, dry_run: bool, as_json: bool) -> None:
-    """`lbllm eval`."""
-    plan = prepare.prepare(recipe, evaluate=True)
-    checkpoints = _checkpoints(plan)
-    sets = plan.evaluation()
-    need = forecast.eval_need(recipe, plan.model, {name: tokens.shape[0] for name, tokens in sets.items()})
-    _announce(need, plan)
-    if dry_run:
-        counts = ", ".join(f"{name} {tokens.shape[0]} x {tokens.shape[1]}" for name, tokens in sets.items())
-        _say(f"eval: would measure {', '.join(checkpoints)} on {counts}")
-        return
-    with locked(plan.output), interrupt.graceful():
-        folder = plan.output / "eval"
-        streams = folder / "streams" if need.on_disk else None
-        (streams or folder).mkdir(parents=True, exist_ok=True)
-        results: dict[str, Any] = {}
-        for name, checkpoint in checkpoints.items():
-            with Reporter(f"eval {name}", plan.model.blocks, plan.model.device) as reporter:
-                found = evaluation.perplexities(plan.model, checkpoint, sets, recipe.runtime.batch_size, streams, reporter)
-                results[name] = evaluation.result(plan.model, checkpoint, found)
-                reporter.note(f"finished in {reporter.used()}")
-        files.write_json(folder / "results.json", results)
-        shutil.rmtree(folder / "streams", ignore_errors=True)
-    if as_json:
-        print(json.dumps(results, indent=2))
-    else:
-        Console().print(results_table(results))
-
-
-def results_table(results: dict[str, Any]) -> Table:
-    """Base and stages side by side."""
-    first = next(iter(results.values()))
-    table = Table(title="perplexity (lower is better) and size")
-    table.add_column("")
-    for name in results:
-        table.add_column(name, justify="right")
-    for text in first["perplexity"]:
-        table.add_row(f"perplexity, {text}", *(f"{result['perplexity'][text]:.2f}" for result in results.values()))
-    for key, label in (("activation_bits", "bits per activation"), ("kv_bits", "bits per key and value entry")):
-        table.add_row(label, *(str(result[key]) for result in results.values()))
-    table.add_row("bits per weight", *(f"{result['bits_per_weight']:.3f}" for result in results.values()))
-    table.add_row("bits per parameter", *(f"{result['bits_per_parameter']:.3f}" for result in results.values()))
-    table.add_row("bytes", *(f"{result['bytes']:,}" for result in results.values()))
-    return table
-
-
-@torch.no_grad()
 def export(recipe: Recipe, dry_run: bool, force: bool) -> None:
     """`lbllm export`."""
     plan = prepare.prepare(recipe)
@@ -212,21 +159,21 @@ def export(recipe: Recipe, dry_run: bool, force: bool) -> None:
     if stage == "latest":
         complete = complete_stages(plan.output)
         stage = complete[-1] if complete else "ptq"
-    checkpoint = _checkpoint(plan, stage)
-    _announce(forecast.export_need(recipe, plan.model), plan)
+    checkpoint = open_checkpoint(plan, stage)
+    announce(forecast.export_need(recipe, plan.model), plan)
     target = plan.output / "export"
     dense, shard = recipe.export.format == "dense", int(recipe.export.shard_gb * 1e9)
     if dry_run:
-        _say(f"export: would write {target}, {recipe.export.format}, from {checkpoint.path}")
+        say(f"export: would write {target}, {recipe.export.format}, from {checkpoint.path}")
         return
     with locked(plan.output), interrupt.graceful():
         if not force and exporting.up_to_date(target, exporting.export_inputs(checkpoint, dense, shard)):
             files.touch(target / exporting.RECORD)
-            _say(f"export: up to date, {target}")
+            say(f"export: up to date, {target}")
             return
         exporting.export(plan.model, checkpoint, target, dense, shard)
     size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
-    _say(f"export: {target}, {recipe.export.format}, {size:,} bytes of weights")
+    say(f"export: {target}, {recipe.export.format}, {size:,} bytes of weights")
 
 
 @torch.no_grad()
@@ -269,7 +216,7 @@ def validate(recipe: Recipe, as_json: bool) -> None:
         forecast.ptq_need(recipe, model),
         forecast.distill_need(recipe, model),
         forecast.act_calib_need(recipe, model),
-        forecast.eval_need(recipe, model, segments),
+        forecast.eval_need(recipe, model, segments, 1 + len(STAGES)),
         forecast.export_need(recipe, model),
     ]
     warnings = []
@@ -315,4 +262,4 @@ def _print_validation(facts: dict[str, Any], needs: list[Need]) -> None:
     )  # fmt: skip
     out.print(table)
     for warning in facts["warnings"]:
-        _say(f"warning: {warning}")
+        say(f"warning: {warning}")

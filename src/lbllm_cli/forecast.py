@@ -211,14 +211,17 @@ def _cheaper(recipe: Recipe, model: SourceModel) -> str:
     return f"cheaper: {listed}" if needs else "a larger GPU is needed"
 
 
-def eval_need(recipe: Recipe, model: SourceModel, segments: dict[str, int]) -> Need:
-    """Need of `lbllm eval`; segments: name -> segments of an evaluation set, for those that leave it to the text."""
+def eval_need(recipe: Recipe, model: SourceModel, segments: dict[str, int], checkpoints: int) -> Need:
+    """Need of `lbllm eval`, its tasks left out.
+
+    segments: name -> segments of an evaluation set, for those that leave it to the text. checkpoints: that are measured at once.
+    """
     sizes = [(item.segments or segments.get(item.name, 0)) * item.length for item in recipe.data.evaluation]
-    one = float(sum(sizes) * model.config.hidden_size * model.dtype.itemsize)
+    one = float(sum(sizes) * model.config.hidden_size * model.dtype.itemsize) * max(2, checkpoints)
     longest = max(item.length for item in recipe.data.evaluation)
     on_disk = _streams(recipe, one, 1)
     device = 3 * _block_bytes(model) + _activation_bytes(model, recipe.runtime.batch_size, longest)
-    device = max(device, _outer_bytes(model) + 512 * model.config.vocab_size * 4)
+    device = max(device, _outer_bytes(model) + 5 * 256 * model.config.vocab_size * 4)
     ram = _PROCESS + (0 if on_disk else one) + (device if model.device.type == "cpu" else _block_bytes(model))
     return Need("eval", device, ram, one if on_disk else 0, one, on_disk)
 

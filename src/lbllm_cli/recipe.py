@@ -248,9 +248,21 @@ class ActCalib(Training):
 class Eval(Section):
     """What `lbllm eval` measures."""
 
-    checkpoints: list[Literal["base", "ptq", "distill", "act-calib"]] | None = Field(
-        None, min_length=1, description="default: base and every complete stage"
+    checkpoints: list[Literal["base", "ptq", "distill", "act-calib", "export"]] | None = Field(
+        None, min_length=1, description="default: base and every complete stage; export: the exported folder, as others load it"
     )
+    tasks: list[Annotated[str, Field(min_length=1)]] = Field(
+        [],
+        description="lm-eval tasks: commonsense, mmlu, gsm8k, builtin:continuation, builtin:last_word, a task's YAML file, or "
+        "any name that lm-eval knows",
+    )
+    num_fewshot: int | None = Field(
+        None, ge=0, le=100, description="examples in context; default commonsense 0, mmlu 5, gsm8k 5, others the task's own"
+    )
+    limit: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="documents of each task, below 1 a share of them; default all"
+    )
+    batch_size: Positive = Field(8, description="sequences in one forward pass of a task")
 
 
 class Export(Section):

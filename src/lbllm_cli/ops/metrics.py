@@ -32,22 +32,28 @@ class BlockError:
     """Squared distance of the student's hidden states from the teacher's, relative to the teacher's, summed over batches.
 
     ordinary: without massive tokens, which carry nearly all of the energy of some blocks (SmolLM2-135M block 11: 99.9 %).
+    cosines: sum over all tokens of the cosine between both.
     """
 
     error: float = 0.0
     energy: float = 0.0
     ordinary_error: float = 0.0
     ordinary_energy: float = 0.0
+    cosines: float = 0.0
+    tokens: int = 0
 
     def add(self, teacher: Tensor, student: Tensor) -> None:
         """Adds one batch of block outputs, both [rows, length, hidden]."""
         error = (student.float() - teacher.float()).square().sum(-1)
         energy = teacher.float().square().sum(-1)
+        cosine = torch.nn.functional.cosine_similarity(student.float(), teacher.float(), dim=-1)
         ordinary = ~massive_tokens(teacher)
         self.error += float(error.sum())
         self.energy += float(energy.sum())
         self.ordinary_error += float(error[ordinary].sum())
         self.ordinary_energy += float(energy[ordinary].sum())
+        self.cosines += float(cosine.sum())
+        self.tokens += cosine.numel()
 
     @property
     def relative(self) -> float:
@@ -58,6 +64,16 @@ class BlockError:
     def relative_ordinary(self) -> float:
         """Over ordinary tokens."""
         return self.ordinary_error / max(self.ordinary_energy, 1e-30)
+
+    @property
+    def cosine(self) -> float:
+        """Mean cosine between a token's two hidden states."""
+        return self.cosines / max(self.tokens, 1)
+
+    @property
+    def decibels(self) -> float:
+        """Signal to noise over ordinary tokens, 10 log10(energy / error); infinite where there is no error."""
+        return -10 * math.log10(self.relative_ordinary) if self.ordinary_error else math.inf
 
     @property
     def finite(self) -> bool:

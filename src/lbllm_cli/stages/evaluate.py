@@ -1,22 +1,26 @@
-"""Perplexity of the base model and of checkpoints, block by block: a model larger than memory can be scored."""
+"""Perplexity of the base model and of checkpoints, and how far these are from it, for models larger than memory."""
 
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn import Module
 
-from lbllm_cli.activations import format_of
+from lbllm_cli.activations import ActivationFormat, format_of
 from lbllm_cli.checkpoint import Checkpoint
-from lbllm_cli.model import Block, SourceModel
+from lbllm_cli.errors import RunError
+from lbllm_cli.model import SourceModel
+from lbllm_cli.ops.agreement import Agreement, log_probabilities
+from lbllm_cli.ops.metrics import BlockError
 from lbllm_cli.report import Reporter
+from lbllm_cli.source import TensorEntry
 from lbllm_cli.stream import HiddenStream, advance, batches, embed_stream, stored_block
 
 BASE = "base"
-# Positions whose logits exist at once: 256 x 128,256 (Llama 3) in float32 are 131 MB.
+# Positions whose logits exist at once: 256 x 128,256 (Llama 3) in float32 are 131 MB, four or five times.
 _POSITIONS = 256
 
 
@@ -33,77 +37,136 @@ class Sizes:
     bytes: int
 
 
-def measure_sizes(model: SourceModel, checkpoint: Checkpoint | None) -> Sizes:
-    """Sizes of the base model, or of a checkpoint with what it takes from the base model."""
-    binarized = model.binarized_names
-    parameters = model.count(list(model.shapes))
-    if checkpoint is None:
-        stored = sum(model.entries[name].nbytes for name in binarized)
-        whole = sum(model.entries[name].nbytes for name in model.shapes)
-        size = sum(file.stat().st_size for file in {model.entries[name].file for name in model.shapes})
-    else:
-        entries = checkpoint.entries()
-        owners = {name.removesuffix(".weight") for name in binarized}
-        packed = [name for name in entries if name.rpartition(".")[0] in owners and not name.endswith(".bias")]
-        stored = sum(entries[name].nbytes for name in packed)
-        rest = sum(model.entries[name].nbytes for name in model.shapes if name not in entries)
-        whole = rest + sum(entry.nbytes for entry in entries.values())
-        size = rest + sum((checkpoint.path / name).stat().st_size for name in checkpoint.hashes)
-    return Sizes(8 * stored / model.count(binarized), 8 * whole / parameters, size)
+def measure_sizes(model: SourceModel, entries: dict[str, TensorEntry] | None, size: int) -> Sizes:
+    """Sizes of the base model, or of a checkpoint or an export with what it takes from the base model.
 
-
-def perplexities(
-    model: SourceModel,
-    checkpoint: Checkpoint | None,
-    sets: dict[str, Tensor],
-    batch_size: int,
-    folder: Path | None,
-    reporter: Reporter,
-) -> dict[str, float]:
-    """Perplexity of each evaluation set: exp of the mean negative log likelihood per predicted token.
-
-    sets: name -> tokens int64 [segments, length]; the first token of a segment is not predicted. folder: where streams lie
-    on disk, None for RAM. checkpoint: None for the base model.
+    entries: of its tensors by name, None for the base model. size: of the files that hold them, bytes.
     """
-    streams: dict[str, HiddenStream] = {}
-    try:
-        for name, tokens in sets.items():
-            streams[name] = embed_stream(model, tokens, folder / f"{name}.bin" if folder else None, batch_size)
-        for index in range(model.blocks):
-            reporter.begin_block(index)
-            block = model.block(index) if checkpoint is None else _stored(model, checkpoint, index)
-            for stream in streams.values():
-                advance(block, stream, stream, model.device, batch_size)
-            reporter.step(index)
-        head = model.head()
-        return {name: _perplexity(model, head, streams[name], sets[name]) for name in sets}
-    finally:
-        for stream in streams.values():
-            stream.remove()
+    binarized = model.binarized_names
+    entries = {name: model.entries[name] for name in model.shapes} if entries is None else entries
+    owners = {name.removesuffix(".weight") for name in binarized}
+    packed = [name for name in entries if name.rpartition(".")[0] in owners and not name.endswith(".bias")]
+    stored = sum(entries[name].nbytes for name in packed)
+    rest = sum(model.entries[name].nbytes for name in model.shapes if name not in entries)
+    whole = rest + sum(entry.nbytes for entry in entries.values())
+    return Sizes(8 * stored / model.count(binarized), 8 * whole / model.count(list(model.shapes)), rest + size)
 
 
-def _stored(model: SourceModel, checkpoint: Checkpoint, index: int) -> Block:
-    return stored_block(model, index, checkpoint.read_block(index), format_of(checkpoint.manifest))
+@dataclass(frozen=True)
+class Measured:
+    """One checkpoint on one text. blocks: its errors beside the teacher's block outputs, in order; none for the base model."""
+
+    agreement: Agreement
+    blocks: list[BlockError]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the cache and the report: what one model alone has, and what it has beside the teacher."""
+        alone = {"perplexity": self.agreement.perplexity, "positions": self.agreement.by_position()}
+        if not self.blocks:
+            return alone
+        beside = {"kl": self.agreement.mean_divergence, "top1": self.agreement.top1}
+        errors = [
+            {"relative": e.relative, "relative_ordinary": e.relative_ordinary, "cosine": e.cosine, "decibels": e.decibels}
+            for e in self.blocks
+        ]
+        return {**alone, **beside, "blocks": errors}
 
 
-def _perplexity(model: SourceModel, head: torch.nn.Module, stream: HiddenStream, tokens: Tensor) -> float:
-    total = 0.0
-    for rows in batches(0, stream.rows, 1):
-        hidden = stream.data[rows][0, :-1].to(model.device)
-        wanted = tokens[rows][0, 1:].to(model.device)
-        for start in range(0, hidden.shape[0], _POSITIONS):
-            logits = head(hidden[start : start + _POSITIONS]).float()
-            total += float(cross_entropy(logits, wanted[start : start + _POSITIONS], reduction="sum"))
-    mean = total / (tokens.shape[0] * (tokens.shape[1] - 1))
-    return math.exp(mean) if mean < 700 else math.inf
+class Evaluation:
+    """The base model and checkpoints on the same texts, all of them block by block beside each other.
+
+    So the teacher runs once for all, and neither a model nor the logits of a text are ever whole in memory. checkpoints: by
+    name; BASE is the teacher. folder: where streams lie on disk, None for RAM.
+    """
+
+    def __init__(self, model: SourceModel, checkpoints: dict[str, Checkpoint], batch_size: int, folder: Path | None):
+        self.model = model
+        self.checkpoints = checkpoints
+        self.batch_size = batch_size
+        self.folder = folder
+        self._streams: dict[tuple[str, str], HiddenStream] = {}
+
+    def run(self, sets: dict[str, Tensor], wanted: dict[str, list[str]], reporter: Reporter) -> dict[tuple[str, str], Measured]:
+        """Measured by checkpoint and text.
+
+        sets: text -> tokens int64 [segments, length]; the first token of a segment is not predicted. wanted: text -> names of
+        checkpoints to measure on it; the base model is always measured. Raises RunError where a prediction is not finite.
+        """
+        names = {text: [BASE, *(name for name in wanted[text] if name != BASE)] for text in sets}
+        blocks: dict[tuple[str, str], list[BlockError]] = {(name, text): [] for text in sets for name in names[text]}
+        try:
+            for name, text in blocks:
+                path = self.folder / f"{text}.{name}.bin" if self.folder else None
+                self._streams[name, text] = embed_stream(self.model, sets[text], path, self.batch_size)
+            for index in range(self.model.blocks):
+                reporter.begin_block(index)
+                # The base model first: the others are compared with its outputs.
+                for name in (BASE, *self.checkpoints):
+                    texts = [text for text in sets if name in names[text]]
+                    self._advance(index, name, texts, blocks)
+                reporter.step(index)
+            head = self.model.head()
+            return {key: found for text in sets for key, found in self._predict(head, text, sets[text], names[text], blocks)}
+        finally:
+            for stream in self._streams.values():
+                stream.remove()
+            self._streams.clear()
+
+    def _advance(self, index: int, name: str, texts: list[str], blocks: dict[tuple[str, str], list[BlockError]]) -> None:
+        if not texts:
+            return
+        model = self.model
+        if name == BASE:
+            block = model.block(index)
+        else:
+            checkpoint = self.checkpoints[name]
+            block = stored_block(model, index, checkpoint.read_block(index), format_of(checkpoint.manifest))
+        for text in texts:
+            stream = self._streams[name, text]
+            advance(block, stream, stream, model.device, self.batch_size)
+            if name != BASE:
+                error = BlockError()
+                for rows in batches(0, stream.rows, self.batch_size):
+                    error.add(self._streams[BASE, text].data[rows].to(model.device), stream.data[rows].to(model.device))
+                blocks[name, text].append(error)
+
+    def _predict(
+        self, head: Module, text: str, tokens: Tensor, names: list[str], blocks: dict[tuple[str, str], list[BlockError]]
+    ) -> Iterator[tuple[tuple[str, str], Measured]]:
+        found = {name: Agreement(tokens.shape[1]) for name in names}
+        for rows in batches(0, tokens.shape[0], 1):
+            wanted = tokens[rows][0, 1:].to(self.model.device)
+            hidden = {name: self._streams[name, text].data[rows][0, :-1].to(self.model.device) for name in names}
+            for start in range(0, len(wanted), _POSITIONS):
+                piece = slice(start, start + _POSITIONS)
+                teacher = log_probabilities(head(hidden[BASE][piece]))
+                for name in names:
+                    student = teacher if name == BASE else log_probabilities(head(hidden[name][piece]))
+                    found[name].add(start, teacher, student, wanted[piece])
+        for name in names:
+            if not found[name].finite:
+                raise RunError(f"{name}: a prediction on {text} is NaN or infinity; try model.dtype: float32")
+            yield (name, text), Measured(found[name], blocks[name, text])
 
 
-def result(model: SourceModel, checkpoint: Checkpoint | None, perplexity: dict[str, float]) -> dict[str, Any]:
-    """One entry of results.json."""
-    sizes = measure_sizes(model, checkpoint)
-    activations = None if checkpoint is None else format_of(checkpoint.manifest)
+def whole_perplexity(model: Module, tokens: Tensor, device: torch.device) -> float:
+    """Perplexity of a model that is whole in memory, as transformers runs it. tokens: int64 [segments, length]."""
+    found = Agreement(tokens.shape[1])
+    for rows in batches(0, tokens.shape[0], 1):
+        row = tokens[rows].to(device)
+        logits = model(input_ids=row, use_cache=False).logits[0, :-1]
+        for start in range(0, len(logits), _POSITIONS):
+            student = log_probabilities(logits[start : start + _POSITIONS])
+            found.add(start, student, student, row[0, 1:][start : start + _POSITIONS])
+    return found.perplexity
+
+
+def result(sizes: Sizes, activations: ActivationFormat | None, texts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """One entry of results.json. texts: text -> `Measured.as_dict()`."""
+    beside = {key: {name: round(found[key], 6) for name, found in texts.items() if key in found} for key in ("kl", "top1")}
     return {
-        "perplexity": {name: round(value, 4) for name, value in perplexity.items()},
+        "perplexity": {name: round(found["perplexity"], 4) for name, found in texts.items()},
+        **{key: values for key, values in beside.items() if values},
         "bits_per_weight": round(sizes.bits_per_weight, 4),
         "bits_per_parameter": round(sizes.bits_per_parameter, 4),
         "bytes": sizes.bytes,

@@ -1,0 +1,113 @@
+"""`lbllm eval`: the same numbers as models that are whole in memory, and nothing measured twice."""
+
+import json
+
+import pytest
+import torch
+from conftest import save_toy, write_recipe
+from transformers import AutoModelForCausalLM
+
+import lbllm_cli.hf  # noqa: F401 - packed folders
+from lbllm_cli.recipe_file import load_recipe
+from lbllm_cli.stages import evaluate as evaluation
+
+
+@pytest.fixture
+def finished(ok, recipe, tmp_path):
+    """A recipe whose ptq checkpoint and export are there."""
+    ok("ptq", "--recipe", recipe)
+    ok("export", "--recipe", recipe)
+    return recipe
+
+
+@torch.no_grad()
+def test_streamed_equals_whole_models_in_memory(ok, finished, tmp_path):
+    from lbllm_cli.prepare import prepare
+
+    results = json.loads(ok("eval", "--recipe", finished, "eval.checkpoints=[base, ptq, export]", "--json").stdout)
+    tokens = prepare(load_recipe(finished, []), evaluate=True).evaluation()["novels"]
+    teacher, student = (AutoModelForCausalLM.from_pretrained(f).eval() for f in (tmp_path / "model", tmp_path / "run/export"))
+    p, q = (torch.log_softmax(model(tokens).logits[:, :-1].double(), -1) for model in (teacher, student))
+    for name, predicted in (("base", p), ("ptq", q), ("export", q)):
+        nll = -predicted.gather(-1, tokens[:, 1:, None]).mean()
+        assert results[name]["perplexity"]["novels"] == pytest.approx(float(nll.exp()), rel=1e-5), name  # measured 1e-7
+    assert results["ptq"]["kl"]["novels"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)  # 2e-6
+    assert results["ptq"]["top1"]["novels"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()), abs=1e-6)
+    assert not {"kl", "top1"} & set(results["base"])
+    assert results["export"]["bits_per_weight"] == results["ptq"]["bits_per_weight"]
+
+
+@torch.no_grad()
+def test_errors_along_the_depth_are_those_of_the_hidden_states(ok, finished, tmp_path):
+    from lbllm_cli.prepare import prepare
+
+    ok("eval", "--recipe", finished)
+    details = json.loads((tmp_path / "run/eval/details.json").read_text())
+    tokens = prepare(load_recipe(finished, []), evaluate=True).evaluation()["novels"]
+    full, student = (
+        AutoModelForCausalLM.from_pretrained(folder)(tokens, output_hidden_states=True).hidden_states
+        for folder in (tmp_path / "model", tmp_path / "run/export")
+    )
+    blocks = details["ptq"]["novels"]["blocks"]
+    assert len(blocks) == 3
+    # The last of transformers' hidden states has gone through the final norm.
+    for block, a, b in list(zip(blocks, full[1:], student[1:], strict=True))[:-1]:
+        assert block["relative"] == pytest.approx(float((a - b).square().sum() / a.square().sum()), rel=1e-3)  # 2e-6
+        assert block["cosine"] == pytest.approx(float(torch.cosine_similarity(a, b, dim=-1).mean()), rel=1e-4)
+        assert block["decibels"] == pytest.approx(-10 * torch.tensor(block["relative_ordinary"]).log10().item(), rel=1e-4)
+    assert details["base"]["novels"]["positions"][-1]["last"] == 31
+    assert "blocks" not in details["base"]["novels"]
+
+
+def test_what_is_known_is_not_measured_again(ok, finished, monkeypatch):
+    first = ok("eval", "--recipe", finished, "--json").stdout
+    seen = []
+    run = evaluation.Evaluation.run
+    spy = lambda self, *given: seen.append((list(self.checkpoints), given[1])) or run(self, *given)  # noqa: E731
+    monkeypatch.setattr(evaluation.Evaluation, "run", spy)
+    assert ok("eval", "--recipe", finished, "--json").stdout == first
+    assert seen == []
+    text = '{"name":"more","source":"builtin:evaluation/modern","length":32,"segments":2}'
+    both = f'data.evaluation=[{{"name":"novels","source":"builtin:evaluation/novels","length":32,"segments":4}},{text}]'
+    added = json.loads(ok("eval", "--recipe", finished, "--json", both).stdout)
+    assert seen == [(["ptq"], {"novels": [], "more": ["base", "ptq"]})]
+    assert added["ptq"]["perplexity"]["novels"] == json.loads(first)["ptq"]["perplexity"]["novels"]
+    assert ok("eval", "--recipe", finished, "--json", "--force").stdout == first
+    assert len(seen) == 2
+
+
+def test_a_new_checkpoint_is_measured_and_the_old_ones_are_not(ok, finished, monkeypatch):
+    before = json.loads(ok("eval", "--recipe", finished, "--json").stdout)
+    ok("ptq", "--recipe", finished, "ptq.rounds=0", "--force")
+    seen = []
+    run = evaluation.Evaluation.run
+    monkeypatch.setattr(evaluation.Evaluation, "run", lambda self, *a: seen.append(a[1]) or run(self, *a))
+    after = json.loads(ok("eval", "--recipe", finished, "ptq.rounds=0", "--json").stdout)
+    assert seen == [{"novels": ["ptq"]}]
+    assert after["ptq"]["perplexity"] != before["ptq"]["perplexity"]
+    assert after["base"] == before["base"]
+
+
+def test_a_damaged_measurement_is_made_again(ok, finished, tmp_path):
+    first = ok("eval", "--recipe", finished, "--json").stdout
+    for file in (tmp_path / "run/eval/measured").glob("*.json"):
+        file.write_text(file.read_text()[:40])
+    assert ok("eval", "--recipe", finished, "--json").stdout == first
+
+
+def test_a_model_whose_predictions_overflow_is_named(lbllm, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = save_toy(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"].fill_(3e38)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    result = lbllm("eval", "--recipe", write_recipe(tmp_path / "r.yaml", folder, tmp_path / "run"))
+    assert result.exit_code == 1
+    assert "base: a prediction on novels is NaN" in result.stderr
+
+
+def test_export_must_be_there_to_be_measured(lbllm, recipe):
+    result = lbllm("eval", "--recipe", recipe, "eval.checkpoints=[base, export]")
+    assert result.exit_code == 2
+    assert "run: lbllm export" in result.stderr

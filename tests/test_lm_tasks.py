@@ -1,0 +1,167 @@
+"""lm-eval inside `lbllm eval`: the numbers of lm-eval's own command line, and refusals before a model is loaded."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import save_toy, write_recipe
+
+from lbllm_cli import lm_tasks
+from lbllm_cli.stages import export as exporting
+
+OWN = "from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+PLUGIN = f"import lbllm_cli.hf; {OWN}"
+TASK = {
+    "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice", "num_fewshot": 0,
+    "doc_to_text": "{{context}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}",
+    "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")],
+    "metadata": {"version": 3},
+}  # fmt: skip
+WORDS = ["the sea was calm", "a letter came", "he walked to the house", "nobody spoke of it", "rain fell all night"]
+
+
+def write_task(folder: Path, name: str, items: int = 12, **changes) -> Path:
+    """A task's YAML with its data beside it."""
+    folder.mkdir(exist_ok=True)
+    with (folder / f"{name}.jsonl").open("w") as handle:
+        for i in range(items):
+            choices = [WORDS[(i + k) % len(WORDS)] + "." * (i % 3) for k in range(4)]
+            handle.write(json.dumps({"context": f"Chapter {i}. Then {WORDS[i % 5]},", "choices": choices, "gold": i % 4}) + "\n")
+    task = {"task": name, **TASK, "dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}}, **changes}
+    (folder / f"{name}.yaml").write_text(json.dumps(task))
+    return folder / f"{name}.yaml"
+
+
+def of_the_command_line(code: str, model: Path, task: Path, output: Path) -> dict:
+    """lm-eval's own results. Its command line looks for data files where it runs."""
+    arguments = ["--model", "hf", "--model_args", f"pretrained={model},dtype=float32", "--tasks", task.stem, "--device", "cpu"]
+    arguments += ["--include_path", str(task.parent), "--batch_size", "8", "--output_path", str(output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    subprocess.run(
+        [sys.executable, "-c", code, *arguments], check=True, capture_output=True, cwd=task.parent, env=environment
+    )
+    (found,) = output.rglob("results_*.json")
+    return json.loads(found.read_text())["results"][task.stem]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    """Prepared datasets go where the test's other files are."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+
+
+def test_same_numbers_as_lm_evals_command_line(ok, recipe, tmp_path):
+    task = write_task(tmp_path / "tasks", "stories")
+    ok("ptq", "--recipe", recipe)
+    ok("export", "--recipe", recipe)
+    wanted = ("eval.checkpoints=[base, ptq, export]", f"eval.tasks=[{task}]")
+    results = json.loads(ok("eval", "--recipe", recipe, *wanted, "--json").stdout)
+    for name, code, folder in (("base", OWN, "model"), ("ptq", PLUGIN, "run/export"), ("export", PLUGIN, "run/export")):
+        expected = of_the_command_line(code, tmp_path / folder, task, tmp_path / f"own-{name}")
+        mine = results[name]["tasks"]["stories"]
+        for metric in ("acc", "acc_norm"):
+            assert mine[metric] == expected[f"{metric},none"], name
+            assert mine[f"{metric}_stderr"] == expected[f"{metric}_stderr,none"], name
+        assert mine["samples"] == 12
+        whole = json.loads((tmp_path / "run/eval/lm-eval" / name / "stories.json").read_text())
+        assert whole["results"]["stories"]["acc,none"] == expected["acc,none"]
+        assert whole["config"]["batch_size"] == 8
+    assert "acc 0." in ok("eval", "--recipe", recipe, *wanted).stdout
+    assert not list((tmp_path / "run/eval").glob("*.model"))
+
+
+def test_a_task_that_is_added_costs_only_itself(ok, recipe, tmp_path, monkeypatch):
+    first, second = (write_task(tmp_path / "tasks", name) for name in ("first", "second"))
+    ran = []
+    run = lm_tasks.run_task
+    monkeypatch.setattr(lm_tasks, "run_task", lambda lm, task, limit: ran.append(task.name) or run(lm, task, limit))
+    before = json.loads(ok("eval", "--recipe", recipe, f"eval.tasks=[{first}]", "--json").stdout)
+    after = json.loads(ok("eval", "--recipe", recipe, f"eval.tasks=[{first}, {second}]", "--json").stdout)
+    assert ran == ["first", "second"]
+    assert after["base"]["tasks"]["first"] == before["base"]["tasks"]["first"]
+    limited = json.loads(ok("eval", "--recipe", recipe, f"eval.tasks=[{first}]", "eval.limit=5", "--json").stdout)
+    assert limited["base"]["tasks"]["first"]["samples"] == 5
+    write_task(tmp_path / "tasks", "second", items=11)
+    ok("eval", "--recipe", recipe, f"eval.tasks=[{second}]")
+    assert ran == ["first", "second", "first", "second"]
+
+
+def test_builtin_tasks_run_on_a_few_items(ok, lbllm, tmp_path):
+    recipe = write_recipe(tmp_path / "r.yaml", save_toy(tmp_path / "long", max_position_embeddings=512), tmp_path / "run")
+    tasks = f"eval.tasks=[{', '.join(lm_tasks.builtin_tasks())}]"
+    found = json.loads(ok("eval", "--recipe", recipe, tasks, "eval.limit=3", "--json").stdout)["base"]["tasks"]
+    assert {name: scores["samples"] for name, scores in found.items()} == {"lbllm_continuation": 3, "lbllm_last_word": 3}
+    refused = lbllm("eval", "--recipe", recipe, tasks, "eval.num_fewshot=2")
+    assert refused.exit_code == 2
+    assert "lbllm_continuation is a task without any" in refused.stderr
+
+
+def test_a_task_that_fails_leaves_the_finished_ones(lbllm, ok, recipe, tmp_path, monkeypatch):
+    good, bad = write_task(tmp_path / "tasks", "good"), write_task(tmp_path / "tasks", "bad")
+    lines = (tmp_path / "tasks/bad.jsonl").read_text().splitlines()
+    (tmp_path / "tasks/bad.jsonl").write_text("\n".join([*lines[:5], lines[5].replace('"gold": 1', '"gold": 9'), *lines[6:]]))
+    result = lbllm("eval", "--recipe", recipe, f"eval.tasks=[{good}, {bad}]")
+    assert result.exit_code == 1
+    assert "bad failed on base" in result.stderr
+    monkeypatch.setattr(lm_tasks, "run_task", lambda *_: pytest.fail("measured again"))
+    assert json.loads(ok("eval", "--recipe", recipe, f"eval.tasks=[{good}]", "--json").stdout)["base"]["tasks"]["good"]
+
+
+def test_refused_before_a_weight_is_read(lbllm, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "export", lambda *_: pytest.fail("a model was written"))
+    broken = tmp_path / "tasks" / "broken.yaml"
+    write_task(tmp_path / "tasks", "nodata").with_suffix(".jsonl").unlink()
+    broken.write_text("- a list")
+    cases = {
+        "hellaswagg": ["no task hellaswagg", "hellaswag"],
+        "builtin:continuatoin": ["builtin:continuatoin does not exist", "builtin:continuation"],
+        str(tmp_path / "missing.yaml"): ["missing.yaml is not a file"],
+        str(broken): ["broken.yaml cannot be read"],
+        str(tmp_path / "tasks/nodata.yaml"): ["nodata.yaml cannot be loaded"],
+        "piqa": ["the data of piqa cannot be read", "Hugging Face hub", "local data_files"],
+    }
+    result = lbllm("eval", "--recipe", recipe, f"eval.tasks=[{', '.join(cases)}]")
+    assert result.exit_code == 2
+    for parts in cases.values():
+        for part in parts:
+            assert part in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("limit", ["0", "-3", "1.5", "0.0", "yes"])
+def test_limits_out_of_range(lbllm, recipe, limit):
+    result = lbllm("eval", "--recipe", recipe, f"eval.limit={limit}")
+    assert result.exit_code == 2
+    assert "eval.limit" in result.stderr
+
+
+def test_scores_of_groups_and_filters():
+    found = {
+        "results": {
+            "mmlu": {"alias": "mmlu", "acc,none": 0.25, "acc_stderr,none": 0.01},
+            "mmlu_law": {"acc,none": 0.2, "acc_stderr,none": "N/A"},
+            "gsm8k": {"exact_match,strict-match": 0.5, "exact_match_stderr,strict-match": 0.1, "sample_len": 7},
+        },
+        "n-samples": {"mmlu_law": {"original": 9, "effective": 4}, "gsm8k": {"original": 7, "effective": 7}},
+        "n-shot": {"gsm8k": 5},
+    }
+    assert lm_tasks.scores(found, "mmlu") == {"mmlu": {"acc": 0.25, "acc_stderr": 0.01, "samples": 11}}
+    assert lm_tasks.scores(found, "gsm8k") == {
+        "gsm8k": {"exact_match,strict-match": 0.5, "exact_match_stderr,strict-match": 0.1, "samples": 7, "num_fewshot": 5}
+    }
+    assert set(lm_tasks.scores(found, "a tag")) == {"mmlu", "mmlu_law", "gsm8k"}
+
+
+def test_average_of_a_group():
+    flat = {task: {"acc": 0.1 * i, "acc_stderr": 0.01, "samples": 10} for i, task in enumerate(lm_tasks.GROUPS["commonsense"][0])}
+    found = lm_tasks.averages(["commonsense", "mmlu"], flat)
+    assert found["commonsense"] == {
+        "acc": pytest.approx(0.25), "acc_stderr": pytest.approx(0.01 / 6**0.5), "samples": 60,
+    }  # fmt: skip
+    assert list(found) == ["commonsense"]
