@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,27 @@ def test_a_task_that_fails_leaves_the_finished_ones(lbllm, ok, recipe, tmp_path,
     assert "bad failed on base" in result.stderr
     monkeypatch.setattr(lm_tasks, "run_task", lambda *_: pytest.fail("measured again"))
     assert json.loads(ok("eval", "--recipe", recipe, f"eval.tasks=[{good}]", "--json").stdout)["base"]["tasks"]["good"]
+
+
+def test_a_signal_stops_a_task_and_leaves_no_model_behind(lbllm, ok, recipe, tmp_path, monkeypatch):
+    from lm_eval.models.huggingface import HFLM
+
+    ok("ptq", "--recipe", recipe)
+    good, second = write_task(tmp_path / "tasks", "good"), write_task(tmp_path / "tasks", "second")
+    passes = []
+    call = HFLM._model_call
+
+    def interrupted(self, *given, **named):
+        passes.append(None)
+        signal.raise_signal(signal.SIGINT)
+        return call(self, *given, **named)
+
+    ok("eval", "--recipe", recipe, "eval.checkpoints=[ptq]", f"eval.tasks=[{good}]")
+    monkeypatch.setattr(HFLM, "_model_call", interrupted)
+    stopped = lbllm("eval", "--recipe", recipe, "eval.checkpoints=[ptq]", f"eval.tasks=[{good}, {second}]")
+    assert stopped.exit_code == 130
+    assert len(passes) == 1
+    assert not list((tmp_path / "run/eval").glob("*.model*"))
 
 
 def test_refused_before_a_weight_is_read(lbllm, recipe, tmp_path, monkeypatch):

@@ -41,3 +41,29 @@ def test_peak_memory_is_independent_of_the_number_of_blocks(tmp_path):
     peaks = [json.loads(line)["peak_ram_bytes"] for line in (tmp_path / "run16/ptq/events.jsonl").read_text().splitlines()]
     assert len(peaks) == 16
     assert peaks[-1] - peaks[7] < 0.5 * more_weights * 8 / 12, peaks
+
+
+# Samples of the memory that no file backs: mapped weight files may be dropped by the system at any time.
+SAMPLED = (
+    "import threading, time\n"
+    "def sample():\n"
+    "    while True:\n"
+    "        kib = int(open('/proc/self/status').read().split('RssAnon:')[1].split()[0])\n"
+    "        most[0] = max(most[0], kib * 1024)\n"
+    "        time.sleep(0.005)\n"
+    "most = [0]\n"
+    "threading.Thread(target=sample, daemon=True).start()\n"
+)
+
+
+def test_eval_holds_less_than_half_of_a_models_weights(tmp_path):
+    folder = save_toy(tmp_path / "model", num_hidden_layers=20, hidden_size=1024, intermediate_size=4096, head_dim=64)
+    recipe = write_recipe(tmp_path / "r.yaml", folder, tmp_path / "run", ptq={"rounds": 0})
+    weights = (folder / "model.safetensors").stat().st_size
+    assert weights > 1e9
+    code = SAMPLED + RUN.replace("peak_ram()", "most[0]")
+    command = [sys.executable, "-c", code, "eval", "--recipe", str(recipe)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    # Measured: 382 MB, most of them of Python and torch.
+    most = int(result.stdout.split("peak ")[1])
+    assert most < weights / 2, most

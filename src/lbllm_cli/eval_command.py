@@ -140,8 +140,9 @@ class _Run:
             folder, temporary = self._model_folder(name)
             try:
                 lm = self._open(folder)
+                # A task may take hours; a signal stops it between two forward passes.
+                lm.model.register_forward_pre_hook(lambda *_: interrupt.check())
                 for task in missing:
-                    interrupt.check()
                     say(f"eval: {name}, {task.name}")
                     found = self._score(name, lm, task, limit)
                     self.known.put(whats[task.name], lm_tasks.scores(found, task.name))
