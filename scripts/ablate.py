@@ -111,7 +111,9 @@ def give_parents(stage: str, recipe: str, out: Path, folder: Path, overrides: li
     for name in parents:
         if (folder / name).exists():
             continue
-        lbllm(name, "--recipe", recipe, f"output.dir={made}", *overrides)
+        # A finished parent is not asked whether it is up to date: that takes as long as a toy's training.
+        if not (made / name / "lbllm_stage.json").exists():
+            lbllm(name, "--recipe", recipe, f"output.dir={made}", *overrides)
         unfinished = folder / f"{name}.copy"
         shutil.rmtree(unfinished, ignore_errors=True)
         shutil.copytree(made / name, unfinished)
