@@ -1,4 +1,4 @@
-# The five commands of a recipe as a batch job: every stage's manifest is a target, so that a job that was stopped goes on where
+# The commands of a recipe as a batch job: every stage's manifest is a target, so that a job that was stopped goes on where
 # it was, and one that is done has nothing to do.
 #
 #     make -f recipes/batch.mk RECIPE=recipes/llama2-7b.yaml RUN=runs/llama2-7b
@@ -14,7 +14,7 @@ endif
 
 .PHONY: all
 .DELETE_ON_ERROR:
-all: $(RUN)/eval/results.json $(RUN)/export/lbllm_export.json
+all: $(RUN)/report.html $(RUN)/export/lbllm_export.json
 
 $(RUN)/ptq/lbllm_stage.json: $(RECIPE)
 	$(LBLLM) ptq --recipe $(RECIPE)
@@ -27,6 +27,9 @@ $(RUN)/act-calib/lbllm_stage.json: $(RUN)/distill/lbllm_stage.json
 
 $(RUN)/eval/results.json: $(RUN)/act-calib/lbllm_stage.json
 	$(LBLLM) eval --recipe $(RECIPE)
+
+$(RUN)/report.html: $(RUN)/eval/results.json
+	$(LBLLM) report --recipe $(RECIPE)
 
 $(RUN)/export/lbllm_export.json: $(RUN)/act-calib/lbllm_stage.json
 	$(LBLLM) export --recipe $(RECIPE)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from conftest import save_toy, write_recipe
 
-COMMANDS = ("ptq", "distill", "eval", "export", "generate", "validate", "config")
+COMMANDS = ("ptq", "distill", "eval", "report", "export", "generate", "validate", "config")
 
 
 def test_help_lists_every_command_and_imports_no_torch():

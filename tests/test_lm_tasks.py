@@ -74,7 +74,9 @@ def test_same_numbers_as_lm_evals_command_line(ok, recipe, tmp_path):
         whole = json.loads((tmp_path / "run/eval/lm-eval" / name / "stories.json").read_text())
         assert whole["results"]["stories"]["acc,none"] == expected["acc,none"]
         assert whole["config"]["batch_size"] == 8
-    assert "acc 0." in ok("eval", "--recipe", recipe, *wanted).stdout
+    table = ok("eval", "--recipe", recipe, *wanted).stdout
+    assert "stories, acc" in table
+    assert f"{results['base']['tasks']['stories']['acc']:.3f} ±" in table
     assert not list((tmp_path / "run/eval").glob("*.model"))
 
 

@@ -147,6 +147,17 @@ def evaluate(
     _run(eval_command.evaluate, recipe, overrides, dry_run=dry_run, as_json=json, force=force)
 
 
+@app.command(epilog="Example: `lbllm report --recipe smollm2-135m.yaml`")
+def report(recipe: RecipeOption, overrides: Overrides = None) -> None:
+    """Write <output.dir>/report.html and report.md: results, stages, training and distributions, from what the run has left.
+
+    Whatever is not there yet is named with the command that makes it.
+    """
+    from lbllm_cli import run_report
+
+    _run(run_report.report, recipe, overrides)
+
+
 @app.command(epilog="Example: `lbllm export --recipe smollm2-135m.yaml export.format=dense`")
 def export(recipe: RecipeOption, overrides: Overrides = None, dry_run: DryRun = False, force: Force = False) -> None:
     """Write a model folder to <output.dir>/export/ that transformers loads, packed or dense."""

@@ -19,6 +19,7 @@ from lbllm_cli.measurements import Measurements
 from lbllm_cli.prepare import Plan
 from lbllm_cli.recipe import Recipe
 from lbllm_cli.report import Reporter
+from lbllm_cli.run_tables import results_table
 from lbllm_cli.stages import evaluate as evaluation
 from lbllm_cli.stages import export as exporting
 
@@ -43,7 +44,7 @@ def evaluate(recipe: Recipe, dry_run: bool, as_json: bool, force: bool) -> None:
     if as_json:
         print(json.dumps(results, indent=2))
     else:
-        Console().print(results_table(results))
+        Console().print(console_table(results))
 
 
 def _checkpoints(plan: Plan) -> dict[str, Checkpoint | None]:
@@ -191,34 +192,12 @@ class _Run:
         return None if checkpoint is None else format_of(checkpoint.manifest)
 
 
-def results_table(results: dict[str, Any]) -> Table:
-    """Base and stages side by side."""
-    first = next(iter(results.values()))
-    table = Table(title="perplexity and divergence (lower is better), accuracy (higher is better), and size")
-    table.add_column("")
-    for name in results:
+def console_table(results: dict[str, Any]) -> Table:
+    """Base and stages side by side, as the report has them."""
+    found = results_table(results)
+    table = Table("", title="perplexity and divergence (lower is better), agreement and scores (higher is better), size")
+    for name in found.columns:
         table.add_column(name, justify="right")
-    for text in first["perplexity"]:
-        table.add_row(f"perplexity, {text}", *(f"{result['perplexity'][text]:.2f}" for result in results.values()))
-    for key, label, form in (("kl", "KL to base, {}, nats", "{:.3f}"), ("top1", "same likeliest token, {}", "{:.1%}")):
-        for text in first["perplexity"] if any(key in result for result in results.values()) else ():
-            values = (result.get(key, {}).get(text) for result in results.values())
-            table.add_row(label.format(text), *("" if value is None else form.format(value) for value in values))
-    for task in first.get("tasks", {}):
-        table.add_row(task, *(score_text(result["tasks"][task]) for result in results.values()))
-    for key, label in (("activation_bits", "bits per activation"), ("kv_bits", "bits per key and value entry")):
-        table.add_row(label, *(str(result[key]) for result in results.values()))
-    table.add_row("bits per weight", *(f"{result['bits_per_weight']:.3f}" for result in results.values()))
-    table.add_row("bits per parameter", *(f"{result['bits_per_parameter']:.3f}" for result in results.values()))
-    table.add_row("bytes", *(f"{result['bytes']:,}" for result in results.values()))
+    for label, cells in found.rows:
+        table.add_row(label, *cells)
     return table
-
-
-def score_text(scores: dict[str, float]) -> str:
-    """A task's first metric with its standard error: "acc 0.523 +- 0.029"."""
-    metric = next((key for key in scores if "_stderr" not in key and key not in ("samples", "num_fewshot")), None)
-    if metric is None:
-        return ""
-    name = metric.split(",")[0]
-    error = scores.get(metric.replace(name, f"{name}_stderr", 1))
-    return f"{name} {scores[metric]:.3f}" + (f" +- {error:.3f}" if error is not None else "")

@@ -9,9 +9,10 @@ from lbllm_cli import files, prepare
 from lbllm_cli.activations import ActivationFormat
 from lbllm_cli.checkpoint import MANIFEST, Checkpoint, StageWriter, TrainingState
 from lbllm_cli.forecast import Need
+from lbllm_cli.plots import plot_errors
 from lbllm_cli.prepare import Plan
 from lbllm_cli.recipe_file import dump_recipe
-from lbllm_cli.report import Reporter, plot_errors
+from lbllm_cli.report import Reporter
 from lbllm_cli.stream import BlockLoop, Fit
 
 

@@ -115,22 +115,3 @@ class Reporter:
         device = peak_device(self.device)
         gpu = f", {device / GIB:.2f} GiB of device memory" if device is not None else ""
         return f"{clock(time.monotonic() - self._start)} min:s, {peak_ram() / GIB:.2f} GiB of RAM at the peak{gpu}"
-
-
-def plot_errors(events: Path, path: Path) -> None:
-    """Per block, error on held-out sequences before and after training, from the last record of each block in `events`."""
-    from matplotlib.figure import Figure
-
-    records = {record["block"]: record for record in map(json.loads, events.read_text(encoding="utf-8").splitlines())}
-    blocks = sorted(records)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for key, name in (("error", "all tokens"), ("error_ordinary", "ordinary tokens")):
-        before, after = ([records[block][when][key] for block in blocks] for when in ("before", "after"))
-        (line,) = axes.plot(blocks, before, "--", label=f"{name}, before")
-        axes.plot(blocks, after, "-", color=line.get_color(), label=f"{name}, after")
-    axes.set(xlabel="decoder block", ylabel="squared error / energy of the teacher's output", yscale="log")
-    axes.set_title("Output error on held-out sequences, before and after training")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)

@@ -1,0 +1,130 @@
+"""What a run has left in its output folder: records of its stages, what `eval` measured, and whether the two still belong."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lbllm_cli import source
+from lbllm_cli.checkpoint import PROGRESS, STAGES, Checkpoint, complete_stages
+from lbllm_cli.errors import UsageError
+from lbllm_cli.stages.evaluate import BASE
+from lbllm_cli.stages.export import RECORD
+
+EXPORT = "export"
+
+
+def block_records(events: Path) -> list[dict[str, Any]]:
+    """The last record of each block in an events.jsonl, in block order; a line that a crash cut short is passed over."""
+    found: dict[int, dict[str, Any]] = {}
+    for line in events.read_text(encoding="utf-8").splitlines() if events.exists() else ():
+        try:
+            record = json.loads(line)
+            found[record["block"]] = record
+        except (ValueError, TypeError, KeyError):
+            continue
+    return [found[block] for block in sorted(found)]
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """A stage's folder. checkpoint: None while the stage is unfinished. blocks: see `block_records`. done: blocks committed."""
+
+    stage: str
+    folder: Path
+    checkpoint: Checkpoint | None
+    blocks: list[dict[str, Any]]
+    done: int
+
+    def total(self, key: str) -> float | None:
+        """Sum of a fact over the blocks; None where no block has it."""
+        values = [record[key] for record in self.blocks if record.get(key) is not None]
+        return sum(values) if values else None
+
+    def peak(self, key: str) -> float | None:
+        """Largest value of a fact over the blocks; None where no block has it."""
+        return max((record[key] for record in self.blocks if record.get(key) is not None), default=None)
+
+    def text(self, name: str) -> str | None:
+        """A file of the folder, None where it is not there."""
+        path = self.folder / name
+        return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+@dataclass(frozen=True)
+class Run:
+    """An output folder. stages: complete ones, and unfinished ones, in pipeline order. again: blocks done of a stage that is
+    complete and being made again. results, details: of `eval`, empty where it has not run.
+    """
+
+    output: Path
+    stages: dict[str, StageRecord]
+    again: dict[str, int]
+    results: dict[str, dict[str, Any]]
+    details: dict[str, dict[str, Any]]
+
+    @property
+    def complete(self) -> dict[str, Checkpoint]:
+        """Checkpoints of the finished stages."""
+        return {name: record.checkpoint for name, record in self.stages.items() if record.checkpoint is not None}
+
+    def texts(self) -> list[str]:
+        """Names of the texts that any checkpoint was measured on."""
+        return list(dict.fromkeys(text for result in self.results.values() for text in result["perplexity"]))
+
+    def outdated(self) -> list[str]:
+        """Checkpoints whose results are not those of what lies in the folder now.
+
+        Told by what `eval` keeps of each measurement, not by the age of files, which a stage that is up to date renews.
+        """
+        kept: dict[str, set[float]] = {}
+        for path in sorted((self.output / "eval" / "measured").glob("*.json")):
+            record = _read(path, "eval")
+            what, value = record.get("what", {}), record.get("found", {}).get("perplexity")
+            if value is not None:
+                kept.setdefault(what.get("checkpoint") or what.get("export") or "", set()).add(round(value, 4))
+        return [
+            name
+            for name, result in self.results.items()
+            if name != BASE and not set(result["perplexity"].values()) <= kept.get(self._content(name), set())
+        ]
+
+    def _content(self, name: str) -> str:
+        """What a measurement of a checkpoint is kept under."""
+        if name == EXPORT and (self.output / EXPORT / RECORD).exists():
+            return source.identity(self.output / EXPORT, source.read_folder(self.output / EXPORT))
+        return self.complete[name].content if name in self.complete else "gone"
+
+
+def read_run(output: Path) -> Run:
+    """Everything that is known of a run. Raises UsageError where there is nothing, or a record is damaged."""
+    complete = complete_stages(output)
+    partial = {stage: output / f"{stage}.partial" for stage in STAGES}
+    done = {
+        stage: len(_read(folder / PROGRESS, f"{stage} --force")["files"])
+        for stage, folder in partial.items()
+        if (folder / PROGRESS).exists()
+    }
+    stages = {}
+    for stage in STAGES:
+        if stage in complete:
+            folder, checkpoint = output / stage, Checkpoint(output, stage)
+            blocks = len(checkpoint.hashes)
+        elif stage in done:
+            folder, checkpoint, blocks = partial[stage], None, done[stage]
+        else:
+            continue
+        stages[stage] = StageRecord(stage, folder, checkpoint, block_records(folder / "events.jsonl"), blocks)
+    found = {name: output / "eval" / f"{name}.json" for name in ("results", "details")}
+    results, details = ({} if not path.exists() else _read(path, "eval") for path in found.values())
+    if not stages and not results:
+        raise UsageError(f"there is no run in {output}, neither a stage nor results; run: lbllm ptq --recipe ...")
+    return Run(output, stages, {stage: done[stage] for stage in complete if stage in done}, results, details)
+
+
+def _read(path: Path, command: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UsageError(f"{path} is damaged; run: lbllm {command} --recipe ...") from None
+    return found

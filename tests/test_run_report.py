@@ -1,0 +1,288 @@
+"""`lbllm report`: everything that is known, on a page that needs nothing else and takes nothing of a run for markup."""
+
+import base64
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from conftest import save_toy, write_recipe
+from typer.testing import CliRunner
+
+from lbllm_cli import plots
+from lbllm_cli.activations import INPUTS, format_of, read_quantizers
+from lbllm_cli.checkpoint import Checkpoint
+from lbllm_cli.cli import app
+from lbllm_cli.distributions import Linear, input_histograms, weight_histogram, worst_linears
+from lbllm_cli.page import Page, Section, Table, to_html, to_markdown
+from lbllm_cli.prepare import prepare
+from lbllm_cli.recipe_file import load_recipe
+from lbllm_cli.run_records import block_records
+from lbllm_cli.stream import stored_block
+
+VOID = {"meta", "img", "source", "br", "link", "hr"}
+
+
+class Checked(HTMLParser):
+    """Every element closed in order; keeps elements and the text of the page."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.stack, self.elements, self.text = [], [], ""
+        self.feed(page)
+        self.close()
+        assert not self.stack
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes), list(self.stack)))
+        if tag not in VOID:
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, tag):
+        return [attributes for name, attributes, _ in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a model of two blocks, a recipe, and a run of all three stages and eval."""
+    folder = tmp_path_factory.mktemp("finished")
+    model = save_toy(folder / "model", num_hidden_layers=2)
+    short = {"epochs": 1, "batch_size": 4}
+    quick = {"bits": 3, "kv_form": "uniform"}  # the search for tables takes seconds otherwise
+    recipe = write_recipe(folder / "recipe.yaml", model, folder / "run", distill=short, act_calib={**short, **quick})
+    for stage in ("ptq", "distill", "act-calib", "eval"):
+        result = CliRunner().invoke(app, [stage, "--recipe", str(recipe)], catch_exceptions=False)
+        assert result.exit_code == 0, result.stderr
+    return folder
+
+
+@pytest.fixture
+def ptq_alone(finished, tmp_path):
+    """ptq_alone(output, model): a recipe whose output folder holds the ptq stage of the finished run."""
+
+    def recipe(output=tmp_path / "run", model=finished / "model"):
+        shutil.copytree(finished / "run" / "ptq", output / "ptq")
+        return write_recipe(tmp_path / "recipe.yaml", model, output)
+
+    return recipe
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Images are empty: most of a report's time is drawing."""
+    empty = "data:image/svg+xml;base64,"
+    monkeypatch.setattr(plots, "draw", lambda alt, paint, height=0: plots.Image(alt, empty, empty))
+
+
+def numbers(results):
+    """Every number of results.json as a reader sees it."""
+    for result in results.values():
+        yield from (f"{value:,.2f}" for value in result["perplexity"].values())
+        yield from (f"{value:.3f}" for value in result.get("kl", {}).values())
+        yield from (f"{value:.1%}" for value in result.get("top1", {}).values())
+        yield from (f"{result[key]:.3f}" for key in ("bits_per_weight", "bits_per_parameter"))
+        yield f"{result['bytes']:,}"
+        yield from (str(result[key]) for key in ("activation_bits", "kv_bits"))
+        for scores in result.get("tasks", {}).values():
+            yield f"{scores['acc']:.3f} ± {scores['acc_stderr']:.3f}"
+            yield f"{scores['samples']:,}"
+
+
+def cells(markdown):
+    """Words of the cells of a Markdown report's tables."""
+    return {word for line in markdown.splitlines() if line.startswith("| ") for word in re.split(r"[|\s]+", line)}
+
+
+def test_a_whole_run(ok, finished):
+    folder = finished / "run"
+    results = json.loads((folder / "eval" / "results.json").read_text())
+    for name, accuracy in zip(results, (0.61, 0.42, 0.53, 0.34), strict=True):
+        results[name]["tasks"] = {"riddles": {"acc": accuracy, "acc_stderr": 0.0917, "samples": 1234, "num_fewshot": 5}}
+    (folder / "eval" / "results.json").write_text(json.dumps(results))
+    ok("report", "--recipe", finished / "recipe.yaml")
+    text, markdown = ((folder / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "md"))
+    page = Checked(text)
+    assert len(text) < 3_000_000
+    assert not page.all("script")
+    assert not page.all("link")
+    for _, attributes, _ in page.elements:
+        for key in attributes.keys() & {"src", "href", "srcset"}:
+            assert attributes[key].startswith("data:image/svg+xml;base64,")
+    assert "@import" not in text
+    assert "url(" not in text
+    for number in numbers(results):
+        assert number in page.text
+        assert set(number.split()) <= cells(markdown)
+    assert f"({results['ptq']['perplexity']['novels'] / results['base']['perplexity']['novels']:.2f}×)" in page.text
+    # Ratios, depth, positions of one text, error and loss of two stages, four linears and their distinct inputs.
+    images = page.all("img")
+    assert len(images) in range(1 + 1 + 1 + 2 * 2 + 4 + 1, 1 + 1 + 1 + 2 * 2 + 4 + 4 + 1)
+    assert len(page.all("source")) == len(images)
+    assert all(len(image["alt"]) > 20 for image in images)
+    figures = page.all("figure")
+    assert len(figures) == 6
+    assert len([stack for tag, _, stack in page.elements if tag == "figcaption" and stack[-1] == "figure"]) == len(figures)
+    assert all(len(caption) > 80 for caption in re.findall("<figcaption>(.*?)</figcaption>", text, re.DOTALL))
+    assert page.all("details")
+    assert "group_size: 32" in page.text
+    assert '"threads": 1' in page.text
+    assert '"threads": 1' in markdown
+
+
+def test_images_have_the_colours_of_their_page():
+    def paint(figure):
+        axes = figure.add_subplot()
+        axes.plot([1, 2], [1, 3], color=plots.LIGHT.stages["distill"], label="x")
+        axes.legend()
+
+    image = plots.draw("two points", paint)
+    for uri, palette in ((image.light, plots.LIGHT), (image.dark, plots.DARK)):
+        svg = base64.b64decode(uri.partition(",")[2]).decode()
+        known = {palette.ink, palette.muted, palette.grid, *palette.stages.values()}
+        assert set(re.findall('#[0-9a-f]{6}(?=[;"])', svg)) <= known
+        assert palette.stages["distill"] in svg
+        assert "<text" in svg
+        assert "<dc:date>" not in svg
+    assert image == plots.draw("two points", paint)
+    assert plots.LIGHT.stages.keys() == plots.DARK.stages.keys() == plots.MARKERS.keys()
+
+
+def test_ptq_alone_names_what_is_missing_and_equal_runs_give_equal_bytes(ok, tmp_path, ptq_alone):
+    recipe, written = ptq_alone(), []
+    for _ in range(2):
+        ok("report", "--recipe", recipe)
+        written.append([(tmp_path / "run" / f"report.{kind}").read_bytes() for kind in ("html", "md")])
+    assert written[0] == written[1]
+    text, markdown = (content.decode() for content in written[0])
+    page = Checked(text)
+    for shown in (page.text, markdown):
+        for command in ("distill", "act-calib", "eval"):
+            assert f"lbllm {command} --recipe" in shown
+        assert "lbllm ptq --recipe" not in shown
+    assert "Nothing is measured yet. Run `lbllm eval --recipe ...`." in markdown
+    assert len(page.all("img")) == 4
+
+
+def test_an_unfinished_stage_is_still_a_report(ok, tmp_path, ptq_alone):
+    recipe, run = ptq_alone(), tmp_path / "run"
+    (run / "ptq").rename(run / "ptq.partial")
+    (run / "ptq.partial" / "lbllm_stage.json").rename(run / "ptq.partial" / "progress.json")
+    with (run / "ptq.partial" / "events.jsonl").open("a") as handle:
+        handle.write('{"stage": "ptq", "blo')
+    ok("report", "--recipe", recipe)
+    page = Checked((run / "report.html").read_text(encoding="utf-8"))
+    assert "unfinished, 2 blocks done" in page.text
+    assert "lbllm ptq --recipe ... goes on" in page.text
+    assert not page.all("img")
+
+
+def test_a_run_without_its_model_says_why_weights_are_not_drawn(ok, tmp_path, ptq_alone):
+    ok("report", "--recipe", ptq_alone(model=tmp_path / "gone"))
+    page = Checked((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
+    assert "not drawn" in page.text
+    assert str(tmp_path / "gone") in page.text
+    assert not page.all("img")
+
+
+def test_nothing_to_report_is_usage(lbllm, tmp_path, recipe):
+    result = lbllm("report", "--recipe", recipe)
+    assert result.exit_code == 2
+    assert "run: lbllm ptq --recipe" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stage_made_again_after_eval_is_remarked(ok, tmp_path, recipe, undrawn):
+    run = tmp_path / "run"
+    ok("ptq", "--recipe", recipe, "ptq.rounds=0")
+    ok("eval", "--recipe", recipe)
+    ok("ptq", "--recipe", recipe, "ptq.rounds=0")  # up to date, which renews the manifest's time
+    ok("report", "--recipe", recipe)
+    remark = "numbers of ptq are older than the ptq"
+    assert remark not in (run / "report.html").read_text(encoding="utf-8")
+    ok("ptq", "--recipe", recipe, "ptq.levels=quantile", "ptq.rounds=0", "--force")
+    ok("report", "--recipe", recipe)
+    assert all(remark in (run / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "md"))
+
+
+def test_text_of_a_run_is_not_markup():
+    nasty = "a <b>bold</b> & `code` | _x_ [link](http://x)"
+    table = Table([nasty], [(nasty, [nasty])])
+    page = Page(nasty, [(nasty, nasty)], [Section(nasty, [nasty], table, [nasty], [], [(nasty, f"{nasty}\n````\n")])])
+    text, markdown = to_html(page), to_markdown(page)
+    assert not Checked(text).all("b")
+    assert Checked(text).text.count("<b>bold</b>") >= 9
+    outside = re.sub(r"(?s)`````\n.*?\n`````", "", markdown)
+    assert outside != markdown
+    assert "<b>" not in outside
+    row = next(line for line in markdown.splitlines() if line.startswith("| a"))
+    assert len(re.findall(r"(?<!\\)\|", row)) == 3
+
+
+def test_a_path_with_markup_is_escaped(ok, tmp_path, ptq_alone, undrawn):
+    ok("report", "--recipe", ptq_alone(tmp_path / "a<b>c"))
+    page = Checked((tmp_path / "a<b>c" / "report.html").read_text(encoding="utf-8"))
+    assert not page.all("b")
+    assert "a<b>c" in page.text
+
+
+def test_blocks_without_error_have_no_decibels():
+    image = plots.signal_to_noise({"ptq": [[None, float("inf"), 12.5], [None, 20.0, 11.5]], "distill": [[None] * 3]})
+    assert "ptq" in image.alt
+
+
+def test_last_record_of_a_block_counts_and_torn_lines_do_not(tmp_path):
+    (tmp_path / "events.jsonl").write_text('{"block": 1, "seconds": 1}\n{"block": 0}\n{"block": 1, "seconds": 2}\n{"blo\n[]\n')
+    assert block_records(tmp_path / "events.jsonl") == [{"block": 0}, {"block": 1, "seconds": 2}]
+    assert block_records(tmp_path / "none.jsonl") == []
+
+
+@pytest.fixture
+def calibrated(finished):
+    """The model of the finished run, and its last checkpoint."""
+    plan = prepare(load_recipe(finished / "recipe.yaml", []))
+    return plan.model, Checkpoint(finished / "run", "act-calib")
+
+
+@torch.no_grad()
+def test_histograms_of_weights_have_their_shares_and_unit(finished, calibrated):
+    worst = worst_linears(block_records(finished / "run" / "ptq" / "events.jsonl"), 4)
+    assert [linear.error for linear in worst] == sorted((linear.error for linear in worst), reverse=True)
+    found = weight_histogram(*calibrated, worst[0])
+    width = float(found.edges[1] - found.edges[0])
+    middles = (found.edges[1:] + found.edges[:-1]) / 2
+    for density in (found.source, found.decoded):
+        assert float(density.sum()) * width == pytest.approx(1, abs=0.02)
+    assert float((found.source * middles**2).sum()) * width == pytest.approx(1, abs=0.05)
+    assert 0.5 < float((found.decoded * middles**2).sum()) * width < 1.2
+
+
+@torch.no_grad()
+def test_histograms_of_inputs_are_of_what_the_quantizers_see(calibrated):
+    model, checkpoint = calibrated
+    tokens = torch.arange(24)[None] + 40
+    linears = [Linear(1, "self_attn.v_proj", 0.1), Linear(0, "mlp.down_proj", 0.2), Linear(1, "self_attn.q_proj", 0.05)]
+    seen = list(input_histograms(model, checkpoint, tokens, linears))
+    assert [(histogram.block, histogram.name) for histogram in seen] == [(0, "mlp.down_proj.input"), (1, INPUTS[0])]
+    # By hand: the last block's norm on the stream behind the block before it, through the quantizer.
+    layout = format_of(checkpoint.manifest)
+    hidden = stored_block(model, 0, checkpoint.read_block(0), layout)(model.embed()(tokens))
+    stored = checkpoint.read_block(1)
+    block = stored_block(model, 1, stored, layout)
+    quantizer = read_quantizers(block.layer, stored, block.prefix, layout)[INPUTS[0]]
+    given = quantizer(block.layer.input_layernorm(hidden))
+    assert sum(table.share for table in seen[1].tables) == pytest.approx(1)
+    for table in seen[1].tables:
+        assert float(table.codes.sum()) == pytest.approx(1)
+        width = float(table.edges[1] - table.edges[0])
+        assert 0.95 < float(table.density.sum()) * width <= 1 + 1e-9
+        assert int((table.density > 0).sum()) > 3 * len(table.levels)  # the values before they are quantized
+    zeros = sum(table.share * float(table.codes[table.levels.tolist().index(0)]) for table in seen[1].tables)
+    assert zeros == pytest.approx(float((given == 0).double().mean()), abs=1e-9)
