@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def evaluate(recipe: Recipe, dry_run: bool, as_json: bool, force: bool) -> None:
     if as_json:
         print(json.dumps(results, indent=2))
     else:
-        Console().print(console_table(results))
+        # A log has no width; at the 80 columns assumed for it four checkpoints would be cut.
+        Console(width=None if sys.stdout.isatty() else 160).print(console_table(results))
 
 
 def _checkpoints(plan: Plan) -> dict[str, Checkpoint | None]:
