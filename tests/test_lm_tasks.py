@@ -145,12 +145,14 @@ def test_refused_before_a_weight_is_read(lbllm, recipe, tmp_path, monkeypatch):
     broken = tmp_path / "tasks" / "broken.yaml"
     write_task(tmp_path / "tasks", "nodata").with_suffix(".jsonl").unlink()
     broken.write_text("- a list")
+    twins = [write_task(tmp_path / folder, "twin") for folder in ("tasks", "more")]
     cases = {
         "hellaswagg": ["no task hellaswagg", "hellaswag"],
         "builtin:continuatoin": ["builtin:continuatoin does not exist", "builtin:continuation"],
         str(tmp_path / "missing.yaml"): ["missing.yaml is not a file"],
         str(broken): ["broken.yaml cannot be read"],
         str(tmp_path / "tasks/nodata.yaml"): ["nodata.yaml cannot be loaded"],
+        ", ".join(map(str, twins)): ["two tasks are called twin"],
         "piqa": ["the data of piqa cannot be read", "Hugging Face hub", "local data_files"],
     }
     result = lbllm("eval", "--recipe", recipe, f"eval.tasks=[{', '.join(cases)}]")
@@ -159,6 +161,19 @@ def test_refused_before_a_weight_is_read(lbllm, recipe, tmp_path, monkeypatch):
         for part in parts:
             assert part in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_forecast_counts_the_whole_model_that_tasks_need(recipe):
+    from lbllm_cli import forecast, prepare
+    from lbllm_cli.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, [])
+    model = prepare.prepare(loaded).model
+    streamed = forecast.eval_need(loaded, model, {}, 2)
+    whole = forecast.whole_model_need(loaded, model, streamed)
+    assert whole.device >= 4 * model.count(list(model.shapes))
+    assert whole.disk == streamed.disk + forecast.export_need(loaded, model).disk
+    assert whole.ram >= streamed.ram
 
 
 @pytest.mark.parametrize("limit", ["0", "-3", "1.5", "0.0", "yes"])

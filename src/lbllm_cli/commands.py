@@ -161,7 +161,7 @@ def export(recipe: Recipe, dry_run: bool, force: bool) -> None:
         stage = complete[-1] if complete else "ptq"
     checkpoint = open_checkpoint(plan, stage)
     announce(forecast.export_need(recipe, plan.model), plan)
-    target = plan.output / "export"
+    target = plan.output / exporting.EXPORT
     dense, shard = recipe.export.format == "dense", int(recipe.export.shard_gb * 1e9)
     if dry_run:
         say(f"export: would write {target}, {recipe.export.format}, from {checkpoint.path}")

@@ -23,8 +23,7 @@ from lbllm_cli.report import Reporter
 from lbllm_cli.run_tables import results_table
 from lbllm_cli.stages import evaluate as evaluation
 from lbllm_cli.stages import export as exporting
-
-EXPORT = "export"
+from lbllm_cli.stages.export import EXPORT
 
 
 @torch.no_grad()
@@ -35,6 +34,8 @@ def evaluate(recipe: Recipe, dry_run: bool, as_json: bool, force: bool) -> None:
     sets = plan.evaluation()
     tasks = lm_tasks.plan_tasks(recipe.eval.tasks, recipe.eval.num_fewshot)
     need = forecast.eval_need(recipe, plan.model, {name: tokens.shape[0] for name, tokens in sets.items()}, len(checkpoints))
+    if tasks or EXPORT in checkpoints:
+        need = forecast.whole_model_need(recipe, plan.model, need)
     announce(need, plan)
     if dry_run:
         counts = [f"{name} {tokens.shape[0]} x {tokens.shape[1]}" for name, tokens in sets.items()]

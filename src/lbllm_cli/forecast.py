@@ -212,7 +212,7 @@ def _cheaper(recipe: Recipe, model: SourceModel) -> str:
 
 
 def eval_need(recipe: Recipe, model: SourceModel, segments: dict[str, int], checkpoints: int) -> Need:
-    """Need of `lbllm eval`, its tasks left out.
+    """Need of `lbllm eval` block by block.
 
     segments: name -> segments of an evaluation set, for those that leave it to the text. checkpoints: that are measured at once.
     """
@@ -224,6 +224,18 @@ def eval_need(recipe: Recipe, model: SourceModel, segments: dict[str, int], chec
     device = max(device, _outer_bytes(model) + 5 * 256 * model.config.vocab_size * 4)
     ram = _PROCESS + (0 if on_disk else one) + (device if model.device.type == "cpu" else _block_bytes(model))
     return Need("eval", device, ram, one if on_disk else 0, one, on_disk)
+
+
+def whole_model_need(recipe: Recipe, model: SourceModel, need: Need) -> Need:
+    """Need of `lbllm eval` where lm-eval tasks or an export are measured, which take a model that is whole in memory.
+
+    A stage is written for them as a packed export, which is deleted afterwards.
+    """
+    length = max(item.length for item in recipe.data.evaluation)
+    whole = model.count(list(model.shapes)) * model.dtype.itemsize + _activation_bytes(model, recipe.eval.batch_size, length)
+    device = max(need.device, whole)
+    ram = max(need.ram, _PROCESS + (whole if model.device.type == "cpu" else _block_bytes(model)))
+    return replace(need, device=device, ram=ram, disk=need.disk + export_need(recipe, model).disk)
 
 
 def export_need(recipe: Recipe, model: SourceModel) -> Need:

@@ -8,6 +8,7 @@ import json
 import math
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
@@ -63,6 +64,8 @@ def plan_tasks(names: list[str], num_fewshot: int | None) -> list[Task]:
             tasks.append(_plan_task(name, usual if num_fewshot is None else num_fewshot, fixed=num_fewshot))
         except UsageError as error:
             problems.append(str(error))
+    counts = Counter(task.name for task in tasks)
+    problems += [f"eval.tasks: two tasks are called {name}; rename one" for name, count in counts.items() if count > 1]
     if problems:
         raise UsageError("\n".join(problems))
     return tasks

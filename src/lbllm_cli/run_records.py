@@ -9,9 +9,7 @@ from lbllm_cli import source
 from lbllm_cli.checkpoint import PROGRESS, STAGES, Checkpoint, complete_stages
 from lbllm_cli.errors import UsageError
 from lbllm_cli.stages.evaluate import BASE
-from lbllm_cli.stages.export import RECORD
-
-EXPORT = "export"
+from lbllm_cli.stages.export import EXPORT, RECORD
 
 
 def block_records(events: Path) -> list[dict[str, Any]]:

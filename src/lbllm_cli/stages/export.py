@@ -18,6 +18,8 @@ from lbllm_cli.stream import binarized_weights
 
 # 1: weights alone. 2: with quantizers of activations, which a reader of 1 would leave out without a word.
 FORMAT_VERSION = 2
+# Folder of a run's export in its output folder, and the name that `eval.checkpoints` has for it.
+EXPORT = "export"
 RECORD = "lbllm_export.json"
 
 
