@@ -12,7 +12,10 @@ LBLLM := $(VENV)/bin/lbllm
 .PHONY: test check demo clean
 .DELETE_ON_ERROR:
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# What the editable install was made from: Python sources are read where they lie, the C++ library is built into it.
+INSTALLED := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/lbllm_cli/kernels/native/*)
+
+$(VENV)/.installed: $(INSTALLED)
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --constraint constraints.txt torch
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev,gguf]'

@@ -1,0 +1,1 @@
+"""The compiled CPU kernels of the packed format, and how they are called."""
