@@ -161,7 +161,8 @@ def attach(layer: nn.Module, quantizers: dict[str, nn.Module]) -> list[Any]:
     """
 
     def quantizing(quantizer: nn.Module) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-        return lambda _, args: (quantizer(args[0]), *args[1:])
+        # A linear in a unit of the kernels quantizes its input itself.
+        return lambda linear, args: args if getattr(linear, "unit", None) else (quantizer(args[0]), *args[1:])
 
     handles: list[Any] = []
     for unit, name in zip(UNITS, INPUTS, strict=True):

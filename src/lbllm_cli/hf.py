@@ -1,5 +1,8 @@
 """transformers plugin: `import lbllm_cli.hf`, then `AutoModelForCausalLM.from_pretrained` loads packed exports.
 
+On a CPU a model whose activations are quantized runs in the compiled kernels, where this installation has them; the environment
+variable LBLLM_KERNELS chooses among them (`kernels.library`).
+
 Without the import transformers fails on the shape of the packed weights; it never runs with random ones.
 """
 
@@ -12,9 +15,14 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lbllm_cli.activations import ActQuantizer, attach, format_of, quantizer_widths
+from lbllm_cli.activations import INPUTS, ActQuantizer, attach, format_of, quantizer_widths
+from lbllm_cli.kernels.block import BlockStep, steppable
+from lbllm_cli.kernels.head import HeadLinear
+from lbllm_cli.kernels.library import library
+from lbllm_cli.kernels.unit import Unit, usable
 from lbllm_cli.kv_cache import keep_quantized
 from lbllm_cli.layers import PackedLinear
+from lbllm_cli.model import UNITS
 from lbllm_cli.stages.export import FORMAT_VERSION
 
 METHOD = "lbllm"
@@ -78,6 +86,8 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
             self._handles.append(keep_quantized(model))
             for layer in model.get_decoder().layers:
                 self._handles += attach(layer, {name: layer.get_submodule(name) for name in quantizer_widths(layer)})
+            if library() is not None:
+                _use_kernels(model)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
@@ -85,6 +95,8 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for handle in self._handles:
             handle.remove()
+        for layer in model.get_decoder().layers:  # type: ignore[operator]
+            layer.__dict__.pop("forward", None)
         for name, module in list(model.named_modules()):
             if isinstance(module, ActQuantizer):
                 owner, _, own = name.rpartition(".")
@@ -104,6 +116,21 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _use_kernels(model: Any) -> None:
+    """Hands linears, decode steps and the head over to the compiled kernels, where they can take them."""
+    for layer in model.get_decoder().layers:
+        units = []
+        for names, name in zip(UNITS, INPUTS, strict=True):
+            linears, quantizer = [layer.get_submodule(linear) for linear in names], layer.get_submodule(name)
+            if usable(linears, quantizer):
+                units.append(Unit(linears, quantizer))
+        if len(units) == len(UNITS) and steppable(layer):
+            layer.forward = BlockStep(layer, units)
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear and head.bias is None:
+        head.__class__ = HeadLinear
 
 
 def quantize_activations(model: nn.Module, wanted: bool) -> None:

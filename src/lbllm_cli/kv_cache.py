@@ -54,6 +54,8 @@ def record_bytes(quantizer: ActQuantizer) -> int:
 class _Records:
     """What both kinds of layers add to transformers' own: they keep records in the place of keys and values."""
 
+    keys: Tensor
+    values: Tensor
     keys_by: ActQuantizer
     values_by: ActQuantizer
 
@@ -65,6 +67,17 @@ class _Records:
         return read_record(keys, self.keys_by, width).to(dtype), read_record(values, self.values_by, width).to(dtype)
 
 
+def _grown(kept: Tensor, room: Tensor | None, tokens: int) -> tuple[Tensor, Tensor]:
+    """`kept` [rows, heads, n, bytes] with `tokens` more behind it, and the larger tensor that it is the beginning of."""
+    rows, heads, held, size = kept.shape
+    begins = room is not None and (kept.data_ptr(), kept.stride()) == (room.data_ptr(), room.stride())
+    if room is None or not begins or room.shape[0] != rows or room.shape[2] < held + tokens:
+        # Half as much again: to copy everything for each token costs as much as the attention over it.
+        room = kept.new_empty(rows, heads, max(256, held + tokens + held // 2), size)
+        room[:, :, :held] = kept
+    return room[:, :, : held + tokens], room
+
+
 class RecordLayer(_Records, DynamicLayer):  # type: ignore[misc]
     """Full attention."""
 
@@ -74,6 +87,14 @@ class RecordLayer(_Records, DynamicLayer):  # type: ignore[misc]
     def __init__(self, keys_by: ActQuantizer, values_by: ActQuantizer):
         super().__init__()
         self.keys_by, self.values_by = keys_by, values_by
+        self._rooms: list[Tensor | None] = [None, None]
+
+    def grown(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Counts `tokens` more as kept, whose records the caller writes: all records, uint8 [rows, heads, tokens, bytes]."""
+        (self.keys, self._rooms[0]), (self.values, self._rooms[1]) = (
+            _grown(kept, room, tokens) for kept, room in zip((self.keys, self.values), self._rooms, strict=True)
+        )
+        return self.keys, self.values
 
 
 class SlidingRecordLayer(_Records, DynamicSlidingWindowLayer):  # type: ignore[misc]

@@ -1,0 +1,149 @@
+"""The compiled library through ctypes: finding it, choosing its tier, and the structures of its ABI (native/lbllm_kernels.h).
+
+ctypes, not a torch extension: one wheel serves every torch, and a call costs a third of a registered operator's.
+"""
+
+import ctypes
+import logging
+import os
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int8, c_int32, c_int64, c_uint8, c_void_p
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lbllm_cli.activations import ActQuantizer
+from lbllm_cli.kernels.location import library_path
+from lbllm_cli.ops.actquant import LATTICE_MAX, snap_table
+
+ABI = 1
+TIERS = ("portable", "avx2", "avxvnni", "avx512")
+VARIABLE = "LBLLM_KERNELS"
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+# Sums of a group's levels are int16 in the library.
+GROUP_MAX = 256
+
+_log = logging.getLogger("lbllm")
+
+
+class Weights(Structure):
+    """`lbllm_weights`."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("tiles", "bias")),
+        *((name, c_int32) for name in ("in_features", "out_features", "group_size")),
+    ]
+
+
+class Quantizer(Structure):
+    """`lbllm_quantizer`."""
+
+    _fields_ = [
+        ("tables", c_int32),
+        ("size", c_int32),
+        ("top", c_int32 * 2),
+        ("zero", c_int32 * 2),
+        ("clip", c_float * 2 * 2),
+        ("lattice", c_int8 * (LATTICE_MAX + 1) * 2),
+        ("code", c_uint8 * (LATTICE_MAX + 1) * 2),
+        ("value", c_int8 * 16 * 2),
+    ]
+
+
+class Block(Structure):
+    """`lbllm_block`."""
+
+    _fields_ = [
+        *((name, Weights) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, POINTER(Quantizer)) for name in ("qkv_input", "o_input", "gate_up_input", "down_input", "keys", "values")),
+        *((name, c_void_p) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
+        *((name, c_float) for name in ("epsilon", "scaling")),
+        *((name, c_int32) for name in ("hidden", "heads", "kv_heads", "head_dim", "intermediate")),
+    ]
+
+
+class CacheView(Structure):
+    """`lbllm_cache`."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("keys", "values")),
+        *((name, c_int64) for name in ("key_row_stride", "key_head_stride", "value_row_stride", "value_head_stride", "tokens")),
+        ("mask", c_void_p),
+    ]
+
+
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "lbllm_abi": (c_int32, []),
+    "lbllm_tier": (c_char_p, []),
+    "lbllm_choose_tier": (c_int32, [c_char_p]),
+    "lbllm_tiles_bytes": (c_int64, [c_int32] * 3),
+    "lbllm_pack": (None, [c_void_p] * 3 + [c_int32] * 3 + [c_void_p, c_int32]),
+    "lbllm_unpack": (None, [POINTER(Weights), c_int32, c_int32] + [c_void_p] * 3),
+    "lbllm_quantize": (None, [POINTER(Quantizer), c_void_p, c_int32, c_int64, c_int32] + [c_void_p] * 3),
+    "lbllm_linear": (None, [POINTER(Weights), POINTER(Quantizer), c_void_p, c_void_p, c_int32, c_int64, c_int32]),
+    "lbllm_block_step": (None, [POINTER(Block), POINTER(CacheView)] + [c_void_p] * 4 + [c_int32, c_int64, c_int32]),
+    "lbllm_head": (None, [c_void_p] * 3 + [c_int32, c_int64, c_int32, c_int64, c_int32]),
+    "lbllm_read": (ctypes.c_uint64, [c_void_p, c_int64, c_int32]),
+}
+
+
+@cache
+def library() -> Any | None:
+    """The library with the tier that LBLLM_KERNELS asks for, or None: linears then run in torch, which one log line says.
+
+    LBLLM_KERNELS: `auto` (the best tier of this CPU), the name of a tier, or `off`. Raises ValueError for anything else, for a
+    tier that this CPU or this build does not have, and for a library of another ABI.
+    """
+    wanted = os.environ.get(VARIABLE, "auto") or "auto"
+    if wanted not in ("auto", "off", *TIERS):
+        raise ValueError(f"{VARIABLE}={wanted}: expected auto, off, or one of {', '.join(TIERS)}")
+    if wanted == "off":
+        return None
+    path = library_path()
+    if path is None:
+        if wanted != "auto":
+            raise ValueError(f"{VARIABLE}={wanted}: this installation has no compiled kernels; install it where a C++ compiler is")
+        _log.warning("this installation has no compiled kernels: packed models run in torch, many times slower")
+        return None
+    # torch is imported above: its libgomp is in the process already, and the library uses that one and its threads.
+    found = ctypes.CDLL(str(path))
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(found, name)
+        function.restype, function.argtypes = result, arguments
+    if found.lbllm_abi() != ABI:
+        raise ValueError(f"{path} has ABI {found.lbllm_abi()}, expected {ABI}; install lbllm-cli again")
+    if wanted != "auto" and found.lbllm_choose_tier(wanted.encode()):
+        raise ValueError(f"{VARIABLE}={wanted}: not in this build, or not supported by this CPU; here: {tier(found)}")
+    return found
+
+
+def tier(lib: Any) -> str:
+    """Name of the tier that `lib` runs."""
+    return str(lib.lbllm_tier().decode())
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Address of a contiguous CPU tensor."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def supported(quantizer: ActQuantizer, cached: bool = False) -> bool:
+    """Whether the library has this quantizer: places up to 127; 4-bit codes where it reads them from a cache."""
+    return int(quantizer.act_levels.max()) <= LATTICE_MAX and (not cached or quantizer.bits == 4)
+
+
+def quantizer_struct(quantizer: ActQuantizer) -> Quantizer:
+    """An ActQuantizer with its lookups worked out."""
+    tables = quantizer.tables
+    struct = Quantizer(tables=0 if tables.zero is None else len(tables.zero), size=quantizer.size)
+    for t, (levels, clip) in enumerate(zip(tables.levels, tables.clip, strict=True)):
+        zero = 0 if tables.zero is None else int(tables.zero[t])
+        nearest = snap_table(levels)
+        struct.top[t], struct.zero[t] = int(levels[-1]), zero
+        struct.clip[t][:] = clip.tolist()
+        struct.lattice[t][: len(nearest)] = (levels.int()[nearest] - zero).tolist()
+        struct.code[t][: len(nearest)] = nearest.tolist()
+        if len(levels) == 16:
+            struct.value[t][:] = (levels.int() - zero).tolist()
+    return struct

@@ -1,0 +1,82 @@
+// Chooses a tier when the library is loaded; the functions of the ABI that depend on it.
+#include <string.h>
+
+#include "tier.h"
+
+namespace {
+
+using lbllm::Tier;
+
+// What this CPU can run, best first.
+int available(const Tier* tiers[4]) {
+    int n = 0;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+#if defined(LBLLM_HAVE_AVX512)
+    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma"))
+        tiers[n++] = &lbllm::tier_avx512;
+#endif
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#if defined(LBLLM_HAVE_AVXVNNI)
+    if (avx2 && __builtin_cpu_supports("avxvnni")) tiers[n++] = &lbllm::tier_avxvnni;
+#endif
+#if defined(LBLLM_HAVE_AVX2)
+    if (avx2) tiers[n++] = &lbllm::tier_avx2;
+#endif
+#endif
+    tiers[n++] = &lbllm::tier_portable;
+    return n;
+}
+
+const Tier* best() {
+    const Tier* tiers[4];
+    available(tiers);
+    return tiers[0];
+}
+
+const Tier*& current() {
+    static const Tier* chosen = best();
+    return chosen;
+}
+
+}  // namespace
+
+LBLLM_EXPORT int32_t lbllm_abi(void) { return 1; }
+
+LBLLM_EXPORT const char* lbllm_tier(void) { return current()->name; }
+
+LBLLM_EXPORT int32_t lbllm_choose_tier(const char* name) {
+    const Tier* tiers[4];
+    const int n = available(tiers);
+    for (int i = 0; i < n; i++)
+        if (strcmp(tiers[i]->name, name) == 0) {
+            current() = tiers[i];
+            return 0;
+        }
+    return -1;
+}
+
+LBLLM_EXPORT void lbllm_quantize(const lbllm_quantizer* quantizer, const void* x, int32_t dtype, int64_t rows, int32_t width,
+                                 uint8_t* places, float* steps, int32_t* zeros) {
+    current()->quantize(quantizer, x, dtype, rows, width, places, steps, zeros);
+}
+
+LBLLM_EXPORT void lbllm_linear(const lbllm_weights* weights, const lbllm_quantizer* quantizer, const void* x, void* y,
+                               int32_t dtype, int64_t rows, int32_t threads) {
+    current()->linear(weights, quantizer, x, y, dtype, rows, threads);
+}
+
+LBLLM_EXPORT void lbllm_block_step(const lbllm_block* block, const lbllm_cache* cache, const void* in, void* out,
+                                   const void* cosine, const void* sine, int32_t dtype, int64_t rows, int32_t threads) {
+    current()->block_step(block, cache, in, out, cosine, sine, dtype, rows, threads);
+}
+
+LBLLM_EXPORT void lbllm_head(const uint16_t* weight, const void* x, void* y, int32_t in_features, int64_t out_features,
+                             int32_t dtype, int64_t rows, int32_t threads) {
+    current()->head(weight, x, y, in_features, out_features, dtype, rows, threads);
+}
+
+LBLLM_EXPORT uint64_t lbllm_read(const uint8_t* data, int64_t bytes, int32_t threads) {
+    return current()->read(data, bytes, threads);
+}

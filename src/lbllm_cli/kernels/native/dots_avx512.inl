@@ -1,0 +1,100 @@
+// Dot products on 512-bit vectors with VNNI: four rows by 16 columns, products added in int32 by one instruction.
+
+namespace {
+
+constexpr int kTokens = 4;
+
+inline __m512i four_lanes(const uint8_t* x) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+}
+
+// Level tables of four rows: by the lower code of a nibble, and by the upper one (dots_avx2.inl).
+struct Tables {
+    __m512i lower, upper;
+};
+
+inline void tables_of(const int8_t* levels, Tables table[2]) {
+    const __m512i rows = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(levels)));
+    const __m512i upper = _mm512_broadcast_i32x4(_mm_set_epi32(0x03030303, 0x02020202, 0x01010101, 0));
+    table[0].lower = _mm512_permutexvar_epi32(_mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0), rows);
+    table[1].lower = _mm512_permutexvar_epi32(_mm512_set_epi32(7, 7, 7, 7, 6, 6, 6, 6, 5, 5, 5, 5, 4, 4, 4, 4), rows);
+    for (int half = 0; half < 2; half++) table[half].upper = _mm512_shuffle_epi8(table[half].lower, upper);
+}
+
+// Levels of four vectors of columns.
+inline void levels_of(const Tables& table, const uint8_t* codes, __m512i w[4]) {
+    const __m512i v = _mm512_loadu_si512(codes), nibble = _mm512_set1_epi8(15);
+    const __m512i low = _mm512_and_si512(v, nibble), high = _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble);
+    w[0] = _mm512_shuffle_epi8(table.lower, low);
+    w[1] = _mm512_shuffle_epi8(table.upper, low);
+    w[2] = _mm512_shuffle_epi8(table.lower, high);
+    w[3] = _mm512_shuffle_epi8(table.upper, high);
+}
+
+inline v8i row_sums(__m512i low, __m512i high) {
+    return row_sums(_mm512_castsi512_si256(low), _mm512_extracti64x4_epi64(low, 1), _mm512_castsi512_si256(high),
+                    _mm512_extracti64x4_epi64(high, 1));
+}
+
+template <int kSafe, int kChunks>
+inline v8i dots(const uint8_t* codes, const int8_t* levels, const uint8_t* x, int chunks) {
+    Tables table[2];
+    tables_of(levels, table);
+    __m512i low = _mm512_setzero_si512(), high = low, a[4], b[4];
+    for (int c = 0; c < (kChunks ? kChunks : chunks); c++, codes += lbllm::kChunkBytes, x += lbllm::kChunk) {
+        levels_of(table[0], codes, a);
+        levels_of(table[1], codes + 64, b);
+        for (int k = 0; k < 4; k++) {
+            low = _mm512_dpbusd_epi32(low, four_lanes(x + k * 16), a[k]);
+            high = _mm512_dpbusd_epi32(high, four_lanes(x + k * 16), b[k]);
+        }
+    }
+    return row_sums(low, high);
+}
+
+// Codes of `chunks` chunks of 8 rows to their levels: int8 [chunks][4][8][16].
+inline void decode(const uint8_t* codes, const int8_t* levels, int chunks, int8_t* out) {
+    Tables table[2];
+    tables_of(levels, table);
+    for (int c = 0; c < chunks; c++)
+        for (int half = 0; half < 2; half++) {
+            __m512i w[4];
+            levels_of(table[half], codes + c * lbllm::kChunkBytes + half * 64, w);
+            for (int k = 0; k < 4; k++) _mm512_store_si512(out + c * 512 + k * 128 + half * 64, w[k]);
+        }
+}
+
+// acc += x . w. The intrinsic makes gcc 12 copy every accumulator of a loop with many; the instruction itself does not.
+inline void accumulate(__m512i& acc, __m512i x, __m512i w) {
+#if defined(__GNUC__) && defined(__AVX512VNNI__) && !defined(SIMDE_X86_AVX512VNNI_H)
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));
+#else
+    acc = _mm512_dpbusd_epi32(acc, x, w);
+#endif
+}
+
+// Dot products of 8 decoded rows with `kTokens` inputs, `stride` bytes apart.
+template <int kSafe>
+inline void dots_decoded(const int8_t* w, const uint8_t* x, int64_t stride, int chunks, v8i* out) {
+    __m512i low[kTokens], high[kTokens];
+    for (int t = 0; t < kTokens; t++) low[t] = high[t] = _mm512_setzero_si512();
+    for (int u = 0; u < chunks * 4; u++, w += 128, x += 16) {
+        const __m512i a = _mm512_load_si512(w), b = _mm512_load_si512(w + 64);
+        for (int t = 0; t < kTokens; t++) {
+            const __m512i in = four_lanes(x + t * stride);
+            accumulate(low[t], in, a);
+            accumulate(high[t], in, b);
+        }
+    }
+    for (int t = 0; t < kTokens; t++) out[t] = row_sums(low[t], high[t]);
+}
+
+// 16 bytes of 4-bit codes to int8: those of the low nibbles, then those of the high ones.
+inline void nibbles(const uint8_t* packed, const int8_t* value, int8_t* out) {
+    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
+    const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(value)), low = _mm_set1_epi8(15);
+    _mm_store_si128(reinterpret_cast<__m128i*>(out), _mm_shuffle_epi8(table, _mm_and_si128(v, low)));
+    _mm_store_si128(reinterpret_cast<__m128i*>(out + 16), _mm_shuffle_epi8(table, _mm_and_si128(_mm_srli_epi16(v, 4), low)));
+}
+
+}  // namespace

@@ -1,0 +1,61 @@
+// Dot products in plain C++: what a compiler makes of it on any processor.
+
+namespace {
+
+constexpr int kTokens = 1;  // tokens whose dot products are taken together
+
+// Codes of `chunks` chunks of 8 rows to their levels: int8 [chunks][4][8][16].
+inline void decode(const uint8_t* codes, const int8_t* levels, int chunks, int8_t* out) {
+    typedef uint8_t v16u __attribute__((vector_size(16)));
+    for (int c = 0; c < chunks; c++)
+        for (int row = 0; row < lbllm::kRows; row++) {
+            const v16u packed = load<v16u>(codes + (c * lbllm::kRows + row) * lbllm::kLane);
+            const int8_t* l = levels + row * lbllm::kLevels;
+            v16u of[4];
+            for (int k = 0; k < 4; k++) of[k] = v16u{} + static_cast<uint8_t>(l[k]);
+            for (int unit = 0; unit < 4; unit++) {
+                // Masks of all ones where the sign or the bitmap bit is set.
+                const v16u sign = -((packed >> (2 * unit)) & 1), bitmap = -((packed >> (2 * unit + 1)) & 1);
+                const v16u inner = (of[1] & sign) | (of[0] & ~sign), outer = (of[3] & sign) | (of[2] & ~sign);
+                store(out + ((c * 4 + unit) * lbllm::kRows + row) * lbllm::kLane, (outer & bitmap) | (inner & ~bitmap));
+            }
+        }
+}
+
+// Dot products of 8 decoded rows (in the order of scales) with `kTokens` inputs, `stride` bytes apart.
+template <int kSafe>
+inline void dots_decoded(const int8_t* w, const uint8_t* x, int64_t stride, int chunks, v8i* out) {
+    (void)stride;
+    int32_t total[8] = {};
+    for (int u = 0; u < chunks * 4; u++)
+        for (int row = 0; row < 8; row++) {
+            int32_t part = 0;
+            const int8_t* weights = w + (u * 8 + row) * 16;
+            for (int i = 0; i < 16; i++) part += static_cast<int32_t>(weights[i]) * x[u * 16 + i];
+            total[row] += part;
+        }
+    out[0] = v8i{total[0], total[2], total[4], total[6], total[1], total[3], total[5], total[7]};
+}
+
+// Dot products of 8 rows with one input, straight from the codes.
+template <int kSafe, int kChunks>
+inline v8i dots(const uint8_t* codes, const int8_t* levels, const uint8_t* x, int chunks) {
+    alignas(16) int8_t w[4 * 8 * 16];
+    v8i total = {}, part;
+    for (int c = 0; c < (kChunks ? kChunks : chunks); c++) {
+        decode(codes + c * lbllm::kChunkBytes, levels, 1, w);
+        dots_decoded<kSafe>(w, x + c * lbllm::kChunk, 0, 1, &part);
+        total += part;
+    }
+    return total;
+}
+
+// 16 bytes of 4-bit codes to int8: those of the low nibbles, then those of the high ones.
+inline void nibbles(const uint8_t* packed, const int8_t* value, int8_t* out) {
+    for (int i = 0; i < 16; i++) {
+        out[i] = value[packed[i] & 15];
+        out[16 + i] = value[packed[i] >> 4];
+    }
+}
+
+}  // namespace

@@ -1,0 +1,59 @@
+// How weights lie in memory: tiles of 8 rows, one record per group, read once from front to back.
+//
+// record: scale float16 [8], sum of levels int16 [8], levels int8 [8][4], codes [chunks][8][16]
+//
+// Scales and sums come in the order of rows 0 2 4 6 1 3 5 7: two rows share a vector of products, one in each 128-bit half, and sums
+// within halves leave four such vectors in this order.
+//
+// A chunk is 64 columns. Byte j of a row's 16 holds the codes of columns j, 16 + j, 32 + j and 48 + j of the chunk, the first in the
+// low bits: four shifts and masks give four vectors of consecutive columns. A row fills a 128-bit lane, so that a byte shuffle
+// looks up its levels, with columns in order for the input: one load serves all rows. A group that is no multiple of 64 columns
+// is padded; the input has T = 0 there.
+#pragma once
+#include <stdint.h>
+
+// Unnamed, as everything in the tiers is: a function with one copy for all of them could be the AVX-512 one on any processor.
+namespace {
+namespace lbllm {
+
+constexpr int kRows = 8;
+constexpr int kChunk = 64;
+constexpr int kLane = 16;
+constexpr int kLevels = 4;
+constexpr int kSums = kRows * 2;
+constexpr int kLevelTable = kSums + kRows * 2;
+constexpr int kCodes = kLevelTable + kRows * kLevels;
+constexpr int kChunkBytes = kRows * kLane;
+
+// Place of a row among the scales and sums of its tile.
+inline int place_of(int row) { return row % 2 * 4 + row / 2; }
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Layout {
+    int in, out, group;
+    // Worked out once: divisions in the loop over groups cost more than the products of a group of 64.
+    int groups, last_columns, full_chunks, last_chunks;
+    int record;   // bytes of a group that is not the last
+    int64_t tile, tiles;
+    int input;  // bytes of a group's input, padded
+
+    Layout(int in_features, int out_features, int group_size)
+        : in(in_features),
+          out(out_features),
+          group(group_size),
+          groups(static_cast<int>(ceil_div(in, group))),
+          last_columns(in - (groups - 1) * group),
+          full_chunks(static_cast<int>(ceil_div(group, kChunk))),
+          last_chunks(static_cast<int>(ceil_div(last_columns, kChunk))),
+          record(kCodes + full_chunks * kChunkBytes),
+          tile(static_cast<int64_t>(groups - 1) * record + kCodes + last_chunks * kChunkBytes),
+          tiles(ceil_div(out, kRows)),
+          input(full_chunks * kChunk) {}
+
+    int columns(int g) const { return g + 1 < groups ? group : last_columns; }
+    int chunks(int g) const { return g + 1 < groups ? full_chunks : last_chunks; }
+};
+
+}  // namespace lbllm
+}  // namespace

@@ -1,0 +1,85 @@
+// C ABI of the CPU kernels: what `lbllm_cli.kernels` calls through ctypes. No torch headers, no state but the chosen tier.
+//
+// Weights are the W(1+1) format of `ops/binarize.py`, repacked once at load (layout.h). Inputs are quantized as in
+// `ops/actquant.py`: x = d * (T - Z), T an integer in 0..127, d and Z per token and group. Then
+//
+//     y[r] = bias[r] + sum over groups of d * scale[r, g] * (dot(level[r, g, code], T) - Z * sum(level[r, g, code]))
+//
+// where the dot product is exact in integers.
+#pragma once
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define LBLLM_EXPORT extern "C" __declspec(dllexport)
+#else
+#define LBLLM_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+enum { LBLLM_FLOAT32 = 0, LBLLM_BFLOAT16 = 1 };  // element types of inputs and outputs
+
+// One linear, or several that read the same input, one below the other.
+typedef struct {
+    const uint8_t* tiles;  // lbllm_tiles_bytes() of them, aligned to 64
+    const float* bias;     // [out_features], or NULL
+    int32_t in_features, out_features, group_size;
+} lbllm_weights;
+
+// An activation quantizer. tables: 1 or 2, static; 0: uniform, whose Z is as dynamic as its step.
+typedef struct {
+    int32_t tables, size;       // size: values that share a step
+    int32_t top[2], zero[2];    // largest T of a table, its Z
+    float clip[2][2];           // share of a group's largest positive and largest negative value that is represented
+    int8_t lattice[2][128];     // T - Z of the level nearest to each lattice place; T alone in the uniform form
+    uint8_t code[2][128];       // its code
+    int8_t value[2][16];        // the same of each code of a 4-bit table
+} lbllm_quantizer;
+
+// A decoder block of the Llama family: norms before attention and MLP, SiLU, rotary embedding, optional q/k norms and biases.
+typedef struct {
+    lbllm_weights qkv, o, gate_up, down;
+    const lbllm_quantizer *qkv_input, *o_input, *gate_up_input, *down_input, *keys, *values;
+    const float *attention_norm, *mlp_norm;  // [hidden]
+    const float *query_norm, *key_norm;      // [head_dim], or NULL
+    float epsilon, scaling;
+    int32_t hidden, heads, kv_heads, head_dim, intermediate;
+} lbllm_block;
+
+// Records of keys or values (kv_cache.py): of token t of head h of row b at data + b * row_stride + h * head_stride + t * bytes.
+typedef struct {
+    uint8_t *keys, *values;
+    int64_t key_row_stride, key_head_stride, value_row_stride, value_head_stride;
+    int64_t tokens;      // of each row, before this step
+    const float* mask;   // [rows, tokens + 1], added to the scores, or NULL
+} lbllm_cache;
+
+// Version of this ABI. Python refuses a library of another one.
+LBLLM_EXPORT int32_t lbllm_abi(void);
+// Name of the tier in use: portable, avx2, avxvnni or avx512.
+LBLLM_EXPORT const char* lbllm_tier(void);
+// Chooses a tier by name. 0, or -1 when this library or this CPU does not have it.
+LBLLM_EXPORT int32_t lbllm_choose_tier(const char* name);
+
+// Bytes of a repacked linear.
+LBLLM_EXPORT int64_t lbllm_tiles_bytes(int32_t in_features, int32_t out_features, int32_t group_size);
+// Repacks weight uint8 [out, groups, group_size / 4], levels int8 [out, groups, 4], scale float16 [out, groups] (as its bits).
+LBLLM_EXPORT void lbllm_pack(const uint8_t* weight, const int8_t* levels, const uint16_t* scale, int32_t in_features,
+                             int32_t out_features, int32_t group_size, uint8_t* tiles, int32_t threads);
+// Its inverse for rows first .. first + count.
+LBLLM_EXPORT void lbllm_unpack(const lbllm_weights* weights, int32_t first, int32_t count, uint8_t* weight, int8_t* levels,
+                               uint16_t* scale);
+
+// Quantizes x [rows, width]: lattice places uint8 [rows, width], steps float [rows, groups], zeros int32 [rows, groups].
+LBLLM_EXPORT void lbllm_quantize(const lbllm_quantizer* quantizer, const void* x, int32_t dtype, int64_t rows, int32_t width,
+                                 uint8_t* places, float* steps, int32_t* zeros);
+// y [rows, out] = quantized x [rows, in] times the weights. A step per weight group, or one per row (quantizer->size >= in).
+LBLLM_EXPORT void lbllm_linear(const lbllm_weights* weights, const lbllm_quantizer* quantizer, const void* x, void* y,
+                               int32_t dtype, int64_t rows, int32_t threads);
+// One new token per row through a block: hidden [rows, hidden] in and out, cosine and sine [rows, head_dim] of its position.
+// Its key and value are appended to the cache's records.
+LBLLM_EXPORT void lbllm_block_step(const lbllm_block* block, const lbllm_cache* cache, const void* in, void* out,
+                                   const void* cosine, const void* sine, int32_t dtype, int64_t rows, int32_t threads);
+// y [rows, out] = x [rows, in] times bfloat16 weights [out, in]: the head of a model, for few rows.
+LBLLM_EXPORT void lbllm_head(const uint16_t* weight, const void* x, void* y, int32_t in_features, int64_t out_features,
+                             int32_t dtype, int64_t rows, int32_t threads);
+// Reads `bytes` of memory as fast as the tier can; returns their sum modulo 2^64, so that it cannot be left out.
+LBLLM_EXPORT uint64_t lbllm_read(const uint8_t* data, int64_t bytes, int32_t threads);

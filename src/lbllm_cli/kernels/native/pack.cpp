@@ -1,0 +1,70 @@
+// Canonical codes to tiles and back.
+#include <string.h>
+
+#include "layout.h"
+#include "lbllm_kernels.h"
+
+using namespace lbllm;
+
+namespace {
+
+// Code of column c of a group whose packed bytes begin at `bytes`.
+inline int code_at(const uint8_t* bytes, int c) { return bytes[c / 4] >> (c % 4 * 2) & 3; }
+
+void pack_row(const Layout& l, int g, int row, const uint8_t* bytes, const int8_t* levels, uint16_t scale, uint8_t* record) {
+    memcpy(record + place_of(row) * 2, &scale, 2);
+    memcpy(record + kLevelTable + row * kLevels, levels, kLevels);
+    int sum = 0;
+    uint8_t* codes = record + kCodes + row * kLane;
+    for (int c = 0; c < l.columns(g); c++) {
+        const int code = code_at(bytes, c), place = c % kChunk;
+        codes[c / kChunk * kChunkBytes + place % kLane] |= static_cast<uint8_t>(code << (place / kLane * 2));
+        sum += levels[code];
+    }
+    const int16_t stored = static_cast<int16_t>(sum);  // at most 256 * 127
+    memcpy(record + kSums + place_of(row) * 2, &stored, 2);
+}
+
+}  // namespace
+
+LBLLM_EXPORT int64_t lbllm_tiles_bytes(int32_t in_features, int32_t out_features, int32_t group_size) {
+    const Layout l(in_features, out_features, group_size);
+    return l.tiles * l.tile;
+}
+
+LBLLM_EXPORT void lbllm_pack(const uint8_t* weight, const int8_t* levels, const uint16_t* scale, int32_t in_features,
+                             int32_t out_features, int32_t group_size, uint8_t* tiles, int32_t threads) {
+    const Layout l(in_features, out_features, group_size);
+    const int groups = l.groups, bytes = group_size / 4;
+    (void)threads;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t t = 0; t < l.tiles; t++) {
+        uint8_t* tile = tiles + t * l.tile;
+        memset(tile, 0, static_cast<size_t>(l.tile));
+        for (int g = 0; g < groups; g++)
+            for (int row = 0; row < kRows && t * kRows + row < out_features; row++) {
+                const int64_t at = (t * kRows + row) * groups + g;
+                pack_row(l, g, row, weight + at * bytes, levels + at * kLevels, scale[at], tile + static_cast<int64_t>(g) * l.record);
+            }
+    }
+}
+
+LBLLM_EXPORT void lbllm_unpack(const lbllm_weights* weights, int32_t first, int32_t count, uint8_t* weight, int8_t* levels,
+                               uint16_t* scale) {
+    const Layout l(weights->in_features, weights->out_features, weights->group_size);
+    const int groups = l.groups, bytes = l.group / 4;
+    memset(weight, 0, static_cast<size_t>(count) * groups * bytes);
+    for (int r = 0; r < count; r++)
+        for (int g = 0; g < groups; g++) {
+            const int row = (first + r) % kRows;
+            const uint8_t* record = weights->tiles + (first + r) / kRows * l.tile + static_cast<int64_t>(g) * l.record;
+            const int64_t at = static_cast<int64_t>(r) * groups + g;
+            memcpy(scale + at, record + place_of(row) * 2, 2);
+            memcpy(levels + at * kLevels, record + kLevelTable + row * kLevels, kLevels);
+            for (int c = 0; c < l.columns(g); c++) {
+                const int place = c % kChunk;
+                const int code = record[kCodes + c / kChunk * kChunkBytes + row * kLane + place % kLane] >> (place / kLane * 2) & 3;
+                weight[at * bytes + c / 4] |= static_cast<uint8_t>(code << (c % 4 * 2));
+            }
+        }
+}

@@ -1,0 +1,9 @@
+// AVX2, FMA and F16C.
+#include "vectors.inl"
+#include "dots_avx2.inl"
+#include "kernels.inl"
+#include "step.inl"
+
+namespace lbllm {
+extern const Tier tier_avx2{"avx2", quantize, linear, block_step, head, read};
+}  // namespace lbllm

@@ -1,0 +1,9 @@
+// AVX-512 with VNNI.
+#include "vectors.inl"
+#include "dots_avx512.inl"
+#include "kernels.inl"
+#include "step.inl"
+
+namespace lbllm {
+extern const Tier tier_avx512{"avx512", quantize, linear, block_step, head, read};
+}  // namespace lbllm

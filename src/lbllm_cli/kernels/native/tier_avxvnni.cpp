@@ -1,0 +1,12 @@
+// AVX2 with VNNI in its VEX form: client processors since 2021.
+#include "vectors.inl"
+
+#define LBLLM_DPBUSD _mm256_dpbusd_avx_epi32
+
+#include "dots_avx2.inl"
+#include "kernels.inl"
+#include "step.inl"
+
+namespace lbllm {
+extern const Tier tier_avxvnni{"avxvnni", quantize, linear, block_step, head, read};
+}  // namespace lbllm

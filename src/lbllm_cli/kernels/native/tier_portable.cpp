@@ -1,0 +1,9 @@
+// Any processor.
+#include "vectors.inl"
+#include "dots_portable.inl"
+#include "kernels.inl"
+#include "step.inl"
+
+namespace lbllm {
+extern const Tier tier_portable{"portable", quantize, linear, block_step, head, read};
+}  // namespace lbllm

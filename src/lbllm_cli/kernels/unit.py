@@ -1,0 +1,137 @@
+"""Linears that read one input, repacked for the library: one quantization and one call for all of them."""
+
+import weakref
+from ctypes import byref
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from lbllm_cli.activations import ActQuantizer
+from lbllm_cli.kernels.library import DTYPES, GROUP_MAX, Quantizer, Weights, library, pointer, quantizer_struct, supported
+from lbllm_cli.layers import PackedLinear
+from lbllm_cli.ops.binarize import LEVELS, decode, group_count
+
+# What the registered operator finds a unit by.
+_UNITS: "weakref.WeakValueDictionary[int, Unit]" = weakref.WeakValueDictionary()
+
+
+class Unit:
+    """q, k and v of a block, say: their weights below each other in the library's layout, and the quantizer of their input.
+
+    The linears' own codes are dropped; `canonical` gives them back, bit for bit.
+    """
+
+    def __init__(self, linears: list[PackedLinear], quantizer: ActQuantizer):
+        first = linears[0]
+        self.in_features, self.group_size = first.in_features, first.group_size
+        self.outs = [linear.out_features for linear in linears]
+        self.ends = list(accumulate(self.outs))
+        self.quantizer = quantizer
+        self.tiles = _repacked(linears)
+        biases = [torch.zeros(x.out_features) if x.bias is None else x.bias.detach().float() for x in linears]
+        self.bias = torch.cat(biases) if any(x.bias is not None for x in linears) else None
+        self._structs: tuple[Weights, Quantizer] | None = None
+        self._last: tuple[weakref.ref[Tensor], Tensor] | None = None
+        for slot, packed in enumerate(linears):
+            packed.repacked(self, slot)
+        _UNITS[id(self)] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_structs": None, "_last": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _UNITS[id(self)] = self
+
+    @property
+    def structs(self) -> tuple[Weights, Quantizer]:
+        """Weights and quantizer as the library reads them."""
+        if self._structs is None:
+            weights = Weights(pointer(self.tiles), pointer(self.bias), self.in_features, self.ends[-1], self.group_size)
+            self._structs = weights, quantizer_struct(self.quantizer)
+        return self._structs
+
+    def canonical(self, slot: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, levels and scales of a linear, as its checkpoint has them."""
+        out, groups = self.outs[slot], group_count(self.in_features, self.group_size)
+        weight = torch.empty(out, groups, self.group_size // 4, dtype=torch.uint8)
+        levels, scale = torch.empty(out, groups, LEVELS, dtype=torch.int8), torch.empty(out, groups, dtype=torch.float16)
+        library_ = _library()
+        parts = (pointer(tensor) for tensor in (weight, levels, scale))
+        library_.lbllm_unpack(byref(self.structs[0]), self.ends[slot] - out, out, *parts)
+        return weight, levels, scale
+
+    def output(self, slot: int, x: Tensor) -> Tensor:
+        """Output of one of the linears: [..., in] -> [..., out]."""
+        floats = x.dtype in DTYPES or x.dtype == torch.float16
+        learns = x.requires_grad and torch.is_grad_enabled()
+        if learns or not floats or x.device.type != "cpu" or not self.quantizer.enabled:
+            weight = decode(*self.canonical(slot), self.in_features).to(x.dtype)
+            bias = None if self.bias is None else self._part(self.bias, slot).to(x.dtype)
+            return linear(self.quantizer(x), weight, bias)
+        if torch.compiler.is_compiling():
+            return self._part(torch.ops.lbllm.linear(x, id(self), self.ends[-1]), slot)
+        # Linears of one input call in turn with the same tensor.
+        if self._last is None or self._last[0]() is not x:
+            self._last = (weakref.ref(x, self._forget), self.run(x))
+        return self._part(self._last[1], slot)
+
+    def run(self, x: Tensor) -> Tensor:
+        """Outputs of all linears beside each other: [..., in] -> [..., sum of out]."""
+        if x.dtype not in DTYPES:
+            return self.run(x.float()).to(x.dtype)
+        x = x.detach().contiguous()
+        y = x.new_empty(*x.shape[:-1], self.ends[-1])
+        weights, quantizer = self.structs
+        rows, threads = x.numel() // self.in_features, torch.get_num_threads()
+        _library().lbllm_linear(byref(weights), byref(quantizer), pointer(x), pointer(y), DTYPES[x.dtype], rows, threads)
+        return y
+
+    def _part(self, y: Tensor, slot: int) -> Tensor:
+        return y[..., self.ends[slot] - self.outs[slot] : self.ends[slot]]
+
+    def _forget(self, _: Any) -> None:
+        self._last = None
+
+
+def _library() -> Any:
+    lib = library()
+    assert lib is not None
+    return lib
+
+
+def _repacked(linears: list[PackedLinear]) -> Tensor:
+    first, lib = linears[0], _library()
+    weight, levels, scale = (torch.cat([getattr(x, part) for x in linears]) for part in ("weight", "levels", "scale"))
+    shape = (first.in_features, len(weight), first.group_size)
+    tiles = _aligned(int(lib.lbllm_tiles_bytes(*shape)))
+    parts = (pointer(tensor.contiguous()) for tensor in (weight, levels, scale))
+    lib.lbllm_pack(*parts, *shape, pointer(tiles), torch.get_num_threads())
+    return tiles
+
+
+def _aligned(size: int) -> Tensor:
+    """uint8 [size] whose first byte begins a cache line."""
+    whole = torch.empty(size + 64, dtype=torch.uint8)
+    start = -whole.data_ptr() % 64
+    return whole[start : start + size]
+
+
+def usable(linears: list[PackedLinear], quantizer: ActQuantizer) -> bool:
+    """Whether the library can run them."""
+    here = all(x.weight.device.type == "cpu" for x in linears)
+    steps = quantizer.size == linears[0].group_size or quantizer.size >= linears[0].in_features
+    return here and steps and linears[0].group_size <= GROUP_MAX and supported(quantizer)
+
+
+@torch.library.custom_op("lbllm::linear", mutates_args=())
+def _linear(x: Tensor, unit: int, out_features: int) -> Tensor:
+    return _UNITS[unit].run(x)
+
+
+@_linear.register_fake
+def _(x: Tensor, unit: int, out_features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
