@@ -189,10 +189,12 @@ def generate(
     read_config(folder)
     read_folder(folder)
     chosen = choose_device(device)
-    for piece in stream_text(folder, prompt, raw, max_new_tokens, temperature, seed, chosen, full_activations):
+    speed: list[str] = []
+    for piece in stream_text(folder, prompt, raw, max_new_tokens, temperature, seed, chosen, full_activations, speed.append):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
+    say(f"generate: {speed[0]}, {torch.get_num_threads()} threads")
 
 
 @torch.no_grad()

@@ -1,17 +1,20 @@
 """Text from a model that is whole in memory: `lbllm generate`, and calibration text for `generate:` sources."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
 
 from lbllm_cli import files, interrupt
+from lbllm_cli.errors import UsageError
 from lbllm_cli.model import SourceModel
 from lbllm_cli.recipe import Source
 
@@ -57,6 +60,28 @@ def cached_sample(model: SourceModel, tokenizer: Any, output: Path, item: Source
     return load_file(path)["input_ids"]
 
 
+class _TimedStreamer(TextIteratorStreamer):  # type: ignore[misc]
+    """Text as it comes, and when: the prompt is put first, as generation begins, then token by token."""
+
+    def __init__(self, tokenizer: Any, **options: Any):
+        super().__init__(tokenizer, **options)
+        self.prompt = 0
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        if not self.times:
+            self.prompt = value.numel()
+        self.times.append(time.perf_counter())
+        super().put(value)
+
+    def speed(self) -> str:
+        """One line; the first new token counts as the prompt's."""
+        start, first, last = self.times[0], self.times[1], self.times[-1]
+        decoded = len(self.times) - 2
+        line = f"prefill {self.prompt} tokens, {self.prompt / (first - start):.1f} tokens/s"
+        return line + (f"; decode {decoded} tokens, {decoded / (last - first):.1f} tokens/s" if decoded else "")
+
+
 def stream_text(
     folder: Path,
     prompt: str,
@@ -66,23 +91,27 @@ def stream_text(
     seed: int,
     device: torch.device,
     full_activations: bool,
+    report: Callable[[str], None],
 ) -> Iterator[str]:
     """Text of a packed or dense model folder, piece by piece.
 
     raw: continue the prompt as it is; otherwise the chat template is applied where there is one. full_activations: do not
-    quantize activations, keys and values.
+    quantize activations, keys and values. report: called at the end with a line about speed.
     """
     import lbllm_cli.hf  # registers the packed format
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        raise UsageError(f"{folder} cannot be loaded: {error}") from None
     lbllm_cli.hf.quantize_activations(model, not full_activations)
     if tokenizer.chat_template and not raw:
         chat = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = _TimedStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "streamer": streamer, "do_sample": temperature > 0}
     if temperature > 0:
         options |= {"temperature": temperature}
@@ -102,3 +131,4 @@ def stream_text(
     thread.join()
     if failure:
         raise failure[0]
+    report(streamer.speed())

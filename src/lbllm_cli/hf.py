@@ -6,6 +6,7 @@ variable LBLLM_KERNELS chooses among them (`kernels.library`).
 Without the import transformers fails on the shape of the packed weights; it never runs with random ones.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from lbllm_cli.kernels.unit import Unit, usable
 from lbllm_cli.kv_cache import keep_quantized
 from lbllm_cli.layers import PackedLinear
 from lbllm_cli.model import UNITS
+from lbllm_cli.packed_checks import check_files, check_values
 from lbllm_cli.stages.export import FORMAT_VERSION
 
 METHOD = "lbllm"
@@ -71,16 +73,11 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
                     owner, _, own = name.rpartition(".")
                     with torch.device("meta"):
                         layer.get_submodule(owner).add_module(own, layout.empty(name, width))
+        if paths := others.get("checkpoint_files"):
+            check_files(model, [Path(path) for path in paths])
 
     def _process_model_after_weight_loading(self, model: Any, **others: Any) -> nn.Module:
-        for name, module in model.named_modules():
-            if isinstance(module, PackedLinear):
-                if module.scale.is_meta or module.weight.is_meta:
-                    raise ValueError(f"{name} has no weights in this folder; export it again")
-                if not bool(torch.isfinite(module.scale).all()):
-                    raise ValueError(f"{name}.scale holds NaN or infinity; export it again")
-            if isinstance(module, ActQuantizer) and any(buffer.is_meta for buffer in module.buffers()):
-                raise ValueError(f"{name} has no tables in this folder; export it again")
+        check_values(model)
         self._handles: list[Any] = []
         if self.quantization_config.activations:
             self._handles.append(keep_quantized(model))

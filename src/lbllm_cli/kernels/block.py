@@ -97,7 +97,7 @@ class BlockStep:
         lib = library()
         assert lib is not None
         rows, tokens = x.shape[0], cache.get_seq_length()
-        cosine, sine = (t.to(x.dtype).expand(rows, 1, -1).contiguous() for t in angles)
+        cosine, sine = (_of_rows(t, rows, x.dtype) for t in angles)
         keys, values = cache.grown(1)
         added = None if mask is None else _added(mask, rows, tokens + 1)
         strides = (*keys.stride()[:2], *values.stride()[:2])
@@ -107,6 +107,12 @@ class BlockStep:
         addresses = map(pointer, (x, out, cosine, sine))
         lib.lbllm_block_step(byref(self.block), byref(view), *addresses, DTYPES[x.dtype], rows, torch.get_num_threads())
         return out
+
+
+def _of_rows(angles: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """cos or sin [rows or 1, 1, head_dim] for every row."""
+    fits = angles.shape[0] == rows and angles.dtype == dtype
+    return angles.contiguous() if fits else angles.to(dtype).expand(rows, 1, -1).contiguous()
 
 
 def _added(mask: Tensor, rows: int, tokens: int) -> Tensor:

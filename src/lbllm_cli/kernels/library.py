@@ -103,7 +103,7 @@ def library() -> Any | None:
     path = library_path()
     if path is None:
         if wanted != "auto":
-            raise ValueError(f"{VARIABLE}={wanted}: this installation has no compiled kernels; install it where a C++ compiler is")
+            raise ValueError(f"{VARIABLE}={wanted}: this installation has no compiled kernels; install it with a C++ compiler")
         _log.warning("this installation has no compiled kernels: packed models run in torch, many times slower")
         return None
     # torch is imported above: its libgomp is in the process already, and the library uses that one and its threads.
