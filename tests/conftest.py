@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -116,3 +117,14 @@ def ok(lbllm):
         return result
 
     return run
+
+
+@pytest.fixture
+def in_torch(monkeypatch) -> Iterator[None]:
+    """Packed models run in plain torch: bit for bit what the decoded weights give."""
+    from lbllm_cli.kernels.library import library
+
+    monkeypatch.setenv("LBLLM_KERNELS", "off")
+    library.cache_clear()
+    yield
+    library.cache_clear()

@@ -22,6 +22,8 @@ from lbllm_cli.stream import binarized_weights
 from lbllm_cli.text_sources import builtin_records
 
 CPU = torch.device("cpu")
+# Kernels add in another order than torch; here logits are compared bit for bit.
+pytestmark = pytest.mark.usefixtures("in_torch")
 
 
 def stage_model(folder: Path, run: Path) -> torch.nn.Module:

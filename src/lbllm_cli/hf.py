@@ -1,7 +1,7 @@
 """transformers plugin: `import lbllm_cli.hf`, then `AutoModelForCausalLM.from_pretrained` loads packed exports.
 
-On a CPU a model whose activations are quantized runs in the compiled kernels, where this installation has them; the environment
-variable LBLLM_KERNELS chooses among them (`kernels.library`).
+On a CPU the model runs in the compiled kernels, where this installation has them; the environment variable LBLLM_KERNELS chooses
+among them (`kernels.library`).
 
 Without the import transformers fails on the shape of the packed weights; it never runs with random ones.
 """
@@ -83,8 +83,8 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
             self._handles.append(keep_quantized(model))
             for layer in model.get_decoder().layers:
                 self._handles += attach(layer, {name: layer.get_submodule(name) for name in quantizer_widths(layer)})
-            if library() is not None:
-                _use_kernels(model)
+        if library() is not None:
+            _use_kernels(model, bool(self.quantization_config.activations))
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
@@ -115,15 +115,19 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
 
-def _use_kernels(model: Any) -> None:
-    """Hands linears, decode steps and the head over to the compiled kernels, where they can take them."""
+def _use_kernels(model: Any, quantized: bool) -> None:
+    """Hands linears, decode steps and the head over to the compiled kernels, where they can take them.
+
+    quantized: whether activations are.
+    """
     for layer in model.get_decoder().layers:
         units = []
         for names, name in zip(UNITS, INPUTS, strict=True):
-            linears, quantizer = [layer.get_submodule(linear) for linear in names], layer.get_submodule(name)
+            linears = [layer.get_submodule(linear) for linear in names]
+            quantizer = layer.get_submodule(name) if quantized else None
             if usable(linears, quantizer):
                 units.append(Unit(linears, quantizer))
-        if len(units) == len(UNITS) and steppable(layer):
+        if quantized and len(units) == len(UNITS) and steppable(layer):
             layer.forward = BlockStep(layer, units)
     head = model.get_output_embeddings()
     if type(head) is nn.Linear and head.bias is None:

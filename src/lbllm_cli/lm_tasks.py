@@ -172,20 +172,15 @@ def open_lm(folder: Path, dtype: torch.dtype, device: torch.device, batch_size: 
     """lm-eval's own model object for a folder, packed or not, loaded as its command line loads it."""
     from lm_eval.models.huggingface import HFLM
 
-    import lbllm_cli.hf  # registers the packed format
+    import lbllm_cli.hf  # noqa: F401 - packed folders
 
     name = str(dtype).removeprefix("torch.")
     with warnings.catch_warnings():
         # It reads a packed folder's quantization_config and passes it on, of which transformers then warns.
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-        lm = HFLM(
+        return HFLM(
             pretrained=str(folder), dtype=name, device=str(device), batch_size=batch_size, trust_remote_code=trust_remote_code
         )
-    packed = getattr(lm.model.config, "quantization_config", None)
-    if packed is not None and packed.quant_method == lbllm_cli.hf.METHOD and not packed.activations:
-        # Weights alone are quantized: decoded once they give the same numbers, and not in every one of hundreds of passes.
-        lm.model.dequantize()
-    return lm
 
 
 def run_task(lm: Any, task: Task, limit: float | None) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class BlockStep:
         """The block as the library reads it."""
         if self._block is None:
             weights = [unit.structs[0] for unit in self.units]
-            inputs = [unit.structs[1] for unit in self.units]
+            inputs: list[Any] = [unit.structs[1] for unit in self.units]
             cached: list[Any] = [self.layer.get_submodule(name) for name in (KEYS, VALUES)]
             quantizers = [reference(q) for q in (*inputs, *map(quantizer_struct, cached))]
             self._block = Block(*weights, *quantizers, *map(pointer, self.norms), **self.shape)
@@ -90,7 +90,7 @@ class BlockStep:
     def _runs(self, x: Tensor) -> bool:
         """One token per row, nothing switched off, nobody listening to what goes on inside."""
         fits = x.shape[1] == 1 and x.dtype in DTYPES and x.device.type == "cpu" and not torch.is_grad_enabled()
-        enabled = all(unit.quantizer.enabled for unit in self.units)
+        enabled = all(unit.quantizer is not None and unit.quantizer.enabled for unit in self.units)
         return fits and enabled and not any(module._forward_hooks for module in self.inner)
 
     def _step(self, x: Tensor, mask: Tensor | None, cache: RecordLayer, angles: tuple[Tensor, Tensor]) -> Tensor:

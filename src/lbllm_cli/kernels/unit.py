@@ -19,12 +19,12 @@ _UNITS: "weakref.WeakValueDictionary[int, Unit]" = weakref.WeakValueDictionary()
 
 
 class Unit:
-    """q, k and v of a block, say: their weights below each other in the library's layout, and the quantizer of their input.
+    """q, k and v of a block, say: their weights below each other in the library's layout, and their input's quantizer, if any.
 
     The linears' own codes are dropped; `canonical` gives them back, bit for bit.
     """
 
-    def __init__(self, linears: list[PackedLinear], quantizer: ActQuantizer):
+    def __init__(self, linears: list[PackedLinear], quantizer: ActQuantizer | None):
         first = linears[0]
         self.in_features, self.group_size = first.in_features, first.group_size
         self.outs = [linear.out_features for linear in linears]
@@ -33,8 +33,8 @@ class Unit:
         self.tiles = _repacked(linears)
         biases = [torch.zeros(x.out_features) if x.bias is None else x.bias.detach().float() for x in linears]
         self.bias = torch.cat(biases) if any(x.bias is not None for x in linears) else None
-        self._structs: tuple[Weights, Quantizer] | None = None
-        self._last: tuple[weakref.ref[Tensor], Tensor] | None = None
+        self._structs: tuple[Weights, Quantizer | None] | None = None
+        self._last: tuple[weakref.ref[Tensor], Tensor, bool] | None = None
         for slot, packed in enumerate(linears):
             packed.repacked(self, slot)
         _UNITS[id(self)] = self
@@ -47,11 +47,11 @@ class Unit:
         _UNITS[id(self)] = self
 
     @property
-    def structs(self) -> tuple[Weights, Quantizer]:
+    def structs(self) -> tuple[Weights, Quantizer | None]:
         """Weights and quantizer as the library reads them."""
         if self._structs is None:
             weights = Weights(pointer(self.tiles), pointer(self.bias), self.in_features, self.ends[-1], self.group_size)
-            self._structs = weights, quantizer_struct(self.quantizer)
+            self._structs = weights, None if self.quantizer is None else quantizer_struct(self.quantizer)
         return self._structs
 
     def canonical(self, slot: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,15 +68,16 @@ class Unit:
         """Output of one of the linears: [..., in] -> [..., out]."""
         floats = x.dtype in DTYPES or x.dtype == torch.float16
         learns = x.requires_grad and torch.is_grad_enabled()
-        if learns or not floats or x.device.type != "cpu" or not self.quantizer.enabled:
+        if learns or not floats or x.device.type != "cpu":
             weight = decode(*self.canonical(slot), self.in_features).to(x.dtype)
             bias = None if self.bias is None else self._part(self.bias, slot).to(x.dtype)
-            return linear(self.quantizer(x), weight, bias)
+            return linear(x if self.quantizer is None else self.quantizer(x), weight, bias)
         if torch.compiler.is_compiling():
             return self._part(torch.ops.lbllm.linear(x, id(self), self.ends[-1]), slot)
         # Linears of one input call in turn with the same tensor.
-        if self._last is None or self._last[0]() is not x:
-            self._last = (weakref.ref(x, self._forget), self.run(x))
+        enabled = self.quantizer is not None and self.quantizer.enabled
+        if self._last is None or self._last[0]() is not x or self._last[2] != enabled:
+            self._last = (weakref.ref(x, self._forget), self.run(x), enabled)
         return self._part(self._last[1], slot)
 
     def run(self, x: Tensor) -> Tensor:
@@ -85,9 +86,11 @@ class Unit:
             return self.run(x.float()).to(x.dtype)
         x = x.detach().contiguous()
         y = x.new_empty(*x.shape[:-1], self.ends[-1])
-        weights, quantizer = self.structs
+        weights, struct = self.structs
+        # Switched off, a quantizer leaves inputs in full precision: so does the library then.
+        quantizer = None if struct is None or self.quantizer is None or not self.quantizer.enabled else byref(struct)
         rows, threads = x.numel() // self.in_features, torch.get_num_threads()
-        _library().lbllm_linear(byref(weights), byref(quantizer), pointer(x), pointer(y), DTYPES[x.dtype], rows, threads)
+        _library().lbllm_linear(byref(weights), quantizer, pointer(x), pointer(y), DTYPES[x.dtype], rows, threads)
         return y
 
     def _part(self, y: Tensor, slot: int) -> Tensor:
@@ -120,11 +123,12 @@ def _aligned(size: int) -> Tensor:
     return whole[start : start + size]
 
 
-def usable(linears: list[PackedLinear], quantizer: ActQuantizer) -> bool:
+def usable(linears: list[PackedLinear], quantizer: ActQuantizer | None) -> bool:
     """Whether the library can run them."""
-    here = all(x.weight.device.type == "cpu" for x in linears)
-    steps = quantizer.size == linears[0].group_size or quantizer.size >= linears[0].in_features
-    return here and steps and linears[0].group_size <= GROUP_MAX and supported(quantizer)
+    here = all(x.weight.device.type == "cpu" for x in linears) and linears[0].group_size <= GROUP_MAX
+    if quantizer is None or not here:
+        return here
+    return supported(quantizer) and (quantizer.size == linears[0].group_size or quantizer.size >= linears[0].in_features)
 
 
 @torch.library.custom_op("lbllm::linear", mutates_args=())

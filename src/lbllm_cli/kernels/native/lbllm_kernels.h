@@ -72,6 +72,7 @@ LBLLM_EXPORT void lbllm_unpack(const lbllm_weights* weights, int32_t first, int3
 LBLLM_EXPORT void lbllm_quantize(const lbllm_quantizer* quantizer, const void* x, int32_t dtype, int64_t rows, int32_t width,
                                  uint8_t* places, float* steps, int32_t* zeros);
 // y [rows, out] = quantized x [rows, in] times the weights. A step per weight group, or one per row (quantizer->size >= in).
+// quantizer NULL: x as it is, in float32 arithmetic.
 LBLLM_EXPORT void lbllm_linear(const lbllm_weights* weights, const lbllm_quantizer* quantizer, const void* x, void* y,
                                int32_t dtype, int64_t rows, int32_t threads);
 // One new token per row through a block: hidden [rows, hidden] in and out, cosine and sine [rows, head_dim] of its position.

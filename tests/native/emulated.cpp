@@ -1,0 +1,36 @@
+// In the place of dispatch.cpp: the ABI with one tier, EMULATED, which runs on any processor with AVX2.
+#include <string.h>
+
+#include "tier.h"
+
+static const lbllm::Tier& tier = lbllm::EMULATED;
+
+int32_t lbllm_abi(void) { return 1; }
+const char* lbllm_tier(void) { return tier.name; }
+
+int32_t lbllm_choose_tier(const char* name) {
+    const bool runs = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return runs && strcmp(name, tier.name) == 0 ? 0 : -1;
+}
+
+void lbllm_quantize(const lbllm_quantizer* quantizer, const void* x, int32_t dtype, int64_t rows, int32_t width, uint8_t* places,
+                    float* steps, int32_t* zeros) {
+    tier.quantize(quantizer, x, dtype, rows, width, places, steps, zeros);
+}
+
+void lbllm_linear(const lbllm_weights* weights, const lbllm_quantizer* quantizer, const void* x, void* y, int32_t dtype,
+                  int64_t rows, int32_t threads) {
+    tier.linear(weights, quantizer, x, y, dtype, rows, threads);
+}
+
+void lbllm_block_step(const lbllm_block* block, const lbllm_cache* cache, const void* in, void* out, const void* cosine,
+                      const void* sine, int32_t dtype, int64_t rows, int32_t threads) {
+    tier.block_step(block, cache, in, out, cosine, sine, dtype, rows, threads);
+}
+
+void lbllm_head(const uint16_t* weight, const void* x, void* y, int32_t in_features, int64_t out_features, int32_t dtype,
+                int64_t rows, int32_t threads) {
+    tier.head(weight, x, y, in_features, out_features, dtype, rows, threads);
+}
+
+uint64_t lbllm_read(const uint8_t* data, int64_t bytes, int32_t threads) { return tier.read(data, bytes, threads); }
