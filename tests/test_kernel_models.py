@@ -257,7 +257,7 @@ def test_the_cache_grows_beyond_its_first_room(llama):
     model, plain = both(llama)
     tokens = ids(2, 290)
     _, cache = steps(model, tokens[:, :270], 250)
-    room = cache.layers[0]._rooms[0]
+    room = cache.layers[0]._key_room
     assert room is not None
     assert room.shape[2] > 270
     # A pass of several tokens in between, by torch.

@@ -69,13 +69,13 @@ class _Records:
 
 def _grown(kept: Tensor, room: Tensor | None, tokens: int) -> tuple[Tensor, Tensor]:
     """`kept` [rows, heads, n, bytes] with `tokens` more behind it, and the larger tensor that it is the beginning of."""
-    rows, heads, held, size = kept.shape
-    begins = room is not None and (kept.data_ptr(), kept.stride()) == (room.data_ptr(), room.stride())
+    rows, held = kept.shape[0], kept.shape[2]
+    begins = room is not None and kept.data_ptr() == room.data_ptr() and kept.stride() == room.stride()
     if room is None or not begins or room.shape[0] != rows or room.shape[2] < held + tokens:
         # Half as much again: to copy everything for each token costs as much as the attention over it.
-        room = kept.new_empty(rows, heads, max(256, held + tokens + held // 2), size)
+        room = kept.new_empty(rows, kept.shape[1], max(256, held + tokens + held // 2), kept.shape[3])
         room[:, :, :held] = kept
-    return room[:, :, : held + tokens], room
+    return room.narrow(2, 0, held + tokens), room
 
 
 class RecordLayer(_Records, DynamicLayer):  # type: ignore[misc]
@@ -87,13 +87,13 @@ class RecordLayer(_Records, DynamicLayer):  # type: ignore[misc]
     def __init__(self, keys_by: ActQuantizer, values_by: ActQuantizer):
         super().__init__()
         self.keys_by, self.values_by = keys_by, values_by
-        self._rooms: list[Tensor | None] = [None, None]
+        self._key_room: Tensor | None = None
+        self._value_room: Tensor | None = None
 
     def grown(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Counts `tokens` more as kept, whose records the caller writes: all records, uint8 [rows, heads, tokens, bytes]."""
-        (self.keys, self._rooms[0]), (self.values, self._rooms[1]) = (
-            _grown(kept, room, tokens) for kept, room in zip((self.keys, self.values), self._rooms, strict=True)
-        )
+        self.keys, self._key_room = _grown(self.keys, self._key_room, tokens)
+        self.values, self._value_room = _grown(self.values, self._value_room, tokens)
         return self.keys, self.values
 
 

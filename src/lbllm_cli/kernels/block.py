@@ -38,22 +38,24 @@ class BlockStep:
             "kv_heads": units[0].outs[1] // int(attention.head_dim),
             "intermediate": units[3].in_features,
         }
-        self.inner = [module for name, module in found.items() if name]
-        self._block: Block | None = None
+        self.quantizers = [unit.quantizer for unit in units]
+        self.hooks = [module._forward_hooks for name, module in found.items() if name]
+        self._block: tuple[Block, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_block": None}
 
     @property
-    def block(self) -> Block:
-        """The block as the library reads it."""
+    def reference(self) -> Any:
+        """The block as the library reads it, by reference."""
         if self._block is None:
             weights = [unit.structs[0] for unit in self.units]
             inputs: list[Any] = [unit.structs[1] for unit in self.units]
             cached: list[Any] = [self.layer.get_submodule(name) for name in (KEYS, VALUES)]
             quantizers = [reference(q) for q in (*inputs, *map(quantizer_struct, cached))]
-            self._block = Block(*weights, *quantizers, *map(pointer, self.norms), **self.shape)
-        return self._block
+            block = Block(*weights, *quantizers, *map(pointer, self.norms), **self.shape)
+            self._block = block, byref(block)
+        return self._block[1]
 
     def __call__(
         self,
@@ -90,8 +92,8 @@ class BlockStep:
     def _runs(self, x: Tensor) -> bool:
         """One token per row, nothing switched off, nobody listening to what goes on inside."""
         fits = x.shape[1] == 1 and x.dtype in DTYPES and x.device.type == "cpu" and not torch.is_grad_enabled()
-        enabled = all(unit.quantizer is not None and unit.quantizer.enabled for unit in self.units)
-        return fits and enabled and not any(module._forward_hooks for module in self.inner)
+        enabled = all([quantizer is not None and quantizer.enabled for quantizer in self.quantizers])
+        return fits and enabled and not any(self.hooks)
 
     def _step(self, x: Tensor, mask: Tensor | None, cache: RecordLayer, angles: tuple[Tensor, Tensor]) -> Tensor:
         lib = library()
@@ -101,11 +103,11 @@ class BlockStep:
         keys, values = cache.grown(1)
         added = None if mask is None else _added(mask, rows, tokens + 1)
         strides = (*keys.stride()[:2], *values.stride()[:2])
-        view = CacheView(pointer(keys), pointer(values), *strides, tokens, pointer(added))
+        view = CacheView(keys.data_ptr(), values.data_ptr(), *strides, tokens, pointer(added))
         x = x.contiguous()
         out = torch.empty_like(x)
-        addresses = map(pointer, (x, out, cosine, sine))
-        lib.lbllm_block_step(byref(self.block), byref(view), *addresses, DTYPES[x.dtype], rows, torch.get_num_threads())
+        addresses = (x.data_ptr(), out.data_ptr(), cosine.data_ptr(), sine.data_ptr())
+        lib.lbllm_block_step(self.reference, byref(view), *addresses, DTYPES[x.dtype], rows, torch.get_num_threads())
         return out
 
 

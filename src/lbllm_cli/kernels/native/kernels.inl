@@ -11,14 +11,22 @@ constexpr int64_t kWeightsPerThread = 1 << 17;  // of a linear, times rows
 constexpr int64_t kValuesPerThread = 1 << 11;   // of a quantizer
 constexpr int64_t kBlockRows = 128;             // rows whose sums stay in a core's cache
 constexpr int kAhead = 2048;                    // bytes of weights that are asked for before they are needed: a tenth faster on cold ones
+constexpr int kHeadAhead = 2048;                // weights of the head, likewise
 constexpr int kDecodeFrom = 4;                  // rows from which decoding a group once pays
 
 inline float reciprocal(float step) { return step > kSmallestStep ? 1.0f / step : 0.0f; }
 
-inline v8f places_of(const float* x, v8f inverse, v8f zero, v8f top) {
-    // Held near the lattice first: `rounded` is right for small numbers only, and what is not finite must have a place too.
-    const v8f near = minimum(maximum(load<v8f>(x) * inverse, all(-256.0f)), all(256.0f));
-    return minimum(maximum(rounded(near) + zero, all(0.0f)), top);
+// Lattice places 0..top of eight values. What is not a number gets place 0.
+inline v8i places_of(const float* x, float inverse, int zero, int top) {
+#if defined(__AVX2__)
+    const __m256i place = _mm256_add_epi32(_mm256_cvtps_epi32((__m256)(load<v8f>(x) * all(inverse))), _mm256_set1_epi32(zero));
+    return (v8i)_mm256_min_epi32(_mm256_max_epi32(place, _mm256_setzero_si256()), _mm256_set1_epi32(top));
+#else
+    // Held near the lattice first: `rounded` is right for small numbers only.
+    const v8f near = minimum(maximum(load<v8f>(x) * all(inverse), all(-256.0f)), all(256.0f));
+    const v8f place = rounded(near) + all(static_cast<float>(zero));
+    return to_int(minimum(maximum(place, all(0.0f)), all(static_cast<float>(top))));
+#endif
 }
 
 struct Fit {
@@ -42,11 +50,10 @@ inline Fit fit_step(const float* x, const int8_t* lattice, int n) {
     return {step, sum(error)};
 }
 
-inline void nearest(const float* x, int n, float inverse, float zero, const int8_t* table, int top, int8_t* lattice) {
+inline void nearest(const float* x, int n, float inverse, int zero, const int8_t* table, int top, int8_t* lattice) {
     for (int i = 0; i < n; i += 32) {
         v8i place[4];
-        for (int k = 0; k < 4; k++)
-            place[k] = to_int(places_of(x + i + 8 * k, all(inverse), all(zero), all(static_cast<float>(top))));
+        for (int k = 0; k < 4; k++) place[k] = places_of(x + i + 8 * k, inverse, zero, top);
         look_up(table, top, place, lattice + i);
     }
 }
@@ -61,10 +68,10 @@ struct Group {
 inline Group quantize_uniform(const lbllm_quantizer& q, const float* x, int n, float high, float low, int8_t* lattice) {
     const float down = low * q.clip[0][1], top = static_cast<float>(q.top[0]);
     const float inverse = reciprocal((high * q.clip[0][0] + down) / top);
-    const float zero = minimum(maximum(rounded(all(down * inverse)), all(0.0f)), all(top))[0];
+    const int zero = static_cast<int>(minimum(maximum(rounded(all(down * inverse)), all(0.0f)), all(top))[0]);
     nearest(x, n, inverse, zero, q.lattice[0], q.top[0], lattice);
-    for (int i = 0; i < n; i++) lattice[i] = static_cast<int8_t>(lattice[i] - static_cast<int>(zero));
-    return {lattice, fit_step(x, lattice, n).step, static_cast<int>(zero), 0};
+    for (int i = 0; i < n; i++) lattice[i] = static_cast<int8_t>(lattice[i] - zero);
+    return {lattice, fit_step(x, lattice, n).step, zero, 0};
 }
 
 // Quantizes n values, a multiple of 32 with zeros behind a ragged end. lattice: room for 2 n.
@@ -84,7 +91,7 @@ inline Group quantize_group(const lbllm_quantizer& q, const float* x, int n, int
         float reach = above > 0.0f ? high * (q.clip[t][0] / above) : 0.0f;
         if (below > 0.0f) reach = larger(reach, low * (q.clip[t][1] / below));
         for (const float share : kShares) {
-            nearest(x, n, reciprocal(reach * share), below, q.lattice[t], q.top[t], tried);
+            nearest(x, n, reciprocal(reach * share), q.zero[t], q.lattice[t], q.top[t], tried);
             const Fit fit = fit_step(x, tried, n);
             if (best.lattice && !(fit.error < least)) continue;
             best = {tried, fit.step, q.zero[t], t};
@@ -340,6 +347,23 @@ inline void even_odd(const float* x, int n, float* to) {
     for (int i = 0; i < n; i++) to[i / 16 * 16 + (i % 2) * 8 + i % 16 / 2] = x[i];
 }
 
+constexpr int kHeadRows = 4;
+
+// Products of rows of weights with one input, n columns in the order of even_odd.
+inline void head_rows(const uint16_t* const w[kHeadRows], const float* x, int n, float total[kHeadRows]) {
+    v8f even[kHeadRows] = {}, odd[kHeadRows] = {};
+    for (int c = 0; c < n; c += 16) {
+        const v8f a = load<v8f>(x + c), b = load<v8f>(x + c + 8);
+        for (int i = 0; i < kHeadRows; i++) {
+            __builtin_prefetch(w[i] + c + kHeadAhead);
+            const v8u pairs = load<v8u>(w[i] + c);
+            even[i] = fused(even_floats(pairs), a, even[i]);
+            odd[i] = fused(odd_floats(pairs), b, odd[i]);
+        }
+    }
+    for (int i = 0; i < kHeadRows; i++) total[i] = sum(even[i] + odd[i]);
+}
+
 void head(const uint16_t* weight, const void* x, void* y, int32_t in_features, int64_t out_features, int32_t dtype, int64_t rows,
           int32_t threads) {
     const int whole = in_features / 16 * 16;
@@ -351,18 +375,16 @@ void head(const uint16_t* weight, const void* x, void* y, int32_t in_features, i
     threads = useful_threads(threads, in_features * out_features, kWeightsPerThread);
     (void)threads;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t r = 0; r < out_features; r++) {
-        const uint16_t* w = weight + r * in_features;
+    for (int64_t r = 0; r < out_features; r += kHeadRows) {
+        const int n = static_cast<int>(smaller<int64_t>(kHeadRows, out_features - r));
+        const uint16_t* w[kHeadRows];
+        for (int i = 0; i < kHeadRows; i++) w[i] = weight + (r + smaller(i, n - 1)) * in_features;
         for (int64_t m = 0; m < rows; m++) {
-            v8f a = {}, b = {};
-            for (int i = 0; i < whole; i += 16) {
-                const v8u pairs = load<v8u>(w + i);
-                a = fused(even_floats(pairs), load<v8f>(ordered + m * in_features + i), a);
-                b = fused(odd_floats(pairs), load<v8f>(ordered + m * in_features + i + 8), b);
-            }
-            float total = sum(a + b);
-            for (int i = whole; i < in_features; i++) total += from_bfloat16(w[i]) * values[m * in_features + i];
-            write_floats(&total, 1, y, dtype, m * out_features + r);
+            float total[8] = {};
+            head_rows(w, ordered + m * in_features, whole, total);
+            for (int i = 0; i < n; i++)
+                for (int c = whole; c < in_features; c++) total[i] += from_bfloat16(w[i][c]) * values[m * in_features + c];
+            write_floats(total, n, y, dtype, m * out_features + r);
         }
     }
 }

@@ -44,8 +44,23 @@ inline void store(void* to, V v) {
 }
 
 inline v8f all(float x) { return v8f{x, x, x, x, x, x, x, x}; }
-inline v8f maximum(v8f a, v8f b) { return a > b ? a : b; }
-inline v8f minimum(v8f a, v8f b) { return a < b ? a : b; }
+
+// b where either is not a number: what the instruction does.
+inline v8f maximum(v8f a, v8f b) {
+#if defined(__AVX2__)
+    return (v8f)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+inline v8f minimum(v8f a, v8f b) {
+#if defined(__AVX2__)
+    return (v8f)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return a < b ? a : b;
+#endif
+}
 
 // a * b + c, rounded once where the tier can.
 inline v8f fused(v8f a, v8f b, v8f c) {
@@ -66,6 +81,11 @@ inline v8f to_float(v8i x) { return __builtin_convertvector(x, v8f); }
 inline v8i to_int(v8f x) { return __builtin_convertvector(x, v8i); }
 
 inline float sum(v8f x) {
+#if defined(__AVX2__)
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+#endif
     const float a = (x[0] + x[4]) + (x[2] + x[6]), b = (x[1] + x[5]) + (x[3] + x[7]);
     return a + b;
 }
