@@ -92,7 +92,7 @@ class BlockStep:
     def _runs(self, x: Tensor) -> bool:
         """One token per row, nothing switched off, nobody listening to what goes on inside."""
         fits = x.shape[1] == 1 and x.dtype in DTYPES and x.device.type == "cpu" and not torch.is_grad_enabled()
-        enabled = all([quantizer is not None and quantizer.enabled for quantizer in self.quantizers])
+        enabled = all(quantizer is not None and quantizer.enabled for quantizer in self.quantizers)
         return fits and enabled and not any(self.hooks)
 
     def _step(self, x: Tensor, mask: Tensor | None, cache: RecordLayer, angles: tuple[Tensor, Tensor]) -> Tensor:
