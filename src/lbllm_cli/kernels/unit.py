@@ -126,8 +126,8 @@ def _repacked(linears: list[PackedLinear]) -> Tensor:
 def _page_out(tensor: Tensor) -> None:
     """Lets go of the memory of a tensor that is not needed any more, where the system can (Linux).
 
-    Loaders map files, and an embedding that is used as it lies in the file keeps all of it mapped: the codes of SmolLM2-135M stayed
-    resident beside their repacked form, 35 of 167 MB.
+    Loaders map files, and an embedding that is used as it lies in the file keeps all of it mapped: the codes of SmolLM2-135M
+    stayed resident beside their repacked form, 35 of 167 MB.
     """
     if sys.platform != "linux":
         return
