@@ -1,8 +1,8 @@
-// Dot products on 256-bit vectors: two rows by 16 columns. A byte shuffle looks up levels. Its index is a nibble, two codes: one table
-// of a row has the levels by the lower code, another by the upper one, so that one mask serves two lookups.
+// Dot products on 256-bit vectors: two rows by 16 columns. A byte shuffle looks up levels. Its index is a nibble, two codes: one
+// table of a row has the levels by the lower code, another by the upper one, so that one mask serves two lookups.
 //
-// maddubs adds two products of at most 127 * 127 in int16, which never saturates. kSafe is the number of such sums that still fit in
-// int16: 4 for T <= 31, 2 for T <= 63, else 1. Nearly all fitted quantizers stay below 63; it saves a sixth of the instructions.
+// maddubs adds two products of at most 127 * 127 in int16, which never saturates. kSafe is the number of such sums that still fit
+// in int16: 4 for T <= 31, 2 for T <= 63, else 1. Nearly all fitted quantizers stay below 63.
 
 namespace {
 
@@ -59,8 +59,8 @@ inline __m256i multiply_add(__m256i acc, const __m256i x[4], const __m256i w[4])
 #endif
 }
 
-// Dot products of 8 rows (in the order of scales) with one input, straight from the codes. Two rows after the other, with the number of chunks known where it
-// can be: with all rows side by side accumulators spill, and it takes 1.3 times as long.
+// Dot products of 8 rows (in the order of scales) with one input, straight from the codes. Two rows after the other, with the number
+// of chunks known where it can be: with all rows side by side accumulators spill, and it takes a tenth longer.
 template <int kSafe, int kChunks>
 inline v8i dots(const uint8_t* codes, const int8_t* levels, const uint8_t* x, int chunks) {
     Tables table[4];

@@ -57,7 +57,8 @@ inline void dots_decoded(const int8_t* w, const uint8_t* x, int64_t stride, int 
         const v8h x0 = wide(x + u * 16), x1 = wide(x + u * 16 + 8);
         for (int row = 0; row < 8; row++) total[row] += products(x0, x1, w + row * 16);
     }
-    for (int row = 0; row < 8; row++) out[0][lbllm::place_of(row)] = (total[row][0] + total[row][1]) + (total[row][2] + total[row][3]);
+    for (int row = 0; row < 8; row++)
+        out[0][lbllm::place_of(row)] = (total[row][0] + total[row][1]) + (total[row][2] + total[row][3]);
 }
 
 // Dot products of 8 rows with one input, straight from the codes.

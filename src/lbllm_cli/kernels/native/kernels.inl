@@ -1,5 +1,5 @@
-// Quantizer, linear and head. Floats are added in one order per tier, so that a row's result depends neither on the other rows nor on
-// the number of threads.
+// Quantizer, linear and head. Floats are added in one order per tier, so that a row's result depends neither on the other rows nor
+// on the number of threads.
 
 namespace {
 
@@ -10,7 +10,7 @@ constexpr float kShares[2] = {1.0f, 0.88f};     // ops/actquant.py
 constexpr int64_t kWeightsPerThread = 1 << 17;  // of a linear, times rows
 constexpr int64_t kValuesPerThread = 1 << 11;   // of a quantizer
 constexpr int64_t kBlockRows = 128;             // rows whose sums stay in a core's cache
-constexpr int kAhead = 2048;                    // bytes of weights that are asked for before they are needed: a tenth faster on cold ones
+constexpr int kAhead = 2048;                    // bytes of weights asked for before they are needed: a tenth faster on cold ones
 constexpr int kHeadAhead = 2048;                // weights of the head, likewise
 constexpr int kDecodeFrom = 4;                  // rows from which decoding a group once pays
 
@@ -175,8 +175,8 @@ inline v8f add_group(v8f y, v8i dot, const uint8_t* record, float step, float ze
     return fused(exact, halves(record) * all(step), y);
 }
 
-// Eight outputs of few rows, each group's codes looked up anew for each: they stay in the nearest cache. kChunks: of a group that is
-// not the last; 0: any number.
+// Eight outputs of few rows, each group's codes looked up anew for each: they stay in the nearest cache. kChunks: of a group that
+// is not the last; 0: any number.
 template <int kSafe, int kChunks>
 void tile_few(const Layout& l, const uint8_t* record, const Quantized& x, int64_t first, int64_t count, v8f* y) {
     for (int64_t m = 0; m < count; m++) y[m] = v8f{};
@@ -296,7 +296,8 @@ void linear_full(const lbllm_weights& w, const void* x, void* y, int dtype, int6
     float* in = memory.of(rows * l.groups * l.input);
     fill(in, in + rows * l.groups * l.input, 0.0f);
     for (int64_t m = 0; m < rows; m++)
-        for (int g = 0; g < l.groups; g++) read_floats(x, dtype, m * l.in + g * l.group, l.columns(g), in + (g * rows + m) * l.input);
+        for (int g = 0; g < l.groups; g++)
+            read_floats(x, dtype, m * l.in + g * l.group, l.columns(g), in + (g * rows + m) * l.input);
     threads = useful_threads(threads, static_cast<int64_t>(w.in_features) * w.out_features * rows, kWeightsPerThread);
     (void)threads;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)

@@ -2,8 +2,8 @@
 //
 // record: scale float16 [8], sum of levels int16 [8], levels int8 [8][4], codes [chunks][8][16]
 //
-// Scales and sums come in the order of rows 0 2 4 6 1 3 5 7: two rows share a vector of products, one in each 128-bit half, and sums
-// within halves leave four such vectors in this order.
+// Scales and sums come in the order of rows 0 2 4 6 1 3 5 7: two rows share a vector of products, one in each 128-bit half, and
+// sums within halves leave four such vectors in this order.
 //
 // A chunk is 64 columns. Byte j of a row's 16 holds the codes of columns j, 16 + j, 32 + j and 48 + j of the chunk, the first in the
 // low bits: four shifts and masks give four vectors of consecutive columns. A row fills a 128-bit lane, so that a byte shuffle

@@ -44,7 +44,8 @@ LBLLM_EXPORT void lbllm_pack(const uint8_t* weight, const int8_t* levels, const 
         for (int g = 0; g < groups; g++)
             for (int row = 0; row < kRows && t * kRows + row < out_features; row++) {
                 const int64_t at = (t * kRows + row) * groups + g;
-                pack_row(l, g, row, weight + at * bytes, levels + at * kLevels, scale[at], tile + static_cast<int64_t>(g) * l.record);
+                uint8_t* record = tile + static_cast<int64_t>(g) * l.record;
+                pack_row(l, g, row, weight + at * bytes, levels + at * kLevels, scale[at], record);
             }
     }
 }

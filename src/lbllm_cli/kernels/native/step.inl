@@ -150,7 +150,8 @@ struct Part {
 constexpr int64_t kTokensPerThread = 64;  // of the cache, times its heads
 
 // query: [rows][heads * head_dim], rotated. out: the same shape.
-void attend(const lbllm_block* b, const lbllm_cache* cache, const float* query, int64_t query_stride, int64_t rows, float* out, int threads) {
+void attend(const lbllm_block* b, const lbllm_cache* cache, const float* query, int64_t query_stride, int64_t rows, float* out,
+            int threads) {
     static thread_local Scratch<float> memory;
     const Records keys(b->keys, b->head_dim), values(b->values, b->head_dim);
     const int64_t tokens = cache->tokens + 1, heads = rows * b->kv_heads;

@@ -119,13 +119,15 @@ inline v8f bytes(const int8_t* from) {
 // table[index] of 32 indices in 0..top, top <= 127, to int8 [32].
 inline void look_up(const int8_t* table, int top, const v8i index[4], int8_t* out) {
 #if defined(__AVX2__)
-    const __m256i low = _mm256_packs_epi32((__m256i)index[0], (__m256i)index[1]), high = _mm256_packs_epi32((__m256i)index[2], (__m256i)index[3]);
+    const __m256i low = _mm256_packs_epi32((__m256i)index[0], (__m256i)index[1]);
+    const __m256i high = _mm256_packs_epi32((__m256i)index[2], (__m256i)index[3]);
     const __m256i order = _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0);
     const __m256i at = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
     __m256i found = _mm256_setzero_si256();
     for (int part = 0; part <= top; part += 16) {
         // An index of this part keeps bit 7 clear; of any other a shuffle makes zero. Four shuffles replace 32 loads of a gather.
-        const __m256i inside = _mm256_adds_epu8(_mm256_xor_si256(at, _mm256_set1_epi8(static_cast<char>(part))), _mm256_set1_epi8(0x70));
+        const __m256i place = _mm256_xor_si256(at, _mm256_set1_epi8(static_cast<char>(part)));
+        const __m256i inside = _mm256_adds_epu8(place, _mm256_set1_epi8(0x70));
         const __m256i entries = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table + part)));
         found = _mm256_or_si256(found, _mm256_shuffle_epi8(entries, inside));
     }
@@ -141,7 +143,7 @@ inline v8f halves(const uint8_t* from) {
 #if defined(__F16C__)
     return (v8f)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #else
-    // Exponent and fraction moved into a float32's place, times 2^112: right for subnormals too. Scales are finite and not negative.
+    // Exponent and fraction moved into a float32's place, times 2^112: right for subnormals too. Scales are finite, not negative.
     uint16_t bits[8];
     memcpy(bits, from, sizeof bits);
     v8u wide;
