@@ -17,7 +17,8 @@ from lbllm_cli.kernels.library import DTYPES, GROUP_MAX, Quantizer, Weights, lib
 from lbllm_cli.layers import PackedLinear
 from lbllm_cli.ops.binarize import LEVELS, decode, group_count
 
-_MADV_PAGEOUT = 21
+_MADV_HUGEPAGE, _MADV_PAGEOUT = 14, 21
+_HUGE = 1 << 21
 # What the registered operator finds a unit by.
 _UNITS: "weakref.WeakValueDictionary[int, Unit]" = weakref.WeakValueDictionary()
 
@@ -124,25 +125,32 @@ def _repacked(linears: list[PackedLinear]) -> Tensor:
 
 
 def _page_out(tensor: Tensor) -> None:
-    """Lets go of the memory of a tensor that is not needed any more, where the system can (Linux).
+    """Lets go of the memory of a tensor that is not needed any more, where the system can.
 
     Loaders map files, and an embedding that is used as it lies in the file keeps all of it mapped: the codes of SmolLM2-135M
-    stayed resident beside their repacked form, 35 of 167 MB.
+    stayed resident beside their repacked form, 35 of 167 MB. Unlike MADV_DONTNEED it loses nothing, whatever the memory is.
     """
-    if sys.platform != "linux":
-        return
     page = mmap.PAGESIZE
     first, end = -(-tensor.data_ptr() // page) * page, (tensor.data_ptr() + tensor.nbytes) // page * page
-    if end > first:
-        # Unlike MADV_DONTNEED it loses nothing, whatever kind of memory this is. An older kernel refuses, and nothing changes.
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_PAGEOUT)
+    _advise(first, end - first, _MADV_PAGEOUT)
 
 
 def _aligned(size: int) -> Tensor:
-    """uint8 [size] whose first byte begins a cache line."""
-    whole = torch.empty(size + 64, dtype=torch.uint8)
-    start = -whole.data_ptr() % 64
+    """uint8 [size] on large pages where the system has them, or at least from the beginning of a cache line.
+
+    On small ones prefetching stops every 4 KiB: 2 to 9 % of the time of a linear with cold weights.
+    """
+    unit = _HUGE if size >= _HUGE else 64
+    whole = torch.empty(size + unit, dtype=torch.uint8)
+    start = -whole.data_ptr() % unit
+    _advise(whole.data_ptr() + start, size // _HUGE * _HUGE, _MADV_HUGEPAGE)
     return whole[start : start + size]
+
+
+def _advise(address: int, size: int, advice: int) -> None:
+    """madvise on Linux. A system that does not know the advice refuses, and nothing changes."""
+    if sys.platform == "linux" and size:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), advice)
 
 
 def usable(linears: list[PackedLinear], quantizer: ActQuantizer | None) -> bool:
