@@ -47,7 +47,7 @@ import lbllm_cli.hf  # noqa: F401  registers the packed format
 from lbllm_cli import files
 from lbllm_cli.activations import ActivationFormat, ActQuantizer, quantizer_widths
 from lbllm_cli.kernels.library import DTYPES, TIERS, Weights, library, pointer, quantizer_struct, tier
-from lbllm_cli.kernels.unit import Unit, _aligned
+from lbllm_cli.kernels.unit import Unit, aligned
 from lbllm_cli.layers import PackedLinear
 from lbllm_cli.model import LINEARS
 from lbllm_cli.ops.actfit import Shape, tables_of
@@ -198,7 +198,7 @@ def packed_walks(bench: Bench, inputs: int, outputs: int, x: Tensor, threads: in
         tiles = Unit([packed], ActQuantizer(tables_of(TABLES), group_size)).tiles
         stride = -(-len(tiles) // 64) * 64
         count = bench.copies(len(tiles))
-        room = _aligned(count * stride).view(count, stride)
+        room = aligned(count * stride).view(count, stride)
         room[:, : len(tiles)] = tiles
         weights = [Weights(pointer(row), None, inputs, outputs, group_size) for row in room]
         for granularity in GRANULARITIES:

@@ -1,6 +1,7 @@
 """The command line itself: help, version, dry runs, progress, streams of output."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -118,6 +119,7 @@ def test_generate_is_deterministic_at_temperature_zero(ok, recipe, tmp_path):
     ok("export", "--recipe", recipe)
     command = ("generate", "--model", tmp_path / "run" / "export", "--prompt", "the", "--max-new-tokens", "6")
     assert ok(*command).stdout == ok(*command).stdout
+    assert re.search(r"prefill \d+ tokens, [\d.]+ tokens/s; decode 5 tokens, [\d.]+ tokens/s, \d+ threads", ok(*command).stderr)
     assert ok(*command, "--temperature", "1", "--seed", "1").stdout == ok(*command, "--temperature", "1", "--seed", "1").stdout
 
 

@@ -115,7 +115,7 @@ def _repacked(linears: list[PackedLinear]) -> Tensor:
     first, lib = linears[0], _library()
     weight, levels, scale = (torch.cat([getattr(x, part) for x in linears]) for part in ("weight", "levels", "scale"))
     shape = (first.in_features, len(weight), first.group_size)
-    tiles = _aligned(int(lib.lbllm_tiles_bytes(*shape)))
+    tiles = aligned(int(lib.lbllm_tiles_bytes(*shape)))
     parts = [tensor.contiguous() for tensor in (weight, levels, scale)]
     lib.lbllm_pack(*map(pointer, parts), *shape, pointer(tiles), torch.get_num_threads())
     for packed in linears:
@@ -135,7 +135,7 @@ def _page_out(tensor: Tensor) -> None:
     _advise(first, end - first, _MADV_PAGEOUT)
 
 
-def _aligned(size: int) -> Tensor:
+def aligned(size: int) -> Tensor:
     """uint8 [size] on large pages where the system has them, or at least from the beginning of a cache line.
 
     On small ones prefetching stops every 4 KiB: 2 to 9 % of the time of a linear with cold weights.
