@@ -313,7 +313,7 @@ def test_parents(lbllm, run, tmp_path):
     assert "lbllm ptq --recipe" in refused(lbllm, folder, "act-calib", "--recipe", recipe, "act_calib.parent=ptq")
 
 
-def test_generate_runs_activations_in_full_precision_when_told_to(ok, lbllm, run, tmp_path, monkeypatch):
+def test_generate_runs_activations_in_full_precision_when_told_to(ok, run, in_torch, tmp_path, monkeypatch):
     ok("act-calib", "--recipe", run(epochs=0))
     ok("export", "--recipe", run(epochs=0))
     assert "W(1+1)A4KV4" in (tmp_path / "run" / "export" / "README.md").read_text()
