@@ -9,7 +9,7 @@ int32_t lbllm_abi(void) { return 1; }
 const char* lbllm_tier(void) { return tier.name; }
 
 int32_t lbllm_choose_tier(const char* name) {
-    const bool runs = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool runs = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     return runs && strcmp(name, tier.name) == 0 ? 0 : -1;
 }
 

@@ -1,11 +1,28 @@
 // Chooses a tier when the library is loaded; the functions of the ABI that depend on it.
 #include <string.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "tier.h"
 
 namespace {
 
 using lbllm::Tier;
+
+#if defined(__x86_64__)
+// Asked of the processor: not every gcc and clang knows these two by name.
+bool has_f16c() {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && c >> 29 & 1;
+}
+
+[[maybe_unused]] bool has_avxvnni() {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 4 & 1;
+}
+#endif
 
 // What this CPU can run, best first.
 int available(const Tier* tiers[4]) {
@@ -17,9 +34,9 @@ int available(const Tier* tiers[4]) {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma"))
         tiers[n++] = &lbllm::tier_avx512;
 #endif
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 #if defined(LBLLM_HAVE_AVXVNNI)
-    if (avx2 && __builtin_cpu_supports("avxvnni")) tiers[n++] = &lbllm::tier_avxvnni;
+    if (avx2 && has_avxvnni()) tiers[n++] = &lbllm::tier_avxvnni;
 #endif
 #if defined(LBLLM_HAVE_AVX2)
     if (avx2) tiers[n++] = &lbllm::tier_avx2;

@@ -119,13 +119,15 @@ struct Part {
         }
         const int wide = 2 + values.floats();
         for (int h = 0; h < shared(); h++) soften(scores + h * room, tokens, out + h * wide);
-        const uint8_t* value = cache->values + row * cache->value_row_stride + head * cache->value_head_stride + first * values.size_of();
+        const uint8_t* value = cache->values + row * cache->value_row_stride + head * cache->value_head_stride;
+        value += first * values.size_of();
         for (int64_t t = 0; t < tokens; t++, value += values.size_of()) {
             values.read(value, decoded);
             for (int h = 0; h < shared(); h++) {
                 const v8f weight = all(scores[h * room + t]);
                 float* to = out + h * wide + 2;
-                for (int i = 0; i < values.floats(); i += 8) store(to + i, fused(weight, load<v8f>(decoded + i), load<v8f>(to + i)));
+                for (int i = 0; i < values.floats(); i += 8)
+                    store(to + i, fused(weight, load<v8f>(decoded + i), load<v8f>(to + i)));
             }
         }
     }
@@ -169,7 +171,8 @@ void attend(const lbllm_block* b, const lbllm_cache* cache, const float* query, 
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t task = 0; task < heads * used; task++) {
         const int64_t h = task / used, part = task % used;
-        const Part work{b, cache, h / b->kv_heads, static_cast<int>(h % b->kv_heads), part * length, smaller(tokens, (part + 1) * length)};
+        const int64_t last = smaller(tokens, (part + 1) * length);
+        const Part work{b, cache, h / b->kv_heads, static_cast<int>(h % b->kv_heads), part * length, last};
         work.run(ordered + h * shared * keys.floats(), results + task * shared * wide);
     }
     for (int64_t h = 0; h < heads * shared; h++) {
@@ -187,15 +190,6 @@ void attend(const lbllm_block* b, const lbllm_cache* cache, const float* query, 
     }
 }
 
-// Quantizes rows of floats and multiplies them.
-void project(const lbllm_weights& w, const lbllm_quantizer& q, const float* x, int64_t rows, float* y, int threads) {
-    const Layout l(w.in_features, w.out_features, w.group_size);
-    Quantized quantized;
-    quantized.prepare(l, rows);
-    quantize_rows(q, l, x, LBLLM_FLOAT32, quantized, threads);
-    apply(w, q, quantized, y, LBLLM_FLOAT32, threads);
-}
-
 // Norms and rotates queries and keys of one row in place, and writes its key and value to the cache.
 void place_row(const lbllm_block* b, const lbllm_cache* cache, int64_t row, float* qkv, const float* cosine, const float* sine) {
     const int d = b->head_dim;
@@ -207,7 +201,8 @@ void place_row(const lbllm_block* b, const lbllm_cache* cache, int64_t row, floa
     }
     for (int h = 0; h < b->kv_heads; h++) {
         uint8_t* key = cache->keys + row * cache->key_row_stride + h * cache->key_head_stride + cache->tokens * keys.size_of();
-        uint8_t* value = cache->values + row * cache->value_row_stride + h * cache->value_head_stride + cache->tokens * values.size_of();
+        uint8_t* value = cache->values + row * cache->value_row_stride + h * cache->value_head_stride;
+        value += cache->tokens * values.size_of();
         keys.write(qkv + (b->heads + h) * d, key);
         values.write(qkv + (b->heads + b->kv_heads + h) * d, value);
     }
@@ -238,15 +233,15 @@ void block_step(const lbllm_block* b, const lbllm_cache* cache, const void* in, 
     read_floats(cosine, dtype, 0, static_cast<int>(rows * d), angles);
     read_floats(sine, dtype, 0, static_cast<int>(rows * d), angles + rows * d);
     for (int64_t m = 0; m < rows; m++) rms_norm(stream + m * h, b->attention_norm, b->epsilon, b->hidden, normed + m * h);
-    project(b->qkv, *b->qkv_input, normed, rows, qkv, threads);
+    project(b->qkv, b->qkv_input, normed, qkv, LBLLM_FLOAT32, rows, threads);
     for (int64_t m = 0; m < rows; m++) place_row(b, cache, m, qkv + m * wide, angles + m * d, angles + (rows + m) * d);
     attend(b, cache, qkv, wide, rows, mixed, threads);
-    project(b->o, *b->o_input, mixed, rows, normed, threads);
+    project(b->o, b->o_input, mixed, normed, LBLLM_FLOAT32, rows, threads);
     for (int64_t i = 0; i < rows * h; i++) stream[i] += normed[i];
     for (int64_t m = 0; m < rows; m++) rms_norm(stream + m * h, b->mlp_norm, b->epsilon, b->hidden, normed + m * h);
-    project(b->gate_up, *b->gate_up_input, normed, rows, gate_up, threads);
+    project(b->gate_up, b->gate_up_input, normed, gate_up, LBLLM_FLOAT32, rows, threads);
     for (int64_t m = 0; m < rows; m++) gated(gate_up + m * 2 * b->intermediate, b->intermediate, inner + m * b->intermediate);
-    project(b->down, *b->down_input, inner, rows, normed, threads);
+    project(b->down, b->down_input, inner, normed, LBLLM_FLOAT32, rows, threads);
     for (int64_t i = 0; i < rows * h; i++) stream[i] += normed[i];
     write_floats(stream, static_cast<int>(rows * h), out, dtype, 0);
 }

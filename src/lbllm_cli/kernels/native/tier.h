@@ -1,4 +1,4 @@
-// One instruction set's kernels. Every tier compiles kernels.inl with its own flags and its own dot products (dots_*.inl).
+// One instruction set's kernels. Every tier compiles the same kernels with its own flags and its own dot products (dots_*.inl).
 #pragma once
 #include "lbllm_kernels.h"
 

@@ -1,7 +1,9 @@
 // AVX2, FMA and F16C.
 #include "vectors.inl"
 #include "dots_avx2.inl"
-#include "kernels.inl"
+#include "quantize.inl"
+#include "linear.inl"
+#include "head.inl"
 #include "step.inl"
 
 namespace lbllm {

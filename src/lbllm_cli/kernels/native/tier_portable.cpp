@@ -1,7 +1,9 @@
 // Any processor.
 #include "vectors.inl"
 #include "dots_portable.inl"
-#include "kernels.inl"
+#include "quantize.inl"
+#include "linear.inl"
+#include "head.inl"
 #include "step.inl"
 
 namespace lbllm {

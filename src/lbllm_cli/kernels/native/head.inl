@@ -1,0 +1,76 @@
+// The head, and plain reading of memory to compare with.
+
+namespace {
+
+constexpr int kHeadAhead = 2048;  // bytes of weights asked for before they are needed
+
+// Two vectors of bfloat16 weights at even and odd places: as floats, without a shuffle.
+inline v8f even_floats(v8u pairs) { return (v8f)(pairs << 16); }
+inline v8f odd_floats(v8u pairs) { return (v8f)(pairs & 0xffff0000u); }
+
+// Floats in the order that even_floats and odd_floats leave, n a multiple of 16.
+inline void even_odd(const float* x, int n, float* to) {
+    for (int i = 0; i < n; i++) to[i / 16 * 16 + (i % 2) * 8 + i % 16 / 2] = x[i];
+}
+
+constexpr int kHeadRows = 4;
+
+// Products of rows of weights with one input, n columns in the order of even_odd.
+inline void head_rows(const uint16_t* const w[kHeadRows], const float* x, int n, float total[kHeadRows]) {
+    v8f even[kHeadRows] = {}, odd[kHeadRows] = {};
+    for (int c = 0; c < n; c += 16) {
+        const v8f a = load<v8f>(x + c), b = load<v8f>(x + c + 8);
+        for (int i = 0; i < kHeadRows; i++) {
+            __builtin_prefetch(w[i] + c + kHeadAhead);
+            const v8u pairs = load<v8u>(w[i] + c);
+            even[i] = fused(even_floats(pairs), a, even[i]);
+            odd[i] = fused(odd_floats(pairs), b, odd[i]);
+        }
+    }
+    for (int i = 0; i < kHeadRows; i++) total[i] = sum(even[i] + odd[i]);
+}
+
+void head(const uint16_t* weight, const void* x, void* y, int32_t in_features, int64_t out_features, int32_t dtype, int64_t rows,
+          int32_t threads) {
+    const int whole = in_features / 16 * 16;
+    Scratch<float> memory;
+    float* values = memory.of(rows * 2 * in_features);
+    float* ordered = values + rows * in_features;
+    read_floats(x, dtype, 0, static_cast<int>(rows * in_features), values);
+    for (int64_t m = 0; m < rows; m++) even_odd(values + m * in_features, whole, ordered + m * in_features);
+    threads = useful_threads(threads, in_features * out_features, kWeightsPerThread);
+    (void)threads;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t r = 0; r < out_features; r += kHeadRows) {
+        const int n = static_cast<int>(smaller<int64_t>(kHeadRows, out_features - r));
+        const uint16_t* w[kHeadRows];
+        for (int i = 0; i < kHeadRows; i++) w[i] = weight + (r + smaller(i, n - 1)) * in_features;
+        for (int64_t m = 0; m < rows; m++) {
+            float total[8] = {};
+            head_rows(w, ordered + m * in_features, whole, total);
+            for (int i = 0; i < n; i++)
+                for (int c = whole; c < in_features; c++) total[i] += from_bfloat16(w[i][c]) * values[m * in_features + c];
+            write_floats(total, n, y, dtype, m * out_features + r);
+        }
+    }
+}
+
+uint64_t read(const uint8_t* data, int64_t bytes, int32_t threads) {
+    uint64_t total = 0;
+    (void)threads;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : total)
+    for (int64_t at = 0; at < bytes / 4096; at++) {
+        v8u a = {}, b = {}, c = {}, d = {};
+        for (const uint8_t* p = data + at * 4096; p < data + at * 4096 + 4096; p += 128) {
+            a += load<v8u>(p);
+            b += load<v8u>(p + 32);
+            c += load<v8u>(p + 64);
+            d += load<v8u>(p + 96);
+        }
+        const v8u all_of = (a + b) + (c + d);
+        for (int i = 0; i < 8; i++) total += all_of[i];
+    }
+    return total;
+}
+
+}  // namespace
