@@ -245,9 +245,7 @@ def licence_text(source: Source, packages: Path) -> str:
 def write_notice(projects: dict[str, list[Document]], packages: Path) -> None:
     """The table of sources, and each licence once under the copyright lines it covers."""
     rows = ["# Sources of the text in this folder, and of the tasks that quote it (`../tasks`)\n"]
-    rows.append(
-        "Made by `scripts/build_text.py`: paragraphs of prose; whitespace, quotes and dashes made plain.\n"
-    )
+    rows.append("Made by `scripts/build_text.py`: paragraphs of prose; whitespace, quotes and dashes made plain.\n")
     head = "| Part | Style | Project | Debian 12 package | Version | Licence | Copyright | Characters |"
     rows.append(head + "\n" + "|---" * 8 + "|")
     licences: dict[str, tuple[str, list[str]]] = {}

@@ -89,9 +89,7 @@ def load_tokenizer(path: Path, metadata: dict[str, Any], max_length: int | None)
     backend = tokenizer.backend_tokenizer
     byte_level = isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel)
     if byte_level and metadata.get("tokenizer.ggml.pre") in DIGIT_SPLIT_PRE_TOKENIZERS:
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
-        )
+        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer])
     return tokenizer
 
 

@@ -8,6 +8,7 @@ from conftest import save_toy, write_recipe
 from transformers import AutoModelForCausalLM
 
 import lbllm_cli.hf  # noqa: F401 - packed folders
+from lbllm_cli.kernels.library import VARIABLE, library
 from lbllm_cli.recipe_file import load_recipe
 from lbllm_cli.stages import evaluate as evaluation
 
@@ -105,6 +106,24 @@ def test_a_model_whose_predictions_overflow_is_named(lbllm, tmp_path):
     result = lbllm("eval", "--recipe", write_recipe(tmp_path / "r.yaml", folder, tmp_path / "run"))
     assert result.exit_code == 1
     assert "base: a prediction on novels is NaN" in result.stderr
+
+
+def test_kernels_that_are_not_here_are_refused_before_anything_is_measured(finished, lbllm, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "fastest")
+    library.cache_clear()
+    result = lbllm("eval", "--recipe", finished, "eval.checkpoints=[base, export]")
+    library.cache_clear()
+    assert result.exit_code == 2
+    assert "LBLLM_KERNELS=fastest: expected auto" in result.stderr
+    assert not (finished.parent / "run" / "eval").exists()
+
+
+def test_an_export_that_cannot_be_loaded(finished, lbllm, tmp_path):
+    config = tmp_path / "run/export/config.json"
+    config.write_text(config.read_text().replace('"format_version": 1', '"format_version": 9'))
+    result = lbllm("eval", "--recipe", finished, "eval.checkpoints=[export]")
+    assert result.exit_code == 2
+    assert "export cannot be loaded: packed format_version 9" in result.stderr
 
 
 def test_export_must_be_there_to_be_measured(lbllm, recipe):

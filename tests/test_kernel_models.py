@@ -280,12 +280,13 @@ def test_one_row_of_a_batch_decodes_as_it_does_alone(llama):
         assert difference(alone, together[row : row + 1]) < TIPPED
 
 
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
 @torch.no_grad()
-def test_hooks_inside_a_block_are_called_in_decode_too(llama):
+def test_hooks_inside_a_block_are_called_in_decode_too(llama, register):
     model, tokens = load(llama), ids(1, 21)
     cache = model(tokens[:, :20]).past_key_values
     seen = []
-    handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(1))
+    handle = getattr(model.model.layers[1].mlp, register)(lambda *_: seen.append(1))
     hooked = model(tokens[:, 20:], past_key_values=copy.deepcopy(cache)).logits
     assert seen == [1]
     handle.remove()

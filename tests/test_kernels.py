@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from lbllm_cli.activations import ActQuantizer, stored_clip
+from lbllm_cli.errors import UsageError
 from lbllm_cli.kernels import library as kernels
 from lbllm_cli.kernels.head import ROWS_MAX, HeadLinear
 from lbllm_cli.kernels.library import DTYPES, TIERS, VARIABLE, library, pointer, quantizer_struct, tier
@@ -395,7 +396,7 @@ def test_the_variable_chooses_a_tier(monkeypatch):
     assert chosen(monkeypatch, "off") is None
     assert tier(chosen(monkeypatch, "portable")) == "portable"
     assert chosen(monkeypatch, "") is not None
-    with pytest.raises(ValueError, match="LBLLM_KERNELS=fastest: expected auto, off, or one of portable, avx2, avxvnni, avx512"):
+    with pytest.raises(UsageError, match="LBLLM_KERNELS=fastest: expected auto, off, or one of portable, avx2, avxvnni, avx512"):
         chosen(monkeypatch, "fastest")
 
 
@@ -405,7 +406,7 @@ def test_a_tier_that_is_not_here_is_refused(monkeypatch):
     lib.lbllm_choose_tier(b"portable")
     if not missing:
         pytest.skip("this CPU has every tier")
-    with pytest.raises(ValueError, match=f"LBLLM_KERNELS={missing[0]}: not in this build, or not supported by this CPU"):
+    with pytest.raises(UsageError, match=f"LBLLM_KERNELS={missing[0]}: not in this build, or not supported by this CPU"):
         chosen(monkeypatch, missing[0])
 
 
@@ -417,14 +418,14 @@ def test_without_a_library_one_warning_says_so(monkeypatch, caplog):
         assert library() is None
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "no compiled kernels" in caplog.text
-    with pytest.raises(ValueError, match="LBLLM_KERNELS=avx2: this installation has no compiled kernels"):
+    with pytest.raises(UsageError, match="LBLLM_KERNELS=avx2: this installation has no compiled kernels"):
         chosen(monkeypatch, "avx2")
     assert chosen(monkeypatch, "off") is None
 
 
 def test_a_library_of_another_abi_is_refused(monkeypatch):
     monkeypatch.setattr(kernels, "ABI", 99)
-    with pytest.raises(ValueError, match="expected 99; install lbllm-cli again"):
+    with pytest.raises(UsageError, match="expected 99; install lbllm-cli again"):
         chosen(monkeypatch, "auto")
 
 

@@ -41,9 +41,7 @@ def of_the_command_line(code: str, model: Path, task: Path, output: Path) -> dic
     arguments = ["--model", "hf", "--model_args", f"pretrained={model},dtype=float32", "--tasks", task.stem, "--device", "cpu"]
     arguments += ["--include_path", str(task.parent), "--batch_size", "8", "--output_path", str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    subprocess.run(
-        [sys.executable, "-c", code, *arguments], check=True, capture_output=True, cwd=task.parent, env=environment
-    )
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, cwd=task.parent, env=environment)
     (found,) = output.rglob("results_*.json")
     return json.loads(found.read_text())["results"][task.stem]
 

@@ -16,6 +16,7 @@ from lbllm_cli.activations import format_of
 from lbllm_cli.checkpoint import Checkpoint, complete_stages, locked
 from lbllm_cli.commands import announce, open_checkpoint, say
 from lbllm_cli.errors import LbllmError, RunError, UsageError
+from lbllm_cli.kernels.library import library
 from lbllm_cli.measurements import Measurements
 from lbllm_cli.prepare import Plan
 from lbllm_cli.recipe import Recipe
@@ -36,6 +37,7 @@ def evaluate(recipe: Recipe, dry_run: bool, as_json: bool, force: bool) -> None:
     need = forecast.eval_need(recipe, plan.model, {name: tokens.shape[0] for name, tokens in sets.items()}, len(checkpoints))
     if tasks or EXPORT in checkpoints:
         need = forecast.whole_model_need(recipe, plan.model, need)
+        library()  # what LBLLM_KERNELS asks for is refused now, not after the perplexities
     announce(need, plan)
     if dry_run:
         counts = [f"{name} {tokens.shape[0]} x {tokens.shape[1]}" for name, tokens in sets.items()]

@@ -8,14 +8,13 @@ from threading import Thread
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
 
 from lbllm_cli import files, interrupt
-from lbllm_cli.errors import UsageError
 from lbllm_cli.model import SourceModel
+from lbllm_cli.packed_checks import refusing
 from lbllm_cli.recipe import Source
 
 # Sequences sampled together: their keys and values lie in memory beside the whole model.
@@ -101,10 +100,8 @@ def stream_text(
     import lbllm_cli.hf  # registers the packed format
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
-    except (ValueError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"{folder} cannot be loaded: {error}") from None
+    with refusing(folder):
+        model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device}).eval()
     lbllm_cli.hf.quantize_activations(model, not full_activations)
     if tokenizer.chat_template and not raw:
         chat = [{"role": "user", "content": prompt}]

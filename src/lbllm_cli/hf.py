@@ -83,7 +83,8 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
             self._handles.append(keep_quantized(model))
             for layer in model.get_decoder().layers:
                 self._handles += attach(layer, {name: layer.get_submodule(name) for name in quantizer_widths(layer)})
-        if library() is not None:
+        on_cpu = all(module.weight.device.type == "cpu" for module in model.modules() if isinstance(module, PackedLinear))
+        if on_cpu and library() is not None:
             _use_kernels(model, bool(self.quantization_config.activations))
         return model
 

@@ -22,6 +22,7 @@ import torch
 from lbllm_cli import files
 from lbllm_cli.checkpoint import fingerprint
 from lbllm_cli.errors import UsageError
+from lbllm_cli.packed_checks import refusing
 
 BUILTIN = "builtin:"
 # Groups of tasks as papers on low-bit models report them, with the examples in context that they use.
@@ -169,13 +170,16 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def open_lm(folder: Path, dtype: torch.dtype, device: torch.device, batch_size: int, trust_remote_code: bool) -> Any:
-    """lm-eval's own model object for a folder, packed or not, loaded as its command line loads it."""
+    """lm-eval's own model object for a folder, packed or not, loaded as its command line loads it.
+
+    Raises UsageError for a folder that cannot be loaded.
+    """
     from lm_eval.models.huggingface import HFLM
 
     import lbllm_cli.hf  # noqa: F401 - packed folders
 
     name = str(dtype).removeprefix("torch.")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), refusing(folder):
         # It reads a packed folder's quantization_config and passes it on, of which transformers then warns.
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")
         return HFLM(

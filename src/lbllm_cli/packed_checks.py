@@ -1,13 +1,16 @@
 """What a packed folder must hold before anything computes with it: kernels trust shapes and tables."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from lbllm_cli.activations import ActQuantizer
+from lbllm_cli.errors import UsageError
 from lbllm_cli.layers import PackedLinear
 from lbllm_cli.ops.actquant import LATTICE_MAX
 from lbllm_cli.source import read_header
@@ -32,6 +35,17 @@ def check_files(model: nn.Module, paths: list[Path]) -> None:
             got = "nothing" if entry is None else f"{entry.dtype} {entry.shape}"
             if entry is None or (entry.dtype, entry.shape) != expected:
                 raise ValueError(f"{name}.{part}: expected {expected[0]} {expected[1]}, got {got}; export it again")
+
+
+@contextmanager
+def refusing(folder: Path) -> Iterator[None]:
+    """Around loading a model folder: raises UsageError that names the folder where it cannot be loaded."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        raise UsageError(f"{folder} cannot be loaded: {error}") from None
 
 
 def check_values(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lbllm_cli.activations import ActQuantizer
+from lbllm_cli.errors import UsageError
 from lbllm_cli.kernels.location import library_path
 from lbllm_cli.ops.actquant import LATTICE_MAX, snap_table
 
@@ -92,18 +93,18 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 def library() -> Any | None:
     """The library with the tier that LBLLM_KERNELS asks for, or None: linears then run in torch, which one log line says.
 
-    LBLLM_KERNELS: `auto` (the best tier of this CPU), the name of a tier, or `off`. Raises ValueError for anything else, for a
+    LBLLM_KERNELS: `auto` (the best tier of this CPU), the name of a tier, or `off`. Raises UsageError for anything else, for a
     tier that this CPU or this build does not have, and for a library of another ABI.
     """
     wanted = os.environ.get(VARIABLE, "auto") or "auto"
     if wanted not in ("auto", "off", *TIERS):
-        raise ValueError(f"{VARIABLE}={wanted}: expected auto, off, or one of {', '.join(TIERS)}")
+        raise UsageError(f"{VARIABLE}={wanted}: expected auto, off, or one of {', '.join(TIERS)}")
     if wanted == "off":
         return None
     path = library_path()
     if path is None:
         if wanted != "auto":
-            raise ValueError(f"{VARIABLE}={wanted}: this installation has no compiled kernels; install it with a C++ compiler")
+            raise UsageError(f"{VARIABLE}={wanted}: this installation has no compiled kernels; install it with a C++ compiler")
         _log.warning("this installation has no compiled kernels: packed models run in torch, many times slower")
         return None
     # torch is imported above: its libgomp is in the process already, and the library uses that one and its threads.
@@ -112,9 +113,9 @@ def library() -> Any | None:
         function = getattr(found, name)
         function.restype, function.argtypes = result, arguments
     if found.lbllm_abi() != ABI:
-        raise ValueError(f"{path} has ABI {found.lbllm_abi()}, expected {ABI}; install lbllm-cli again")
+        raise UsageError(f"{path} has ABI {found.lbllm_abi()}, expected {ABI}; install lbllm-cli again")
     if wanted != "auto" and found.lbllm_choose_tier(wanted.encode()):
-        raise ValueError(f"{VARIABLE}={wanted}: not in this build, or not supported by this CPU; here: {tier(found)}")
+        raise UsageError(f"{VARIABLE}={wanted}: not in this build, or not supported by this CPU; here: {tier(found)}")
     return found
 
 

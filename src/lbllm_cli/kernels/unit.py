@@ -113,13 +113,12 @@ def _library() -> Any:
 
 def _repacked(linears: list[PackedLinear]) -> Tensor:
     first, lib = linears[0], _library()
-    weight, levels, scale = (torch.cat([getattr(x, part) for x in linears]) for part in ("weight", "levels", "scale"))
-    shape = (first.in_features, len(weight), first.group_size)
+    parts = [torch.cat(tensors) for tensors in zip(*(x.canonical() for x in linears), strict=True)]
+    shape = (first.in_features, len(parts[0]), first.group_size)
     tiles = aligned(int(lib.lbllm_tiles_bytes(*shape)))
-    parts = [tensor.contiguous() for tensor in (weight, levels, scale)]
     lib.lbllm_pack(*map(pointer, parts), *shape, pointer(tiles), torch.get_num_threads())
     for packed in linears:
-        for tensor in (packed.weight, packed.levels, packed.scale):
+        for tensor in packed.canonical():
             _page_out(tensor)
     return tiles
 
