@@ -24,13 +24,13 @@ from lbllm_cli.activations import (
     attach,
     read_quantizers,
 )
+from lbllm_cli.block_training import Trainer
 from lbllm_cli.checkpoint import Checkpoint
 from lbllm_cli.model import LINEARS, UNITS, block_prefix, open_model
 from lbllm_cli.ops.actquant import split_groups
 from lbllm_cli.recipe import Model
 from lbllm_cli.stages.act_calib import activation_format, fitted, sample_inputs
 from lbllm_cli.stream import stored_block
-from lbllm_cli.training import Trainer
 
 CPU = torch.device("cpu")
 MORE = "data.training.sequences=64"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lbllm_cli.recipe import Distill
+from lbllm_cli.recipe_training import Distill
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_distill.py"
 # accelerate is what would import psutil. transformers cannot do without yaml, so there it is lbllm's one user of yaml.

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lbllm_cli import data, text_sources
 from lbllm_cli.errors import UsageError
-from lbllm_cli.recipe import EvaluationSet, Source, TokenSet
+from lbllm_cli.recipe import EvaluationSet, TokenSet
+from lbllm_cli.recipe_base import Source
 from lbllm_cli.text_sources import PRESETS, STYLES, builtin_records
 
 SENTENCE = "the river bank note seven under table glass moves slowly between old stones and we measured its height again"
@@ -59,7 +60,7 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 def _calibrate(sources: list[Source], tokenizer: Any, sequences: int, length: int, seed: int = 0, **more: Any) -> Tensor:
     spec = TokenSet(source=sources, sequences=sequences, length=length, bos=more.pop("bos", False))
     sampler = more.pop("sampler", lambda *_: pytest.fail("nothing is to be sampled"))
-    return data.calibration_tokens(spec, tokenizer, more.pop("vocab", VOCAB), seed, sampler, "calibration")
+    return data.training_tokens(spec, tokenizer, more.pop("vocab", VOCAB), seed, sampler, "data.calibration", **more)
 
 
 def _evaluate(sources: list[Source], tokenizer: Any, length: int = 8, segments: int | None = None, **more: Any) -> Tensor:

@@ -13,11 +13,12 @@ from test_bad_input import refused
 from test_resume import hashes
 
 from lbllm_cli import interrupt, training
+from lbllm_cli.block_training import Trainer
 from lbllm_cli.checkpoint import Checkpoint, TrainingState
 from lbllm_cli.errors import Interrupted
 from lbllm_cli.model import LINEARS, block_prefix
 from lbllm_cli.ops.binarize import decode
-from lbllm_cli.training import Trainer, rate_factor
+from lbllm_cli.training import rate_factor
 
 # Enough text for training to pay; the recipe's own 9 sequences are for what is about something else.
 MORE = "data.training.sequences=160"
@@ -221,13 +222,13 @@ def test_only_what_is_named_is_trained(ok, run, tmp_path, train):
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(ok, lbllm, run, tmp_path, monkeypatch):
-    real, calls = Trainer._loss, []
+    real, calls = Trainer.loss, []
 
-    def sometimes(self, outputs, targets):
+    def sometimes(self, piece):
         calls.append(1)
-        return real(self, outputs, targets) * (float("nan") if len(calls) % 3 == 0 else 1)
+        return real(self, piece) * (float("nan") if len(calls) % 3 == 0 else 1)
 
-    monkeypatch.setattr(Trainer, "_loss", sometimes)
+    monkeypatch.setattr(Trainer, "loss", sometimes)
     ok("distill", "--recipe", run())
     record = events(tmp_path / "run" / "distill")[0]
     assert record["skipped"] == 2  # 8 steps of one micro-batch each: the third and the sixth

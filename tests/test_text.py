@@ -5,7 +5,7 @@ from importlib.resources import files
 
 import pytest
 
-from lbllm_cli.recipe import Source
+from lbllm_cli.recipe_base import Source
 from lbllm_cli.text_sources import PARTS, STYLES, builtin_records, documents
 
 CHARACTERS_PER_TOKEN = 4.5

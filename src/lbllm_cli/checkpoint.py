@@ -27,7 +27,14 @@ from lbllm_cli.source import TensorEntry, read_header
 MANIFEST = "lbllm_stage.json"
 PROGRESS = "progress.json"
 FORMAT_VERSION = 1
-STAGES = ("ptq", "distill", "act-calib")
+STAGES = ("ptq", "distill", "distill-e2e", "act-calib", "act-calib-e2e")
+# Tensors outside the blocks that a stage has changed; a stage that changes none has no such file.
+OUTER = "outer.safetensors"
+
+
+def command_of(stage: str) -> str:
+    """The command that makes a stage: "distill-e2e" -> "distill"."""
+    return stage.removesuffix("-e2e")
 
 
 def fingerprint(inputs: dict[str, Any]) -> str:
@@ -89,14 +96,14 @@ class Checkpoint:
         if not file.exists():
             partial = (output / f"{stage}.partial" / PROGRESS).exists()
             state = "interrupted" if partial else "not there"
-            raise UsageError(f"the {stage} checkpoint in {output} is {state}; run: lbllm {stage} --recipe ...")
+            raise UsageError(f"the {stage} checkpoint in {output} is {state}; run: lbllm {command_of(stage)} --recipe ...")
         try:
             self.manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             self.inputs: dict[str, Any] = self.manifest["inputs"]
             self.hashes: dict[str, str] = self.manifest["files"]
             version = self.manifest["format_version"]
         except (ValueError, KeyError, TypeError):
-            raise UsageError(f"{file} is damaged; run: lbllm {stage} --recipe ... --force") from None
+            raise UsageError(f"{file} is damaged; run: lbllm {command_of(stage)} --recipe ... --force") from None
         if version != FORMAT_VERSION:
             raise UsageError(f"{file} has format_version {version}, this lbllm reads {FORMAT_VERSION}; update lbllm")
 
@@ -128,13 +135,20 @@ class Checkpoint:
         if got != expected:
             raise UsageError(
                 f"{file} was changed since the stage finished (expected sha256 {expected[:12]}, got {got[:12]}); "
-                f"run: lbllm {self.stage} --recipe ... --force"
+                f"run: lbllm {command_of(self.stage)} --recipe ... --force"
             )
 
     def read_block(self, index: int) -> dict[str, Tensor]:
         """Tensors of a block, after comparing the file's hash."""
         self._verify(block_file(index), self.hashes[block_file(index)])
         return load_file(self.block_path(index))
+
+    def read_outer(self) -> dict[str, Tensor]:
+        """Tensors outside the blocks that are not the source model's; {} where all are."""
+        if OUTER not in self.hashes:
+            return {}
+        self._verify(OUTER, self.hashes[OUTER])
+        return load_file(self.path / OUTER)
 
     def entries(self) -> dict[str, TensorEntry]:
         """Entries of all blocks' tensors, from the headers."""
@@ -205,7 +219,7 @@ class StageWriter:
     @property
     def blocks_done(self) -> int:
         """Committed blocks, always the first ones."""
-        return len(self.hashes)
+        return len(self.hashes.keys() - {OUTER})
 
     def open(self, force: bool) -> bool:
         """Starts, resumes or recognises the stage; returns False when it is already complete with the same inputs.
@@ -252,10 +266,17 @@ class StageWriter:
 
     def write_block(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Writes a block's tensors and reads them back; not committed before `commit`."""
-        path = self.path / block_file(index)
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        files.write_atomic(path, lambda temporary: save_file(contiguous, temporary, metadata={"format": "pt"}))
+        self._write(block_file(index), tensors)
         return self.read_block(index)
+
+    def write_outer(self, tensors: dict[str, Tensor]) -> None:
+        """Writes and commits tensors outside the blocks."""
+        self._write(OUTER, tensors)
+        self._commit(OUTER)
+
+    def _write(self, file: str, tensors: dict[str, Tensor]) -> None:
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        files.write_atomic(self.path / file, lambda temporary: save_file(contiguous, temporary, metadata={"format": "pt"}))
 
     def read_block(self, index: int) -> dict[str, Tensor]:
         """Tensors of a block of this unfinished stage."""
@@ -266,7 +287,10 @@ class StageWriter:
 
         The hash is of the file as it lies on disk, read again.
         """
-        self.hashes[block_file(index)] = files.sha256(self.path / block_file(index))
+        self._commit(block_file(index))
+
+    def _commit(self, file: str) -> None:
+        self.hashes[file] = files.sha256(self.path / file)
         self._write_progress()
 
     def verify(self) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -23,6 +23,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="override recipe keys", show_default=False)
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, print the plan, write nothing")]
+Only = Annotated[Literal["blocks", "end-to-end"] | None, typer.Option("--only", help="one of the two phases", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="replace what other inputs made")]
 Json = Annotated[bool, typer.Option("--json", help="result as JSON on stdout")]
 
@@ -108,26 +109,33 @@ def ptq(recipe: RecipeOption, overrides: Overrides = None, dry_run: DryRun = Fal
 
 
 @app.command(epilog="Example: `lbllm distill --recipe smollm2-135m.yaml data.training.sequences=64`")
-def distill(recipe: RecipeOption, overrides: Overrides = None, dry_run: DryRun = False, force: Force = False) -> None:
+def distill(
+    recipe: RecipeOption, overrides: Overrides = None, dry_run: DryRun = False, force: Force = False, only: Only = None
+) -> None:
     """Stage 2: train weights, bitmaps and levels block by block against the full-precision model.
 
-    Goes on from the ptq checkpoint. Interrupted runs resume, in the middle of a block too; a finished one says "up to date".
+    Goes on from the ptq checkpoint. With distill.end_to_end in the recipe a second phase trains levels and norms of the whole
+    model against the full-precision model's predictions, into <output.dir>/distill-e2e/. Interrupted runs resume, in the middle
+    of a block too; a finished one says "up to date".
     """
     from lbllm_cli import commands
 
-    _run(commands.distill, recipe, overrides, dry_run=dry_run, force=force)
+    _run(commands.distill, recipe, overrides, dry_run=dry_run, force=force, only=only)
 
 
 @app.command("act-calib", epilog="Example: `lbllm act-calib --recipe smollm2-135m.yaml act_calib.granularity=token`")
-def act_calib(recipe: RecipeOption, overrides: Overrides = None, dry_run: DryRun = False, force: Force = False) -> None:
+def act_calib(
+    recipe: RecipeOption, overrides: Overrides = None, dry_run: DryRun = False, force: Force = False, only: Only = None
+) -> None:
     """Stage 3: quantize activations, keys and values to 4 bits; train the quantizers, and the levels behind them, block by block.
 
-    Goes on from the distill checkpoint, or from ptq's with act_calib.parent=ptq. Interrupted runs resume, in the middle of a
-    block too; a finished one says "up to date".
+    Goes on from the last phase of distill, or from ptq's checkpoint with act_calib.parent=ptq. With act_calib.end_to_end in the
+    recipe a second phase trains levels, norms and quantizers of the whole model, into <output.dir>/act-calib-e2e/. Interrupted
+    runs resume, in the middle of a block too; a finished one says "up to date".
     """
     from lbllm_cli import commands
 
-    _run(commands.act_calib, recipe, overrides, dry_run=dry_run, force=force)
+    _run(commands.act_calib, recipe, overrides, dry_run=dry_run, force=force, only=only)
 
 
 @app.command("eval", epilog="Example: `lbllm eval --recipe smollm2-135m.yaml 'eval.tasks=[builtin:continuation]' --json`")

@@ -2,10 +2,9 @@
 
 import json
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -13,21 +12,23 @@ from rich.table import Table
 
 from lbllm_cli import files, forecast, interrupt, prepare
 from lbllm_cli.activations import ActivationFormat
-from lbllm_cli.checkpoint import STAGES, Checkpoint, changes, complete_stages, locked
+from lbllm_cli.checkpoint import STAGES, Checkpoint, changes, command_of, complete_stages, locked
 from lbllm_cli.errors import UsageError
 from lbllm_cli.forecast import Need
 from lbllm_cli.model import choose_device
-from lbllm_cli.pipeline import run_stage
+from lbllm_cli.pipeline import Stage, Work, by_blocks, end_to_end, run_stage
 from lbllm_cli.prepare import Plan
 from lbllm_cli.recipe import Recipe
-from lbllm_cli.report import GIB, Reporter, console
+from lbllm_cli.recipe_training import ActEndToEnd, DistillEndToEnd, EndToEnd
+from lbllm_cli.report import GIB, console
 from lbllm_cli.stages import export as exporting
 from lbllm_cli.stages.act_calib import MIN_TOKENS, activation_format
 from lbllm_cli.stages.act_calib import fit_block as fit_act_calib
 from lbllm_cli.stages.distill import fit_block as fit_distill
 from lbllm_cli.stages.ptq import fit_block as fit_ptq
-from lbllm_cli.stream import Fit
+from lbllm_cli.teacher_states import check_states
 
+Last = DistillEndToEnd | ActEndToEnd
 _KINDS = ("device", "ram", "disk", "streams")
 
 
@@ -45,63 +46,95 @@ def announce(need: Need, plan: Plan) -> None:
         say(f"{need.stage}: warning: {warning}")
 
 
+# The two phases of a stage that trains.
+Phase = Literal["blocks", "end-to-end"]
+
+
 @torch.no_grad()
 def ptq(recipe: Recipe, dry_run: bool, force: bool) -> None:
     """`lbllm ptq`."""
     plan = prepare.prepare(recipe, calibrate=True)
     need = forecast.ptq_need(recipe, plan.model)
-    _run(plan, need, lambda _: partial(fit_ptq, settings=recipe.ptq), dry_run, force)
+    _run(plan, need, by_blocks(lambda _: partial(fit_ptq, settings=recipe.ptq)), dry_run, force)
 
 
 @torch.no_grad()
-def distill(recipe: Recipe, dry_run: bool, force: bool) -> None:
-    """`lbllm distill`."""
+def distill(recipe: Recipe, dry_run: bool, force: bool, only: Phase | None = None) -> None:
+    """`lbllm distill`. only: one of its phases; default those that the recipe has."""
     plan = prepare.prepare(recipe, calibrate=True, train=True)
-    parent = _parent(plan, "ptq")
-    need = forecast.distill_need(recipe, plan.model)
-    fit = partial(fit_distill, settings=recipe.distill, seed=recipe.runtime.seed)
-    _run(plan, need, lambda reporter: partial(fit, monitor=reporter), dry_run, force, parent)
+    last = _last_phase(recipe.distill.end_to_end, "distill", only)
+    if only != "end-to-end":
+        fit = partial(fit_distill, settings=recipe.distill, seed=recipe.runtime.seed)
+        work = by_blocks(lambda reporter: partial(fit, monitor=reporter))
+        _run(plan, forecast.distill_need(recipe, plan.model), work, dry_run, force, "ptq")
+    if last is not None:
+        _run_last(plan, last, "distill-e2e", dry_run, force)
 
 
 @torch.no_grad()
-def act_calib(recipe: Recipe, dry_run: bool, force: bool) -> None:
-    """`lbllm act-calib`."""
+def act_calib(recipe: Recipe, dry_run: bool, force: bool, only: Phase | None = None) -> None:
+    """`lbllm act-calib`. only: one of its phases; default those that the recipe has."""
     plan = prepare.prepare(recipe, calibrate=True, train=True)
-    tokens = (recipe.act_calib.sequences or recipe.data.training.sequences) * recipe.data.training.length
-    if tokens < MIN_TOKENS:
-        raise UsageError(
-            f"data.training, act_calib.sequences: {tokens} tokens, act-calib fits its quantizers on at least {MIN_TOKENS}; "
-            "raise sequences or length"
-        )
-    parent = _parent(plan, recipe.act_calib.parent)
-    need = forecast.act_calib_need(recipe, plan.model)
-    layout = activation_format(recipe.act_calib, recipe.ptq.group_size)
-    fit = partial(fit_act_calib, settings=recipe.act_calib, layout=layout, seed=recipe.runtime.seed)
-    _run(plan, need, lambda reporter: partial(fit, monitor=reporter), dry_run, force, parent, layout)
+    last = _last_phase(recipe.act_calib.end_to_end, "act_calib", only)
+    if only != "end-to-end":
+        tokens = (recipe.act_calib.sequences or recipe.data.training.sequences) * recipe.data.training.length
+        if tokens < MIN_TOKENS:
+            raise UsageError(
+                f"data.training, act_calib.sequences: {tokens} tokens, act-calib fits its quantizers on at least {MIN_TOKENS}; "
+                "raise sequences or length"
+            )
+        layout = activation_format(recipe.act_calib, recipe.ptq.group_size)
+        fit = partial(fit_act_calib, settings=recipe.act_calib, layout=layout, seed=recipe.runtime.seed)
+        work = by_blocks(lambda reporter: partial(fit, monitor=reporter), layout)
+        need = forecast.act_calib_need(recipe, plan.model)
+        _run(plan, need, work, dry_run, force, plan.activation_parent(), layout)
+    if last is not None:
+        _run_last(plan, last, "act-calib-e2e", dry_run, force)
+
+
+def _last_phase(settings: Last | None, section: str, only: Phase | None) -> Last | None:
+    """Settings of the end-to-end phase where it is to run."""
+    if only == "end-to-end" and settings is None:
+        raise UsageError(f"--only end-to-end: the recipe has no {section}.end_to_end; add it, for example sequences: 128")
+    return None if only == "blocks" else settings
+
+
+def _run_last(plan: Plan, settings: EndToEnd, stage: str, dry_run: bool, force: bool) -> None:
+    before = command_of(stage)
+    if dry_run and before not in complete_stages(plan.output):
+        say(f"{stage}: would go on from {before}, which is not there yet")
+        return
+    need = forecast.end_to_end_need(plan.recipe, plan.model, settings, stage)
+    _run(plan, need, end_to_end(settings), dry_run, force, before)
 
 
 def _run(
     plan: Plan,
     need: Need,
-    fit: Callable[[Reporter], Fit],
+    work: Work,
     dry_run: bool,
     force: bool,
-    parent: Checkpoint | None = None,
+    before: str | None = None,
     activations: ActivationFormat | None = None,
 ) -> None:
-    """Reads the text of a stage, says what it needs, and runs it; see `pipeline.run_stage`."""
-    stage, key = need.stage, prepare.DATA[need.stage]
-    sampled = plan.generates(key)
+    """Reads the text of a stage, says what it needs, and runs it; see `pipeline.run_stage`. before: the stage it goes on from."""
+    stage = need.stage
+    parent = None if before is None else _parent(plan, before)
+    sampled = plan.generates(stage)
     tokens = None if sampled else plan.stage_tokens(stage)
+    layout = activations.as_dict() if activations else None if parent is None else parent.manifest.get("activations")
+    settings = plan.settings(stage)
+    if isinstance(settings, EndToEnd) and settings.teacher and tokens is not None:
+        check_states(Path(settings.teacher).expanduser(), plan.model, tokens)
     announce(need, plan)
     if sampled:
-        say(f"{stage}: {key} text is sampled from the model, which is whole in memory meanwhile")
+        say(f"{stage}: {prepare.DATA[stage]} text is sampled from the model, which is whole in memory meanwhile")
     if dry_run:
         say(f"{stage}: would write {plan.output / stage}" + (f", from {parent.path}" if parent else ""))
         return
     with locked(plan.output), interrupt.graceful():
         tokens = plan.stage_tokens(stage) if tokens is None else tokens
-        run_stage(plan, need, tokens, plan.inputs(stage, tokens, parent), force, fit, parent, activations)
+        run_stage(Stage(plan, need, tokens, plan.inputs(stage, tokens, parent), parent, layout), force, work)
 
 
 def _parent(plan: Plan, stage: str) -> Checkpoint:
@@ -113,14 +146,14 @@ def _parent(plan: Plan, stage: str) -> Checkpoint:
     earlier = (parent.manifest.get("parent") or {}).get("stage")
     present = [Checkpoint(plan.output, earlier)] if earlier in complete_stages(plan.output) else []
     for checkpoint in (*present, parent):
-        key = prepare.DATA[checkpoint.stage]
-        wanted = plan.inputs(checkpoint.stage, None if plan.generates(key) else plan.stage_tokens(checkpoint.stage))
-        left_out = {prepare.PARENT, *([f"data.{key}.tokens"] if plan.generates(key) else [])}
+        made, sampled = checkpoint.stage, plan.generates(checkpoint.stage)
+        wanted = plan.inputs(made, None if sampled else plan.stage_tokens(made))
+        left_out = {prepare.PARENT, *([f"{prepare.DATA[made]}.tokens"] if sampled else [])}
         made_from = {name: value for name, value in checkpoint.inputs.items() if name not in left_out}
         if changed := changes(made_from, wanted):
             raise UsageError(
                 f"{checkpoint.path} was made from other inputs than this recipe's:\n{changed}\n"
-                f"Set these keys back, or run: lbllm {checkpoint.stage} --recipe ... --force"
+                f"Set these keys back, or run: lbllm {command_of(checkpoint.stage)} --recipe ... --force"
             )
     if parent.manifest["group_size"] != plan.recipe.ptq.group_size:
         raise UsageError(
@@ -145,7 +178,7 @@ def open_checkpoint(plan: Plan, stage: str) -> Checkpoint:
         if present.content != checkpoint.inputs[prepare.PARENT]:
             raise UsageError(
                 f"{checkpoint.path} was made from another {parent['stage']} checkpoint than the one in {present.path}; "
-                f"run: lbllm {stage} --recipe ... --force"
+                f"run: lbllm {command_of(stage)} --recipe ... --force"
             )
     checkpoint.verify()
     return checkpoint
@@ -204,10 +237,10 @@ def validate(recipe: Recipe, as_json: bool) -> None:
     model = plan.model
     problems, segments = [], {}
     if plan.tokenizer is not None:
-        for key in ("calibration", "training"):
+        for stage in _stages(recipe):
             try:
-                if not plan.generates(key):
-                    plan.tokens(key)
+                if not plan.generates(stage):
+                    plan.stage_tokens(stage)
             except UsageError as error:
                 problems.append(str(error))
         try:
@@ -218,7 +251,8 @@ def validate(recipe: Recipe, as_json: bool) -> None:
         forecast.ptq_need(recipe, model),
         forecast.distill_need(recipe, model),
         forecast.act_calib_need(recipe, model),
-        forecast.eval_need(recipe, model, segments, 1 + len(STAGES)),
+        *(forecast.end_to_end_need(recipe, model, last, stage) for stage, last in _last_phases(recipe).items()),
+        forecast.eval_need(recipe, model, segments, 1 + len(_stages(recipe))),
         forecast.export_need(recipe, model),
     ]
     warnings = []
@@ -247,6 +281,17 @@ def validate(recipe: Recipe, as_json: bool) -> None:
         print(json.dumps(facts, indent=2))
     else:
         _print_validation(facts, needs)
+
+
+def _last_phases(recipe: Recipe) -> dict[str, Last]:
+    """Settings of the end-to-end phases that a recipe has, by stage."""
+    found = {"distill-e2e": recipe.distill.end_to_end, "act-calib-e2e": recipe.act_calib.end_to_end}
+    return {stage: settings for stage, settings in found.items() if settings is not None}
+
+
+def _stages(recipe: Recipe) -> list[str]:
+    """Stages of a recipe, in pipeline order."""
+    return [stage for stage in STAGES if command_of(stage) == stage or stage in _last_phases(recipe)]
 
 
 def _print_validation(facts: dict[str, Any], needs: list[Need]) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lbllm_cli import text_sources
 from lbllm_cli.errors import UsageError
-from lbllm_cli.recipe import EvaluationSet, Source, TokenSet
+from lbllm_cli.recipe import EvaluationSet, TokenSet
+from lbllm_cli.recipe_base import Source
 
 # A stream from the hub has no end that could be waited for: this many times the needed tokens are read to choose from.
 _OVERSAMPLE = 4
@@ -28,28 +29,30 @@ def tokens_hash(tokens: Tensor) -> str:
     return digest.hexdigest()
 
 
-def calibration_tokens(spec: TokenSet, tokenizer: Any, vocab: int, seed: int, sampler: Sampler, key: str) -> Tensor:
-    """Tokens of `data.<key>`: int64 [sequences, length].
+def training_tokens(spec: TokenSet, tokenizer: Any, vocab: int, seed: int, sampler: Sampler, key: str, skip: int = 0) -> Tensor:
+    """Tokens to calibrate or train on: int64 [sequences, length]. key: of the recipe, for messages.
 
     Each source gives its share of the sequences; non-overlapping windows of the tokenized text are drawn without
     replacement by `seed`, and sources are interleaved, so that any prefix is mixed too.
-    sampler(source, rows, length): text sampled from the model, for `generate:`.
+    sampler(source, rows, length): text sampled from the model, for `generate:`. skip: sequences that another set of the same
+    sources and length has; they are left out.
     Raises UsageError when a source holds too few tokens, with the count found and needed.
     """
     length = spec.length - int(spec.bos)
     sources = text_sources.expand(spec.source)
     parts = []
-    for index, (item, count) in enumerate(zip(sources, _shares(sources, spec.sequences), strict=True)):
+    shares = zip(sources, _shares(sources, spec.sequences), _shares(sources, skip), strict=True)
+    for index, (item, count, before) in enumerate(shares):
         generator = torch.Generator().manual_seed(seed + index)
         if not count:
             continue
         if item.source == "generate:":
             parts.append(sampler(item, count, length))
         else:
-            parts.append(_windows(item, count, length, tokenizer, generator, key))
+            parts.append(_windows(item, (before, count), length, tokenizer, generator, key))
     order = sorted((row / part.shape[0], which, row) for which, part in enumerate(parts) for row in range(part.shape[0]))
     rows = torch.stack([parts[which][row] for _, which, row in order])
-    return _finish(rows, spec.bos, tokenizer, vocab, f"data.{key}")
+    return _finish(rows, spec.bos, tokenizer, vocab, key)
 
 
 def evaluation_tokens(spec: EvaluationSet, tokenizer: Any, vocab: int) -> Tensor:
@@ -105,43 +108,54 @@ def _pretokenized(path: Path, length: int | None) -> Tensor:
     return ids[:, :length].flatten() if ids.dim() == 2 else ids.flatten()
 
 
-def _windows(item: Source, count: int, length: int, tokenizer: Any, generator: torch.Generator, key: str) -> Tensor:
+def _windows(item: Source, counts: tuple[int, int], length: int, tokenizer: Any, generator: torch.Generator, key: str) -> Tensor:
+    """counts: sequences to leave out, and to take."""
+    skip, count = counts
     preset = text_sources.PRESETS.get(item.source)
     if item.source.endswith(".safetensors"):
         ids = _pretokenized(Path(item.source).expanduser(), length)
     elif preset is not None and preset.joiner is None:
-        return _record_windows(item, count, length, tokenizer, generator, key)
+        return _record_windows(item, counts, length, tokenizer, generator, key)
     else:
         texts = text_sources.documents(item, False, tokenizer)
         if preset is not None:
             texts = iter([str(preset.joiner).join(texts)])
         elif not item.messages_key:
             texts = (text + "\n\n" for text in texts)
-        limit = _OVERSAMPLE * count * length if item.source.startswith("hub:") else None
-        ids = _encode(texts, tokenizer, limit)
-    found = ids.numel() // length
-    if found < count:
+        if item.source.startswith("hub:"):
+            # What the other set chose from is passed over.
+            ids = _encode(texts, tokenizer, _OVERSAMPLE * (skip + count) * length)[_OVERSAMPLE * skip * length :]
+            skip = 0
+        else:
+            ids = _encode(texts, tokenizer, None)
+    found, needed = ids.numel() // length, skip + count
+    if found < needed:
         raise UsageError(
-            f"data.{key}: {text_sources.describe(item)} holds {ids.numel():,} tokens, {count * length:,} are needed "
-            f"({count} sequences x {length}); lower sequences or length, or add text"
+            f"{key}: {text_sources.describe(item)} holds {ids.numel():,} tokens, {needed * length:,} are needed "
+            f"({count}{f' beside the {skip} of another set' if skip else ''} sequences x {length}); lower sequences or length, "
+            "or add text"
         )
-    chosen = torch.randperm(found, generator=generator)[:count]
+    chosen = torch.randperm(found, generator=generator)[skip:needed]
     return ids[: found * length].view(found, length)[chosen]
 
 
-def _record_windows(item: Source, count: int, length: int, tokenizer: Any, generator: torch.Generator, key: str) -> Tensor:
+def _record_windows(
+    item: Source, counts: tuple[int, int], length: int, tokenizer: Any, generator: torch.Generator, key: str
+) -> Tensor:
     """A random window of each record that is longer than a sequence, records in a random order within a pool."""
+    skip, count = counts
     pool: list[Tensor] = []
     texts = text_sources.documents(item, False, tokenizer)
     for text in texts:
         ids = _encode(iter([text]), tokenizer, None)
         if ids.numel() > length:
             pool.append(ids)
-        if len(pool) == _OVERSAMPLE * count:
+        if len(pool) == _OVERSAMPLE * (skip + count):
             break
+    pool = pool[_OVERSAMPLE * skip :]
     if len(pool) < count:
         raise UsageError(
-            f"data.{key}: {text_sources.describe(item)} holds {len(pool)} records of more than {length} tokens, "
+            f"{key}: {text_sources.describe(item)} holds {len(pool)} records of more than {length} tokens, "
             f"{count} are needed; lower sequences or length"
         )
     rows = []

@@ -11,7 +11,9 @@ import torch
 from lbllm_cli.errors import UsageError
 from lbllm_cli.generate import ROWS_AT_ONCE
 from lbllm_cli.model import UNITS, SourceModel, block_prefix
-from lbllm_cli.recipe import ActCalib, Distill, Ptq, Recipe, TokenSet
+from lbllm_cli.ops.distillation import LOGITS
+from lbllm_cli.recipe import Ptq, Recipe, TokenSet
+from lbllm_cli.recipe_training import ActCalib, Distill, EndToEnd
 from lbllm_cli.report import GIB
 from lbllm_cli.stages.ptq import expected_bits
 
@@ -194,6 +196,52 @@ def _training_device(recipe: Recipe, model: SourceModel, settings: Distill | Act
     passing += _quantizer_activations(model, rows, length) if isinstance(settings, ActCalib) else 0
     teaching = 2 * _block_bytes(model) + _activation_bytes(model, recipe.runtime.batch_size, length)
     return max(_block_bytes(model) + 16 * trained + 4 * frozen + current + passing, teaching)
+
+
+def _passing_bytes(recipe: Recipe, model: SourceModel, settings: EndToEnd, stage: str) -> float:
+    """What a block of an end-to-end phase keeps for its backward pass, decoded weights included."""
+    length, rows = recipe.data.training.length, min(settings.micro_batch_size, settings.batch_size)
+    weights = model.count(model.binarized_names) / model.blocks
+    kept = weights * (1 + model.dtype.itemsize) + _training_activations(model, rows, length)
+    return kept + (_quantizer_activations(model, rows, length) if stage == "act-calib-e2e" else 0)
+
+
+def recomputes(recipe: Recipe, model: SourceModel, settings: EndToEnd, stage: str) -> bool:
+    """Whether an end-to-end phase computes blocks again on the way back: as the recipe says, or by the memory that is free."""
+    if settings.recompute != "auto":
+        return settings.recompute == "always"
+    cuda = model.device.type == "cuda"
+    free = torch.cuda.mem_get_info(model.device)[0] if cuda else psutil.virtual_memory().available
+    return model.blocks * _passing_bytes(recipe, model, settings, stage) > free / 2
+
+
+def end_to_end_need(recipe: Recipe, model: SourceModel, settings: EndToEnd, stage: str) -> Need:
+    """Need of an end-to-end phase: the rule of one block on the device does not hold there.
+
+    Resident are packed codes, masters of levels with gradient and two moments, embedding and head. With recomputation one block
+    at a time keeps what its backward pass needs, and of all others the inputs are kept. The loss takes four tensors of logits.
+    The teacher went ahead block by block.
+    """
+    length, rows = recipe.data.training.length, min(settings.micro_batch_size, settings.batch_size)
+    weights, itemsize = model.count(model.binarized_names), model.dtype.itemsize
+    levels = weights * 4 / recipe.ptq.group_size
+    trained = levels / 4 if "scales" in settings.trained else levels if "levels" in settings.trained else 0
+    recomputed = recomputes(recipe, model, settings, stage)
+    passing = (1 if recomputed else model.blocks) * _passing_bytes(recipe, model, settings, stage)
+    passing += model.blocks * rows * length * model.config.hidden_size * itemsize + 8 * weights / model.blocks
+    resident = weights / 4 + 4 * levels + 12 * trained + model.count(model.outer_names()) * itemsize
+    loss = 4.0 * 4 * max(LOGITS, model.config.vocab_size)
+    teaching = _outer_bytes(model) + 2 * _block_bytes(model) + _activation_bytes(model, recipe.runtime.batch_size, length)
+    device = max(resident + passing + loss, teaching)
+    states = float(settings.sequences * length * model.config.hidden_size * itemsize)
+    state, blocks = 12.0 * trained, checkpoint_bytes(model, recipe.ptq.group_size)
+    ram = _PROCESS + (device if model.device.type == "cpu" else _block_bytes(model))
+    if any(item.source == "generate:" for item in settings.source or recipe.data.training.source):
+        ram = max(ram, _PROCESS + _sampling_bytes(model, settings.sequences, length))
+    written = (model.blocks + 1) * states + blocks
+    cheaper = "set end_to_end.recompute: always and micro_batch_size: 1, or train: [scales, norms]"
+    disk = blocks + states + 2 * state
+    return Need(stage, device, ram, disk, states, True, written, state, recipe.runtime.save_minutes, cheaper)
 
 
 def _cheaper(recipe: Recipe, model: SourceModel) -> str:

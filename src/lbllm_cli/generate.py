@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStream
 from lbllm_cli import files, interrupt
 from lbllm_cli.model import SourceModel
 from lbllm_cli.packed_checks import refusing
-from lbllm_cli.recipe import Source
+from lbllm_cli.recipe_base import Source
 
 # Sequences sampled together: their keys and values lie in memory beside the whole model.
 ROWS_AT_ONCE = 32

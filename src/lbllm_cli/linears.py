@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lbllm_cli.activations import TENSORS
 from lbllm_cli.model import LINEARS, Block
 from lbllm_cli.trainable import BITMAP, Packed, Trainable
 
@@ -12,11 +13,17 @@ from lbllm_cli.trainable import BITMAP, Packed, Trainable
 class BlockLinears:
     """A copy of the full-precision block whose linears run with the weights of their masters.
 
-    teacher: the full-precision block. linears: masters by name in the block. trained: kinds of parameters that get gradients.
+    teacher: the full-precision block. start: the parent's tensors of the block, of which those are kept that are the whole
+    tensor: norms that it has trained. linears: masters by name in the block. trained: kinds of parameters that get gradients.
     """
 
-    def __init__(self, teacher: Block, linears: dict[str, Trainable], trained: tuple[str, ...]):
+    def __init__(self, teacher: Block, start: dict[str, Tensor], linears: dict[str, Trainable], trained: tuple[str, ...]):
         self.block = teacher.sharing()
+        self.kept = whole_tensors(start)
+        for name, tensor in self.kept.items():
+            owner, _, last = name.removeprefix(teacher.prefix).rpartition(".")
+            value = getattr(teacher.layer.get_submodule(owner), last)
+            setattr(self.block.layer.get_submodule(owner), last, nn.Parameter(tensor.to(value), requires_grad=False))
         self.linears = linears
         self.trained = trained
         self._current: dict[str, Tensor] = {}
@@ -52,10 +59,16 @@ class BlockLinears:
 
     def packed(self) -> dict[str, Tensor]:
         """The packed tensors of the block, under their full names."""
-        tensors: dict[str, Tensor] = {}
+        tensors = dict(self.kept)
         for name, linear in self.linears.items():
             tensors |= named(self.block.prefix + name, linear.packed())
         return tensors
+
+
+def whole_tensors(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of a block's stored tensors, those that are neither a part of a packed linear nor of a quantizer."""
+    names = [(name, *name.rpartition(".")[::2]) for name in stored]
+    return {name: stored[name] for name, owner, last in names if last not in TENSORS and f"{owner}.scale" not in stored}
 
 
 def named(prefix: str, packed: Packed) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ UNITS = (
 LINEARS = tuple(name for unit in UNITS for name in unit)
 FAMILIES = {"llama": "Llama 1, 2, 3 and SmolLM", "mistral": "Mistral", "qwen2": "Qwen2 and Qwen2.5", "qwen3": "Qwen3"}
 _PREFIX = "model.layers."
+FINAL_NORM = "model.norm.weight"
 _TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DISK_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
@@ -192,11 +193,11 @@ class SourceModel:
         weight = self.read([name])[name].to(self.dtype)
         return nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight).requires_grad_(False)
 
-    def head(self) -> nn.Module:
+    def head(self) -> nn.Sequential:
         """Final norm and language-model head: hidden [..., hidden] -> logits [..., vocab]."""
         with torch.device("meta"):
             norm: Any = _one_block(self.config, 0).norm
-        names = ["model.norm.weight", "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"]
+        names = [FINAL_NORM, "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"]
         tensors = self.read(names)
         norm.load_state_dict({"weight": tensors[names[0]].to(self.dtype)}, assign=True)
         vocab, hidden = self.shapes[names[1]]
@@ -204,13 +205,21 @@ class SourceModel:
         linear.weight = nn.Parameter(tensors[names[1]].to(self.dtype))
         return nn.Sequential(norm, linear).requires_grad_(False)
 
+    def norm_names(self, index: int) -> list[str]:
+        """Names of a block's norm weights."""
+        return [name for name in self.block_names(index) if name.endswith("norm.weight")]
+
     def identity(self) -> str:
         """Hash of the model folder, see `source.identity`."""
         return source.identity(self.folder, self.entries)
 
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """dtype of a tensor on disk."""
+        return _DISK_DTYPES[self.entries[name].dtype]
+
     def source_dtype(self) -> torch.dtype:
         """dtype of the stored embedding: what exports keep."""
-        return _DISK_DTYPES[self.entries["model.embed_tokens.weight"].dtype]
+        return self.stored_dtype("model.embed_tokens.weight")
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -1,40 +1,49 @@
-"""One stage from its first block to its manifest: resume, streams, records, facts. The same for every stage."""
+"""One stage from its beginning to its manifest: resume, streams, records, facts. The same for every stage."""
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from lbllm_cli import files, prepare
 from lbllm_cli.activations import ActivationFormat
 from lbllm_cli.checkpoint import MANIFEST, Checkpoint, StageWriter, TrainingState
-from lbllm_cli.forecast import Need
-from lbllm_cli.plots import plot_errors
+from lbllm_cli.forecast import Need, recomputes
 from lbllm_cli.prepare import Plan
 from lbllm_cli.recipe_file import dump_recipe
+from lbllm_cli.recipe_training import EndToEnd
 from lbllm_cli.report import Reporter
+from lbllm_cli.stages.end_to_end import train_whole
 from lbllm_cli.stream import BlockLoop, Fit
+from lbllm_cli.teacher_states import teacher_states
+from lbllm_cli.training_plots import plot_errors, plot_steps
 
 
-def run_stage(
-    plan: Plan,
-    need: Need,
-    tokens: Tensor,
-    inputs: dict[str, object],
-    force: bool,
-    fit: Callable[[Reporter], Fit],
-    parent: Checkpoint | None = None,
-    activations: ActivationFormat | None = None,
-) -> None:
-    """Runs stage `need.stage`, or finds it up to date.
-
-    tokens: int64 [rows, length]. inputs: what the checkpoint depends on. fit: the stage's fit, given who reports its progress.
-    parent: the checkpoint that the stage goes on from. activations: how the stage's blocks quantize them, if they do.
+@dataclass(frozen=True)
+class Stage:
+    """A stage that is to run. tokens: int64 [rows, length]. inputs: what the checkpoint depends on. parent: the checkpoint that
+    it goes on from. activations: how its blocks quantize them, if they do.
     """
-    recipe, model, stage = plan.recipe, plan.model, need.stage
-    writer = StageWriter(plan.output, stage, inputs)
-    events = writer.path / "events.jsonl"
-    with Reporter(stage, model.blocks, model.device, events) as reporter:
+
+    plan: Plan
+    need: Need
+    tokens: Tensor
+    inputs: dict[str, Any]
+    parent: Checkpoint | None = None
+    activations: dict[str, Any] | None = None
+
+
+Work = Callable[[Stage, StageWriter, Reporter], None]
+
+
+def run_stage(stage: Stage, force: bool, work: Work) -> None:
+    """Runs a stage, or finds it up to date. work: writes all of its blocks from the last committed one on."""
+    recipe, model, name = stage.plan.recipe, stage.plan.model, stage.need.stage
+    writer = StageWriter(stage.plan.output, name, stage.inputs)
+    with Reporter(name, model.blocks, model.device, writer.path / "events.jsonl") as reporter:
         if not writer.open(force):
             files.touch(writer.final / MANIFEST)
             reporter.note(f"up to date, {writer.final}")
@@ -42,17 +51,11 @@ def run_stage(
         writer.verify()
         share = f"{model.binarized_share:.1%} of {model.count(list(model.shapes)):,} parameters are binarized"
         reporter.note(f"{model.blocks} blocks, {share}, group size {recipe.ptq.group_size}")
-        if writer.blocks_done:
-            reporter.note(f"resuming after block {writer.blocks_done} of {model.blocks}")
         files.write_text(writer.path / "recipe.resolved.yaml", dump_recipe(recipe))
         files.write_json(writer.path / "environment.json", prepare.environment(model.device))
-        streams = writer.path / "streams" if need.on_disk else None
-        keeper = TrainingState(writer.path, recipe.runtime.save_minutes) if parent is not None else None
-        loop = BlockLoop(model, writer, recipe.runtime.batch_size, streams, parent, keeper, activations)
-        loop.run(tokens, fit(reporter), reporter)
+        work(stage, writer, reporter)
     shutil.rmtree(writer.path / "streams", ignore_errors=True)
-    if parent is not None:
-        plot_errors(events, writer.path / "loss.png")
+    parent = stage.parent
     writer.finish(
         {
             "parent": None if parent is None else {"stage": parent.stage, "fingerprint": parent.fingerprint},
@@ -60,8 +63,50 @@ def run_stage(
             "blocks": model.blocks,
             "parameters": model.count(list(model.shapes)),
             "binarized_parameters": model.count(model.binarized_names),
-            "tokens": tokens.numel(),
-            **({} if activations is None else {"activations": activations.as_dict()}),
+            "tokens": stage.tokens.numel(),
+            **({} if stage.activations is None else {"activations": stage.activations}),
         }
     )
     reporter.note(f"finished in {reporter.used()}; {writer.final}")
+
+
+def by_blocks(fit: Callable[[Reporter], Fit], activations: ActivationFormat | None = None) -> Work:
+    """Work of a stage that goes through the blocks. fit: given who reports its progress."""
+
+    def work(stage: Stage, writer: StageWriter, reporter: Reporter) -> None:
+        recipe, model, parent = stage.plan.recipe, stage.plan.model, stage.parent
+        if writer.blocks_done:
+            reporter.note(f"resuming after block {writer.blocks_done} of {model.blocks}")
+        streams = writer.path / "streams" if stage.need.on_disk else None
+        keeper = None if parent is None else TrainingState(writer.path, recipe.runtime.save_minutes)
+        loop = BlockLoop(model, writer, recipe.runtime.batch_size, streams, parent, keeper, activations)
+        loop.run(stage.tokens, fit(reporter), reporter)
+        if parent is not None:
+            if outer := parent.read_outer():
+                writer.write_outer(outer)
+            plot_errors(writer.path / "events.jsonl", writer.path / "loss.png")
+
+    return work
+
+
+def end_to_end(settings: EndToEnd) -> Work:
+    """Work of a last phase over the whole model."""
+
+    def work(stage: Stage, writer: StageWriter, reporter: Reporter) -> None:
+        plan, parent = stage.plan, stage.parent
+        assert parent is not None
+        reporter.total(0)
+        keeper = TrainingState(writer.path, plan.recipe.runtime.save_minutes)
+        folder = writer.path / "streams" if settings.teacher is None else Path(settings.teacher).expanduser()
+        states = teacher_states(folder, plan.model, stage.tokens, plan.recipe.runtime.batch_size, reporter)
+        section = prepare.DATA[stage.need.stage]
+        seed = plan.recipe.runtime.seed
+        recompute = recomputes(plan.recipe, plan.model, settings, stage.need.stage)
+        facts = train_whole(
+            plan.model, parent, stage.tokens, states, settings, section, seed, writer, keeper, reporter, recompute
+        )
+        keeper.clear()
+        reporter.record({"phase": "end-to-end", **facts})
+        plot_steps(writer.path / "events.jsonl", writer.path / "loss.png")
+
+    return work

@@ -1,4 +1,4 @@
-"""Figures of runs: SVG for a report, in the colours of light and of dark pages, and the loss.png of a training stage."""
+"""Figures of runs: SVG for a report, in the colours of light and of dark pages."""
 
 import base64
 import io
@@ -6,11 +6,9 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lbllm_cli.distributions import InputHistogram, TableHistogram, WeightHistogram
-from lbllm_cli.run_records import block_records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,10 +16,9 @@ if TYPE_CHECKING:
 
 # One column of a wide page, and not too small to read where a phone shrinks it to its own width.
 _WIDTH, _HEIGHT = 5.0, 3.1
-_DEPTH = "decoder block"
-_HELD_OUT = "squared error / energy of\nthe teacher's output"
+DEPTH = "decoder block"
 # Told apart without colour as well.
-MARKERS = {"base": "o", "ptq": "s", "distill": "^", "act-calib": "D", "export": "v"}
+MARKERS = {"base": "o", "ptq": "s", "distill": "^", "distill-e2e": "P", "act-calib": "D", "act-calib-e2e": "X", "export": "v"}
 
 
 @dataclass(frozen=True)
@@ -36,11 +33,17 @@ class Palette:
 
 LIGHT = Palette(
     ink="#1c1c1c", muted="#6a6a6a", grid="#dddddd",
-    stages={"base": "#6a6a6a", "ptq": "#c05600", "distill": "#0072b2", "act-calib": "#00805c", "export": "#a8518a"},
+    stages={
+        "base": "#6a6a6a", "ptq": "#c05600", "distill": "#0072b2", "distill-e2e": "#2b3f8f", "act-calib": "#00805c",
+        "act-calib-e2e": "#5c6f00", "export": "#a8518a",
+    },
 )  # fmt: skip
 DARK = Palette(
     ink="#e6e6e6", muted="#a0a0a0", grid="#3a3a3a",
-    stages={"base": "#a0a0a0", "ptq": "#f0a150", "distill": "#62b8ee", "act-calib": "#33c79c", "export": "#e39ac6"},
+    stages={
+        "base": "#a0a0a0", "ptq": "#f0a150", "distill": "#62b8ee", "distill-e2e": "#97a9ff", "act-calib": "#33c79c",
+        "act-calib-e2e": "#c3d35a", "export": "#e39ac6",
+    },
 )  # fmt: skip
 _DARKENED = {getattr(LIGHT, name): getattr(DARK, name) for name in ("ink", "muted", "grid")}
 _DARKENED |= {LIGHT.stages[name]: DARK.stages[name] for name in LIGHT.stages}
@@ -113,7 +116,7 @@ def perplexity_ratios(ratios: dict[str, dict[str, float]]) -> Image:
             axes.set_xscale("log")
         axes.set(xlabel="perplexity / perplexity of base", ylim=(len(texts) - 0.5, -0.5))
         axes.set_yticks(range(len(texts)), texts)
-        _legend(figure, len(ratios))
+        legend(figure, len(ratios))
 
     spoken = (f"{name} on {text} {value:.2f}" for name, found in ratios.items() for text, value in found.items())
     return draw(f"Perplexity over base: {', '.join(spoken)}.", paint, 1.2 + 0.4 * len(texts))
@@ -131,9 +134,9 @@ def signal_to_noise(decibels: dict[str, list[list[float | None]]]) -> Image:
             colour, means = LIGHT.stages[name], [sum(column) / len(column) for column in known]
             axes.fill_between(blocks, [min(c) for c in known], [max(c) for c in known], color=colour, alpha=0.15, linewidth=0)
             axes.plot(blocks, means, MARKERS[name] + "-", color=colour, label=name)
-        axes.set(xlabel=_DEPTH, ylabel="signal to noise, dB")
-        _whole_numbers(axes)
-        _legend(figure, len(decibels))
+        axes.set(xlabel=DEPTH, ylabel="signal to noise, dB")
+        whole_numbers(axes)
+        legend(figure, len(decibels))
 
     return draw(f"Signal to noise in decibels after each decoder block, for {', '.join(decibels)}.", paint)
 
@@ -154,40 +157,10 @@ def perplexity_by_position(text: str, positions: dict[str, list[dict[str, float]
         axes.set(xlabel="position in the segment, tokens", ylabel="perplexity", title=text)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:,.0f}")
-        _log_scale(axes)
-        _legend(figure, len(positions))
+        log_scale(axes)
+        legend(figure, len(positions))
 
     return draw(f"Perplexity by position in the segment on {text}, for {', '.join(positions)}.", paint)
-
-
-def held_out_errors(stage: str, records: list[dict[str, Any]]) -> Image:
-    """Error per block on held-out sequences, before and after the training of a stage."""
-
-    def paint(figure: "Figure") -> None:
-        axes = figure.add_subplot()
-        _errors(axes, records, (LIGHT.muted, LIGHT.stages[stage]))
-        axes.set_title(f"{stage}: error on held-out sequences")
-        _legend(figure, 2)
-
-    return draw(f"Error of each block on held-out sequences before and after {stage}.", paint)
-
-
-def last_losses(stage: str, records: list[dict[str, Any]]) -> Image:
-    """Losses of the last epoch of each block."""
-    trained = [record for record in records if record["epochs"]]
-    blocks = [record["block"] for record in trained]
-
-    def paint(figure: "Figure") -> None:
-        axes = figure.add_subplot()
-        axes.axhline(1, color=LIGHT.muted, linewidth=1)
-        for key, name, style in (("loss", "training", "--"), ("held_out_loss", "held out", "-")):
-            values = [record["epochs"][-1][key] for record in trained]
-            axes.plot(blocks, values, style, marker=MARKERS[stage], color=LIGHT.stages[stage], label=name)
-        axes.set(xlabel=_DEPTH, ylabel="loss / error at the start", title=f"{stage}: loss of the last epoch")
-        _whole_numbers(axes)
-        _legend(figure, 2)
-
-    return draw(f"Training and held-out loss of each block in the last epoch of {stage}.", paint)
 
 
 def weight_distribution(found: WeightHistogram, stage: str) -> Image:
@@ -218,7 +191,7 @@ def input_distribution(found: InputHistogram, stage: str) -> Image:
         for axes, table in zip(panels[1:], found.tables[1:], strict=True):
             axes.set_title(f"the other table, {table.share:.0%}")
         panels[-1].set_xlabel("x / step + Z" if found.uniform else "x / step")
-        _legend(figure, 2)
+        legend(figure, 2)
 
     alt = f"Distribution of {name} in steps, with the levels of its quantizer and the share of values of each code."
     return draw(alt, paint, 2.3 * len(found.tables) + 0.4)
@@ -232,48 +205,22 @@ def _table_panel(axes: "Axes", table: TableHistogram, stage: str) -> None:
     axes.stairs(table.density.tolist(), table.edges.tolist(), color=LIGHT.ink, linewidth=1, label="values, per step")
     axes.plot(*zip(*used, strict=True), MARKERS[stage], color=LIGHT.stages[stage], label="codes")
     axes.set_xlim(float(table.edges[0]), float(table.edges[-1]))
-    _log_scale(axes)
+    log_scale(axes)
 
 
-def _errors(axes: "Axes", records: list[dict[str, Any]], colours: tuple[str, str]) -> None:
-    blocks = [record["block"] for record in records]
-    # Where no token is massive the lines coincide; the one below is broad and pale, so that both are seen.
-    for key, name, colour in zip(("error", "error_ordinary"), ("all", "ordinary"), colours, strict=True):
-        looks: dict[str, Any] = {"linewidth": 4, "alpha": 0.4} if name == "all" else {"linewidth": 1.3}
-        for when, style in (("before", "--"), ("after", "-")):
-            values = [record[when][key] for record in records]
-            axes.plot(blocks, values, style, color=colour, label=f"{name} tokens, {when}", **looks)
-    axes.set(xlabel=_DEPTH, ylabel=_HELD_OUT)
-    _whole_numbers(axes)
-    _log_scale(axes)
-
-
-def plot_errors(events: Path, path: Path) -> None:
-    """Per block, error on held-out sequences before and after training, from the last record of each block in `events`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    _errors(axes, block_records(events), ("C0", "C1"))
-    axes.set_title("Output error on held-out sequences, before and after training")
-    axes.grid(alpha=0.3)
-    _legend(figure, 2)
-    figure.savefig(path, dpi=120)
-
-
-def _legend(figure: "Figure", columns: int) -> None:
+def legend(figure: "Figure", columns: int) -> None:
     """Of the first panel, above the drawing, where it hides nothing."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=columns)
 
 
-def _whole_numbers(axes: "Axes") -> None:
+def whole_numbers(axes: "Axes") -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _log_scale(axes: "Axes") -> None:
+def log_scale(axes: "Axes") -> None:
     """A logarithmic y axis with a few plain numbers, 0.05 and not 5 x 10^-2, however short it is. After everything is drawn."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 

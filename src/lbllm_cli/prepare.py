@@ -15,11 +15,21 @@ from lbllm_cli import __version__, data, text_sources
 from lbllm_cli.checkpoint import Checkpoint, flatten
 from lbllm_cli.errors import UsageError
 from lbllm_cli.model import SourceModel, choose_device, open_model, open_tokenizer
-from lbllm_cli.recipe import Recipe, Source, TokenSet
+from lbllm_cli.recipe import Ptq, Recipe, TokenSet
+from lbllm_cli.recipe_base import Source
+from lbllm_cli.recipe_training import EndToEnd, Schedule
 
-# Which part of `data` a stage reads.
-DATA = {"ptq": "calibration", "distill": "training", "act-calib": "training"}
+# Which part of the recipe says what a stage reads.
+DATA = {
+    "ptq": "data.calibration",
+    "distill": "data.training",
+    "distill-e2e": "distill.end_to_end",
+    "act-calib": "data.training",
+    "act-calib-e2e": "act_calib.end_to_end",
+}
 PARENT = "parent.files"
+# Of another stage's sampled text nothing can be left out: another seed gives other text.
+_SAMPLES = {"distill-e2e": 1, "act-calib-e2e": 2}
 
 
 @dataclass(frozen=True)
@@ -36,31 +46,65 @@ class Plan:
         """Size of the model's vocabulary."""
         return int(self.model.config.vocab_size)
 
-    def _set(self, key: str) -> TokenSet:
-        return self.recipe.data.training if key == "training" else self.recipe.data.calibration
+    def settings(self, stage: str) -> Schedule | Ptq:
+        """The recipe's section for a stage."""
+        recipe = self.recipe
+        sections: dict[str, Schedule | Ptq | None] = {
+            "ptq": recipe.ptq,
+            "distill": recipe.distill,
+            "distill-e2e": recipe.distill.end_to_end,
+            "act-calib": recipe.act_calib,
+            "act-calib-e2e": recipe.act_calib.end_to_end,
+        }
+        found = sections[stage]
+        if found is None:
+            raise UsageError(f"the recipe has no {DATA[stage]}, which made the {stage} checkpoint in {self.output}; add it")
+        return found
 
-    def generates(self, key: str) -> bool:
-        """Whether data.<key> is sampled from the model, which writes its cache into the output folder."""
-        return any(item.source == "generate:" for item in self._set(key).source)
+    def token_set(self, stage: str) -> TokenSet:
+        """What a stage reads: data.calibration or data.training, or in an end-to-end phase as much as it says."""
+        training, settings = self.recipe.data.training, self.settings(stage)
+        if isinstance(settings, EndToEnd):
+            source = training.source if settings.source is None else settings.source
+            return training.model_copy(update={"source": source, "sequences": settings.sequences})
+        return self.recipe.data.calibration if stage == "ptq" else training
 
-    def tokens(self, key: str) -> Tensor:
-        """int64 [sequences, length] of data.<key>, calibration or training."""
+    def _taken(self, stage: str) -> int:
+        """Sequences of the same text that other sets have, where a stage takes fresh ones."""
+        recipe = self.recipe
+        phases = {"distill-e2e": recipe.distill.end_to_end, "act-calib-e2e": recipe.act_calib.end_to_end}
+        own = phases.get(stage)
+        if own is None or own.source is not None:
+            return 0
+        earlier = recipe.distill.end_to_end if stage == "act-calib-e2e" else None
+        return recipe.data.training.sequences + (earlier.sequences if earlier is not None and earlier.source is None else 0)
+
+    def generates(self, stage: str) -> bool:
+        """Whether a stage's text is sampled from the model, which writes its cache into the output folder."""
+        return any(item.source == "generate:" for item in self.token_set(stage).source)
+
+    def stage_tokens(self, stage: str) -> Tensor:
+        """int64 [sequences, length] that a stage reads."""
+        seed, taken = self.recipe.runtime.seed, self._taken(stage)
 
         def sample(item: Source, rows: int, length: int) -> Tensor:
             from lbllm_cli.generate import cached_sample
 
-            return cached_sample(self.model, self.tokenizer, self.output, item, rows, length, self.recipe.runtime.seed)
+            return cached_sample(
+                self.model, self.tokenizer, self.output, item, rows, length, seed + (_SAMPLES.get(stage, 0) << 20)
+            )
 
-        return data.calibration_tokens(self._set(key), self.tokenizer, self.vocab, self.recipe.runtime.seed, sample, key)
-
-    def stage_tokens(self, stage: str) -> Tensor:
-        """int64 [sequences, length] that a stage reads."""
-        tokens = self.tokens(DATA[stage])
+        tokens = data.training_tokens(self.token_set(stage), self.tokenizer, self.vocab, seed, sample, DATA[stage], taken)
         count = self.recipe.act_calib.sequences
         if stage != "act-calib" or count is None:
             return tokens
         # Spread, for the sequences may be ordered by source.
         return tokens[torch.linspace(0, len(tokens) - 1, count).round().long()]
+
+    def activation_parent(self) -> str:
+        """The stage that act-calib goes on from."""
+        last = "distill" if self.recipe.distill.end_to_end is None else "distill-e2e"
+        return self.recipe.act_calib.parent or last
 
     def evaluation(self) -> dict[str, Tensor]:
         """name -> int64 [segments, length] of data.evaluation."""
@@ -69,20 +113,25 @@ class Plan:
     def inputs(self, stage: str, tokens: Tensor | None, parent: Checkpoint | None = None) -> dict[str, Any]:
         """Everything a stage's checkpoint depends on, by recipe key: its fingerprint, and what a refusal lists.
 
-        tokens: of data.<DATA[stage]>; None leaves them out. parent: what the stage goes on from, by its bytes.
+        tokens: see `stage_tokens`; None leaves them out. parent: what the stage goes on from, by its bytes.
         """
-        section = stage.replace("-", "_")
+        settings = self.settings(stage)
+        section = DATA[stage] if isinstance(settings, EndToEnd) else stage.replace("-", "_")
         # The tokens themselves, not where they came from: a text that moved is still the same text.
         text = {}
         if tokens is not None:
-            text = {f"data.{DATA[stage]}.tokens": f"{tokens.shape[0]} x {tokens.shape[1]}, {data.tokens_hash(tokens)}"}
+            text = {f"{DATA[stage]}.tokens": f"{tokens.shape[0]} x {tokens.shape[1]}, {data.tokens_hash(tokens)}"}
+        # A phase after it, and where states are kept, are not what a checkpoint depends on.
+        own = settings.model_dump(mode="json", exclude={"end_to_end", "source", "teacher", "recompute"})
+        if stage == "act-calib":
+            own["parent"] = self.activation_parent()
         return {
             "stage": stage,
             "model.files": self.model.identity(),
             "model.dtype": self.recipe.model.dtype,
             "runtime.seed": self.recipe.runtime.seed,
             **text,
-            **flatten(getattr(self.recipe, section).model_dump(mode="json"), section),
+            **flatten(own, section),
             **({} if parent is None else {PARENT: parent.content}),
         }
 
@@ -109,6 +158,9 @@ def prepare(recipe: Recipe, weights: bool = True, calibrate: bool = False, train
     read |= {"training": recipe.data.training} if train else {}
     for tokens in read.values():
         for item in text_sources.expand(tokens.source):
+            attempt(partial(text_sources.check, item, evaluating=False))
+    for phase in (recipe.distill.end_to_end, recipe.act_calib.end_to_end):
+        for item in text_sources.expand(phase.source) if train and phase is not None and phase.source else ():
             attempt(partial(text_sources.check, item, evaluating=False))
     if evaluate:
         for spec in recipe.data.evaluation:

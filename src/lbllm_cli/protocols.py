@@ -1,4 +1,4 @@
-"""What the training of a block asks of others: the student, who is told how it goes, where unfinished work is kept."""
+"""What training asks of others: the student, who is told how it goes, where unfinished work is kept."""
 
 from typing import Any, Protocol
 
@@ -7,19 +7,17 @@ from torch import Tensor
 from lbllm_cli.model import Block
 
 
-class Student(Protocol):
+class Trained(Protocol):
     """What is trained."""
-
-    block: Block
 
     def groups(self) -> list[dict[str, Any]]:
         """AdamW groups: `params`, their `kind`, `top`, the learning rate at the top of the schedule, and `unit`, their scale."""
 
     def begin(self, progress: float) -> None:
-        """Puts the present weights into the block. progress: share of the steps done, 0 to 1."""
+        """Before a step, and before it is measured: it runs with the present parameters. progress: share of the steps done."""
 
     def backward(self) -> None:
-        """Carries the gradients of the block's weights to the parameters."""
+        """After the backward passes of a step: carries gradients to the parameters where autograd has not."""
 
     def constrain(self) -> None:
         """After a step."""
@@ -32,6 +30,12 @@ class Student(Protocol):
 
     def facts(self) -> dict[str, float]:
         """What an epoch's record says about the present state."""
+
+
+class Student(Trained, Protocol):
+    """A block in training."""
+
+    block: Block
 
 
 class Monitor(Protocol):

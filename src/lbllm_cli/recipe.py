@@ -2,18 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lbllm_cli.held_out import held_out_rows
-
-Positive = Annotated[int, Field(ge=1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are errors, numbers are not read from strings, nothing changes later."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+from lbllm_cli.recipe_base import Name, Positive, Section, Source, Sources
+from lbllm_cli.recipe_training import ActCalib, Distill, Schedule
 
 
 class Model(Section):
@@ -45,28 +38,6 @@ class Runtime(Section):
     )
     batch_size: Positive = Field(4, description="sequences in one forward pass of a block")
     save_minutes: float = Field(10, ge=0, description="a block's unfinished training is saved this often")
-
-
-class Source(Section):
-    """One source of text or tokens; `source` alone may be written as a plain string."""
-
-    source: str = Field(min_length=1, description="builtin:..., generate:, hub:NAME, a preset, or a path")
-    weight: float = Field(1.0, gt=0, description="share of the sequences when several sources are mixed")
-    text_key: str = Field("text", description="field of a record that holds the text")
-    messages_key: str | None = Field(None, description="field that holds chat messages; the chat template renders them")
-    split: str | None = Field(None, description="split of a dataset; default train, for evaluation test")
-    config: str | None = Field(None, description="configuration name of a hub dataset")
-    path: str | None = Field(None, description="local file with a preset's schema, instead of the hub")
-    temperature: float = Field(1.0, gt=0, le=2, description="generate: sampling temperature")
-
-
-def _as_sources(value: object) -> object:
-    """A name, a mapping or a list of either: always a list of mappings afterwards."""
-    items = value if isinstance(value, list) else [value]
-    return [{"source": item} if isinstance(item, str) else item for item in items]
-
-
-Sources = Annotated[list[Source], BeforeValidator(_as_sources), Field(min_length=1)]
 
 
 class TokenSet(Section):
@@ -139,116 +110,10 @@ class Ptq(Section):
         return value
 
 
-class Training(Section):
-    """What the stages that train a block have in common."""
-
-    epochs: int = Field(2, ge=0, le=100, description="passes over the training sequences; 0 trains nothing")
-    batch_size: Positive = Field(2, description="sequences in an optimizer step")
-    micro_batch_size: Positive = Field(
-        4, description="most sequences in one forward and backward pass; gradients add up to a step"
-    )
-    lr_weights: float = Field(2e-2, gt=0, le=1, description="AdamW rate of latents, relative to the RMS of the linear's weights")
-    lr_levels: float = Field(1e-2, gt=0, le=1, description="AdamW rate of levels, relative to the same RMS")
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which rates rise; then they fall as a cosine")
-    clip: float = Field(2.0, gt=0, description="largest gradient norm, in units of its running mean")
-    loss: Literal["robust", "plain", "mixed"] = Field(
-        "robust",
-        description="plain: squared error over all tokens; robust: of tokens far off, beyond 100 times the usual squared error, "
-        "the distance counts instead of its square; mixed: half of plain over ordinary tokens alone",
-    )
-    latent_margin: float = Field(
-        0.2, ge=0, le=1, description="how far inside its code's cell a latent starts at least, 1: on its level"
-    )
-    dampening: float = Field(
-        0.003, ge=0, lt=1, description="share of the way to its level that a latent is pulled in every step, against chatter"
-    )
-    held_out: float = Field(0.0625, gt=0, lt=1, description="share of the sequences that choose the best epoch")
-    max_skipped: int = Field(10, ge=0, description="steps of a block that may be skipped for not being finite")
-
-
-def _each_once(kinds: tuple[str, ...]) -> None:
-    if len(set(kinds)) != len(kinds):
-        raise ValueError(f"train: {', '.join(kinds)} names a kind twice")
-
-
-class Distill(Training):
-    """Stage 2: latent weights, levels and bitmaps trained block by block against the full-precision block."""
-
-    parametrisation: Literal["nearest", "bitmap"] = Field(
-        "nearest", description="nearest: the code is the level nearest to the latent weight; bitmap: the paper's relaxed bitmap"
-    )
-    train: list[Literal["weights", "levels", "bitmap"]] | None = Field(
-        None, min_length=1, description="what is trained; default everything the parametrisation has"
-    )
-    lr_bitmap: float = Field(1e-2, gt=0, le=1, description="AdamW rate of the relaxed bitmap, which lies in [0, 1]")
-    polarise: float = Field(0.01, ge=0, description="lambda of the regulariser 1 - |2 G - 1|^beta; grows from 0 to this")
-    polarise_beta: Annotated[list[Annotated[float, Field(ge=1, le=100)]], Field(min_length=2, max_length=2)] = Field(
-        [2.0, 2.0], description="beta at the first and at the last step"
-    )
-
-    @property
-    def trained(self) -> tuple[str, ...]:
-        """Kinds of parameters that are trained."""
-        every = ("weights", "levels", "bitmap") if self.parametrisation == "bitmap" else ("weights", "levels")
-        return tuple(self.train) if self.train is not None else every
-
-    @model_validator(mode="after")
-    def _has_what_is_trained(self) -> "Distill":
-        if self.parametrisation == "nearest" and "bitmap" in self.trained:
-            raise ValueError("train: parametrisation `nearest` has no bitmap; train weights and levels, or use `bitmap`")
-        _each_once(self.trained)
-        return self
-
-
-Bits = Annotated[int, Field(ge=3, le=8)]
-
-
-class ActCalib(Training):
-    """Stage 3: quantizers of activations, keys and values, and the levels behind them, trained block by block."""
-
-    parent: Literal["distill", "ptq"] = Field("distill", description="checkpoint to go on from; ptq: stage 2 is skipped")
-    sequences: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="sequences of data.training to use, spread evenly over them; default all"
-    )
-    bits: Bits = Field(4, description="bits of an activation")
-    kv_bits: Bits = Field(4, description="bits of a key's or value's entry, in the cache and in every other pass")
-    granularity: Literal["group", "token"] = Field(
-        "group", description="what shares a step: ptq.group_size inputs of a token, or all inputs of a token"
-    )
-    form: Literal["knee", "uniform"] = Field(
-        "knee", description="knee: static tables of fine and coarse levels; uniform: equal steps and a dynamic zero"
-    )
-    kv_form: Literal["knee", "uniform"] = Field("knee", description="the same for keys and values")
-    tables: int = Field(2, ge=1, le=2, description="tables of a knee quantizer; with 2 each token and group takes the better")
-    train: list[Literal["weights", "levels", "clip_factors", "knees"]] = Field(
-        ["levels", "clip_factors", "knees"],
-        min_length=1,
-        description="what is trained; with weights, codes are trained as well (weights and activations jointly)",
-    )
-    epochs: int = Field(1, ge=0, le=100, description="passes over the training sequences; 0 keeps the quantizers as fitted")
-    lr_levels: float = Field(5e-3, gt=0, le=1, description="AdamW rate of levels, relative to the RMS of the linear's weights")
-    lr_clip_factors: float = Field(5e-3, gt=0, le=1, description="AdamW rate of clipping factors, which lie in [0.1, 1]")
-    lr_knees: float = Field(1e-2, gt=0, le=1, description="AdamW rate of the logarithm of coarse ratios, which place the knees")
-    soft: float = Field(0.5, ge=0, lt=1, description="share of the steps with soft knees; after it the deployed form is trained")
-    temperature: Annotated[list[Annotated[float, Field(gt=0, le=10)]], Field(min_length=2, max_length=2)] = Field(
-        [1.0, 0.05], description="of the soft knee at its first and last step, in fine steps"
-    )
-
-    @property
-    def trained(self) -> tuple[str, ...]:
-        """Kinds of parameters that are trained."""
-        return tuple(self.train)
-
-    @model_validator(mode="after")
-    def _kinds_differ(self) -> "ActCalib":
-        _each_once(self.trained)
-        return self
-
-
 class Eval(Section):
     """What `lbllm eval` measures."""
 
-    checkpoints: list[Literal["base", "ptq", "distill", "act-calib", "export"]] | None = Field(
+    checkpoints: list[Literal["base", "ptq", "distill", "distill-e2e", "act-calib", "act-calib-e2e", "export"]] | None = Field(
         None, min_length=1, description="default: base and every complete stage; export: the exported folder, as others load it"
     )
     tasks: list[Annotated[str, Field(min_length=1)]] = Field(
@@ -268,7 +133,9 @@ class Eval(Section):
 class Export(Section):
     """What `lbllm export` writes."""
 
-    checkpoint: Literal["latest", "ptq", "distill", "act-calib"] = Field("latest", description="latest: the last complete stage")
+    checkpoint: Literal["latest", "ptq", "distill", "distill-e2e", "act-calib", "act-calib-e2e"] = Field(
+        "latest", description="latest: the last complete stage"
+    )
     format: Literal["packed", "dense"] = Field("packed", description="packed: 2-bit codes; dense: a plain folder")
     shard_gb: float = Field(5.0, gt=0, description="largest weight file, in units of 10^9 bytes; held in RAM once")
 
@@ -305,11 +172,15 @@ class Recipe(Section):
         wanted = self.act_calib.sequences or rows
         if wanted > rows:
             raise ValueError(f"act_calib.sequences: {wanted} of data.training.sequences, which are {rows}")
-        for section, settings, count in (("distill", self.distill, rows), ("act_calib", self.act_calib, wanted)):
+        phases: list[tuple[str, Schedule, int]] = [("distill", self.distill, rows), ("act_calib", self.act_calib, wanted)]
+        for section, last in (("distill", self.distill.end_to_end), ("act_calib", self.act_calib.end_to_end)):
+            if last is not None:
+                phases.append((f"{section}.end_to_end", last, last.sequences))
+        for section, settings, count in phases:
             left = count - held_out_rows(count, settings.held_out)
             if settings.batch_size > left:
                 raise ValueError(
                     f"{section}.batch_size: {settings.batch_size} sequences in a step, but {count} sequences leave {left} beside "
-                    f"those that {section}.held_out takes; lower it or raise data.training.sequences"
+                    f"those that {section}.held_out takes; lower it or raise the number of sequences"
                 )
         return self

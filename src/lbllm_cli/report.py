@@ -79,6 +79,10 @@ class Reporter:
         self._began = time.monotonic()
         self._bar.update(self._task, completed=index)
 
+    def total(self, steps: int) -> None:
+        """For work that does not go through the blocks: how many steps it has."""
+        self._bar.update(self._task, total=steps)
+
     def tick(self, text: str) -> None:
         """Where the work on a block is, beside the bar of a terminal."""
         self._bar.update(self._task, description=f"{self.stage}: {text}")
@@ -105,10 +109,27 @@ class Reporter:
             line += f"  eta {clock((self.blocks - index - 1) * sum(self._times) / len(self._times))}"
         self.console.print(line, markup=False)
         self._bar.update(self._task, completed=index + 1, description=self.stage)
+        self._write({"block": index, "seconds": round(seconds, 3), **self.memory(), **facts})
+
+    def end_steps(self, step: int, steps: int, covered: int, seconds: float, facts: dict[str, Any]) -> None:
+        """One line and one record of `covered` steps of a training without blocks. facts: `loss` and whatever else is known."""
+        self._times.append(seconds / covered)
+        left = (steps - step) * sum(self._times) / len(self._times)
+        line = f"{self.stage} step {step}/{steps}  loss {facts['loss']:.4f}  {seconds:6.1f} s  ram {peak_ram() / GIB:.1f} GiB"
+        device = peak_device(self.device)
+        line += f"  gpu {device / GIB:.1f} GiB" if device is not None else ""
+        self.console.print(line + (f"  eta {clock(left)}" if step < steps else ""), markup=False)
+        self._bar.update(self._task, completed=step, total=steps)
+        self._write({"step": step, "seconds": round(seconds, 3), **self.memory(), **facts})
+
+    def record(self, facts: dict[str, Any]) -> None:
+        """One record without a line."""
+        self._write(facts)
+
+    def _write(self, facts: dict[str, Any]) -> None:
         if self.events is not None:
-            record = {"stage": self.stage, "block": index, "seconds": round(seconds, 3), **self.memory(), **facts}
             with self.events.open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps(record) + "\n")
+                handle.write(json.dumps({"stage": self.stage, **facts}) + "\n")
 
     def used(self) -> str:
         """Time and memory so far, for the last line of a stage."""

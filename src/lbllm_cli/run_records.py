@@ -6,42 +6,46 @@ from pathlib import Path
 from typing import Any
 
 from lbllm_cli import source
-from lbllm_cli.checkpoint import PROGRESS, STAGES, Checkpoint, complete_stages
+from lbllm_cli.checkpoint import PROGRESS, STAGES, Checkpoint, command_of, complete_stages
 from lbllm_cli.errors import UsageError
 from lbllm_cli.stages.evaluate import BASE
 from lbllm_cli.stages.export import EXPORT, RECORD
 
 
-def block_records(events: Path) -> list[dict[str, Any]]:
-    """The last record of each block in an events.jsonl, in block order; a line that a crash cut short is passed over."""
-    found: dict[int, dict[str, Any]] = {}
+def read_records(events: Path, kind: str) -> list[dict[str, Any]]:
+    """The last record of each block, step or phase in an events.jsonl, in order; a line that a crash cut short is passed over."""
+    found: dict[Any, dict[str, Any]] = {}
     for line in events.read_text(encoding="utf-8").splitlines() if events.exists() else ():
         try:
             record = json.loads(line)
-            found[record["block"]] = record
+            found[record[kind]] = record
         except (ValueError, TypeError, KeyError):
             continue
-    return [found[block] for block in sorted(found)]
+    return [found[key] for key in sorted(found)]
 
 
 @dataclass(frozen=True)
 class StageRecord:
-    """A stage's folder. checkpoint: None while the stage is unfinished. blocks: see `block_records`. done: blocks committed."""
+    """A stage's folder. checkpoint: None while the stage is unfinished. blocks, steps: see `read_records`; a stage has one
+    kind. phase: what is known of an end-to-end phase as a whole, one record or none. done: blocks committed.
+    """
 
     stage: str
     folder: Path
     checkpoint: Checkpoint | None
     blocks: list[dict[str, Any]]
+    steps: list[dict[str, Any]]
+    phase: list[dict[str, Any]]
     done: int
 
     def total(self, key: str) -> float | None:
-        """Sum of a fact over the blocks; None where no block has it."""
-        values = [record[key] for record in self.blocks if record.get(key) is not None]
+        """Sum of a fact over the blocks or steps; None where none has it."""
+        values = [record[key] for record in (*self.blocks, *self.steps, *self.phase) if record.get(key) is not None]
         return sum(values) if values else None
 
     def peak(self, key: str) -> float | None:
-        """Largest value of a fact over the blocks; None where no block has it."""
-        return max((record[key] for record in self.blocks if record.get(key) is not None), default=None)
+        """Largest value of a fact over the blocks or steps; None where none has it."""
+        return max((record[key] for record in (*self.blocks, *self.steps) if record.get(key) is not None), default=None)
 
     def text(self, name: str) -> str | None:
         """A file of the folder, None where it is not there."""
@@ -99,7 +103,7 @@ def read_run(output: Path) -> Run:
     complete = complete_stages(output)
     partial = {stage: output / f"{stage}.partial" for stage in STAGES}
     done = {
-        stage: len(_read(folder / PROGRESS, f"{stage} --force")["files"])
+        stage: len(_read(folder / PROGRESS, f"{command_of(stage)} --force")["files"])
         for stage, folder in partial.items()
         if (folder / PROGRESS).exists()
     }
@@ -107,12 +111,13 @@ def read_run(output: Path) -> Run:
     for stage in STAGES:
         if stage in complete:
             folder, checkpoint = output / stage, Checkpoint(output, stage)
-            blocks = len(checkpoint.hashes)
+            blocks = int(checkpoint.manifest["blocks"])
         elif stage in done:
             folder, checkpoint, blocks = partial[stage], None, done[stage]
         else:
             continue
-        stages[stage] = StageRecord(stage, folder, checkpoint, block_records(folder / "events.jsonl"), blocks)
+        records = {kind: read_records(folder / "events.jsonl", kind) for kind in ("block", "step", "phase")}
+        stages[stage] = StageRecord(stage, folder, checkpoint, records["block"], records["step"], records["phase"], blocks)
     found = {name: output / "eval" / f"{name}.json" for name in ("results", "details")}
     results, details = ({} if not path.exists() else _read(path, "eval") for path in found.values())
     if not stages and not results:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from lbllm_cli import data, files, page, plots, prepare
+from lbllm_cli import data, files, page, plots, prepare, training_plots
 from lbllm_cli.activations import format_of
-from lbllm_cli.checkpoint import STAGES, Checkpoint
+from lbllm_cli.checkpoint import STAGES, Checkpoint, command_of
 from lbllm_cli.commands import open_checkpoint, say
 from lbllm_cli.distributions import Linear, input_histograms, weight_histogram, worst_linears
 from lbllm_cli.errors import UsageError
@@ -116,15 +116,17 @@ def _result_figures(run: Run) -> list[Figure]:
 def _stages(run: Run, plan: Plan | None) -> Section:
     section = Section("Stages")
     section.notes += [
-        f"{stage} is not there; it is made by `lbllm {stage} --recipe ...`." for stage in STAGES if stage not in run.stages
+        f"{stage} is not there; it is made by `lbllm {stage} --recipe ...`."
+        for stage in STAGES
+        if stage not in run.stages and command_of(stage) == stage
     ]
     section.notes += [
-        f"{stage} is unfinished, {record.done} blocks are done; `lbllm {stage} --recipe ...` goes on."
+        f"{stage} is unfinished, {record.done} blocks are done; `lbllm {command_of(stage)} --recipe ...` goes on."
         for stage, record in run.stages.items()
         if record.checkpoint is None
     ]
     section.notes += [
-        f"{stage} is being made again, {done} blocks are done; `lbllm {stage} --recipe ...` goes on."
+        f"{stage} is being made again, {done} blocks are done; `lbllm {command_of(stage)} --recipe ...` goes on."
         for stage, done in run.again.items()
     ]
     if run.stages:
@@ -132,15 +134,17 @@ def _stages(run: Run, plan: Plan | None) -> Section:
     images: list[Image] = []
     for stage, record in run.stages.items():
         records = [found for found in record.blocks if "before" in found]
-        images += [plots.held_out_errors(stage, records)] if records else []
-        images += [plots.last_losses(stage, records)] if any(found["epochs"] for found in records) else []
+        images += [training_plots.held_out_errors(stage, records)] if records else []
+        images += [training_plots.last_losses(stage, records)] if any(found["epochs"] for found in records) else []
+        images += [training_plots.step_losses(stage, record.steps)] if record.steps else []
     if images:
         caption = (
             "Errors: solid below dashed is what training gained in that block; where they meet, it was returned as it began. The "
             "two colours part in blocks that a few massive tokens dominate. Losses are relative to the error at the start, the "
-            "line at 1; training far below held out is overfitting, for which more sequences help."
+            "line at 1; training far below held out is overfitting, for which more sequences help. A phase over the whole "
+            "model has one loss, over its tokens."
         )
-        section.figures.append(Figure("Training, block by block", images, caption))
+        section.figures.append(Figure("Training", images, caption))
     return section
 
 

@@ -112,10 +112,11 @@ def _stage_facts(record: StageRecord, model: SourceModel | None) -> list[tuple[s
     bits = None if model is None or checkpoint is None else measure_sizes(model, checkpoint.entries(), 0).bits_per_weight
     seconds = [found["seconds"] for found in record.blocks]
     trained = [found["best_epoch"] for found in record.blocks if "best_epoch" in found]
+    kl = [f"{found['before']['kl']:.3f} → {found['after']['kl']:.3f}" for found in record.phase]
     return [
         ("state", "complete" if checkpoint is not None else f"unfinished, {counted(record.done, 'block')} done"),
         ("goes on from", (manifest.get("parent") or {}).get("stage", _NONE)),
-        ("time, [h:]min:s", clock(sum(seconds)) if seconds else _NONE),
+        ("time, [h:]min:s", _NONE if (taken := record.total("seconds")) is None else clock(taken)),
         ("seconds per block, mean", _form(sum(seconds) / len(seconds) if seconds else None, "{:,.1f}")),
         ("seconds per block, most", _form(max(seconds, default=None), "{:,.1f}")),
         ("peak RAM, GiB", _gib(record.peak("peak_ram_bytes"))),
@@ -126,6 +127,7 @@ def _stage_facts(record: StageRecord, model: SourceModel | None) -> list[tuple[s
         ("bits per activation", str(layout.bits) if layout else _NONE),
         ("bits per key and value entry", str(layout.kv_bits) if layout else _NONE),
         ("skipped steps", _form(record.total("skipped"), "{:,}")),
+        ("KL on held-out sequences, nats", "".join(kl) or _NONE),
         ("blocks returned as they began", str(trained.count(0)) if trained else _NONE),
     ]
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from lbllm_cli import files, interrupt
-from lbllm_cli.activations import TENSORS, ActivationFormat, attach, read_quantizers
+from lbllm_cli.activations import ActivationFormat, attach, read_quantizers
 from lbllm_cli.checkpoint import Checkpoint, StageWriter, TrainingState
 from lbllm_cli.errors import RunError
+from lbllm_cli.linears import whole_tensors
 from lbllm_cli.model import Block, SourceModel
 from lbllm_cli.ops.binarize import decode
 from lbllm_cli.ops.metrics import BlockError
@@ -163,16 +164,12 @@ def binarized_weights(stored: dict[str, Tensor], model: SourceModel) -> dict[str
 
     stored: `P.weight`, `P.levels`, `P.scale` per linear. Returns float32 [out, in] under `P.weight`, on the model's device.
     """
-    weights: dict[str, Tensor] = {}
-    for name, tensor in stored.items():
+    weights = {name: tensor.to(model.device) for name, tensor in whole_tensors(stored).items()}
+    for name in stored:
         owner, _, kind = name.rpartition(".")
-        if kind in TENSORS:
-            continue
-        if f"{owner}.scale" not in stored:
-            weights[name] = tensor.to(model.device)
-        elif kind == "weight":
+        if kind == "scale":
             parts = [stored[f"{owner}.{part}"].to(model.device) for part in ("weight", "levels", "scale")]
-            weights[name] = decode(parts[0], parts[1], parts[2], model.shapes[name][1])
+            weights[f"{owner}.weight"] = decode(parts[0], parts[1], parts[2], model.shapes[f"{owner}.weight"][1])
     return weights
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lbllm_cli.errors import UsageError
-from lbllm_cli.recipe import Source
+from lbllm_cli.recipe_base import Source
 
 STYLES = ("novels", "technical", "modern")
 PARTS = ("calibration", "evaluation")

@@ -28,7 +28,7 @@ from lbllm_cli.ops.ste import (
     stored_levels,
 )
 
-WEIGHTS, LEVELS, BITMAP = "weights", "levels", "bitmap"
+WEIGHTS, LEVELS, BITMAP, SCALES = "weights", "levels", "bitmap", "scales"
 Packed = tuple[Tensor, Tensor, Tensor]
 
 
@@ -159,9 +159,10 @@ class Bitmap(nn.Module):
 
 
 class Fixed(nn.Module):
-    """Codes that never change, uint8 [out, groups, size], and levels [out, groups, 4] in code order.
+    """Codes that never change, packed uint8 [out, groups, size / 4], and levels [out, groups, 4] in code order.
 
-    Arguments as for `Nearest`; there is no latent weight that a margin could mean.
+    Arguments as for `Nearest`; there is no latent weight that a margin could mean. With scales trained, all levels of a group
+    move by one factor [out, groups, 1], and the stored int8 levels stay what they are.
     """
 
     codes: Tensor
@@ -171,17 +172,21 @@ class Fixed(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.group_size = packed[0].shape[2] * 4
         self.rms = float(weight.float().square().mean().sqrt())
-        codes = binarize.unpack_codes(packed[0], self.in_features)
-        self.register_buffer("codes", binarize.grouped(codes, self.group_size))
-        self.levels = nn.Parameter(starting_levels(packed[1], packed[2]).clone(), requires_grad=LEVELS in train)
+        self.register_buffer("codes", packed[0])
+        start = starting_levels(packed[1], packed[2])
+        self.levels = nn.Parameter(start.clone(), requires_grad=LEVELS in train)
+        self.factor = nn.Parameter(torch.ones_like(start[..., :1])) if SCALES in train else None
 
     def kinds(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by kind, frozen ones included."""
-        return {LEVELS: [self.levels]}
+        return {LEVELS: [self.levels]} if self.factor is None else {SCALES: [self.factor]}
+
+    def _levels(self) -> Tensor:
+        return self.levels if self.factor is None else self.levels * self.factor
 
     def forward(self) -> Tensor:
-        grouped = fixed_level(self.codes, stored_levels(self.levels))
-        return grouped.flatten(1)[:, : self.in_features]
+        codes = binarize.grouped(binarize.unpack_codes(self.codes, self.in_features), self.group_size)
+        return fixed_level(codes, stored_levels(self._levels())).flatten(1)[:, : self.in_features]
 
     def constrain(self, dampening: float) -> None:
         """Nothing to keep in order: a level belongs to its code wherever it goes."""
@@ -189,8 +194,8 @@ class Fixed(nn.Module):
     @torch.no_grad()
     def packed(self) -> Packed:
         """The present weights as a checkpoint holds them."""
-        stored, scale = binarize.project_levels(self.levels)
-        return binarize.pack_codes(self.codes.flatten(1)[:, : self.in_features], self.group_size), stored, scale
+        stored, scale = binarize.project_levels(self._levels())
+        return self.codes, stored, scale
 
 
 Trainable = Nearest | Bitmap | Fixed

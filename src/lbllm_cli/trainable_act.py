@@ -32,6 +32,14 @@ class TrainableQuantizer(ActQuantizer):
         self.log_ratio = nn.Parameter(ratios.log(), requires_grad=KNEES in train and bool(shapes))
         self.register_buffer("counts", counts, persistent=False)
 
+    @classmethod
+    def going_on(cls, quantizer: ActQuantizer, train: tuple[str, ...]) -> "TrainableQuantizer":
+        """The quantizer of a checkpoint, to be trained further."""
+        tables = quantizer.tables
+        rows = zip(tables.levels.tolist(), [] if tables.zero is None else tables.zero.tolist(), strict=False)
+        shapes = None if tables.zero is None else [Shape.of(levels, zero) for levels, zero in rows]
+        return cls(tables, shapes, quantizer.size, quantizer.step_dtype, train)
+
     def kinds(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by kind, frozen ones included."""
         return {CLIP_FACTORS: [self.clip]} | ({KNEES: [self.log_ratio]} if self.shapes else {})

@@ -1,8 +1,7 @@
-"""Training of one block against the full-precision block's outputs: steps, schedule, selection, resume. No files, no formats.
+"""Steps, schedule, selection and resume of everything that trains. No files, no formats.
 
-A step: the student's present weights enter its block, micro-batches add up gradients, these go back through the straight-through
-estimators once, AdamW moves the masters. After every epoch the student is scored on held-out sequences; the best state wins,
-and the start is one of the candidates.
+A step: the student is made ready, micro-batches add up gradients, AdamW moves the masters. After every epoch the student is
+scored on held-out sequences; the best state wins, and the start is one of the candidates.
 """
 
 import math
@@ -17,12 +16,10 @@ from torch import Tensor
 from lbllm_cli import interrupt
 from lbllm_cli.errors import Interrupted, RunError
 from lbllm_cli.held_out import held_out_rows
-from lbllm_cli.ops.metrics import BlockError, massive_tokens, robust_error
-from lbllm_cli.protocols import Monitor, StateKeeper, Student
-from lbllm_cli.stream import BlockTask, fetched
+from lbllm_cli.protocols import Monitor, StateKeeper, Trained
 
 if TYPE_CHECKING:
-    from lbllm_cli.recipe import Training
+    from lbllm_cli.recipe_training import Schedule
 
 _LAST_RATE = 0.05
 # The usual gradient norm follows the present one by this share a step.
@@ -43,7 +40,7 @@ def rate_factor(step: int, steps: int, warmup: float) -> float:
 
 @dataclass
 class Progress:
-    """How far a block's training is: everything a resumed run needs beside the tensors."""
+    """How far a training is: everything a resumed run needs beside the tensors. recent: losses not yet in a record."""
 
     block: int
     epoch: int = 0
@@ -57,32 +54,37 @@ class Progress:
     seconds: float = 0.0
     best: int = 0
     best_loss: float = 1.0
+    recent: list[float] = field(default_factory=list)
     start: dict[str, float] = field(default_factory=dict)
     epochs: list[dict[str, Any]] = field(default_factory=list)
 
 
-class Trainer:
-    """Trains `student` so that its block turns the quantized stream into the targets.
+class TrainingLoop:
+    """Steps, schedule, selection of the best epoch, resume; what is trained towards what is a subclass's.
 
-    task: both streams. section: the recipe's, for messages. seed: data order. keeper: unfinished training. monitor: told how it
-    goes.
+    student: what is trained. settings: of the recipe's `section`. rows: sequences. length: tokens in one. index: a number that
+    the seed of the data order and the kept state carry. where: the index in words. keeper: unfinished training. monitor: told
+    how it goes.
     """
 
     def __init__(
         self,
-        task: BlockTask,
-        student: Student,
-        settings: "Training",
+        student: Trained,
+        settings: "Schedule",
         section: str,
+        rows: int,
+        length: int,
+        index: int,
+        where: str,
         seed: int,
         keeper: StateKeeper,
         monitor: Monitor,
+        device: torch.device,
     ):
-        self.student = student
-        self.inputs, self.targets, self.device = task.quantized, task.targets, task.device
+        self.trained = student
         self.settings, self.section, self.keeper, self.monitor = settings, section, keeper, monitor
-        self.seed = ((seed << 20) + task.index) % (1 << 50)
-        rows = task.quantized.rows
+        self.where, self.device, self.length = where, device, length
+        self.seed = ((seed << 20) + index) % (1 << 50)
         held = held_out_rows(rows, settings.held_out)
         # Spread over the data, which may be ordered by source.
         self.held = [round((i + 0.5) * rows / held - 0.5) for i in range(held)]
@@ -90,8 +92,24 @@ class Trainer:
         self.steps = -(-len(self.rows) // settings.batch_size)
         self.groups = student.groups()
         self.optimizer = torch.optim.AdamW(self.groups, weight_decay=0.0, betas=(0.9, 0.95), fused=True)
-        self.progress = Progress(task.index)
+        self.progress = Progress(index)
         self.best: dict[str, Tensor] | None = None
+
+    def feed(self, pieces: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+        """What a micro-batch needs, on the device. pieces: row numbers int64 [n]; the first tensor has n rows too."""
+        raise NotImplementedError
+
+    def loss(self, piece: tuple[Tensor, ...]) -> Tensor:
+        """Differentiable mean over a micro-batch's tokens."""
+        raise NotImplementedError
+
+    def measure_start(self) -> None:
+        """Puts held-out errors of the student as it begins into `progress.start`."""
+        raise NotImplementedError
+
+    def measure(self) -> tuple[float, dict[str, float], bool]:
+        """Held-out loss of the present student, 1 for the start's; the errors behind it; whether they allow it to be the best."""
+        raise NotImplementedError
 
     def run(self) -> dict[str, Tensor] | None:
         """The best epoch's tensors, or None when no epoch was better than the start; `progress` tells how it went."""
@@ -99,16 +117,10 @@ class Trainer:
         if not self.progress.start:
             self.measure_start()
         if not math.isfinite(self.progress.start["error"]):
-            raise RunError(f"block {self.progress.block}: the outputs of its start are not finite; set model.dtype: float32")
+            raise RunError(f"{self.where}: the outputs of its start are not finite; set model.dtype: float32")
         while self.progress.epoch < self.settings.epochs:
             self._epoch()
         return self.best
-
-    def measure_start(self) -> None:
-        """Held-out errors of the student as it begins, which the loss is relative to."""
-        self.student.begin(0.0)
-        usual = self._held_out(None)["per_token_ordinary"]
-        self.progress.start = self._held_out(usual)
 
     def facts(self) -> dict[str, Any]:
         """How it went: errors at the start and of the best epoch, which one that was, and one record per epoch."""
@@ -132,7 +144,7 @@ class Trainer:
         began = time.monotonic()
         batches = self._batches()[progress.step :]
         pieces = [micro for batch in batches for micro in batch.split(self.settings.micro_batch_size)]
-        feed = fetched((self.inputs, self.targets), pieces, self.device)
+        feed = self.feed(pieces)
         for batch in batches:
             self._pause()
             began = self._count(began)
@@ -155,42 +167,27 @@ class Trainer:
         try:
             interrupt.check()
         except Interrupted:
-            self._save()
+            self.save()
             raise
         if self.keeper.due():
-            self._save()
+            self.save()
 
-    def _step(self, batch: Tensor, feed: Iterator[tuple[Tensor, ...]]) -> None:
-        """One optimizer step over the rows of `batch`."""
-        self.student.begin(self._done())
+    def _step(self, batch: Tensor, feed: Iterator[tuple[Tensor, ...]]) -> float:
+        """One optimizer step over the rows of `batch`; returns its loss."""
+        self.trained.begin(self._done())
         loss = torch.zeros((), device=self.device)
         for _ in batch.split(self.settings.micro_batch_size):
-            inputs, targets = next(feed)
-            part = self._loss(self.student.block(inputs), targets) * (inputs.shape[0] / len(batch))
+            piece = next(feed)
+            part = self.loss(piece) * (piece[0].shape[0] / len(batch))
             part.backward()
             loss += part.detach()
-        self.student.backward()
+        self.trained.backward()
         self._update(float(loss))
+        return float(loss)
 
     def _done(self) -> float:
         """Share of all steps that are done."""
         return (self.progress.epoch * self.steps + self.progress.step) / (self.settings.epochs * self.steps)
-
-    def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Squared error of a micro-batch, 1 for the start's error on held-out sequences.
-
-        plain: over all tokens. robust: see `robust_error`. mixed: half over all, half over ordinary tokens alone, each relative
-        to its start.
-        """
-        error = (outputs.float() - targets.float()).square().sum(-1)
-        start = self.progress.start
-        if self.settings.loss == "robust":
-            return robust_error(error, start["per_token_ordinary"]).mean() / start["per_token_robust"]
-        loss = error.mean() / start["per_token"]
-        if self.settings.loss == "mixed":
-            ordinary = torch.where(massive_tokens(targets), 0, error).mean() / start["per_token_ordinary"]
-            loss = (loss + ordinary) / 2
-        return loss
 
     def _update(self, loss: float) -> None:
         """The one place where gradients become a step: they are complete here, and nothing is between here and the masters."""
@@ -212,7 +209,7 @@ class Trainer:
                 taken if not progress.usual_norm else progress.usual_norm + _FOLLOW * (taken - progress.usual_norm)
             )
             self.optimizer.step()
-            self.student.constrain()
+            self.trained.constrain()
             progress.taken += 1
             progress.loss_sum += loss
             progress.norm_sum += norm
@@ -224,54 +221,30 @@ class Trainer:
 
     def _check_skipped(self, loss: float, norm: float) -> None:
         progress = self.progress
-        where = f"block {progress.block}, epoch {progress.epoch + 1}, step {progress.step + 1}"
+        where = f"{self.where}, epoch {progress.epoch + 1}, step {progress.step + 1}"
         if progress.skipped > self.settings.max_skipped:
             raise RunError(
-                f"{where}: loss {loss:.3g}, gradient norm {norm:.3g}; {progress.skipped} steps of this block were not finite, "
+                f"{where}: loss {loss:.3g}, gradient norm {norm:.3g}; {progress.skipped} steps were not finite, "
                 f"{self.section}.max_skipped allows {self.settings.max_skipped}; lower {self.section}.lr_levels and the rates "
                 "beside it, or set model.dtype: float32"
             )
 
-    @torch.no_grad()
-    def _held_out(self, usual: float | None) -> dict[str, float]:
-        """Errors of the block as it is on the held-out sequences. usual: see `robust_error`; None leaves that one out."""
-        error = BlockError()
-        robust = 0.0
-        pieces = list(torch.tensor(self.held).split(self.settings.micro_batch_size))
-        for inputs, targets in fetched((self.inputs, self.targets), pieces, self.device):
-            outputs = self.student.block(inputs)
-            error.add(targets, outputs)
-            if usual is not None:
-                robust += float(robust_error((outputs.float() - targets.float()).square().sum(-1), usual).sum())
-        kinds = ("per_token", "per_token_ordinary", "per_token_robust")
-        if not error.finite:
-            return dict.fromkeys(("error", "error_ordinary", *kinds), math.inf)
-        tokens = len(self.held) * self.inputs.data.shape[1]
-        sums = (error.error, error.ordinary_error, robust)
-        per_token = {kind: max(total / tokens, 1e-30) for kind, total in zip(kinds, sums, strict=True)}
-        return {"error": error.relative, "error_ordinary": error.relative_ordinary, **per_token}
-
     def _score(self) -> None:
         """End of an epoch: held-out error, record, and whether this is the best state so far."""
-        progress, settings = self.progress, self.settings
-        self.student.begin(self._done())
-        start = progress.start
-        held = self._held_out(start["per_token_ordinary"])
-        by = {"plain": ("per_token",), "robust": ("per_token_robust",), "mixed": ("per_token", "per_token_ordinary")}[
-            settings.loss
-        ]
-        loss = sum(held[key] / start[key] for key in by) / len(by)
-        if loss < progress.best_loss and held["error_ordinary"] <= start["error_ordinary"]:
+        progress = self.progress
+        self.trained.begin(self._done())
+        loss, held, allowed = self.measure()
+        if loss < progress.best_loss and allowed:
             progress.best, progress.best_loss = progress.epoch + 1, loss
-            self.best = self.student.snapshot()
+            self.best = self.trained.snapshot()
         taken = max(1, progress.taken)
-        tokens = len(self.rows) * self.inputs.data.shape[1]
+        tokens = len(self.rows) * self.length
         progress.epochs.append(
             {
                 "loss": progress.loss_sum / taken,
                 "held_out_loss": loss,
                 "held_out": held,
-                **self.student.facts(),
+                **self.trained.facts(),
                 "lr": {group["kind"]: group["lr"] / group["unit"] for group in self.groups},
                 "gradient_norm": progress.norm_sum / taken,
                 "gradient_norm_max": progress.norm_max,
@@ -284,7 +257,8 @@ class Trainer:
     def _parameters(self) -> dict[str, Tensor]:
         return {f"{g}.{i}": p for g, group in enumerate(self.groups) for i, p in enumerate(group["params"])}
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Keeps the present state, from which a resumed run goes on."""
         tensors = {f"best/{name}": tensor for name, tensor in (self.best or {}).items()}
         for name, parameter in self._parameters().items():
             tensors[f"{name}/value"] = parameter.detach()
@@ -306,4 +280,4 @@ class Trainer:
             with torch.no_grad():
                 parameter.copy_(found[name].pop("value"))
             self.optimizer.state[parameter].update(found[name])
-        self.student.resumed()
+        self.trained.resumed()

@@ -7,6 +7,7 @@ SmolLM2-135M), since the few large entries of a key decide the attention.
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,15 @@ class Shape(NamedTuple):
         low = [zero - self.fine_low - self.ratio_low * k for k in range(self.coarse_low, 0, -1)]
         high = [zero + self.fine_high + self.ratio_high * k for k in range(1, self.coarse_high + 1)]
         return [*low, *range(zero - self.fine_low, zero + self.fine_high + 1), *high]
+
+    @classmethod
+    def of(cls, levels: list[int], zero: int) -> "Shape":
+        """A shape with these levels: [0, 3, 4, 5, 6, 7, 11, 15], 5 -> Shape(2, 2, 1, 2, 3, 4)."""
+        steps = [b - a for a, b in pairwise(levels)]
+        below, above = steps[: levels.index(zero)][::-1], steps[levels.index(zero) :]
+        coarse = [[step for step in side if step > 1] for side in (below, above)]
+        fine = [len(side) - len(large) for side, large in zip((below, above), coarse, strict=True)]
+        return cls(*fine, *map(len, coarse), *(large[0] if large else 1 for large in coarse))
 
     def valid(self) -> bool:
         """Whether the table fits the lattice and has levels on the sides that it claims to have."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lbllm_cli.activations import INPUTS, KEYS, TENSORS, VALUES, ActivationFormat, attach
+from lbllm_cli.block_training import Trainer
 from lbllm_cli.linears import BlockLinears, packed_of
 from lbllm_cli.model import LINEARS, Block
 from lbllm_cli.ops.actfit import SAMPLE, fit_knee, tables_of
@@ -18,10 +19,9 @@ from lbllm_cli.protocols import Monitor
 from lbllm_cli.stream import BlockTask
 from lbllm_cli.trainable import LEVELS, WEIGHTS, Fixed, Nearest, Trainable
 from lbllm_cli.trainable_act import CLIP_FACTORS, KNEES, TrainableQuantizer
-from lbllm_cli.training import Trainer
 
 if TYPE_CHECKING:
-    from lbllm_cli.recipe import ActCalib
+    from lbllm_cli.recipe_training import ActCalib
 
 # Sequences whose activations the quantizers' tables are fitted on.
 _SEQUENCES = 8
@@ -97,7 +97,7 @@ class ActivationStudent:
                 if WEIGHTS in settings.train
                 else Fixed(weight, packed, settings.trained)
             )
-        self.weights = BlockLinears(task.teacher, linears, settings.trained)
+        self.weights = BlockLinears(task.teacher, task.start, linears, settings.trained)
         self.block = self.weights.block
         self.weights.begin()
         self.quantizers = self._fit(task, layout, seed)

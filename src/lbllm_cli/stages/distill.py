@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lbllm_cli.block_training import Trainer
 from lbllm_cli.linears import BlockLinears, packed_of
 from lbllm_cli.model import LINEARS, Block
 from lbllm_cli.ops.binarize import unpack_codes
 from lbllm_cli.protocols import Monitor
 from lbllm_cli.stream import BlockTask
 from lbllm_cli.trainable import BITMAP, LEVELS, PARAMETRISATIONS, WEIGHTS, Bitmap, Trainable
-from lbllm_cli.training import Trainer
 
 if TYPE_CHECKING:
-    from lbllm_cli.recipe import Distill
+    from lbllm_cli.recipe_training import Distill
 
 
 class BinarizedStudent:
@@ -36,7 +36,7 @@ class BinarizedStudent:
             packed = packed_of(start, teacher.prefix + name, weight.device)
             linears[name] = kind(weight, packed, settings.trained, settings.latent_margin)
             self.codes[name] = packed[0]
-        self.weights = BlockLinears(teacher, linears, settings.trained)
+        self.weights = BlockLinears(teacher, start, linears, settings.trained)
         self.block = self.weights.block
         self._progress = 0.0
 

@@ -1,5 +1,6 @@
 """Perplexity of the base model and of checkpoints, and how far these are from it, for models larger than memory."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Sequential
 
 from lbllm_cli.activations import ActivationFormat, format_of
 from lbllm_cli.checkpoint import Checkpoint
 from lbllm_cli.errors import RunError
-from lbllm_cli.model import SourceModel
+from lbllm_cli.model import FINAL_NORM, SourceModel
 from lbllm_cli.ops.agreement import Agreement, log_probabilities
 from lbllm_cli.ops.metrics import BlockError
 from lbllm_cli.report import Reporter
@@ -105,8 +106,8 @@ class Evaluation:
                     texts = [text for text in sets if name in names[text]]
                     self._advance(index, name, texts, blocks)
                 reporter.step(index)
-            head = self.model.head()
-            return {key: found for text in sets for key, found in self._predict(head, text, sets[text], names[text], blocks)}
+            heads = self._heads()
+            return {key: found for text in sets for key, found in self._predict(heads, text, sets[text], names[text], blocks)}
         finally:
             for stream in self._streams.values():
                 stream.remove()
@@ -130,8 +131,25 @@ class Evaluation:
                     error.add(self._streams[BASE, text].data[rows].to(model.device), stream.data[rows].to(model.device))
                 blocks[name, text].append(error)
 
+    def _heads(self) -> dict[str, Module]:
+        """Final norm and head of each: only norms differ, the matrix is one."""
+        base: Any = self.model.head()
+        heads: dict[str, Module] = {BASE: base}
+        for name, checkpoint in self.checkpoints.items():
+            own: Any = base
+            if outer := checkpoint.read_outer():
+                own = Sequential(copy.deepcopy(base[0]), base[1])
+                own[0].weight.copy_(outer[FINAL_NORM])
+            heads[name] = own
+        return heads
+
     def _predict(
-        self, head: Module, text: str, tokens: Tensor, names: list[str], blocks: dict[tuple[str, str], list[BlockError]]
+        self,
+        heads: dict[str, Module],
+        text: str,
+        tokens: Tensor,
+        names: list[str],
+        blocks: dict[tuple[str, str], list[BlockError]],
     ) -> Iterator[tuple[tuple[str, str], Measured]]:
         found = {name: Agreement(tokens.shape[1]) for name in names}
         for rows in batches(0, tokens.shape[0], 1):
@@ -139,9 +157,9 @@ class Evaluation:
             hidden = {name: self._streams[name, text].data[rows][0, :-1].to(self.model.device) for name in names}
             for start in range(0, len(wanted), _POSITIONS):
                 piece = slice(start, start + _POSITIONS)
-                teacher = log_probabilities(head(hidden[BASE][piece]))
+                teacher = log_probabilities(heads[BASE](hidden[BASE][piece]))
                 for name in names:
-                    student = teacher if name == BASE else log_probabilities(head(hidden[name][piece]))
+                    student = teacher if name == BASE else log_probabilities(heads[name](hidden[name][piece]))
                     found[name].add(start, teacher, student, wanted[piece])
         for name in names:
             if not found[name].finite:

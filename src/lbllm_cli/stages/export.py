@@ -81,7 +81,8 @@ def up_to_date(target: Path, inputs: dict[str, Any]) -> bool:
 
 def _tensors(model: SourceModel, checkpoint: Checkpoint, dense: bool) -> Iterator[tuple[str, Tensor]]:
     """All tensors of the exported model: everything outside the blocks, then block by block."""
-    yield from model.read(model.outer_names()).items()
+    changed = checkpoint.read_outer()
+    yield from {**model.read([name for name in model.outer_names() if name not in changed]), **changed}.items()
     for index in range(model.blocks):
         interrupt.check()
         stored = checkpoint.read_block(index)
@@ -132,7 +133,8 @@ def _card(model: SourceModel, checkpoint: Checkpoint, dense: bool, group_size: i
     lines.append(
         f"The linear layers of {name}'s decoder blocks are binarized to a sign bit and a bitmap bit per weight, four levels "
         f"per group of {group_size} inputs (LBLLM, arXiv 2604.19167), by lbllm {__version__}, stage `{checkpoint.stage}`. "
-        "Embeddings, norms, biases and head are those of the source model. The source model's licence applies."
+        f"Embeddings, {'' if checkpoint.read_outer() else 'norms, '}biases and head are those of the source model. "
+        "The source model's licence applies."
     )
     lines.append("")
     if layout:

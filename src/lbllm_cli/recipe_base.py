@@ -1,0 +1,36 @@
+"""What every section of the recipe is made of."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, numbers are not read from strings, nothing changes later."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Source(Section):
+    """One source of text or tokens; `source` alone may be written as a plain string."""
+
+    source: str = Field(min_length=1, description="builtin:..., generate:, hub:NAME, a preset, or a path")
+    weight: float = Field(1.0, gt=0, description="share of the sequences when several sources are mixed")
+    text_key: str = Field("text", description="field of a record that holds the text")
+    messages_key: str | None = Field(None, description="field that holds chat messages; the chat template renders them")
+    split: str | None = Field(None, description="split of a dataset; default train, for evaluation test")
+    config: str | None = Field(None, description="configuration name of a hub dataset")
+    path: str | None = Field(None, description="local file with a preset's schema, instead of the hub")
+    temperature: float = Field(1.0, gt=0, le=2, description="generate: sampling temperature")
+
+
+def _as_sources(value: object) -> object:
+    """A name, a mapping or a list of either: always a list of mappings afterwards."""
+    items = value if isinstance(value, list) else [value]
+    return [{"source": item} if isinstance(item, str) else item for item in items]
+
+
+Sources = Annotated[list[Source], BeforeValidator(_as_sources), Field(min_length=1)]

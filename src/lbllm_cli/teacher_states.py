@@ -1,0 +1,87 @@
+"""The teacher's last hidden states on a text: made block by block, kept on disk.
+
+Its logits follow from them by norm and head, exactly and at the cost of one matrix product: they take less room than the
+likeliest few hundred logits of every position would, and lose nothing.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lbllm_cli import files, interrupt
+from lbllm_cli.checkpoint import changes
+from lbllm_cli.data import tokens_hash
+from lbllm_cli.errors import UsageError
+from lbllm_cli.model import SourceModel
+from lbllm_cli.stream import HiddenStream, advance, embed_stream
+
+if TYPE_CHECKING:
+    from lbllm_cli.report import Reporter
+
+RECORD = "lbllm_teacher.json"
+_STATES, _UNFINISHED = "states.bin", "unfinished.bin"
+
+
+def states_inputs(model: SourceModel, tokens: Tensor) -> dict[str, Any]:
+    """What kept states belong to."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    text = f"{tokens.shape[0]} x {tokens.shape[1]}, {tokens_hash(tokens)}"
+    return {"model.files": model.identity(), "dtype": dtype, "tokens": text}
+
+
+def check_states(folder: Path, model: SourceModel, tokens: Tensor) -> bool:
+    """Whether `folder` holds the states of this model on these tokens; False where it is not there or empty.
+
+    Raises UsageError where it holds anything else, naming what differs.
+    """
+    if not folder.exists():
+        return False
+    if not folder.is_dir():
+        raise UsageError(f"end_to_end.teacher: {folder} is a file; give a folder")
+    try:
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if {entry.name for entry in folder.iterdir()} <= {_UNFINISHED, _STATES}:
+            return False
+        raise UsageError(
+            f"end_to_end.teacher: {folder} holds other files; give an empty folder, or one that lbllm made"
+        ) from None
+    except ValueError:
+        raise UsageError(f"end_to_end.teacher: {folder / RECORD} is damaged; delete the folder") from None
+    if changed := changes(record, states_inputs(model, tokens)):
+        raise UsageError(
+            f"end_to_end.teacher: {folder} holds the states of another model or text:\n{changed}\n"
+            "Give another folder, or delete this one"
+        )
+    states, expected = folder / _STATES, _bytes(model, tokens)
+    if not states.exists() or states.stat().st_size != expected:
+        got = states.stat().st_size if states.exists() else "no file"
+        raise UsageError(f"end_to_end.teacher: {states} is damaged (expected {expected} bytes, got {got}); delete the folder")
+    return True
+
+
+def _bytes(model: SourceModel, tokens: Tensor) -> int:
+    return tokens.numel() * int(model.config.hidden_size) * model.dtype.itemsize
+
+
+def teacher_states(folder: Path, model: SourceModel, tokens: Tensor, batch_size: int, reporter: "Reporter") -> HiddenStream:
+    """Hidden states after the last block and before the norm, [rows, length, hidden] in the model's dtype.
+
+    tokens: int64 [rows, length]. Read from `folder` where it has them, else made and kept there. Raises UsageError as
+    `check_states`.
+    """
+    shape = (*tokens.shape, int(model.config.hidden_size))
+    if not check_states(folder, model, tokens):
+        folder.mkdir(parents=True, exist_ok=True)
+        # Under another name until it is whole.
+        stream = embed_stream(model, tokens, folder / _UNFINISHED, batch_size)
+        for index in range(model.blocks):
+            interrupt.check()
+            reporter.tick(f"teacher, block {index + 1}/{model.blocks}")
+            advance(model.block(index), stream, stream, model.device, batch_size)
+        stream.move(folder / _STATES)
+        files.write_json(folder / RECORD, states_inputs(model, tokens))
+        reporter.note(f"the teacher's last hidden states are in {folder}")
+    return HiddenStream(shape, model.dtype, folder / _STATES, create=False)

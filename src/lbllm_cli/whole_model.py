@@ -1,0 +1,191 @@
+"""A whole binarized model in training: every block resident as codes and decoded as it runs.
+
+Codes never change. Trained are levels, or one factor per group, norm weights, and quantizers where activations are quantized.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from lbllm_cli.activations import TENSORS, ActQuantizer, attach, format_of, read_quantizers
+from lbllm_cli.checkpoint import Checkpoint
+from lbllm_cli.linears import named, packed_of
+from lbllm_cli.model import FINAL_NORM, LINEARS, SourceModel
+from lbllm_cli.ops.distillation import rounded
+from lbllm_cli.stream import stored_block
+from lbllm_cli.trainable import LEVELS, Fixed
+from lbllm_cli.trainable_act import CLIP_FACTORS, KNEES, TrainableQuantizer
+
+if TYPE_CHECKING:
+    from lbllm_cli.recipe_training import EndToEnd
+
+NORMS = "norms"
+
+
+class Norm(nn.Module):
+    """A norm's weight in training, float32 [width]; it is used as its stored dtype holds it.
+
+    weight: where to start. stored: the source model's dtype.
+    """
+
+    def __init__(self, weight: Tensor, stored: torch.dtype, train: tuple[str, ...]):
+        super().__init__()
+        self.stored = stored
+        self.rms = float(weight.float().square().mean().sqrt())
+        self.weight = nn.Parameter(weight.float().clone(), requires_grad=NORMS in train)
+
+    def forward(self) -> Tensor:
+        return rounded(self.weight, self.stored)
+
+    def packed(self) -> Tensor:
+        """As a checkpoint holds it."""
+        return self.weight.detach().to(self.stored, copy=True)
+
+
+class ResidentBlock(nn.Module):
+    """One block of a checkpoint, on the device: packed codes, masters of what is trained, the rest as the source has it.
+
+    Hidden states [rows, length, hidden] -> the same shape.
+    """
+
+    def __init__(self, model: SourceModel, index: int, parent: Checkpoint, train: tuple[str, ...]):
+        super().__init__()
+        stored = parent.read_block(index)
+        block = stored_block(model, index, stored, None)
+        self.prefix, self.dtype = block.prefix, block.dtype
+        self.model = block.model
+        self.linears: dict[str, Fixed] = {}
+        for name in LINEARS:
+            packed = packed_of(stored, block.prefix + name, model.device)
+            self.linears[name] = Fixed(block.linear(name).weight, packed, train)
+            # Decoded anew in every pass; what was read of it is let go of.
+            block.linear(name).weight = nn.Parameter(torch.empty(0), requires_grad=False)
+        self.norms = {
+            name.removeprefix(block.prefix).removesuffix(".weight"): Norm(
+                block.layer.get_parameter(name.removeprefix(block.prefix)), model.stored_dtype(name), train
+            )
+            for name in model.norm_names(index)
+        }
+        self.quantizers: dict[str, TrainableQuantizer] = {}
+        if layout := format_of(parent.manifest):
+            for name, quantizer in read_quantizers(block.layer, stored, block.prefix, layout).items():
+                assert isinstance(quantizer, ActQuantizer)
+                self.quantizers[name] = TrainableQuantizer.going_on(quantizer, train).to(model.device)
+            attach(block.layer, dict(self.quantizers))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        weights = {
+            f"layers.0.{name}.weight": part().to(self.dtype) for name, part in (*self.linears.items(), *self.norms.items())
+        }
+        inputs = {"inputs_embeds": hidden, "use_cache": False}
+        return functional_call(self.model, weights, (), inputs).last_hidden_state
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """What training may have changed, under full names: all that a checkpoint holds but the codes."""
+        tensors: dict[str, Tensor] = {}
+        for name, linear in self.linears.items():
+            parts = named(self.prefix + name, linear.packed())
+            tensors |= {key: tensor for key, tensor in parts.items() if not key.endswith(".weight")}
+        tensors |= {f"{self.prefix}{name}.weight": norm.packed() for name, norm in self.norms.items()}
+        for name, quantizer in self.quantizers.items():
+            tensors |= {f"{self.prefix}{name}.{part}": quantizer.get_buffer(part).clone() for part in TENSORS}
+        return tensors
+
+
+class WholeStudent:
+    """All blocks of a checkpoint, with embedding and head, on one device.
+
+    recompute: on the way back blocks are computed again from their inputs; otherwise all that they computed is kept.
+    """
+
+    def __init__(self, model: SourceModel, parent: Checkpoint, settings: "EndToEnd", recompute: bool = True):
+        self.settings = settings
+        self.recompute = recompute
+        train = settings.trained
+        self.blocks = [ResidentBlock(model, index, parent, train) for index in range(model.blocks)]
+        head: Any = model.head()
+        self._norm: nn.Module = head[0]
+        self.head: nn.Parameter = head[1].weight
+        # What the teacher's states go through: the source's own.
+        self._source_norm: Tensor = head[0].weight
+        self.norm = Norm(parent.read_outer().get(FINAL_NORM, self._source_norm), model.stored_dtype(FINAL_NORM), train)
+        self.norm.to(model.device)
+        self.embedding = model.embed()
+        if model.config.tie_word_embeddings:
+            self.embedding.weight = self.head
+        self.dtype = model.dtype
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Last hidden states after the norm: int64 [rows, length] -> [rows, length, hidden]."""
+        hidden = self.embedding(tokens)
+        for block in self.blocks:
+            if self.recompute and torch.is_grad_enabled():
+                hidden = checkpoint(block, hidden, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden = block(hidden)
+        return self._normed(hidden, self.norm().to(self.dtype))
+
+    def teacher(self, states: Tensor) -> Tensor:
+        """The teacher's hidden states after its norm."""
+        return self._normed(states, self._source_norm)
+
+    def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        normed: Tensor = functional_call(self._norm, {"weight": weight}, (hidden,))
+        return normed
+
+    def _quantizers(self) -> list[TrainableQuantizer]:
+        return [quantizer for block in self.blocks for quantizer in block.quantizers.values()]
+
+    def groups(self) -> list[dict[str, Any]]:
+        """AdamW groups, one per tensor: rates are relative to the RMS of the weights, of norms to their own."""
+        settings: Any = self.settings
+        groups = []
+        for linear in (linear for block in self.blocks for linear in block.linears.values()):
+            for kind, parameters in linear.kinds().items():
+                if kind in settings.trained:
+                    unit = linear.rms if kind == LEVELS else 1.0
+                    groups.append({"params": parameters, "kind": kind, "top": settings.lr_levels * unit, "unit": unit})
+        for norm in (*(norm for block in self.blocks for norm in block.norms.values()), self.norm):
+            if NORMS in settings.trained:
+                groups.append({"params": [norm.weight], "kind": NORMS, "top": settings.lr_norms * norm.rms, "unit": norm.rms})
+        for quantizer in self._quantizers():
+            for kind, parameters in quantizer.kinds().items():
+                if kind in settings.trained:
+                    top = settings.lr_clip_factors if kind == CLIP_FACTORS else settings.lr_knees
+                    groups.append({"params": parameters, "kind": kind, "top": top, "unit": 1.0})
+        return groups
+
+    def begin(self, progress: float) -> None:
+        """Knees are soft in the first part of training, where they are trained."""
+        settings: Any = self.settings
+        for quantizer in self._quantizers() if KNEES in settings.trained else ():
+            first, last = settings.soft_knee
+            quantizer.temperature = first * (last / first) ** (progress / settings.soft) if progress < settings.soft else 0.0
+
+    def backward(self) -> None:
+        """Autograd has carried all gradients to the parameters."""
+
+    def constrain(self) -> None:
+        """After a step."""
+        for quantizer in self._quantizers():
+            quantizer.constrain()
+
+    def resumed(self) -> None:
+        """After the parameters were replaced by saved ones."""
+        for quantizer in self._quantizers():
+            quantizer.deploy()
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """What training may have changed, of all blocks, and the final norm."""
+        tensors = {FINAL_NORM: self.norm.packed()}
+        for block in self.blocks:
+            tensors |= block.snapshot()
+        return tensors
+
+    def facts(self) -> dict[str, float]:
+        """Mean clipping factor, where there are any."""
+        clips = [quantizer.clip.detach().flatten() for quantizer in self._quantizers()]
+        return {"clip_factor": float(torch.cat(clips).mean())} if clips else {}
