@@ -22,10 +22,13 @@ $(RUN)/ptq/lbllm_stage.json: $(RECIPE)
 $(RUN)/distill/lbllm_stage.json: $(RUN)/ptq/lbllm_stage.json
 	$(LBLLM) distill --recipe $(RECIPE)
 
+# The command before is run once more: it finishes an end-to-end phase that was stopped, and otherwise has nothing to do.
 $(RUN)/act-calib/lbllm_stage.json: $(RUN)/distill/lbllm_stage.json
+	$(LBLLM) distill --recipe $(RECIPE)
 	$(LBLLM) act-calib --recipe $(RECIPE)
 
 $(RUN)/eval/results.json: $(RUN)/act-calib/lbllm_stage.json
+	$(LBLLM) act-calib --recipe $(RECIPE)
 	$(LBLLM) eval --recipe $(RECIPE)
 
 $(RUN)/report.html: $(RUN)/eval/results.json

@@ -86,14 +86,39 @@ ACT_CALIB: dict[str, list[str]] = {
     "ptq, then jointly": ["act_calib.parent=ptq", JOINT, "act_calib.epochs=2"],
     "group 128": ["ptq.group_size=128"],
 }
-VARIANTS = {"ptq": PTQ, "distill": DISTILL, "act-calib": ACT_CALIB}
-# The stages that a variant starts from; they depend on these keys alone.
-PARENTS = {"ptq": (), "distill": ("ptq",), "act-calib": ("ptq", "distill")}
+# Of both end-to-end phases; {} is the recipe's section.
+END_TO_END: dict[str, list[str]] = {
+    "default": [],
+    "levels": ["{}.train=[levels]"],
+    "scales": ["{}.train=[scales]"],
+    "norms": ["{}.train=[norms]"],
+    "scales and norms": ["{}.train=[scales, norms]"],
+    "next token": ["{}.next_token=1"],
+    "half next token": ["{}.next_token=0.5"],
+    "temperature 2": ["{}.temperature=2"],
+    "three times the rates": ["{}.lr_levels=3e-3", "{}.lr_norms=3e-3"],
+    "a third of the rates": ["{}.lr_levels=3e-4", "{}.lr_norms=3e-4"],
+    "32 sequences": ["{}.sequences=32"],
+    "64 sequences": ["{}.sequences=64"],
+    "256 sequences": ["{}.sequences=256"],
+    "512 sequences": ["{}.sequences=512"],
+    "sampled text": ["{}.source=generate:"],
+    "group 128": ["ptq.group_size=128"],
+}
+SECTIONS = {"distill-e2e": "distill.end_to_end", "act-calib-e2e": "act_calib.end_to_end"}
+ORDER = ("ptq", "distill", "distill-e2e", "act-calib", "act-calib-e2e")
+VARIANTS = {"ptq": PTQ, "distill": DISTILL, "act-calib": ACT_CALIB} | {
+    stage: {name: [key.format(section) for key in keys] for name, keys in END_TO_END.items()}
+    for stage, section in SECTIONS.items()
+}
+VARIANTS["distill-e2e"]["after ptq"] = ["distill.epochs=0"]
 
 
-def lbllm(*arguments: str) -> None:
-    """One command; its failure ends the script with the command's own message."""
-    command = [sys.executable, "-m", "lbllm_cli", *arguments]
+def lbllm(stage: str, *arguments: str) -> None:
+    """One stage's command; its failure ends the script with the command's own message."""
+    name = stage.removesuffix("-e2e")
+    phase = ["--only", "blocks" if name == stage else "end-to-end"] if name in ("distill", "act-calib") else []
+    command = [sys.executable, "-m", "lbllm_cli", name, *phase, *arguments]
     if code := subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
         sys.exit(code)
 
@@ -103,10 +128,18 @@ def folder_of(out: Path, name: str) -> Path:
     return out / "".join(letter if letter.isalnum() else "-" for letter in name)
 
 
+def parents_of(stage: str, overrides: list[str]) -> list[str]:
+    """The stages that a variant starts from; an end-to-end phase only where the keys ask for one."""
+    asked = [name for name, section in SECTIONS.items() if any(key.startswith(section) for key in overrides)]
+    return [name for name in ORDER[: ORDER.index(stage)] if name not in SECTIONS or name in asked]
+
+
 def give_parents(stage: str, recipe: str, out: Path, folder: Path, overrides: list[str]) -> None:
-    """Puts the finished stages that a variant starts from into its folder."""
-    parents = PARENTS[stage]
-    keys = [key for key in overrides if key.startswith(tuple(f"{name}." for name in parents))]
+    """Puts the finished stages that a variant starts from into its folder; they depend on their own sections' keys alone."""
+    parents = parents_of(stage, overrides)
+    sections = tuple(f"{name.partition('-e2e')[0].replace('-', '_')}." for name in parents)
+    left_out = tuple(section for name, section in SECTIONS.items() if name not in parents)
+    keys = [key for key in overrides if key.startswith(sections) and not key.startswith(left_out)]
     made = folder_of(out, " ".join(["parent", *keys]))
     for name in parents:
         if (folder / name).exists():
@@ -129,7 +162,8 @@ def measure(stage: str, recipe: str, out: Path, name: str, overrides: list[str])
     if not results.exists():
         lbllm("eval", "--recipe", recipe, f"output.dir={folder}", *overrides, f"eval.checkpoints=[{stage}]")
     events = (folder / stage / "events.jsonl").read_text(encoding="utf-8").splitlines()
-    seconds = {event["block"]: event["seconds"] for event in map(json.loads, events)}
+    records = [event for event in map(json.loads, events) if "seconds" in event]
+    seconds = {event.get("block", event.get("step")): event["seconds"] for event in records}
     tokens = json.loads((folder / stage / "lbllm_stage.json").read_text(encoding="utf-8"))["tokens"]
     measured = json.loads(results.read_text(encoding="utf-8"))[stage]
     return {**measured, "tokens": tokens, "seconds": round(sum(seconds.values()))}

@@ -153,6 +153,10 @@ def test_training_lowers_the_divergence_and_what_is_stored_is_what_is_measured(o
     wanted = f"eval.checkpoints=[base, {stage}, {stage}-e2e, export]"
     results = json.loads(ok("eval", "--recipe", recipe, wanted, "--json").stdout)
     after = results[f"{stage}-e2e"]
+    ok("report", "--recipe", recipe)
+    page = (tmp_path / "run" / "report.md").read_text()
+    assert f"{facts['before']['kl']:.3f} → {facts['after']['kl']:.3f}" in page
+    assert f"Training loss of {stage}-e2e over the tokens" in (tmp_path / "run" / "report.html").read_text()
     assert after["kl"]["novels"] < results[stage]["kl"]["novels"]
     assert results["export"]["perplexity"]["novels"] == pytest.approx(after["perplexity"]["novels"], rel=1e-4)
     assert results["export"]["bits_per_weight"] == after["bits_per_weight"] == results[stage]["bits_per_weight"]

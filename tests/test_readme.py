@@ -90,14 +90,15 @@ def make_says(recipe: Path, run: Path) -> str:
 
 def test_batch_job_runs_what_is_missing_and_then_has_nothing_to_do(tmp_path, ok):
     recipe = write_recipe(tmp_path / "r.yaml", save_toy(tmp_path / "model"), tmp_path / "run", ptq={"rounds": 0})
-    stages = ["ptq", "distill", "act-calib", "eval", "report", "export"]
+    # A stage that may have a second phase is run again before the next one: the manifest tells of the first alone.
+    stages = ["ptq", "distill", "distill", "act-calib", "act-calib", "eval", "report", "export"]
     assert [line.split()[1] for line in make_says(recipe, tmp_path / "run").splitlines()] == stages
     for stage in stages:
         ok(stage, "--recipe", recipe)
     assert "Nothing to be done" in make_says(recipe, tmp_path / "run")
     # A recipe that was only touched: what is up to date becomes newer than it, or Make would never end.
     os.utime(recipe, (time.time() + 5, time.time() + 5))
-    assert len(make_says(recipe, tmp_path / "run").splitlines()) == 6
+    assert len(make_says(recipe, tmp_path / "run").splitlines()) == 8
     os.utime(recipe)
     for stage in stages:
         ok(stage, "--recipe", recipe)

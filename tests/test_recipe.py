@@ -95,7 +95,8 @@ export: {shard_gb: -1, format: 3}
         "ptq.levels: input should be 'em' or 'quantile', got 'kmeans'",
         "ptq.zzz: unknown key; valid: asymmetric, code_descent, compensation, damping, em_iterations, group_size, held_out, "
         "importance, levels, refit, rounds, sequential",
-        "eval.checkpoints[1]: input should be 'base', 'ptq', 'distill', 'act-calib' or 'export', got 'pqt'",
+        "eval.checkpoints[1]: input should be 'base', 'ptq', 'distill', 'distill-e2e', 'act-calib', "
+        "'act-calib-e2e' or 'export', got 'pqt'",
         "export.shard_gb: input should be greater than 0, got -1",
         "export.format: input should be 'packed' or 'dense', got 3",
     }

@@ -240,8 +240,8 @@ def test_blocks_without_error_have_no_decibels():
 
 def test_last_record_of_a_block_counts_and_torn_lines_do_not(tmp_path):
     (tmp_path / "events.jsonl").write_text('{"block": 1, "seconds": 1}\n{"block": 0}\n{"block": 1, "seconds": 2}\n{"blo\n[]\n')
-    assert read_records(tmp_path / "events.jsonl") == [{"block": 0}, {"block": 1, "seconds": 2}]
-    assert read_records(tmp_path / "none.jsonl") == []
+    assert read_records(tmp_path / "events.jsonl", "block") == [{"block": 0}, {"block": 1, "seconds": 2}]
+    assert read_records(tmp_path / "none.jsonl", "block") == []
 
 
 @pytest.fixture
@@ -253,7 +253,7 @@ def calibrated(finished):
 
 @torch.no_grad()
 def test_histograms_of_weights_have_their_shares_and_unit(finished, calibrated):
-    worst = worst_linears(read_records(finished / "run" / "ptq" / "events.jsonl"), 4)
+    worst = worst_linears(read_records(finished / "run" / "ptq" / "events.jsonl", "block"), 4)
     assert [linear.error for linear in worst] == sorted((linear.error for linear in worst), reverse=True)
     found = weight_histogram(*calibrated, worst[0])
     width = float(found.edges[1] - found.edges[0])

@@ -52,7 +52,7 @@ class EndToEndTrainer(TrainingLoop):
         super().__init__(student, settings, section, rows, length, 0, "the whole model", seed, keeper, reporter, device)
         self.student, self.tokens, self.states, self.reporter = student, tokens, states, reporter
         self.temperature, self.share = settings.temperature, settings.next_token
-        self._since = time.monotonic()
+        self._since = 0.0
 
     def feed(self, pieces: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
         """Tokens and the teacher's states."""
@@ -69,6 +69,8 @@ class EndToEndTrainer(TrainingLoop):
         return distillation_loss(student, teacher, head, tokens[:, 1:].flatten(), self.temperature, self.share)
 
     def _step(self, batch: Tensor, feed: Iterator[tuple[Tensor, ...]]) -> float:
+        if not self.progress.recent:
+            self._since = time.monotonic()
         loss = super()._step(batch, feed)
         recent = self.progress.recent
         recent.append(loss)
@@ -78,7 +80,7 @@ class EndToEndTrainer(TrainingLoop):
             rows = self.progress.epoch * len(self.rows) + min((self.progress.step + 1) * self.settings.batch_size, len(self.rows))
             facts = {"loss": sum(recent) / len(recent), "tokens": rows * self.length}
             self.reporter.end_steps(step, steps, len(recent), now - self._since, facts)
-            self.progress.recent, self._since = [], now
+            self.progress.recent = []
         return loss
 
     @torch.no_grad()
