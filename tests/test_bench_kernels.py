@@ -21,6 +21,7 @@ def bench(monkeypatch):
     """Runs the script with these arguments, in this process: importing torch takes longer than all there is to measure."""
 
     def run(*arguments):
+        monkeypatch.syspath_prepend(SCRIPT.parent)
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *sizes, *map(str, arguments)])
         runpy.run_path(str(SCRIPT), run_name="__main__")
 

@@ -14,11 +14,12 @@ from test_resume import hashes
 
 from lbllm_cli import interrupt, training
 from lbllm_cli.block_training import Trainer
-from lbllm_cli.checkpoint import Checkpoint, TrainingState
+from lbllm_cli.checkpoint import Checkpoint
 from lbllm_cli.errors import Interrupted
 from lbllm_cli.model import LINEARS, block_prefix
 from lbllm_cli.ops.binarize import decode
 from lbllm_cli.training import rate_factor
+from lbllm_cli.training_state import TrainingState
 
 # Enough text for training to pay; the recipe's own 9 sequences are for what is about something else.
 MORE = "data.training.sequences=160"

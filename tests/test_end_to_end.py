@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import lbllm_cli.hf  # noqa: F401 - packed folders
 from lbllm_cli import interrupt
-from lbllm_cli.checkpoint import OUTER, Checkpoint, TrainingState
+from lbllm_cli.checkpoint import OUTER, Checkpoint
 from lbllm_cli.errors import Interrupted
 from lbllm_cli.model import FINAL_NORM, open_model
 from lbllm_cli.ops.actfit import Shape
@@ -26,6 +26,7 @@ from lbllm_cli.recipe import Model
 from lbllm_cli.recipe_file import load_recipe
 from lbllm_cli.recipe_training import ActEndToEnd, DistillEndToEnd
 from lbllm_cli.stages.end_to_end import EndToEndTrainer
+from lbllm_cli.training_state import TrainingState
 from lbllm_cli.whole_model import WholeStudent
 
 PHASE = {"sequences": 24, "epochs": 1, "batch_size": 2}
@@ -217,6 +218,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(ok, lbllm, run, tmp_path, mon
     ok("distill", "--recipe", recipe)
     assert saves, "no interruption came in the middle of training"
     assert hashes(tmp_path / "run" / "distill-e2e") == expected
+
+
+@pytest.mark.parametrize("stage", ["distill", "act-calib"])
+def test_recomputation_changes_nothing(ok, run, tmp_path, stage):
+    found = []
+    for recompute in ("always", "never"):
+        recipe = run(**{stage.replace("-", "_"): {"sequences": 60, "lr_levels": 1e-3, "recompute": recompute}})
+        ok(stage, "--recipe", recipe, "--only", "end-to-end", "--force")
+        found.append(block_bytes(tmp_path / "run" / f"{stage}-e2e"))
+    assert found[0] == found[1]
+    assert found[0] != block_bytes(tmp_path / "run" / stage)
+    assert "up to date" in ok(stage, "--recipe", run(**{stage.replace("-", "_"): {"sequences": 60, "lr_levels": 1e-3}})).stderr
 
 
 def test_micro_batches_add_up_to_the_batch(made):

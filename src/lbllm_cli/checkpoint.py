@@ -9,14 +9,12 @@ import fcntl
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256 as _sha256
 from pathlib import Path
 from typing import IO, Any
 
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -153,44 +151,6 @@ class Checkpoint:
     def entries(self) -> dict[str, TensorEntry]:
         """Entries of all blocks' tensors, from the headers."""
         return {name: entry for file in sorted(self.hashes) for name, entry in read_header(self.path / file).items()}
-
-
-class TrainingState:
-    """The unfinished training of one block, beside the blocks of a stage: one file of tensors, its facts in the header.
-
-    folder: the stage's .partial folder, whose inputs were compared already. minutes: between two saves.
-    """
-
-    def __init__(self, folder: Path, minutes: float):
-        self.path = folder / "training.safetensors"
-        self.seconds = 60 * minutes
-        self._last = time.monotonic()
-
-    def due(self) -> bool:
-        """Whether it is time to save again."""
-        return time.monotonic() - self._last >= self.seconds
-
-    def save(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Replaces what was kept. facts: must hold `block`."""
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        metadata = {"facts": json.dumps(facts)}
-        files.write_atomic(self.path, lambda temporary: save_file(contiguous, temporary, metadata=metadata))
-        self._last = time.monotonic()
-
-    def load(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What was kept of block `index`, or None. The file of an earlier block, left by a crash, counts as nothing."""
-        if not self.path.exists():
-            return None
-        with safe_open(self.path, "pt") as file:
-            facts: dict[str, Any] = json.loads(file.metadata()["facts"])
-            if facts["block"] != index:
-                return None
-            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 (not a dict)
-
-    def clear(self) -> None:
-        """Forgets the training of a block that is committed."""
-        self.path.unlink(missing_ok=True)
-        self._last = time.monotonic()
 
 
 def block_file(index: int) -> str:

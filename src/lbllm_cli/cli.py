@@ -197,9 +197,9 @@ def generate(
 @app.command(epilog="Example: `lbllm validate --recipe llama2-7b.yaml model.path=./folder-with-config-json`")
 def validate(recipe: RecipeOption, overrides: Overrides = None, json: Json = False) -> None:
     """Check recipe, model, text and disk, and forecast memory; a folder with only config.json gives the forecast alone."""
-    from lbllm_cli import commands
+    from lbllm_cli import validate_command
 
-    _run(commands.validate, recipe, overrides, as_json=json)
+    _run(validate_command.validate, recipe, overrides, as_json=json)
 
 
 @app.command(epilog="Example: `lbllm config --recipe smollm2-135m.yaml ptq.group_size=64 > resolved.yaml`")

@@ -1,18 +1,15 @@
 """What each command does with a recipe: prepare, say what it needs, run the stage, say what it used."""
 
-import json
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from lbllm_cli import files, forecast, interrupt, prepare
 from lbllm_cli.activations import ActivationFormat
-from lbllm_cli.checkpoint import STAGES, Checkpoint, changes, command_of, complete_stages, locked
+from lbllm_cli.checkpoint import Checkpoint, changes, command_of, complete_stages, locked
 from lbllm_cli.errors import UsageError
 from lbllm_cli.forecast import Need
 from lbllm_cli.model import choose_device
@@ -20,7 +17,7 @@ from lbllm_cli.pipeline import Stage, Work, by_blocks, end_to_end, run_stage
 from lbllm_cli.prepare import Plan
 from lbllm_cli.recipe import Recipe
 from lbllm_cli.recipe_training import ActEndToEnd, DistillEndToEnd, EndToEnd
-from lbllm_cli.report import GIB, console
+from lbllm_cli.report import console
 from lbllm_cli.stages import export as exporting
 from lbllm_cli.stages.act_calib import MIN_TOKENS, activation_format
 from lbllm_cli.stages.act_calib import fit_block as fit_act_calib
@@ -29,7 +26,6 @@ from lbllm_cli.stages.ptq import fit_block as fit_ptq
 from lbllm_cli.teacher_states import check_states
 
 Last = DistillEndToEnd | ActEndToEnd
-_KINDS = ("device", "ram", "disk", "streams")
 
 
 def say(text: str) -> None:
@@ -228,85 +224,3 @@ def generate(
         sys.stdout.flush()
     sys.stdout.write("\n")
     say(f"generate: {speed[0]}, {torch.get_num_threads()} threads")
-
-
-@torch.no_grad()
-def validate(recipe: Recipe, as_json: bool) -> None:
-    """`lbllm validate`."""
-    plan = prepare.prepare(recipe, weights=False, calibrate=True, train=True, evaluate=True)
-    model = plan.model
-    problems, segments = [], {}
-    if plan.tokenizer is not None:
-        for stage in _stages(recipe):
-            try:
-                if not plan.generates(stage):
-                    plan.stage_tokens(stage)
-            except UsageError as error:
-                problems.append(str(error))
-        try:
-            segments = {name: rows.shape[0] for name, rows in plan.evaluation().items()}
-        except UsageError as error:
-            problems.append(str(error))
-    needs = [
-        forecast.ptq_need(recipe, model),
-        forecast.distill_need(recipe, model),
-        forecast.act_calib_need(recipe, model),
-        *(forecast.end_to_end_need(recipe, model, last, stage) for stage, last in _last_phases(recipe).items()),
-        forecast.eval_need(recipe, model, segments, 1 + len(_stages(recipe))),
-        forecast.export_need(recipe, model),
-    ]
-    warnings = []
-    for need in needs:
-        try:
-            warnings += [f"{need.stage}: {warning}" for warning in forecast.check_need(need, plan.output, model.device)]
-        except UsageError as error:
-            problems.append(str(error))
-    if problems:
-        raise UsageError("\n".join(problems))
-    unread = [spec.name for spec in recipe.data.evaluation if spec.segments is None and spec.name not in segments]
-    if unread:
-        warnings.append(f"eval: the streams of {', '.join(unread)} are not counted, their length shows when the text is read")
-    if not model.entries:
-        warnings.append(f"{model.folder} holds no weights: forecast only, weights and text are not checked")
-    facts = {
-        "blocks": model.blocks,
-        "parameters": model.count(list(model.shapes)),
-        "binarized_share": round(model.binarized_share, 4),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
-        "forecast_bytes": {need.stage: {kind: round(getattr(need, kind)) for kind in _KINDS} for need in needs},
-        "warnings": warnings,
-    }
-    if as_json:
-        print(json.dumps(facts, indent=2))
-    else:
-        _print_validation(facts, needs)
-
-
-def _last_phases(recipe: Recipe) -> dict[str, Last]:
-    """Settings of the end-to-end phases that a recipe has, by stage."""
-    found = {"distill-e2e": recipe.distill.end_to_end, "act-calib-e2e": recipe.act_calib.end_to_end}
-    return {stage: settings for stage, settings in found.items() if settings is not None}
-
-
-def _stages(recipe: Recipe) -> list[str]:
-    """Stages of a recipe, in pipeline order."""
-    return [stage for stage in STAGES if command_of(stage) == stage or stage in _last_phases(recipe)]
-
-
-def _print_validation(facts: dict[str, Any], needs: list[Need]) -> None:
-    table = Table(title="forecast, GiB")
-    for column in ("stage", "device", "RAM", "disk", "streams", "streams in"):
-        table.add_column(column, justify="left" if column == "stage" else "right")
-    for need in needs:
-        sizes = (f"{value / GIB:.1f}" for value in (need.device, need.ram, need.disk, need.streams))
-        table.add_row(need.stage, *sizes, "disk" if need.on_disk else "RAM")
-    out = Console()
-    out.print(
-        f"valid: {facts['blocks']} blocks, {facts['parameters']:,} parameters, {facts['binarized_share']:.1%} of them binarized, "
-        f"computed in {facts['dtype']} on {facts['device']}",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
-    out.print(table)
-    for warning in facts["warnings"]:
-        say(f"warning: {warning}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lbllm_cli import files, prepare
 from lbllm_cli.activations import ActivationFormat
-from lbllm_cli.checkpoint import MANIFEST, Checkpoint, StageWriter, TrainingState
+from lbllm_cli.checkpoint import MANIFEST, Checkpoint, StageWriter
 from lbllm_cli.forecast import Need, recomputes
 from lbllm_cli.prepare import Plan
 from lbllm_cli.recipe_file import dump_recipe
@@ -20,6 +20,7 @@ from lbllm_cli.stages.end_to_end import train_whole
 from lbllm_cli.stream import BlockLoop, Fit
 from lbllm_cli.teacher_states import teacher_states
 from lbllm_cli.training_plots import plot_errors, plot_steps
+from lbllm_cli.training_state import TrainingState
 
 
 @dataclass(frozen=True)

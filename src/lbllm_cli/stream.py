@@ -17,12 +17,13 @@ from torch import Tensor
 
 from lbllm_cli import files, interrupt
 from lbllm_cli.activations import ActivationFormat, attach, read_quantizers
-from lbllm_cli.checkpoint import Checkpoint, StageWriter, TrainingState
+from lbllm_cli.checkpoint import Checkpoint, StageWriter
 from lbllm_cli.errors import RunError
 from lbllm_cli.linears import whole_tensors
 from lbllm_cli.model import Block, SourceModel
 from lbllm_cli.ops.binarize import decode
 from lbllm_cli.ops.metrics import BlockError
+from lbllm_cli.training_state import TrainingState
 
 if TYPE_CHECKING:
     from lbllm_cli.report import Reporter

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lbllm_cli.checkpoint import Checkpoint, StageWriter, TrainingState
+from lbllm_cli.checkpoint import Checkpoint, StageWriter
 from lbllm_cli.model import FINAL_NORM, SourceModel, block_prefix
 from lbllm_cli.ops.agreement import Agreement, log_probabilities
 from lbllm_cli.ops.distillation import distillation_loss
 from lbllm_cli.stream import HiddenStream, fetched
 from lbllm_cli.training import TrainingLoop
+from lbllm_cli.training_state import TrainingState
 from lbllm_cli.whole_model import WholeStudent
 
 if TYPE_CHECKING:

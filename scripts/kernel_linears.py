@@ -1,0 +1,82 @@
+"""Section `linear` of bench_kernels.py: one packed linear beside torch's and beside reading memory."""
+
+from ctypes import byref
+from functools import partial
+from typing import Any
+
+import torch
+from kernel_harness import CHUNK, TABLES, WEIGHT_RMS, Bench, Record, Walk, medians
+from torch import Tensor
+from torch.nn.functional import linear as dense_linear
+
+import lbllm_cli.hf  # noqa: F401  registers the packed format
+from lbllm_cli.activations import ActQuantizer
+from lbllm_cli.kernels.library import DTYPES, Weights, pointer, quantizer_struct
+from lbllm_cli.kernels.unit import Unit, aligned
+from lbllm_cli.layers import PackedLinear
+from lbllm_cli.ops.actfit import tables_of
+from lbllm_cli.ops.binarize import LEVEL_MAX, LEVELS, group_count
+
+GRANULARITIES = ("group", "token")
+
+
+def random_packed(inputs: int, outputs: int, group_size: int) -> dict[str, Tensor]:
+    """Random tensors of a packed linear, with weights of the usual size."""
+    groups = group_count(inputs, group_size)
+    return {
+        "weight": torch.randint(256, (outputs, groups, group_size // 4), dtype=torch.uint8),
+        "levels": torch.randint(-LEVEL_MAX, LEVEL_MAX + 1, (outputs, groups, LEVELS), dtype=torch.int8),
+        "scale": torch.full((outputs, groups), WEIGHT_RMS * 3**0.5 / LEVEL_MAX, dtype=torch.float16),
+    }
+
+
+def stored_bytes(inputs: int, outputs: int, group_size: int) -> float:
+    """Codes, int8 levels and float16 scales of a linear, without padding."""
+    return outputs * (inputs / 4 + group_count(inputs, group_size) * (LEVELS + 2))
+
+
+def packed_walks(bench: Bench, inputs: int, outputs: int, x: Tensor, threads: int) -> dict[tuple[str, int, str], Walk]:
+    """A walk for each tier, group size and granularity; granularities and tiers share the copies of the weights."""
+    walks, y = {}, x.new_empty(len(x), outputs)
+    for group_size in bench.arguments.groups:
+        packed = PackedLinear(inputs, outputs, group_size, False)
+        packed.load_state_dict(random_packed(inputs, outputs, group_size))
+        tiles = Unit([packed], ActQuantizer(tables_of(TABLES), group_size)).tiles
+        stride = -(-len(tiles) // 64) * 64
+        count = bench.copies(len(tiles))
+        room = aligned(count * stride).view(count, stride)
+        room[:, : len(tiles)] = tiles
+        weights = [Weights(pointer(row), None, inputs, outputs, group_size) for row in room]
+        for granularity in GRANULARITIES:
+            quantizer = quantizer_struct(ActQuantizer(tables_of(TABLES), group_size if granularity == "group" else inputs))
+            common = (byref(quantizer), pointer(x), pointer(y), DTYPES[x.dtype], len(x), threads)
+            for name in bench.tiers:
+                calls = [partial(bench.lib.lbllm_linear, byref(w), *common) for w in weights]
+                walks[name, group_size, granularity] = Walk(calls, bench.lib, name, room, x, y)
+    return walks
+
+
+def dense_walk(bench: Bench, outputs: int, x: Tensor) -> Walk:
+    """torch's product with dense weights in the dtype of x."""
+    weight = torch.randn(outputs, x.shape[1]).mul_(WEIGHT_RMS).to(x.dtype)
+    copies = [weight.clone() for _ in range(bench.copies(weight.nbytes))]
+    return Walk([partial(dense_linear, x, copy) for copy in copies], bench.lib, bench.best)
+
+
+def measure_linear(bench: Bench, inputs: int, outputs: int, rows: int, threads: int) -> Record:
+    """One shape: every kernel, torch in both dtypes, reading."""
+    torch.set_num_threads(threads)
+    x = torch.randn(rows, inputs)
+    walks: dict[Any, Walk] = packed_walks(bench, inputs, outputs, x.bfloat16(), threads)
+    others = {"bfloat16": dense_walk(bench, outputs, x.bfloat16()), "float32": dense_walk(bench, outputs, x)}
+    seconds = medians({**walks, **others, "read": bench.reading(threads)}, bench.arguments.rounds)
+    bench.lib.lbllm_choose_tier(bench.best.encode())
+    bandwidth = CHUNK / seconds["read"]
+    kernels = []
+    for key in walks:
+        speed = stored_bytes(inputs, outputs, key[1]) / seconds[key]
+        record = dict(zip(("tier", "group_size", "granularity"), key, strict=True))
+        record |= {"us": seconds[key] * 1e6, "gb_s": speed / 1e9, "bandwidth_share": speed / bandwidth}
+        kernels.append(record | {f"times_{name}": seconds[name] / seconds[key] for name in others})
+    torch_us = {name: seconds[name] * 1e6 for name in others}
+    return {"rounds": bench.arguments.rounds, "read_gb_s": bandwidth / 1e9, "torch_us": torch_us, "kernels": kernels}
