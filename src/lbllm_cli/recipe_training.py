@@ -59,7 +59,8 @@ class EndToEnd(Schedule):
     micro_batch_size: Positive = Field(
         1, description="most sequences in one forward and backward pass; gradients add up to a step"
     )
-    lr_levels: float = Field(5e-3, gt=0, le=1, description="AdamW rate of levels and scales, relative to the RMS of the weights")
+    batch_size: Positive = Field(1, description="sequences in an optimizer step")
+    lr_levels: float = Field(1e-3, gt=0, le=1, description="AdamW rate of levels and scales, relative to the RMS of the weights")
     lr_norms: float = Field(1e-3, gt=0, le=1, description="AdamW rate of norm weights, relative to their RMS")
     temperature: float = Field(1.0, gt=0, le=10, description="of both distributions in the KL divergence")
     next_token: float = Field(0.0, ge=0, le=1, description="share of the next-token loss; the rest is KL divergence")
@@ -103,7 +104,7 @@ class ActEndToEnd(EndToEnd):
         min_length=1,
         description="what is trained; scales: all levels of a group by one factor",
     )
-    lr_clip_factors: float = Field(5e-3, gt=0, le=1, description="AdamW rate of clipping factors, which lie in [0.1, 1]")
+    lr_clip_factors: float = Field(1e-3, gt=0, le=1, description="AdamW rate of clipping factors, which lie in [0.1, 1]")
     lr_knees: float = Field(1e-2, gt=0, le=1, description="AdamW rate of the logarithm of coarse ratios, which place the knees")
     soft: float = Field(0.5, ge=0, lt=1, description="where knees are trained: share of the steps in which they are soft")
     soft_knee: SoftKnee = Field([1.0, 0.05], description="temperature of the soft knee at its first and last step, in fine steps")
