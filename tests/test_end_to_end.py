@@ -286,6 +286,16 @@ def test_the_phase_alone(ok, lbllm, run, tmp_path):
     assert "distill.end_to_end.lr_norms: 0.001 -> 0.5" in message
 
 
+def test_validate_forecasts_the_phases_that_the_recipe_has(ok, run):
+    found = [json.loads(ok("validate", "--recipe", recipe, "--json").stdout) for recipe in (run(), run("both", {}, {}))]
+    stages = [set(facts["forecast_bytes"]) for facts in found]
+    assert stages[1] - stages[0] == {"distill-e2e", "act-calib-e2e"}
+    need = found[1]["forecast_bytes"]
+    assert need["act-calib-e2e"]["device"] > need["distill-e2e"]["device"]
+    # The teacher's last hidden states, float32.
+    assert need["distill-e2e"]["streams"] == 24 * 32 * 80 * 4
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
