@@ -318,12 +318,12 @@ def test_disk_too_small_for_the_streams(lbllm, run, tmp_path, monkeypatch):
 
 
 def test_full_disk_in_the_middle_of_a_block_is_resumable(lbllm, ok, run, tmp_path, monkeypatch):
-    from lbllm_cli import checkpoint
+    from lbllm_cli import training_state
 
     recipe = run()
     ok("distill", "--recipe", recipe)
     expected = block_bytes(tmp_path / "run" / "distill")
-    real, calls = checkpoint.save_file, []
+    real, calls = training_state.save_file, []
 
     def full(*arguments, **options):
         calls.append(1)
@@ -331,7 +331,7 @@ def test_full_disk_in_the_middle_of_a_block_is_resumable(lbllm, ok, run, tmp_pat
             raise OSError(28, "No space left on device", "training.safetensors")
         real(*arguments, **options)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(training_state, "save_file", full)
     result = lbllm("distill", "--recipe", recipe, "runtime.save_minutes=0", "--force")
     assert result.exit_code == 1
     assert "No space left on device" in result.stderr
