@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import lbllm_cli.hf  # noqa: F401 - packed folders
 from lbllm_cli import interrupt
-from lbllm_cli.checkpoint import OUTER, Checkpoint
+from lbllm_cli.checkpoint import OUTER, Checkpoint, locked
 from lbllm_cli.errors import Interrupted
 from lbllm_cli.model import FINAL_NORM, open_model
 from lbllm_cli.ops.actfit import Shape
@@ -249,6 +249,33 @@ def test_micro_batches_add_up_to_the_batch(made):
     assert (grads[0] - grads[1]).abs().max() <= 1e-5 * grads[1].abs().max()
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_norms_that_are_not_trained_stay_to_the_bit(ok, tmp_path, stored):
+    """Whatever the compute dtype: rounding a source's float32 norms to it would change the model."""
+    toy = save_toy(tmp_path / "model", dtype=stored)
+    recipe = write_recipe(tmp_path / "r.yaml", toy, tmp_path / "run", distill={"epochs": 0})
+    for command in ("ptq", "distill"):
+        ok(command, "--recipe", recipe, "model.dtype=bfloat16")
+    source = load_file(toy / "model.safetensors")
+    parent = Checkpoint(tmp_path / "run", "distill")
+    model = open_model(Model(path=str(toy), dtype="bfloat16"), CPU)
+    for name, tensor in WholeStudent(model, parent, DistillEndToEnd(train=["levels"])).snapshot().items():
+        if "norm" in name:
+            assert tensor.dtype == stored
+            assert torch.equal(tensor, source[name]), name
+
+
+def test_a_student_that_is_its_teacher_is_no_division_by_zero(made, monkeypatch):
+    student = student_of(made, "distill")
+    tokens = torch.randint(1024, (24, 16), generator=torch.Generator().manual_seed(3))
+    loop = EndToEndTrainer.__new__(EndToEndTrainer)
+    loop.student, loop.temperature, loop.share, loop.length, loop.held = student, 1.0, 0.0, 16, [0, 1]
+    monkeypatch.setattr(student, "teacher", lambda states: states)
+    with torch.no_grad():
+        loop.feed = lambda rows: ((tokens[row], student(tokens[row])) for row in rows)
+        assert loop._held_out()["error"] > 0
+
+
 def test_text_is_fresh(run):
     plan = prepare(load_recipe(run(distill={"sequences": 30}, act_calib={"sequences": 20}), []), train=True)
     rows = [{tuple(row) for row in plan.stage_tokens(stage).tolist()} for stage in ("distill", "distill-e2e", "act-calib-e2e")]
@@ -304,7 +331,7 @@ def test_validate_forecasts_the_phases_that_the_recipe_has(ok, run):
         ({"train": ["levels", "scales"]}, "distill.end_to_end: train: levels and scales: a scale moves its levels"),
         ({"train": ["knees"]}, "distill.end_to_end.train[0]: input should be 'levels', 'scales' or 'norms', got 'knees'"),
         ({"batch_size": 24}, "distill.end_to_end.batch_size: 24 sequences in a step, but 24 sequences leave 22"),
-        ({"sequences": 4000}, "distill.end_to_end: "),
+        ({"sequences": 4000}, "(4000 beside the 9 of another set sequences x 32)"),
         ({"lr_soft": 1}, "distill.end_to_end.lr_soft: unknown key"),
         ({"source": "nowhere.txt"}, "nowhere.txt"),
     ],
@@ -357,6 +384,13 @@ class TestTeacher:
         other = run("other", distill={"teacher": str(folder), "sequences": 24 if change else 25})
         message_found = refused(lbllm, tmp_path / "run", "distill", "--recipe", other, "--only", "end-to-end", "--force")
         assert message in message_found
+
+    def test_one_process_writes_it(self, lbllm, run, tmp_path):
+        folder = tmp_path / "teacher"
+        with locked(folder, "another"):
+            result = lbllm("distill", "--recipe", run(distill={"teacher": str(folder)}))
+        assert result.exit_code == 2
+        assert f"end_to_end.teacher {folder} is in use by process" in result.stderr
 
     def test_of_another_model(self, ok, lbllm, run, tmp_path):
         folder = tmp_path / "teacher"

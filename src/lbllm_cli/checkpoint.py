@@ -58,8 +58,8 @@ def flatten(values: Any, prefix: str) -> dict[str, Any]:
 
 
 @contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """One process per output folder; the lock ends with the process, however it ends.
+def locked(output: Path, key: str = "output.dir") -> Iterator[None]:
+    """One process per folder; the lock ends with the process, however it ends. key: of the recipe that names the folder.
 
     Raises UsageError when another process holds it, or the folder cannot be written.
     """
@@ -67,14 +67,14 @@ def locked(output: Path) -> Iterator[None]:
         output.mkdir(parents=True, exist_ok=True)
         handle: IO[str] = (output / ".lock").open("a+")
     except OSError as error:
-        raise UsageError(f"output.dir {output} cannot be written: {error.strerror}; choose another folder") from None
+        raise UsageError(f"{key} {output} cannot be written: {error.strerror}; choose another folder") from None
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             handle.seek(0)
             owner = handle.read().strip() or "unknown"
-            raise UsageError(f"output.dir {output} is in use by process {owner}; wait for it or choose another folder") from None
+            raise UsageError(f"{key} {output} is in use by process {owner}; wait for it or choose another folder") from None
         handle.truncate(0)
         handle.write(str(os.getpid()))
         handle.flush()

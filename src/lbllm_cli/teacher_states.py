@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lbllm_cli import files, interrupt
-from lbllm_cli.checkpoint import changes
+from lbllm_cli.checkpoint import changes, locked
 from lbllm_cli.data import tokens_hash
 from lbllm_cli.errors import UsageError
 from lbllm_cli.model import SourceModel
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lbllm_cli.report import Reporter
 
 RECORD = "lbllm_teacher.json"
+KEY = "end_to_end.teacher"
 _STATES, _UNFINISHED = "states.bin", "unfinished.bin"
 
 
@@ -39,26 +40,25 @@ def check_states(folder: Path, model: SourceModel, tokens: Tensor) -> bool:
     if not folder.exists():
         return False
     if not folder.is_dir():
-        raise UsageError(f"end_to_end.teacher: {folder} is a file; give a folder")
+        raise UsageError(f"{KEY}: {folder} is a file; give a folder")
     try:
-        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            raise ValueError
     except FileNotFoundError:
-        if {entry.name for entry in folder.iterdir()} <= {_UNFINISHED, _STATES}:
+        if {entry.name for entry in folder.iterdir()} <= {_UNFINISHED, _STATES, ".lock"}:
             return False
-        raise UsageError(
-            f"end_to_end.teacher: {folder} holds other files; give an empty folder, or one that lbllm made"
-        ) from None
+        raise UsageError(f"{KEY}: {folder} holds other files; give an empty folder, or one that lbllm made") from None
     except ValueError:
-        raise UsageError(f"end_to_end.teacher: {folder / RECORD} is damaged; delete the folder") from None
+        raise UsageError(f"{KEY}: {folder / RECORD} is damaged; delete the folder") from None
     if changed := changes(record, states_inputs(model, tokens)):
         raise UsageError(
-            f"end_to_end.teacher: {folder} holds the states of another model or text:\n{changed}\n"
-            "Give another folder, or delete this one"
+            f"{KEY}: {folder} holds the states of another model or text:\n{changed}\nGive another folder, or delete this one"
         )
     states, expected = folder / _STATES, _bytes(model, tokens)
     if not states.exists() or states.stat().st_size != expected:
         got = states.stat().st_size if states.exists() else "no file"
-        raise UsageError(f"end_to_end.teacher: {states} is damaged (expected {expected} bytes, got {got}); delete the folder")
+        raise UsageError(f"{KEY}: {states} is damaged (expected {expected} bytes, got {got}); delete the folder")
     return True
 
 
@@ -73,15 +73,16 @@ def teacher_states(folder: Path, model: SourceModel, tokens: Tensor, batch_size:
     `check_states`.
     """
     shape = (*tokens.shape, int(model.config.hidden_size))
-    if not check_states(folder, model, tokens):
-        folder.mkdir(parents=True, exist_ok=True)
-        # Under another name until it is whole.
-        stream = embed_stream(model, tokens, folder / _UNFINISHED, batch_size)
-        for index in range(model.blocks):
-            interrupt.check()
-            reporter.tick(f"teacher, block {index + 1}/{model.blocks}")
-            advance(model.block(index), stream, stream, model.device, batch_size)
-        stream.move(folder / _STATES)
-        files.write_json(folder / RECORD, states_inputs(model, tokens))
-        reporter.note(f"the teacher's last hidden states are in {folder}")
+    # Runs that share the folder must not write it at once: states are advanced in place.
+    with locked(folder, KEY):
+        if not check_states(folder, model, tokens):
+            # Under another name until it is whole.
+            stream = embed_stream(model, tokens, folder / _UNFINISHED, batch_size)
+            for index in range(model.blocks):
+                interrupt.check()
+                reporter.tick(f"teacher, block {index + 1}/{model.blocks}")
+                advance(model.block(index), stream, stream, model.device, batch_size)
+            stream.move(folder / _STATES)
+            files.write_json(folder / RECORD, states_inputs(model, tokens))
+            reporter.note(f"the teacher's last hidden states are in {folder}")
     return HiddenStream(shape, model.dtype, folder / _STATES, create=False)

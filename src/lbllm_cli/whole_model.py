@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lbllm_cli.activations import TENSORS, ActQuantizer, attach, format_of, read_quantizers
 from lbllm_cli.checkpoint import Checkpoint
-from lbllm_cli.linears import named, packed_of
+from lbllm_cli.linears import named, packed_of, whole_tensors
 from lbllm_cli.model import FINAL_NORM, LINEARS, SourceModel
 from lbllm_cli.ops.distillation import rounded
 from lbllm_cli.stream import stored_block
@@ -63,9 +63,11 @@ class ResidentBlock(nn.Module):
             self.linears[name] = Fixed(block.linear(name).weight, packed, train)
             # Decoded anew in every pass; what was read of it is let go of.
             block.linear(name).weight = nn.Parameter(torch.empty(0), requires_grad=False)
+        # As they are stored: the block has them in the compute dtype, which may be the shorter one.
+        norms = {**model.read(model.norm_names(index)), **whole_tensors(stored)}
         self.norms = {
             name.removeprefix(block.prefix).removesuffix(".weight"): Norm(
-                block.layer.get_parameter(name.removeprefix(block.prefix)), model.stored_dtype(name), train
+                norms[name].to(model.device), model.stored_dtype(name), train
             )
             for name in model.norm_names(index)
         }
@@ -111,8 +113,8 @@ class WholeStudent:
         self.head: nn.Parameter = head[1].weight
         # What the teacher's states go through: the source's own.
         self._source_norm: Tensor = head[0].weight
-        self.norm = Norm(parent.read_outer().get(FINAL_NORM, self._source_norm), model.stored_dtype(FINAL_NORM), train)
-        self.norm.to(model.device)
+        start = (model.read([FINAL_NORM]) | parent.read_outer())[FINAL_NORM].to(model.device)
+        self.norm = Norm(start, model.stored_dtype(FINAL_NORM), train)
         self.embedding = model.embed()
         if model.config.tie_word_embeddings:
             self.embedding.weight = self.head

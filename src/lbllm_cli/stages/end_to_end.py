@@ -98,7 +98,8 @@ class EndToEndTrainer(TrainingLoop):
                 teachers, students = (log_probabilities(linear(x[piece], head)) for x in (teacher, student))
                 agreement.add(start, teachers, students, wanted[piece])
         kl, perplexity = agreement.mean_divergence, agreement.perplexity
-        return {"error": total / len(self.held), "kl": kl, "top1": agreement.top1, "perplexity": perplexity}
+        # A student that is the teacher has none, and later losses are divided by this one.
+        return {"error": max(total / len(self.held), 1e-30), "kl": kl, "top1": agreement.top1, "perplexity": perplexity}
 
     def measure_start(self) -> None:
         """The held-out loss that others are relative to."""
