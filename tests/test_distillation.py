@@ -5,7 +5,8 @@ import torch
 from torch.nn.functional import cross_entropy, linear, log_softmax
 
 from lbllm_cli.ops import distillation
-from lbllm_cli.ops.distillation import distillation_loss, rounded
+from lbllm_cli.ops.distillation import distillation_loss
+from lbllm_cli.ops.ste import rounded
 
 POSITIONS, HIDDEN, VOCAB = 13, 8, 37
 

@@ -1,5 +1,6 @@
 """The linears of a block in training: their masters, the weights these stand for, and the gradients on the way back."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 
 from lbllm_cli.activations import TENSORS
 from lbllm_cli.model import LINEARS, Block
-from lbllm_cli.trainable import BITMAP, Packed, Trainable
+from lbllm_cli.trainable import LEVELS, WEIGHTS, Packed, Trainable
 
 
 class BlockLinears:
@@ -31,14 +32,8 @@ class BlockLinears:
             self.block.linear(name).weight = nn.Parameter(torch.empty_like(teacher.linear(name).weight))
 
     def groups(self, rates: dict[str, float]) -> list[dict[str, Any]]:
-        """AdamW groups, one per linear and kind: rates of weights and levels are relative to the RMS of the weights."""
-        groups = []
-        for linear in self.linears.values():
-            for kind, parameters in linear.kinds().items():
-                if kind in self.trained:
-                    unit = 1.0 if kind == BITMAP else linear.rms
-                    groups.append({"params": parameters, "kind": kind, "top": rates[kind] * unit, "unit": unit})
-        return groups
+        """See `linear_groups`; rates: of all kinds."""
+        return linear_groups(self.linears.values(), {kind: rates[kind] for kind in self.trained if kind in rates})
 
     def begin(self) -> None:
         """Puts the present weights into the block."""
@@ -63,6 +58,17 @@ class BlockLinears:
         for name, linear in self.linears.items():
             tensors |= named(self.block.prefix + name, linear.packed())
         return tensors
+
+
+def linear_groups(linears: Iterable[Trainable], rates: dict[str, float]) -> list[dict[str, Any]]:
+    """AdamW groups, one per linear and kind that has a rate: of weights and levels relative to the RMS of the weights."""
+    groups = []
+    for linear in linears:
+        for kind, parameters in linear.kinds().items():
+            if kind in rates:
+                unit = linear.rms if kind in (WEIGHTS, LEVELS) else 1.0
+                groups.append({"params": parameters, "kind": kind, "top": rates[kind] * unit, "unit": unit})
+    return groups
 
 
 def whole_tensors(stored: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,11 +16,12 @@ from lbllm_cli.prepare import Plan
 from lbllm_cli.recipe_file import dump_recipe
 from lbllm_cli.recipe_training import EndToEnd
 from lbllm_cli.report import Reporter
-from lbllm_cli.stages.end_to_end import train_whole
+from lbllm_cli.stages.end_to_end import EndToEndTrainer, train_whole
 from lbllm_cli.stream import BlockLoop, Fit
 from lbllm_cli.teacher_states import teacher_states
 from lbllm_cli.training_plots import plot_errors, plot_steps
 from lbllm_cli.training_state import TrainingState
+from lbllm_cli.whole_model import WholeStudent
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,10 @@ def end_to_end(settings: EndToEnd) -> Work:
         keeper = TrainingState(writer.path, plan.recipe.runtime.save_minutes)
         folder = writer.path / "streams" if settings.teacher is None else Path(settings.teacher).expanduser()
         states = teacher_states(folder, plan.model, stage.tokens, plan.recipe.runtime.batch_size, reporter)
-        section = prepare.DATA[stage.need.stage]
-        seed = plan.recipe.runtime.seed
-        recompute = recomputes(plan.recipe, plan.model, settings, stage.need.stage)
-        facts = train_whole(
-            plan.model, parent, stage.tokens, states, settings, section, seed, writer, keeper, reporter, recompute
-        )
+        student = WholeStudent(plan.model, parent, settings, recomputes(plan.recipe, plan.model, settings, stage.need.stage))
+        section, seed = prepare.DATA[stage.need.stage], plan.recipe.runtime.seed
+        trainer = EndToEndTrainer(student, stage.tokens, states, settings, section, seed, keeper, reporter, plan.model.device)
+        facts = train_whole(trainer, parent, writer)
         keeper.clear()
         reporter.record({"phase": "end-to-end", **facts})
         plot_steps(writer.path / "events.jsonl", writer.path / "loss.png")

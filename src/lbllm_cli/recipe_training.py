@@ -22,6 +22,18 @@ class Schedule(Section):
     clip: float = Field(2.0, gt=0, description="largest gradient norm, in units of its running mean")
     held_out: float = Field(0.0625, gt=0, lt=1, description="share of the sequences that choose the best epoch")
     max_skipped: int = Field(10, ge=0, description="steps that may be skipped for not being finite, of a block or a phase")
+    train: Sequence[str] | None
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Kinds of parameters that are trained."""
+        return tuple(self.train or ())
+
+    @model_validator(mode="after")
+    def _kinds_differ(self) -> "Schedule":
+        if len(set(self.trained)) != len(self.trained):
+            raise ValueError(f"train: {', '.join(self.trained)} names a kind twice")
+        return self
 
 
 class Training(Schedule):
@@ -40,11 +52,6 @@ class Training(Schedule):
     dampening: float = Field(
         0.003, ge=0, lt=1, description="share of the way to its level that a latent is pulled in every step, against chatter"
     )
-
-
-def _each_once(kinds: tuple[str, ...]) -> None:
-    if len(set(kinds)) != len(kinds):
-        raise ValueError(f"train: {', '.join(kinds)} names a kind twice")
 
 
 class EndToEnd(Schedule):
@@ -73,16 +80,8 @@ class EndToEnd(Schedule):
         None, description="folder that keeps the teacher's last hidden states for other runs with the same model and text"
     )
 
-    train: Sequence[str]
-
-    @property
-    def trained(self) -> tuple[str, ...]:
-        """Kinds of parameters that are trained."""
-        return tuple(self.train)
-
     @model_validator(mode="after")
     def _levels_or_scales(self) -> "EndToEnd":
-        _each_once(self.trained)
         if {"levels", "scales"} <= set(self.trained):
             raise ValueError("train: levels and scales: a scale moves its levels; name one of them")
         return self
@@ -136,7 +135,6 @@ class Distill(Training):
     def _has_what_is_trained(self) -> "Distill":
         if self.parametrisation == "nearest" and "bitmap" in self.trained:
             raise ValueError("train: parametrisation `nearest` has no bitmap; train weights and levels, or use `bitmap`")
-        _each_once(self.trained)
         return self
 
 
@@ -175,13 +173,3 @@ class ActCalib(Training):
     soft: float = Field(0.5, ge=0, lt=1, description="share of the steps with soft knees; after it the deployed form is trained")
     temperature: SoftKnee = Field([1.0, 0.05], description="of the soft knee at its first and last step, in fine steps")
     end_to_end: ActEndToEnd | None = Field(None, description="a last phase over the whole model; default none")
-
-    @property
-    def trained(self) -> tuple[str, ...]:
-        """Kinds of parameters that are trained."""
-        return tuple(self.train)
-
-    @model_validator(mode="after")
-    def _kinds_differ(self) -> "ActCalib":
-        _each_once(self.trained)
-        return self

@@ -1,14 +1,18 @@
 """An activation quantizer in training: clipping factors, and the coarse ratios that place its knees."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from lbllm_cli.activations import ActQuantizer, stored_clip
+from lbllm_cli.activations import TENSORS, ActQuantizer, stored_clip
 from lbllm_cli.ops.act_ste import fake_quantize, soft_quantize
 from lbllm_cli.ops.actfit import Shape, tables_of
 from lbllm_cli.ops.actquant import Tables, quantize
 
 CLIP_FACTORS, KNEES = "clip_factors", "knees"
+Quantizers = dict[str, "TrainableQuantizer"]
 # A factor far below 1 cuts every group's largest value; above 1 some levels are never used.
 _CLIP_RANGE = 0.1, 1.0
 
@@ -84,3 +88,26 @@ class TrainableQuantizer(ActQuantizer):
             side = "ratio_low" if found.ratio_low * found.coarse_low > found.ratio_high * found.coarse_high else "ratio_high"
             found = found._replace(**{side: getattr(found, side) - 1})
         return found
+
+
+def quantizer_groups(quantizers: Iterable[TrainableQuantizer], rates: dict[str, float]) -> list[dict[str, Any]]:
+    """AdamW groups, one per quantizer and kind that has a rate."""
+    kinds = [pair for quantizer in quantizers for pair in quantizer.kinds().items() if pair[0] in rates]
+    return [{"params": parameters, "kind": kind, "top": rates[kind], "unit": 1.0} for kind, parameters in kinds]
+
+
+def anneal(quantizers: Iterable[TrainableQuantizer], progress: float, soft: float, temperatures: list[float]) -> None:
+    """Knees are soft in the first `soft` of training, from one temperature to the other; then they stay."""
+    first, last = temperatures
+    for quantizer in quantizers:
+        quantizer.temperature = first * (last / first) ** (progress / soft) if progress < soft else 0.0
+
+
+def quantizer_tensors(prefix: str, quantizers: Quantizers) -> dict[str, Tensor]:
+    """What a checkpoint holds of a block's quantizers. prefix: of the block's tensors."""
+    return {f"{prefix}{name}.{part}": q.get_buffer(part).clone() for name, q in quantizers.items() for part in TENSORS}
+
+
+def mean_clip(quantizers: Iterable[TrainableQuantizer]) -> float:
+    """Mean clipping factor."""
+    return float(torch.cat([quantizer.clip.detach().flatten() for quantizer in quantizers]).mean())

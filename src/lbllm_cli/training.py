@@ -6,6 +6,7 @@ scored on held-out sequences; the best state wins, and the start is one of the c
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,7 @@ class Progress:
     epochs: list[dict[str, Any]] = field(default_factory=list)
 
 
-class TrainingLoop:
+class TrainingLoop(ABC):
     """Steps, schedule, selection of the best epoch, resume; what is trained towards what is a subclass's.
 
     student: what is trained. settings: of the recipe's `section`. rows: sequences. length: tokens in one. index: a number that
@@ -95,21 +96,21 @@ class TrainingLoop:
         self.progress = Progress(index)
         self.best: dict[str, Tensor] | None = None
 
+    @abstractmethod
     def feed(self, pieces: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
         """What a micro-batch needs, on the device. pieces: row numbers int64 [n]; the first tensor has n rows too."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, piece: tuple[Tensor, ...]) -> Tensor:
         """Differentiable mean over a micro-batch's tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def measure_start(self) -> None:
         """Puts held-out errors of the student as it begins into `progress.start`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def measure(self) -> tuple[float, dict[str, float], bool]:
         """Held-out loss of the present student, 1 for the start's; the errors behind it; whether they allow it to be the best."""
-        raise NotImplementedError
 
     def run(self) -> dict[str, Tensor] | None:
         """The best epoch's tensors, or None when no epoch was better than the start; `progress` tells how it went."""

@@ -10,14 +10,22 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from lbllm_cli.activations import TENSORS, ActQuantizer, attach, format_of, read_quantizers
+from lbllm_cli.activations import ActQuantizer, attach, format_of, read_quantizers
 from lbllm_cli.checkpoint import Checkpoint
-from lbllm_cli.linears import named, packed_of, whole_tensors
+from lbllm_cli.linears import linear_groups, named, packed_of, whole_tensors
 from lbllm_cli.model import FINAL_NORM, LINEARS, SourceModel
-from lbllm_cli.ops.distillation import rounded
+from lbllm_cli.ops.ste import rounded
 from lbllm_cli.stream import stored_block
-from lbllm_cli.trainable import LEVELS, Fixed
-from lbllm_cli.trainable_act import CLIP_FACTORS, KNEES, TrainableQuantizer
+from lbllm_cli.trainable import LEVELS, SCALES, Fixed
+from lbllm_cli.trainable_act import (
+    CLIP_FACTORS,
+    KNEES,
+    TrainableQuantizer,
+    anneal,
+    mean_clip,
+    quantizer_groups,
+    quantizer_tensors,
+)
 
 if TYPE_CHECKING:
     from lbllm_cli.recipe_training import EndToEnd
@@ -45,14 +53,13 @@ class Norm(nn.Module):
         return self.weight.detach().to(self.stored, copy=True)
 
 
-class ResidentBlock(nn.Module):
+class ResidentBlock:
     """One block of a checkpoint, on the device: packed codes, masters of what is trained, the rest as the source has it.
 
     Hidden states [rows, length, hidden] -> the same shape.
     """
 
     def __init__(self, model: SourceModel, index: int, parent: Checkpoint, train: tuple[str, ...]):
-        super().__init__()
         stored = parent.read_block(index)
         block = stored_block(model, index, stored, None)
         self.prefix, self.dtype = block.prefix, block.dtype
@@ -78,12 +85,13 @@ class ResidentBlock(nn.Module):
                 self.quantizers[name] = TrainableQuantizer.going_on(quantizer, train).to(model.device)
             attach(block.layer, dict(self.quantizers))
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor) -> Tensor:
         weights = {
             f"layers.0.{name}.weight": part().to(self.dtype) for name, part in (*self.linears.items(), *self.norms.items())
         }
         inputs = {"inputs_embeds": hidden, "use_cache": False}
-        return functional_call(self.model, weights, (), inputs).last_hidden_state
+        outputs: Tensor = functional_call(self.model, weights, (), inputs).last_hidden_state
+        return outputs
 
     def snapshot(self) -> dict[str, Tensor]:
         """What training may have changed, under full names: all that a checkpoint holds but the codes."""
@@ -92,9 +100,7 @@ class ResidentBlock(nn.Module):
             parts = named(self.prefix + name, linear.packed())
             tensors |= {key: tensor for key, tensor in parts.items() if not key.endswith(".weight")}
         tensors |= {f"{self.prefix}{name}.weight": norm.packed() for name, norm in self.norms.items()}
-        for name, quantizer in self.quantizers.items():
-            tensors |= {f"{self.prefix}{name}.{part}": quantizer.get_buffer(part).clone() for part in TENSORS}
-        return tensors
+        return tensors | quantizer_tensors(self.prefix, self.quantizers)
 
 
 class WholeStudent:
@@ -145,27 +151,21 @@ class WholeStudent:
         """AdamW groups, one per tensor: rates are relative to the RMS of the weights, of norms to their own."""
         settings: Any = self.settings
         groups = []
-        for linear in (linear for block in self.blocks for linear in block.linears.values()):
-            for kind, parameters in linear.kinds().items():
-                if kind in settings.trained:
-                    unit = linear.rms if kind == LEVELS else 1.0
-                    groups.append({"params": parameters, "kind": kind, "top": settings.lr_levels * unit, "unit": unit})
+        rates = {LEVELS: settings.lr_levels, SCALES: settings.lr_levels}
+        for block in self.blocks:
+            groups += linear_groups(block.linears.values(), {kind: rates[kind] for kind in rates if kind in settings.trained})
         for norm in (*(norm for block in self.blocks for norm in block.norms.values()), self.norm):
             if NORMS in settings.trained:
                 groups.append({"params": [norm.weight], "kind": NORMS, "top": settings.lr_norms * norm.rms, "unit": norm.rms})
-        for quantizer in self._quantizers():
-            for kind, parameters in quantizer.kinds().items():
-                if kind in settings.trained:
-                    top = settings.lr_clip_factors if kind == CLIP_FACTORS else settings.lr_knees
-                    groups.append({"params": parameters, "kind": kind, "top": top, "unit": 1.0})
-        return groups
+        # A phase without quantizers has no rates for them.
+        kinds = {CLIP_FACTORS, KNEES} & set(settings.trained)
+        return groups + quantizer_groups(self._quantizers(), {kind: getattr(settings, f"lr_{kind}") for kind in kinds})
 
     def begin(self, progress: float) -> None:
         """Knees are soft in the first part of training, where they are trained."""
         settings: Any = self.settings
-        for quantizer in self._quantizers() if KNEES in settings.trained else ():
-            first, last = settings.soft_knee
-            quantizer.temperature = first * (last / first) ** (progress / settings.soft) if progress < settings.soft else 0.0
+        if KNEES in settings.trained:
+            anneal(self._quantizers(), progress, settings.soft, settings.soft_knee)
 
     def backward(self) -> None:
         """Autograd has carried all gradients to the parameters."""
@@ -189,5 +189,5 @@ class WholeStudent:
 
     def facts(self) -> dict[str, float]:
         """Mean clipping factor, where there are any."""
-        clips = [quantizer.clip.detach().flatten() for quantizer in self._quantizers()]
-        return {"clip_factor": float(torch.cat(clips).mean())} if clips else {}
+        quantizers = self._quantizers()
+        return {"clip_factor": mean_clip(quantizers)} if quantizers else {}

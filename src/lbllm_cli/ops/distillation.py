@@ -46,9 +46,9 @@ class DistillationLoss(Function):
         grad = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         for piece in _pieces(count, head.shape[0]):
             logits = linear(student[piece], head).float()
-            slope = torch.zeros_like(logits)
+            slope: Tensor | None = None
             if share:
-                own = _log_softmax_(logits.clone())
+                own = _log_softmax_(logits.clone() if share < 1 else logits)
                 total -= share * own.gather(-1, wanted[piece].unsqueeze(-1)).sum(dtype=torch.float64)
                 slope = own.exp_()
                 slope.scatter_add_(-1, wanted[piece].unsqueeze(-1), slope.new_full((1, 1), -1.0).expand(len(slope), 1))
@@ -58,8 +58,9 @@ class DistillationLoss(Function):
                 aim = _log_softmax_(linear(teacher[piece], head).float().div_(temperature))
                 chance = aim.exp()
                 total += (1 - share) * temperature**2 * (aim.sub_(found).mul_(chance)).sum(dtype=torch.float64)
-                slope.add_(found.exp_().sub_(chance), alpha=(1 - share) * temperature)
-            if grad is not None:
+                nearer = found.exp_().sub_(chance).mul_((1 - share) * temperature)
+                slope = nearer if slope is None else slope.add_(nearer)
+            if grad is not None and slope is not None:
                 grad[piece] = (slope.to(head.dtype) @ head).to(grad.dtype).div_(count)
         ctx.save_for_backward(grad)
         return (total / count).float()
@@ -71,18 +72,3 @@ class DistillationLoss(Function):
 
 
 distillation_loss: Callable[[Tensor, Tensor, Tensor, Tensor, float, float], Tensor] = DistillationLoss.apply
-
-
-class _Rounded(Function):
-    """A master as its stored dtype holds it. Surrogate: the identity."""
-
-    @staticmethod
-    def forward(ctx: Any, master: Tensor, dtype: torch.dtype) -> Tensor:
-        return master.to(dtype).to(master.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
-
-
-rounded: Callable[[Tensor, torch.dtype], Tensor] = _Rounded.apply

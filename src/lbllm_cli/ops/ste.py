@@ -126,10 +126,26 @@ class StoredLevels(Function):
         return grads[0]
 
 
+class Rounded(Function):
+    """A master as its stored dtype holds it, in the master's dtype.
+
+    Surrogate: the identity. (576,) -> (576,).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, master: Tensor, dtype: torch.dtype) -> Tensor:
+        return master.to(dtype).to(master.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
 nearest_level: Callable[[Tensor, Tensor], Tensor] = NearestLevel.apply
 bitmap_level: Callable[[Tensor, Tensor, Tensor], Tensor] = BitmapLevel.apply
 fixed_level: Callable[[Tensor, Tensor], Tensor] = FixedLevel.apply
 stored_levels: Callable[[Tensor], Tensor] = StoredLevels.apply
+rounded: Callable[[Tensor, torch.dtype], Tensor] = Rounded.apply
 
 
 def polarisation(bitmap: Tensor, beta: float) -> float:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lbllm_cli.activations import INPUTS, KEYS, TENSORS, VALUES, ActivationFormat, attach
+from lbllm_cli.activations import INPUTS, KEYS, VALUES, ActivationFormat, attach
 from lbllm_cli.block_training import Trainer
 from lbllm_cli.linears import BlockLinears, packed_of
 from lbllm_cli.model import LINEARS, Block
@@ -18,7 +18,15 @@ from lbllm_cli.ops.actquant import Tables, split_groups, uniform_levels
 from lbllm_cli.protocols import Monitor
 from lbllm_cli.stream import BlockTask
 from lbllm_cli.trainable import LEVELS, WEIGHTS, Fixed, Nearest, Trainable
-from lbllm_cli.trainable_act import CLIP_FACTORS, KNEES, TrainableQuantizer
+from lbllm_cli.trainable_act import (
+    CLIP_FACTORS,
+    KNEES,
+    TrainableQuantizer,
+    anneal,
+    mean_clip,
+    quantizer_groups,
+    quantizer_tensors,
+)
 
 if TYPE_CHECKING:
     from lbllm_cli.recipe_training import ActCalib
@@ -118,18 +126,13 @@ class ActivationStudent:
         settings = self.settings
         groups = self.weights.groups({WEIGHTS: settings.lr_weights, LEVELS: settings.lr_levels})
         rates = {CLIP_FACTORS: settings.lr_clip_factors, KNEES: settings.lr_knees}
-        for quantizer in self.quantizers.values():
-            for kind, parameters in quantizer.kinds().items():
-                if kind in settings.train:
-                    groups.append({"params": parameters, "kind": kind, "top": rates[kind], "unit": 1.0})
-        return groups
+        trained: dict[str, float] = {kind: rate for kind, rate in rates.items() if kind in settings.trained}
+        return groups + quantizer_groups(self.quantizers.values(), trained)
 
     def begin(self, progress: float) -> None:
         """Puts the present weights into the block; knees are soft in the first part of training, then they stay."""
         self.weights.begin()
-        soft, (first, last) = self.settings.soft, self.settings.temperature
-        for quantizer in self.quantizers.values():
-            quantizer.temperature = first * (last / first) ** (progress / soft) if progress < soft else 0.0
+        anneal(self.quantizers.values(), progress, self.settings.soft, self.settings.temperature)
 
     def backward(self) -> None:
         """Carries the gradients of the block's weights to the levels; the quantizers have theirs."""
@@ -149,15 +152,11 @@ class ActivationStudent:
 
     def snapshot(self) -> dict[str, Tensor]:
         """The tensors of the block: packed linears, and levels, zeros and clipping factors of the quantizers."""
-        tensors = self.weights.packed()
-        for name, quantizer in self.quantizers.items():
-            tensors |= {f"{self.block.prefix}{name}.{part}": quantizer.get_buffer(part).clone() for part in TENSORS}
-        return tensors
+        return self.weights.packed() | quantizer_tensors(self.block.prefix, self.quantizers)
 
     def facts(self) -> dict[str, float]:
         """Mean clipping factor, and the share of coarse ratios that moved to another integer."""
-        clips = torch.cat([quantizer.clip.detach().flatten() for quantizer in self.quantizers.values()])
-        facts = {"clip_factor": float(clips.mean())}
+        facts = {"clip_factor": mean_clip(self.quantizers.values())}
         moved = [quantizer.moved_ratios() for quantizer in self.quantizers.values() if quantizer.shapes]
         return facts | ({"moved_ratios": float(torch.cat(moved).mean())} if moved else {})
 

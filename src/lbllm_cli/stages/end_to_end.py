@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lbllm_cli.checkpoint import Checkpoint, StageWriter
-from lbllm_cli.model import FINAL_NORM, SourceModel, block_prefix
-from lbllm_cli.ops.agreement import Agreement, log_probabilities
+from lbllm_cli.model import FINAL_NORM, block_prefix
+from lbllm_cli.ops.agreement import POSITIONS, Agreement, log_probabilities
 from lbllm_cli.ops.distillation import distillation_loss
 from lbllm_cli.stream import HiddenStream, fetched
 from lbllm_cli.training import TrainingLoop
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 # Lines of log and records of a run, beside those of its epochs.
 _RECORDS = 32
-# Positions whose logits exist at once where the student is measured.
-_POSITIONS = 256
 
 
 class EndToEndTrainer(TrainingLoop):
@@ -93,8 +91,8 @@ class EndToEndTrainer(TrainingLoop):
             student, teacher = self.student(tokens)[0, :-1], self.student.teacher(states)[0, :-1]
             wanted = tokens[0, 1:]
             total += float(distillation_loss(student, teacher, head, wanted, self.temperature, self.share))
-            for start in range(0, len(wanted), _POSITIONS):
-                piece = slice(start, start + _POSITIONS)
+            for start in range(0, len(wanted), POSITIONS):
+                piece = slice(start, start + POSITIONS)
                 teachers, students = (log_probabilities(linear(x[piece], head)) for x in (teacher, student))
                 agreement.add(start, teachers, students, wanted[piece])
         kl, perplexity = agreement.mean_divergence, agreement.perplexity
@@ -118,31 +116,16 @@ def _described(held: dict[str, float]) -> str:
     return f"loss {held['error']:.4f}, KL {held['kl']:.4f}, top-1 {held['top1']:.1%}, perplexity {held['perplexity']:.2f}"
 
 
-def train_whole(
-    model: SourceModel,
-    parent: Checkpoint,
-    tokens: Tensor,
-    states: HiddenStream,
-    settings: "EndToEnd",
-    section: str,
-    seed: int,
-    writer: StageWriter,
-    keeper: TrainingState,
-    reporter: "Reporter",
-    recompute: bool,
-) -> dict[str, Any]:
-    """Trains the parent's levels, norms and quantizers and writes all blocks of the stage; returns what to record.
+def train_whole(trainer: EndToEndTrainer, parent: Checkpoint, writer: StageWriter) -> dict[str, Any]:
+    """Trains and writes all blocks of the stage; returns what to record.
 
     The parent's own tensors are written where no epoch was better. Raises RunError when more steps than allowed were not finite.
     """
     with torch.enable_grad():
-        student = WholeStudent(model, parent, settings, recompute)
-        trainer = EndToEndTrainer(student, tokens, states, settings, section, seed, keeper, reporter, model.device)
-        best = trainer.run()
+        changed = trainer.run() or {}
     # A run that is killed while the blocks are written does not train again.
     trainer.save()
-    changed = best or {}
-    for index in range(model.blocks):
+    for index in range(len(trainer.student.blocks)):
         own = {name: tensor for name, tensor in changed.items() if name.startswith(block_prefix(index))}
         writer.write_block(index, {**parent.read_block(index), **own})
         writer.commit(index)

@@ -14,15 +14,13 @@ from lbllm_cli.activations import ActivationFormat, format_of
 from lbllm_cli.checkpoint import Checkpoint
 from lbllm_cli.errors import RunError
 from lbllm_cli.model import FINAL_NORM, SourceModel
-from lbllm_cli.ops.agreement import Agreement, log_probabilities
+from lbllm_cli.ops.agreement import POSITIONS, Agreement, log_probabilities
 from lbllm_cli.ops.metrics import BlockError
 from lbllm_cli.report import Reporter
 from lbllm_cli.source import TensorEntry
 from lbllm_cli.stream import HiddenStream, advance, batches, embed_stream, stored_block
 
 BASE = "base"
-# Positions whose logits exist at once: 256 x 128,256 (Llama 3) in float32 are 131 MB, four or five times.
-_POSITIONS = 256
 
 
 @dataclass(frozen=True)
@@ -155,8 +153,8 @@ class Evaluation:
         for rows in batches(0, tokens.shape[0], 1):
             wanted = tokens[rows][0, 1:].to(self.model.device)
             hidden = {name: self._streams[name, text].data[rows][0, :-1].to(self.model.device) for name in names}
-            for start in range(0, len(wanted), _POSITIONS):
-                piece = slice(start, start + _POSITIONS)
+            for start in range(0, len(wanted), POSITIONS):
+                piece = slice(start, start + POSITIONS)
                 teacher = log_probabilities(heads[BASE](hidden[BASE][piece]))
                 for name in names:
                     student = teacher if name == BASE else log_probabilities(heads[name](hidden[name][piece]))
@@ -173,9 +171,9 @@ def whole_perplexity(model: Module, tokens: Tensor, device: torch.device) -> flo
     for rows in batches(0, tokens.shape[0], 1):
         row = tokens[rows].to(device)
         logits = model(input_ids=row, use_cache=False).logits[0, :-1]
-        for start in range(0, len(logits), _POSITIONS):
-            student = log_probabilities(logits[start : start + _POSITIONS])
-            found.add(start, student, student, row[0, 1:][start : start + _POSITIONS])
+        for start in range(0, len(logits), POSITIONS):
+            student = log_probabilities(logits[start : start + POSITIONS])
+            found.add(start, student, student, row[0, 1:][start : start + POSITIONS])
     return found.perplexity
 
 
