@@ -18,6 +18,7 @@ import lbllm_cli.hf  # noqa: F401 - packed folders
 from lbllm_cli import interrupt
 from lbllm_cli.checkpoint import OUTER, Checkpoint, locked
 from lbllm_cli.errors import Interrupted
+from lbllm_cli.linears import BlockLinears
 from lbllm_cli.model import FINAL_NORM, open_model
 from lbllm_cli.ops.actfit import Shape
 from lbllm_cli.ops.distillation import distillation_loss
@@ -282,6 +283,22 @@ def test_text_is_fresh(run):
     assert [len(found) for found in rows] == [9, 30, 20]
     assert not rows[0] & rows[1]
     assert not (rows[0] | rows[1]) & rows[2]
+
+
+def test_blocks_run_with_the_norms_of_their_parent(made):
+    """act-calib after an end-to-end phase: the student's norms are the trained ones, the teacher's stay the source's."""
+    toy, output = made
+    teacher = open_model(Model(path=str(toy)), CPU).block(0)
+    stored = Checkpoint(output, "distill").read_block(0)
+    norms = {f"{teacher.prefix}{name}": p.detach().clone() for name, p in teacher.layer.named_parameters() if "norm" in name}
+    assert len(norms) == 2
+    start = stored | {name: 2 * weight for name, weight in norms.items()}
+    student = BlockLinears(teacher, start, {}, ())
+    for name, weight in norms.items():
+        inside = name.removeprefix(teacher.prefix)
+        assert torch.equal(student.block.layer.get_parameter(inside), 2 * weight)
+        assert torch.equal(teacher.layer.get_parameter(inside), weight)
+        assert torch.equal(student.packed()[name], start[name])
 
 
 def test_the_next_stage_goes_on_from_it(ok, run, tmp_path):
