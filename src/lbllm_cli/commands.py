@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from lbllm_cli import files, forecast, interrupt, prepare
+from lbllm_cli import files, forecast, forecast_training, interrupt, prepare
 from lbllm_cli.activations import ActivationFormat
 from lbllm_cli.checkpoint import Checkpoint, changes, command_of, complete_stages, locked
 from lbllm_cli.errors import UsageError
@@ -62,7 +62,7 @@ def distill(recipe: Recipe, dry_run: bool, force: bool, only: Phase | None = Non
     if only != "end-to-end":
         fit = partial(fit_distill, settings=recipe.distill, seed=recipe.runtime.seed)
         work = by_blocks(lambda reporter: partial(fit, monitor=reporter))
-        _run(plan, forecast.distill_need(recipe, plan.model), work, dry_run, force, "ptq")
+        _run(plan, forecast_training.distill_need(recipe, plan.model), work, dry_run, force, "ptq")
     if last is not None:
         _run_last(plan, last, "distill-e2e", dry_run, force)
 
@@ -82,7 +82,7 @@ def act_calib(recipe: Recipe, dry_run: bool, force: bool, only: Phase | None = N
         layout = activation_format(recipe.act_calib, recipe.ptq.group_size)
         fit = partial(fit_act_calib, settings=recipe.act_calib, layout=layout, seed=recipe.runtime.seed)
         work = by_blocks(lambda reporter: partial(fit, monitor=reporter), layout)
-        need = forecast.act_calib_need(recipe, plan.model)
+        need = forecast_training.act_calib_need(recipe, plan.model)
         _run(plan, need, work, dry_run, force, plan.activation_parent(), layout)
     if last is not None:
         _run_last(plan, last, "act-calib-e2e", dry_run, force)
@@ -100,7 +100,7 @@ def _run_last(plan: Plan, settings: EndToEnd, stage: str, dry_run: bool, force: 
     if dry_run and before not in complete_stages(plan.output):
         say(f"{stage}: would go on from {before}, which is not there yet")
         return
-    need = forecast.end_to_end_need(plan.recipe, plan.model, settings, stage)
+    need = forecast_training.end_to_end_need(plan.recipe, plan.model, settings, stage)
     _run(plan, need, end_to_end(settings), dry_run, force, before)
 
 

@@ -1,9 +1,11 @@
-"""What a stage will need, from shapes alone: device memory, RAM, disk. Printed before the start, compared with what is free."""
+"""What a stage will need, from shapes alone: device memory, RAM, disk. Printed before the start, compared with what is free.
+
+The stages that train have theirs in `forecast_training`.
+"""
 
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -11,14 +13,12 @@ import torch
 from lbllm_cli.errors import UsageError
 from lbllm_cli.generate import ROWS_AT_ONCE
 from lbllm_cli.model import UNITS, SourceModel, block_prefix
-from lbllm_cli.ops.distillation import LOGITS
 from lbllm_cli.recipe import Ptq, Recipe, TokenSet
-from lbllm_cli.recipe_training import ActCalib, Distill, EndToEnd
 from lbllm_cli.report import GIB
 from lbllm_cli.stages.ptq import expected_bits
 
 # Resident memory of a process that has imported torch and transformers, rounded up.
-_PROCESS = 0.7 * GIB
+PROCESS = 0.7 * GIB
 # Both streams before and after a block; in RAM the quantized one's outputs take its inputs' place. A stage that goes on from
 # another needs the full-precision inputs no more once it has the teacher's outputs.
 _STREAMS_DISK, _STREAMS_RAM = {"ptq": 4, "distill": 3, "act-calib": 3}, {"ptq": 3, "distill": 2, "act-calib": 2}
@@ -64,11 +64,12 @@ def free_disk(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def _block_bytes(model: SourceModel) -> float:
+def block_bytes(model: SourceModel) -> float:
+    """A block in the compute dtype."""
     return model.count(model.block_names(0)) * model.dtype.itemsize
 
 
-def _activation_bytes(model: SourceModel, rows: int, length: int) -> float:
+def activation_bytes(model: SourceModel, rows: int, length: int) -> float:
     """One forward pass of a block: about six states of the hidden width and three of the intermediate one are alive."""
     config = model.config
     return rows * length * (6 * config.hidden_size + 3 * config.intermediate_size) * max(model.dtype.itemsize, 4)
@@ -84,12 +85,12 @@ def _fit_bytes(model: SourceModel, settings: Ptq) -> float:
     return moments + work
 
 
-def _outer_bytes(model: SourceModel) -> float:
+def outer_bytes(model: SourceModel) -> float:
     """Embedding as read and as computed with, the largest tensor outside the blocks."""
     return model.count(["model.embed_tokens.weight"]) * (model.dtype.itemsize + 2)
 
 
-def _sampling_bytes(model: SourceModel, rows: int, length: int) -> float:
+def sampling_bytes(model: SourceModel, rows: int, length: int) -> float:
     """The whole model, its 16-bit file while it is read, and keys and values of the sequences that are sampled together."""
     values = model.shapes[f"{block_prefix(0)}self_attn.v_proj.weight"][0]
     cache = 2 * model.blocks * min(rows, ROWS_AT_ONCE) * length * values
@@ -110,7 +111,7 @@ def _streams(recipe: Recipe, one: float, in_ram: float) -> bool:
     return recipe.runtime.streams == "disk"
 
 
-def _stage_need(
+def stage_need(
     stage: str, recipe: Recipe, model: SourceModel, tokens: TokenSet, device: float, kept: float = 0, state: float = 0
 ) -> Need:
     """Need of a stage that runs over the blocks. device: blocks and fitting. kept: streams' worth of RAM that its fit adds."""
@@ -118,10 +119,10 @@ def _stage_need(
     in_ram = _STREAMS_RAM[stage] + kept
     on_disk = _streams(recipe, one, in_ram)
     count = _STREAMS_DISK[stage] if on_disk else in_ram
-    device = max(device, _outer_bytes(model))
-    ram = _PROCESS + (0 if on_disk else count * one) + (device if model.device.type == "cpu" else _block_bytes(model))
+    device = max(device, outer_bytes(model))
+    ram = PROCESS + (0 if on_disk else count * one) + (device if model.device.type == "cpu" else block_bytes(model))
     if any(item.source == "generate:" for item in tokens.source):
-        ram = max(ram, _PROCESS + _sampling_bytes(model, tokens.sequences, tokens.length))
+        ram = max(ram, PROCESS + sampling_bytes(model, tokens.sequences, tokens.length))
     blocks = checkpoint_bytes(model, recipe.ptq.group_size)
     written = blocks + 2 * (model.blocks + 1) * one if on_disk else 0.0
     # A state is replaced by a whole one: two exist for a moment.
@@ -133,130 +134,13 @@ def ptq_need(recipe: Recipe, model: SourceModel) -> Need:
     """Need of `lbllm ptq`."""
     tokens = recipe.data.calibration
     heads = model.shapes[f"{block_prefix(0)}self_attn.o_proj.weight"][1] / model.config.hidden_size
-    passing = _activation_bytes(model, min(tokens.sequences, recipe.runtime.batch_size), tokens.length)
+    passing = activation_bytes(model, min(tokens.sequences, recipe.runtime.batch_size), tokens.length)
     # Teacher, and the student's replaced weights beside it; then the fit, when no activations are alive.
-    device = 2 * _block_bytes(model) + passing + _fit_bytes(model, recipe.ptq)
+    device = 2 * block_bytes(model) + passing + _fit_bytes(model, recipe.ptq)
     # In sequential order the fit keeps what both streams' attention heads gave instead of computing it again.
-    need = _stage_need("ptq", recipe, model, tokens, device, 2 * heads if recipe.ptq.sequential else 0)
+    need = stage_need("ptq", recipe, model, tokens, device, 2 * heads if recipe.ptq.sequential else 0)
     keys = "lower runtime.batch_size, or set ptq.sequential: true or ptq.asymmetric: 0, which hold fewer Hessians at once"
     return replace(need, cheaper=keys)
-
-
-def _masters(model: SourceModel, settings: Distill | ActCalib, group_size: int) -> tuple[float, float]:
-    """Masters of a block's linears, how many are trained and how many are not; quantizers are too small to count."""
-    weights = model.count(model.binarized_names) / model.blocks
-    sizes = {"levels": weights * 4 / group_size}
-    if isinstance(settings, Distill) or "weights" in settings.trained:
-        sizes["weights"] = weights
-    if isinstance(settings, Distill) and settings.parametrisation == "bitmap":
-        sizes["bitmap"] = weights
-    trained = sum(size for kind, size in sizes.items() if kind in settings.trained)
-    return trained, sum(sizes.values()) - trained
-
-
-def _training_activations(model: SourceModel, rows: int, length: int) -> float:
-    """What one forward pass of a block keeps for its backward pass."""
-    config = model.config
-    return rows * length * (14 * config.hidden_size + 5 * config.intermediate_size) * max(model.dtype.itemsize, 4)
-
-
-def distill_need(recipe: Recipe, model: SourceModel) -> Need:
-    """Need of `lbllm distill`."""
-    tokens, settings = recipe.data.training, recipe.distill
-    device, state = _training_device(recipe, model, settings), 12 * _masters(model, settings, recipe.ptq.group_size)[0]
-    need = _stage_need("distill", recipe, model, tokens, device, state=state)
-    return replace(need, cheaper=_cheaper(recipe, model))
-
-
-def act_calib_need(recipe: Recipe, model: SourceModel) -> Need:
-    """Need of `lbllm act-calib`."""
-    settings = recipe.act_calib
-    device, state = _training_device(recipe, model, settings), 12 * _masters(model, settings, recipe.ptq.group_size)[0]
-    tokens = recipe.data.training.model_copy(update={"sequences": settings.sequences or recipe.data.training.sequences})
-    need = _stage_need("act-calib", recipe, model, tokens, device, state=state)
-    return replace(need, cheaper="lower act_calib.micro_batch_size or runtime.batch_size")
-
-
-def _quantizer_activations(model: SourceModel, rows: int, length: int) -> float:
-    """What quantizing the inputs of a block keeps for its backward pass: a soft knee some twenty tensors of each input."""
-    config = model.config
-    inputs = 3 * config.hidden_size + config.intermediate_size
-    return 20.0 * 4 * rows * length * inputs
-
-
-def _training_device(recipe: Recipe, model: SourceModel, settings: Distill | ActCalib) -> float:
-    """The teacher's block; masters, their gradients and AdamW's two moments; the weights they stand for, in float32 and in the
-    compute dtype with a gradient; activations. Or the teacher's pass over the data, if that is more."""
-    trained, frozen = _masters(model, settings, recipe.ptq.group_size)
-    weights = model.count(model.binarized_names) / model.blocks
-    length = recipe.data.training.length
-    current = weights * (4.0 + 1.0 + 2.0 * model.dtype.itemsize)
-    rows = min(settings.micro_batch_size, settings.batch_size)
-    passing = _training_activations(model, rows, length)
-    passing += _quantizer_activations(model, rows, length) if isinstance(settings, ActCalib) else 0
-    teaching = 2 * _block_bytes(model) + _activation_bytes(model, recipe.runtime.batch_size, length)
-    return max(_block_bytes(model) + 16 * trained + 4 * frozen + current + passing, teaching)
-
-
-def _passing_bytes(recipe: Recipe, model: SourceModel, settings: EndToEnd, stage: str) -> float:
-    """What a block of an end-to-end phase keeps for its backward pass, decoded weights included."""
-    length, rows = recipe.data.training.length, min(settings.micro_batch_size, settings.batch_size)
-    weights = model.count(model.binarized_names) / model.blocks
-    kept = weights * (1 + model.dtype.itemsize) + _training_activations(model, rows, length)
-    return kept + (_quantizer_activations(model, rows, length) if stage == "act-calib-e2e" else 0)
-
-
-def recomputes(recipe: Recipe, model: SourceModel, settings: EndToEnd, stage: str) -> bool:
-    """Whether an end-to-end phase computes blocks again on the way back: as the recipe says, or by the memory that is free."""
-    if settings.recompute != "auto":
-        return settings.recompute == "always"
-    cuda = model.device.type == "cuda"
-    free = torch.cuda.mem_get_info(model.device)[0] if cuda else psutil.virtual_memory().available
-    return model.blocks * _passing_bytes(recipe, model, settings, stage) > free / 2
-
-
-def end_to_end_need(recipe: Recipe, model: SourceModel, settings: EndToEnd, stage: str) -> Need:
-    """Need of an end-to-end phase: the rule of one block on the device does not hold there.
-
-    Resident are packed codes, masters of levels with gradient and two moments, embedding and head. With recomputation one block
-    at a time keeps what its backward pass needs, and of all others the inputs are kept. The loss takes four tensors of logits.
-    The teacher went ahead block by block.
-    """
-    length, rows = recipe.data.training.length, min(settings.micro_batch_size, settings.batch_size)
-    weights, itemsize = model.count(model.binarized_names), model.dtype.itemsize
-    levels = weights * 4 / recipe.ptq.group_size
-    trained = levels / 4 if "scales" in settings.trained else levels if "levels" in settings.trained else 0
-    recomputed = recomputes(recipe, model, settings, stage)
-    passing = (1 if recomputed else model.blocks) * _passing_bytes(recipe, model, settings, stage)
-    passing += model.blocks * rows * length * model.config.hidden_size * itemsize + 8 * weights / model.blocks
-    resident = weights / 4 + 4 * levels + 12 * trained + model.count(model.outer_names()) * itemsize
-    loss = 4.0 * 4 * max(LOGITS, model.config.vocab_size)
-    teaching = _outer_bytes(model) + 2 * _block_bytes(model) + _activation_bytes(model, recipe.runtime.batch_size, length)
-    device = max(resident + passing + loss, teaching)
-    states = float(settings.sequences * length * model.config.hidden_size * itemsize)
-    state, blocks = 12.0 * trained, checkpoint_bytes(model, recipe.ptq.group_size)
-    ram = _PROCESS + (device if model.device.type == "cpu" else _block_bytes(model))
-    if any(item.source == "generate:" for item in settings.source or recipe.data.training.source):
-        ram = max(ram, _PROCESS + _sampling_bytes(model, settings.sequences, length))
-    written = (model.blocks + 1) * states + blocks
-    cheaper = "set end_to_end.recompute: always and micro_batch_size: 1, or train: [scales, norms]"
-    disk = blocks + states + 2 * state
-    return Need(stage, device, ram, disk, states, True, written, state, recipe.runtime.save_minutes, cheaper)
-
-
-def _cheaper(recipe: Recipe, model: SourceModel) -> str:
-    """Settings of distill that need less device memory, with what each alone would need."""
-    settings = recipe.distill
-    alternatives: dict[str, dict[str, Any]] = {}
-    if settings.parametrisation == "bitmap":
-        alternatives["distill.parametrisation: nearest"] = {"parametrisation": "nearest", "train": None}
-    if min(settings.micro_batch_size, settings.batch_size) > 1:
-        alternatives["distill.micro_batch_size: 1"] = {"micro_batch_size": 1}
-    if settings.trained != ("levels",):
-        alternatives["distill.train: [levels]"] = {"train": ["levels"]}
-    needs = {key: _training_device(recipe, model, settings.model_copy(update=change)) for key, change in alternatives.items()}
-    listed = ", ".join(f"{key} ({need / GIB:.1f} GiB)" for key, need in needs.items())
-    return f"cheaper: {listed}" if needs else "a larger GPU is needed"
 
 
 def eval_need(recipe: Recipe, model: SourceModel, segments: dict[str, int], checkpoints: int) -> Need:
@@ -268,9 +152,9 @@ def eval_need(recipe: Recipe, model: SourceModel, segments: dict[str, int], chec
     one = float(sum(sizes) * model.config.hidden_size * model.dtype.itemsize) * max(2, checkpoints)
     longest = max(item.length for item in recipe.data.evaluation)
     on_disk = _streams(recipe, one, 1)
-    device = 3 * _block_bytes(model) + _activation_bytes(model, recipe.runtime.batch_size, longest)
-    device = max(device, _outer_bytes(model) + 5 * 256 * model.config.vocab_size * 4)
-    ram = _PROCESS + (0 if on_disk else one) + (device if model.device.type == "cpu" else _block_bytes(model))
+    device = 3 * block_bytes(model) + activation_bytes(model, recipe.runtime.batch_size, longest)
+    device = max(device, outer_bytes(model) + 5 * 256 * model.config.vocab_size * 4)
+    ram = PROCESS + (0 if on_disk else one) + (device if model.device.type == "cpu" else block_bytes(model))
     return Need("eval", device, ram, one if on_disk else 0, one, on_disk)
 
 
@@ -280,9 +164,9 @@ def whole_model_need(recipe: Recipe, model: SourceModel, need: Need) -> Need:
     A stage is written for them as a packed export, which is deleted afterwards.
     """
     length = max(item.length for item in recipe.data.evaluation)
-    whole = model.count(list(model.shapes)) * model.dtype.itemsize + _activation_bytes(model, recipe.eval.batch_size, length)
+    whole = model.count(list(model.shapes)) * model.dtype.itemsize + activation_bytes(model, recipe.eval.batch_size, length)
     device = max(need.device, whole)
-    ram = max(need.ram, _PROCESS + (whole if model.device.type == "cpu" else _block_bytes(model)))
+    ram = max(need.ram, PROCESS + (whole if model.device.type == "cpu" else block_bytes(model)))
     return replace(need, device=device, ram=ram, disk=need.disk + export_need(recipe, model).disk)
 
 
@@ -291,7 +175,7 @@ def export_need(recipe: Recipe, model: SourceModel) -> Need:
     rest = model.count([name for name in model.shapes if name not in set(model.binarized_names)]) * 2.0
     weights = model.count(model.binarized_names) * 2.0
     disk = rest + (weights if recipe.export.format == "dense" else checkpoint_bytes(model, recipe.ptq.group_size))
-    ram = _PROCESS + min(recipe.export.shard_gb * 1e9, disk) + _block_bytes(model)
+    ram = PROCESS + min(recipe.export.shard_gb * 1e9, disk) + block_bytes(model)
     return Need("export", 0.0, ram, disk, 0.0, False)
 
 

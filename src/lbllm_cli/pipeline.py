@@ -11,7 +11,8 @@ from torch import Tensor
 from lbllm_cli import files, prepare
 from lbllm_cli.activations import ActivationFormat
 from lbllm_cli.checkpoint import MANIFEST, Checkpoint, StageWriter
-from lbllm_cli.forecast import Need, recomputes
+from lbllm_cli.forecast import Need
+from lbllm_cli.forecast_training import recomputes
 from lbllm_cli.prepare import Plan
 from lbllm_cli.recipe_file import dump_recipe
 from lbllm_cli.recipe_training import EndToEnd

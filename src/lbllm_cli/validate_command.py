@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lbllm_cli import forecast, prepare
+from lbllm_cli import forecast, forecast_training, prepare
 from lbllm_cli.checkpoint import STAGES, command_of
 from lbllm_cli.commands import Last, say
 from lbllm_cli.errors import UsageError
@@ -37,9 +37,9 @@ def validate(recipe: Recipe, as_json: bool) -> None:
             problems.append(str(error))
     needs = [
         forecast.ptq_need(recipe, model),
-        forecast.distill_need(recipe, model),
-        forecast.act_calib_need(recipe, model),
-        *(forecast.end_to_end_need(recipe, model, last, stage) for stage, last in _last_phases(recipe).items()),
+        forecast_training.distill_need(recipe, model),
+        forecast_training.act_calib_need(recipe, model),
+        *(forecast_training.end_to_end_need(recipe, model, last, stage) for stage, last in _last_phases(recipe).items()),
         forecast.eval_need(recipe, model, segments, 1 + len(_stages(recipe))),
         forecast.export_need(recipe, model),
     ]
