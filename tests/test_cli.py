@@ -5,12 +5,13 @@ import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from conftest import save_toy, write_recipe
 
-COMMANDS = ("ptq", "distill", "eval", "report", "export", "generate", "validate", "config")
+COMMANDS = ("ptq", "distill", "act-calib", "eval", "report", "export", "generate", "validate", "config")
 
 
 def test_help_lists_every_command_and_imports_no_torch():
@@ -100,6 +101,18 @@ def test_validate_forecasts_from_a_config_alone(ok, tmp_path):
     assert any("no weights" in warning for warning in facts["warnings"])
     assert facts["forecast_bytes"]["ptq"]["disk"] == pytest.approx(6_476_005_376 * 2.375 / 8, rel=1e-6)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_forecast_beyond_the_ram_names_the_keys_that_lower_it(ok, tmp_path, monkeypatch):
+    """Where streams are on disk already, other keys than theirs: an end-to-end phase holds the whole model."""
+    recipe = write_recipe(tmp_path / "r.yaml", save_toy(tmp_path / "model"), tmp_path / "run")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 20))
+    last = ("distill.end_to_end.sequences=8", "distill.end_to_end.recompute=always")
+    warnings = json.loads(ok("validate", "--recipe", recipe, "--json", "runtime.streams=ram", *last).stdout)["warnings"]
+    found = {warning.partition(":")[0]: warning for warning in warnings if "of RAM" in warning}
+    assert "set runtime.streams: disk" in found["distill"]
+    assert "train: [scales, norms]" in found["distill-e2e"]
+    assert "streams" not in found["distill-e2e"]
 
 
 def test_forecast_of_ram_covers_what_a_run_uses(ok, tmp_path):

@@ -194,10 +194,10 @@ def check_need(need: Need, output: Path, device: torch.device) -> list[str]:
     warnings = []
     available = psutil.virtual_memory().available
     if need.ram > available:
-        warnings.append(
-            f"needs about {need.ram / GIB:.1f} GiB of RAM, {available / GIB:.1f} GiB are available; set runtime.streams: disk, "
-            "or lower runtime.batch_size or the number of sequences"
-        )
+        # Streams that are on disk already are not what takes the RAM: on a CPU that is what a GPU would hold.
+        streams = "set runtime.streams: disk, or lower runtime.batch_size or the number of sequences"
+        remedy = need.cheaper if need.on_disk else streams
+        warnings.append(f"needs about {need.ram / GIB:.1f} GiB of RAM, {available / GIB:.1f} GiB are available; {remedy}")
     if device.type == "cuda":
         room = torch.cuda.mem_get_info(device)[0]
         if need.device > room:
