@@ -20,7 +20,7 @@ PTQ: dict[str, list[str]] = {
     "default": [],
     "group 128": ["ptq.group_size=128"],
     "calibrated on novels": ["data.calibration.source=builtin:calibration/novels"],
-    "calibrated on generate:": ['data.calibration.source="generate:"'],
+    "calibrated on generate:": ["data.calibration.source=generate:"],
     "calibrated on both halves": ['data.calibration.source=["builtin:calibration", "generate:"]'],
     "symmetric target": ["ptq.asymmetric=0"],
     "asymmetric 0.5": ["ptq.asymmetric=0.5"],

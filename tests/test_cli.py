@@ -145,7 +145,7 @@ def test_generate_names_what_is_wrong_with_its_folder(lbllm, tmp_path, toy):
 
 
 def test_generated_calibration_text_is_cached_and_reproducible(ok, tmp_path, recipe):
-    command = ("ptq", "--recipe", recipe, 'data.calibration.source="generate:"')
+    command = ("ptq", "--recipe", recipe, "data.calibration.source=generate:")
     assert "sampled from the model" in ok(*command).stderr
     (cache,) = (tmp_path / "run" / "generated").iterdir()
     first = cache.read_bytes()

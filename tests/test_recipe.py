@@ -271,6 +271,11 @@ def test_overrides(load):
     assert recipe.data.evaluation == [EvaluationSet(name="c", source=mixture)]
 
 
+@pytest.mark.parametrize("text", ["generate:", '"generate:"'])
+def test_the_source_that_is_sampled_needs_no_quotes_on_a_command_line(load, text):
+    assert load("", f"data.training.source={text}").data.training.source == [Source(source="generate:")]
+
+
 def test_the_last_override_of_a_key_wins(load):
     assert load("", "ptq.rounds=5", "ptq.rounds=7").ptq.rounds == 7
 
