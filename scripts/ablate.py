@@ -220,7 +220,10 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024, help="tokens in a segment")
     arguments = parser.parse_intermixed_args()
     variants = VARIANTS[arguments.stage]
-    if unknown := set(arguments.only or ()) - set(variants):
+    # Keys may follow the names: what holds an equals sign is no name.
+    arguments.overrides += [word for word in arguments.only or () if "=" in word]
+    only = [word for word in arguments.only or variants if "=" not in word]
+    if unknown := set(only) - set(variants):
         parser.error(f"no such variant: {', '.join(sorted(unknown))}; there are: {', '.join(variants)}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     sets = [
@@ -235,7 +238,7 @@ def main() -> None:
         sys.exit(f"{arguments.out} holds a table of another stage, other texts or other keys; choose another --out")
     record.write_text(json.dumps(settings) + "\n", encoding="utf-8")
     rows = {"full precision": base_perplexity(arguments.recipe, arguments.out / "base", common)}
-    for name in arguments.only or variants:
+    for name in only:
         rows[name] = measure(arguments.stage, arguments.recipe, arguments.out, name, [*common, *variants[name]])
         write_table(arguments.out, rows)
         plot_tokens(arguments.out, rows)

@@ -1,0 +1,75 @@
+"""scripts/ablate.py: variants are recipes, share their parents, and cost nothing once they are finished."""
+
+import json
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import save_toy, write_recipe
+from typer.testing import CliRunner
+
+from lbllm_cli.cli import app
+from lbllm_cli.recipe_file import load_recipe
+
+ROOT = Path(__file__).parents[1]
+SPEC = spec_from_file_location("ablate", ROOT / "scripts" / "ablate.py")
+ablate = module_from_spec(SPEC)
+SPEC.loader.exec_module(ablate)
+
+NAMED = [(stage, name) for stage, variants in ablate.VARIANTS.items() for name in variants]
+
+
+@pytest.mark.parametrize(("stage", "name"), NAMED, ids=[f"{stage}: {name}" for stage, name in NAMED])
+def test_every_variant_is_a_recipe(stage, name):
+    load_recipe(ROOT / "recipes" / "toy.yaml", ablate.VARIANTS[stage][name])
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """run(*arguments): the script on a toy; the commands that it ran, each by its first words."""
+    monkeypatch.setattr(sys, "argv", [])
+    recipe = write_recipe(tmp_path / "r.yaml", save_toy(tmp_path / "model"), tmp_path / "run")
+
+    def started(command, **_):
+        result = CliRunner().invoke(app, command[3:], catch_exceptions=False)
+        trained = "up to date" not in result.stderr and result.exit_code == 0
+        commands.append(" ".join(word for word in command[3:6] if not word.startswith("--")) + (" ran" if trained else ""))
+        return SimpleNamespace(returncode=result.exit_code)
+
+    def script(*arguments):
+        commands.clear()
+        sizes = ("--length", "32", "--segments", "2")
+        sys.argv = ["ablate.py", "--recipe", str(recipe), "--out", str(tmp_path / "out"), *sizes, *arguments]
+        ablate.main()
+        return list(commands)
+
+    commands: list[str] = []
+    monkeypatch.setattr(ablate, "subprocess", SimpleNamespace(run=started, DEVNULL=None))
+    return script
+
+
+def test_variants_of_a_last_phase_start_from_one_parent(run, tmp_path):
+    command = ("--stage", "distill-e2e", "--only", "default", "norms", "distill.end_to_end.sequences=16", "distill.epochs=1")
+    first = run(*command)
+    assert [step for step in first if step.startswith(("ptq", "distill"))] == [
+        f"ptq {tmp_path / 'r.yaml'} ran",
+        "distill blocks ran",
+        "distill end-to-end ran",
+        "distill end-to-end ran",
+    ]
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert list(table) == ["full precision", "default", "norms"]
+    assert table["norms"]["tokens"] == table["default"]["tokens"] == 16 * 32
+    assert table["default"]["perplexity"] != table["norms"]["perplexity"]
+    assert run(*command) == ["distill end-to-end"] * 2
+    assert json.loads((tmp_path / "out" / "table.json").read_text()) == table
+
+
+def test_a_table_holds_one_kind_of_variants(run):
+    run("--only", "default")
+    with pytest.raises(SystemExit, match="choose another --out"):
+        run("--only", "default", "ptq.damping=0.1")
+    with pytest.raises(SystemExit):
+        run("--only", "defualt")
