@@ -285,6 +285,15 @@ def test_text_is_fresh(run):
     assert not (rows[0] | rows[1]) & rows[2]
 
 
+def test_a_phase_may_read_the_text_of_the_phase_before(run):
+    """With `skip` as the phase before has it both read the same, and one folder of teacher's states serves both."""
+    last = {"distill": {"sequences": 20}, "act_calib": {"sequences": 20, "skip": 9}}
+    plan = prepare(load_recipe(run(**last), []), train=True)
+    assert torch.equal(plan.stage_tokens("act-calib-e2e"), plan.stage_tokens("distill-e2e"))
+    tokens = plan.stage_tokens("distill-e2e")
+    assert "distill.end_to_end.skip" not in plan.inputs("distill-e2e", tokens)
+
+
 def test_blocks_run_with_the_norms_of_their_parent(made):
     """act-calib after an end-to-end phase: the student's norms are the trained ones, the teacher's stay the source's."""
     toy, output = made

@@ -74,6 +74,8 @@ class Plan:
         recipe = self.recipe
         phases = {"distill-e2e": recipe.distill.end_to_end, "act-calib-e2e": recipe.act_calib.end_to_end}
         own = phases.get(stage)
+        if own is not None and own.skip is not None:
+            return own.skip
         if own is None or own.source is not None:
             return 0
         earlier = recipe.distill.end_to_end if stage == "act-calib-e2e" else None
@@ -121,8 +123,8 @@ class Plan:
         text = {}
         if tokens is not None:
             text = {f"{DATA[stage]}.tokens": f"{tokens.shape[0]} x {tokens.shape[1]}, {data.tokens_hash(tokens)}"}
-        # A phase after it, and where states are kept, are not what a checkpoint depends on.
-        own = settings.model_dump(mode="json", exclude={"end_to_end", "source", "teacher", "recompute"})
+        # The text is there by its tokens; a phase after it, and where states are kept, are not what a checkpoint depends on.
+        own = settings.model_dump(mode="json", exclude={"end_to_end", "source", "skip", "teacher", "recompute"})
         if stage == "act-calib":
             own["parent"] = self.activation_parent()
         return {

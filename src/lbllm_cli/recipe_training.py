@@ -62,6 +62,9 @@ class EndToEnd(Schedule):
         description="text; default that of data.training, of which sequences are taken that it does not hold",
     )
     sequences: Annotated[int, Field(ge=2)] = Field(128, description="sequences of data.training.length tokens")
+    skip: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="sequences of the text to leave out; default those that data.training and a phase before it hold"
+    )
     epochs: int = Field(1, ge=0, le=100, description="passes over the sequences; fresh text is worth more than a second pass")
     micro_batch_size: Positive = Field(
         1, description="most sequences in one forward and backward pass; gradients add up to a step"
