@@ -63,7 +63,9 @@ class EndToEnd(Schedule):
     )
     sequences: Annotated[int, Field(ge=2)] = Field(128, description="sequences of data.training.length tokens")
     skip: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="sequences of the text to leave out; default those that data.training and a phase before it hold"
+        None,
+        description="sequences of the sources to leave out, sampled text aside; default those that data.training and a phase "
+        "before it hold",
     )
     epochs: int = Field(1, ge=0, le=100, description="passes over the sequences; fresh text is worth more than a second pass")
     micro_batch_size: Positive = Field(
