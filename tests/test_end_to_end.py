@@ -285,6 +285,26 @@ def test_text_is_fresh(run):
     assert not (rows[0] | rows[1]) & rows[2]
 
 
+@pytest.mark.parametrize(("knees", "tensors"), [([], 2.0), (["knees"], 20.0)])
+def test_forecast_covers_what_quantizing_keeps(made, knees, tensors):
+    """Tensors of an input's size that a quantizer keeps for the way back: measured 2.0 as deployed, 17.3 with soft knees."""
+    student = student_of(made, "act-calib", train=["clip_factors", *knees])
+    quantizer = next(iter(student.blocks[0].quantizers.values()))
+    quantizer.temperature = 0.5
+    kept: dict[int, int] = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    inputs = torch.randn(512, quantizer.size * 2, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = quantizer.values(inputs)
+    found = sum(kept.values()) / inputs.nbytes
+    assert output.shape == inputs.shape
+    assert 0.8 * tensors < found < 1.05 * tensors
+
+
 def test_a_phase_may_read_the_text_of_the_phase_before(run):
     """With `skip` as the phase before has it both read the same, and one folder of teacher's states serves both."""
     last = {"distill": {"sequences": 20}, "act_calib": {"sequences": 20, "skip": 9}}

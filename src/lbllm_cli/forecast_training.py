@@ -19,8 +19,9 @@ from lbllm_cli.forecast import (
 from lbllm_cli.model import SourceModel
 from lbllm_cli.ops.distillation import LOGITS
 from lbllm_cli.recipe import Recipe
-from lbllm_cli.recipe_training import ActCalib, Distill, EndToEnd
+from lbllm_cli.recipe_training import ActCalib, ActEndToEnd, Distill, EndToEnd
 from lbllm_cli.report import GIB
+from lbllm_cli.trainable_act import KNEES
 
 
 def _masters(model: SourceModel, settings: Distill | ActCalib, group_size: int) -> tuple[float, float]:
@@ -58,11 +59,13 @@ def act_calib_need(recipe: Recipe, model: SourceModel) -> Need:
     return replace(need, cheaper="lower act_calib.micro_batch_size or runtime.batch_size")
 
 
-def _quantizer_activations(model: SourceModel, rows: int, length: int) -> float:
-    """What quantizing the inputs of a block keeps for its backward pass: a soft knee some twenty tensors of each input."""
+def _quantizer_activations(model: SourceModel, settings: ActCalib | ActEndToEnd, rows: int, length: int) -> float:
+    """What quantizing the inputs of a block keeps for its backward pass: a soft knee some twenty tensors of each input, the
+    deployed form two (measured 17.3 and 2.0)."""
     config = model.config
     inputs = 3 * config.hidden_size + config.intermediate_size
-    return 20.0 * 4 * rows * length * inputs
+    soft = KNEES in settings.trained and settings.soft > 0
+    return (20.0 if soft else 2.0) * 4 * rows * length * inputs
 
 
 def _training_device(recipe: Recipe, model: SourceModel, settings: Distill | ActCalib) -> float:
@@ -74,26 +77,26 @@ def _training_device(recipe: Recipe, model: SourceModel, settings: Distill | Act
     current = weights * (4.0 + 1.0 + 2.0 * model.dtype.itemsize)
     rows = min(settings.micro_batch_size, settings.batch_size)
     passing = _training_activations(model, rows, length)
-    passing += _quantizer_activations(model, rows, length) if isinstance(settings, ActCalib) else 0
+    passing += _quantizer_activations(model, settings, rows, length) if isinstance(settings, ActCalib) else 0
     teaching = 2 * block_bytes(model) + activation_bytes(model, recipe.runtime.batch_size, length)
     return max(block_bytes(model) + 16 * trained + 4 * frozen + current + passing, teaching)
 
 
-def _passing_bytes(recipe: Recipe, model: SourceModel, settings: EndToEnd, stage: str) -> float:
+def _passing_bytes(recipe: Recipe, model: SourceModel, settings: EndToEnd) -> float:
     """What a block of an end-to-end phase keeps for its backward pass, decoded weights included."""
     length, rows = recipe.data.training.length, min(settings.micro_batch_size, settings.batch_size)
     weights = model.count(model.binarized_names) / model.blocks
     kept = weights * (1 + model.dtype.itemsize) + _training_activations(model, rows, length)
-    return kept + (_quantizer_activations(model, rows, length) if stage == "act-calib-e2e" else 0)
+    return kept + (_quantizer_activations(model, settings, rows, length) if isinstance(settings, ActEndToEnd) else 0)
 
 
-def recomputes(recipe: Recipe, model: SourceModel, settings: EndToEnd, stage: str) -> bool:
+def recomputes(recipe: Recipe, model: SourceModel, settings: EndToEnd) -> bool:
     """Whether an end-to-end phase computes blocks again on the way back: as the recipe says, or by the memory that is free."""
     if settings.recompute != "auto":
         return settings.recompute == "always"
     cuda = model.device.type == "cuda"
     free = torch.cuda.mem_get_info(model.device)[0] if cuda else psutil.virtual_memory().available
-    return model.blocks * _passing_bytes(recipe, model, settings, stage) > free / 2
+    return model.blocks * _passing_bytes(recipe, model, settings) > free / 2
 
 
 def end_to_end_need(recipe: Recipe, model: SourceModel, settings: EndToEnd, stage: str) -> Need:
@@ -107,8 +110,8 @@ def end_to_end_need(recipe: Recipe, model: SourceModel, settings: EndToEnd, stag
     weights, itemsize = model.count(model.binarized_names), model.dtype.itemsize
     levels = weights * 4 / recipe.ptq.group_size
     trained = levels / 4 if "scales" in settings.trained else levels if "levels" in settings.trained else 0
-    recomputed = recomputes(recipe, model, settings, stage)
-    passing = (1 if recomputed else model.blocks) * _passing_bytes(recipe, model, settings, stage)
+    recomputed = recomputes(recipe, model, settings)
+    passing = (1 if recomputed else model.blocks) * _passing_bytes(recipe, model, settings)
     passing += model.blocks * rows * length * model.config.hidden_size * itemsize + 8 * weights / model.blocks
     resident = weights / 4 + 4 * levels + 12 * trained + model.count(model.outer_names()) * itemsize
     loss = 4.0 * 4 * max(LOGITS, model.config.vocab_size)

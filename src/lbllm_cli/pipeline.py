@@ -102,7 +102,7 @@ def end_to_end(settings: EndToEnd) -> Work:
         keeper = TrainingState(writer.path, plan.recipe.runtime.save_minutes)
         folder = writer.path / "streams" if settings.teacher is None else Path(settings.teacher).expanduser()
         states = teacher_states(folder, plan.model, stage.tokens, plan.recipe.runtime.batch_size, reporter)
-        student = WholeStudent(plan.model, parent, settings, recomputes(plan.recipe, plan.model, settings, stage.need.stage))
+        student = WholeStudent(plan.model, parent, settings, recomputes(plan.recipe, plan.model, settings))
         section, seed = prepare.DATA[stage.need.stage], plan.recipe.runtime.seed
         trainer = EndToEndTrainer(student, stage.tokens, states, settings, section, seed, keeper, reporter, plan.model.device)
         facts = train_whole(trainer, parent, writer)
