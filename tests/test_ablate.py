@@ -11,19 +11,20 @@ from conftest import save_toy, write_recipe
 from typer.testing import CliRunner
 
 from lbllm_cli.cli import app
-from lbllm_cli.recipe_file import load_recipe
+from lbllm_cli.recipe_file import dump_recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]
 SPEC = spec_from_file_location("ablate", ROOT / "scripts" / "ablate.py")
 ablate = module_from_spec(SPEC)
 SPEC.loader.exec_module(ablate)
 
-NAMED = [(stage, name) for stage, variants in ablate.VARIANTS.items() for name in variants]
 
-
-@pytest.mark.parametrize(("stage", "name"), NAMED, ids=[f"{stage}: {name}" for stage, name in NAMED])
-def test_every_variant_is_a_recipe(stage, name):
-    load_recipe(ROOT / "recipes" / "toy.yaml", ablate.VARIANTS[stage][name])
+@pytest.mark.parametrize("stage", ablate.VARIANTS)
+def test_every_variant_is_a_recipe_of_its_own(stage):
+    variants = ablate.VARIANTS[stage]
+    # No variant asks for this many sequences: it would be the default under another name.
+    keys = {name: ["data.training.sequences=77", *variant] for name, variant in variants.items()}
+    assert len({dump_recipe(load_recipe(ROOT / "recipes" / "toy.yaml", found)) for found in keys.values()}) == len(variants)
 
 
 @pytest.fixture
