@@ -222,7 +222,7 @@ def main() -> None:
     variants = VARIANTS[arguments.stage]
     # Keys may follow the names: what holds an equals sign is no name.
     arguments.overrides += [word for word in arguments.only or () if "=" in word]
-    only = [word for word in arguments.only or variants if "=" not in word]
+    only = [word for word in arguments.only or () if "=" not in word] or list(variants)
     if unknown := set(only) - set(variants):
         parser.error(f"no such variant: {', '.join(sorted(unknown))}; there are: {', '.join(variants)}")
     arguments.out.mkdir(parents=True, exist_ok=True)

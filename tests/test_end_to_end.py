@@ -18,6 +18,7 @@ import lbllm_cli.hf  # noqa: F401 - packed folders
 from lbllm_cli import interrupt
 from lbllm_cli.checkpoint import OUTER, Checkpoint, locked
 from lbllm_cli.errors import Interrupted
+from lbllm_cli.forecast_training import KEPT_DEPLOYED, KEPT_SOFT
 from lbllm_cli.linears import BlockLinears
 from lbllm_cli.model import FINAL_NORM, open_model
 from lbllm_cli.ops.actfit import Shape
@@ -285,9 +286,8 @@ def test_text_is_fresh(run):
     assert not (rows[0] | rows[1]) & rows[2]
 
 
-@pytest.mark.parametrize(("knees", "tensors"), [([], 2.0), (["knees"], 20.0)])
+@pytest.mark.parametrize(("knees", "tensors"), [([], KEPT_DEPLOYED), (["knees"], KEPT_SOFT)])
 def test_forecast_covers_what_quantizing_keeps(made, knees, tensors):
-    """Tensors of an input's size that a quantizer keeps for the way back: measured 2.0 as deployed, 17.3 with soft knees."""
     student = student_of(made, "act-calib", train=["clip_factors", *knees])
     quantizer = next(iter(student.blocks[0].quantizers.values()))
     quantizer.temperature = 0.5

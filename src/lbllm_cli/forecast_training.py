@@ -23,6 +23,9 @@ from lbllm_cli.recipe_training import ActCalib, ActEndToEnd, Distill, EndToEnd
 from lbllm_cli.report import GIB
 from lbllm_cli.trainable_act import KNEES
 
+# float32 tensors of an input's size that a quantizer keeps for its backward pass: measured 2.0, and 17.3 while knees are soft.
+KEPT_DEPLOYED, KEPT_SOFT = 2.0, 20.0
+
 
 def _masters(model: SourceModel, settings: Distill | ActCalib, group_size: int) -> tuple[float, float]:
     """Masters of a block's linears, how many are trained and how many are not; quantizers are too small to count."""
@@ -60,12 +63,11 @@ def act_calib_need(recipe: Recipe, model: SourceModel) -> Need:
 
 
 def _quantizer_activations(model: SourceModel, settings: ActCalib | ActEndToEnd, rows: int, length: int) -> float:
-    """What quantizing the inputs of a block keeps for its backward pass: a soft knee some twenty tensors of each input, the
-    deployed form two (measured 17.3 and 2.0)."""
+    """What quantizing the inputs of a block keeps for its backward pass."""
     config = model.config
     inputs = 3 * config.hidden_size + config.intermediate_size
     soft = KNEES in settings.trained and settings.soft > 0
-    return (20.0 if soft else 2.0) * 4 * rows * length * inputs
+    return (KEPT_SOFT if soft else KEPT_DEPLOYED) * 4 * rows * length * inputs
 
 
 def _training_device(recipe: Recipe, model: SourceModel, settings: Distill | ActCalib) -> float:
