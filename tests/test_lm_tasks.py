@@ -13,8 +13,16 @@ from conftest import save_toy, write_recipe
 from lbllm_cli import lm_tasks
 from lbllm_cli.stages import export as exporting
 
-OWN = "from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
-PLUGIN = f"import lbllm_cli.hf; {OWN}"
+# Its command line twice in one process, since importing lm-eval takes longer than the task: for the model as it is, then for
+# its packed export with the plugin.
+TWICE = """
+import json, sys
+from lm_eval.__main__ import cli_evaluate
+for plugin, sys.argv in json.loads(sys.argv[1]):
+    if plugin:
+        import lbllm_cli.hf
+    cli_evaluate()
+"""
 TASK = {
     "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice", "num_fewshot": 0,
     "doc_to_text": "{{context}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}",
@@ -36,14 +44,18 @@ def write_task(folder: Path, name: str, items: int = 12, **changes) -> Path:
     return folder / f"{name}.yaml"
 
 
-def of_the_command_line(code: str, model: Path, task: Path, output: Path) -> dict:
-    """lm-eval's own results. Its command line looks for data files where it runs."""
-    arguments = ["--model", "hf", "--model_args", f"pretrained={model},dtype=float32", "--tasks", task.stem, "--device", "cpu"]
-    arguments += ["--include_path", str(task.parent), "--batch_size", "8", "--output_path", str(output)]
+def of_the_command_line(models: dict[Path, bool], task: Path, output: Path) -> list[dict]:
+    """lm-eval's own results for models, with or without the plugin. Its command line looks for data files where it runs."""
+    runs = []
+    for number, (model, plugin) in enumerate(models.items()):
+        arguments = ["--model", "hf", "--model_args", f"pretrained={model},dtype=float32", "--device", "cpu", "--batch_size", "8"]
+        arguments += ["--tasks", task.stem, "--include_path", str(task.parent), "--output_path", str(output / str(number))]
+        runs.append((plugin, ["lm-eval", *arguments]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, cwd=task.parent, env=environment)
-    (found,) = output.rglob("results_*.json")
-    return json.loads(found.read_text())["results"][task.stem]
+    command = [sys.executable, "-c", TWICE, json.dumps(runs)]
+    subprocess.run(command, check=True, capture_output=True, cwd=task.parent, env=environment)
+    found = [next((output / str(number)).rglob("results_*.json")) for number in range(len(runs))]
+    return [json.loads(path.read_text())["results"][task.stem] for path in found]
 
 
 @pytest.fixture(autouse=True)
@@ -62,8 +74,8 @@ def test_same_numbers_as_lm_evals_command_line(ok, recipe, tmp_path):
     wanted = ("eval.checkpoints=[base, ptq, export]", f"eval.tasks=[{task}]")
     results = json.loads(ok("eval", "--recipe", recipe, *wanted, "--json").stdout)
     assert results["ptq"]["tasks"] == results["export"]["tasks"]
-    for name, code, folder in (("base", OWN, "model"), ("export", PLUGIN, "run/export")):
-        expected = of_the_command_line(code, tmp_path / folder, task, tmp_path / f"own-{name}")
+    theirs = of_the_command_line({tmp_path / "model": False, tmp_path / "run/export": True}, task, tmp_path / "own")
+    for name, expected in zip(("base", "export"), theirs, strict=True):
         mine = results[name]["tasks"]["stories"]
         for metric in ("acc", "acc_norm"):
             assert mine[metric] == expected[f"{metric},none"], name

@@ -24,13 +24,14 @@ def peak(*arguments: str) -> int:
     return int(result.stdout.split("peak ")[1])
 
 
-def test_peak_memory_is_independent_of_the_number_of_blocks(tmp_path):
+def test_peak_memory_is_independent_of_the_number_of_blocks(ok, tmp_path):
     measured = {}
     for blocks in (4, 16):
         folder = save_toy(tmp_path / f"model{blocks}", num_hidden_layers=blocks, **SIZES)
         recipe = write_recipe(tmp_path / f"{blocks}.yaml", folder, tmp_path / f"run{blocks}", ptq=QUICK)
-        for command in ("ptq", "eval"):
-            measured[command, blocks] = peak(command, "--recipe", str(recipe))
+        # A process of its own only where its peak is looked at: starting one takes longer than the four blocks.
+        (ok if blocks == 4 else peak)("ptq", "--recipe", str(recipe))
+        measured["eval", blocks] = peak("eval", "--recipe", str(recipe))
         measured["weights", blocks] = (folder / "model.safetensors").stat().st_size
     more_weights = measured["weights", 16] - measured["weights", 4]
     assert more_weights > 60e6

@@ -28,10 +28,10 @@ def checkout(tmp_path_factory) -> Path:
     (folder / "recipes").mkdir()
     for recipe in (ROOT / "recipes").glob("*.yaml"):
         values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-        # A tenth of the evaluation text: the commands are under test here, not the numbers.
+        # Little text: the commands are under test here, not the numbers.
         for spec in values["data"]["evaluation"]:
             spec["segments"] = 1
-        values["data"]["training"]["sequences"] = 8
+        values["data"]["calibration"]["sequences"] = values["data"]["training"]["sequences"] = 8
         (folder / "recipes" / recipe.name).write_text(yaml.safe_dump(values), encoding="utf-8")
     save_toy(folder / "models" / "smollm2-135m", max_position_embeddings=2048)
     return folder
