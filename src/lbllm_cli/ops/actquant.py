@@ -116,11 +116,10 @@ def _candidates(tables: Tables, snaps: list[Tensor]) -> list[_Candidate]:
 
 
 def _places(x: Tensor, step: Tensor, top: int, zero: float) -> Tensor:
-    """Lattice place of each value with one static table, before it goes to the nearest level: int64 [..., size]."""
+    """Lattice place of each value with one static table, before it goes to the nearest level: int32 [..., size]."""
     place = (x * reciprocal(step).unsqueeze(-1)).round_().add_(zero)
-    # Clamped as integers: what is not finite has a step that is not either, but must have a code. int64 at the end, since
-    # index_select converts other indices, more slowly: 381 against 218 microseconds for 2^18 on a CPU.
-    return place.to(torch.int32).clamp_(0, top).long()
+    # Clamped as integers: what is not finite has a step that is not either, but must have a code.
+    return place.to(torch.int32).clamp_(0, top)
 
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:
