@@ -48,7 +48,7 @@ def packed_walks(bench: Bench, inputs: int, outputs: int, x: Tensor, threads: in
         room[:, : len(tiles)] = tiles
         weights = [Weights(pointer(row), None, inputs, outputs, group_size) for row in room]
         for granularity in GRANULARITIES:
-            quantizer = quantizer_struct(ActQuantizer(tables_of(TABLES), group_size if granularity == "group" else inputs))
+            quantizer = quantizer_struct(tables_of(TABLES), group_size if granularity == "group" else inputs)
             common = (byref(quantizer), pointer(x), pointer(y), DTYPES[x.dtype], len(x), threads)
             for name in bench.tiers:
                 calls = [partial(bench.lib.lbllm_linear, byref(w), *common) for w in weights]

@@ -16,10 +16,13 @@ from lbllm_cli.kernels import library as kernels
 from lbllm_cli.kernels.head import ROWS_MAX, HeadLinear
 from lbllm_cli.kernels.library import DTYPES, TIERS, VARIABLE, library, pointer, quantizer_struct, tier
 from lbllm_cli.kernels.location import library_path
+from lbllm_cli.kernels.quantizer import native_gradients
+from lbllm_cli.kernels.quantizer import quantized as quantized_groups
 from lbllm_cli.kernels.unit import Unit, usable
 from lbllm_cli.layers import PackedLinear
+from lbllm_cli.ops.act_ste import gradients
 from lbllm_cli.ops.actfit import Shape, tables_of
-from lbllm_cli.ops.actquant import Tables, places, quantize, split_groups, uniform_levels
+from lbllm_cli.ops.actquant import Tables, dequantize, places, quantize, split_groups, uniform_levels
 from lbllm_cli.ops.binarize import decode, group_count, pack_codes
 
 if library_path() is None:
@@ -86,7 +89,10 @@ def quantized(lib, x: torch.Tensor, quantizer: ActQuantizer) -> tuple[torch.Tens
     rows, width = x.shape
     groups = group_count(width, min(quantizer.size, width))
     found = torch.empty(rows, width, dtype=torch.uint8), torch.empty(rows, groups), torch.empty(rows, groups, dtype=torch.int32)
-    lib.lbllm_quantize(quantizer_struct(quantizer), pointer(x), DTYPES[x.dtype], rows, width, *map(pointer, found))
+    tables = torch.empty(rows, groups, dtype=torch.int32)
+    struct, sizes = quantizer_struct(quantizer.tables, quantizer.size), (DTYPES[x.dtype], rows, width)
+    lattice, *others = map(pointer, (*found, tables))
+    lib.lbllm_quantize(struct, pointer(x), *sizes, lattice, None, *others, 0, 1)
     return found
 
 
@@ -154,6 +160,47 @@ def test_several_linears_of_one_input_are_one_call(lib):
     assert not torch.equal(layers[0](other), y[..., :13])
     found, inputs = layers[2](other).view(6, 30), values(lib, other.view(6, 200), quantizer)
     assert off(found, inputs, layers[2].dense_weight(), None) < TOLERANCE
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_training_quantizes_as_torch_does(lib, form, dtype):
+    """Values but for groups whose candidates are equally good, gradients of inputs to the bit, sums to their rounding."""
+    for number, (shape, size) in enumerate([((3, 70, 9), 64), ((5, 2, 33), 24), ((2, 130, 1), 100), ((1, 1, 7), 16)]):
+        x = (torch.randn(*shape, size, generator=seeded(number)) * 10.0 ** (3 * number - 4)).to(dtype)
+        x[0, 0, 0] = 0
+        tables = FORMS[form]._replace(clip=FORMS[form].clip * 0.8)
+        for step_dtype in DTYPES:
+            found, codes = quantized_groups(x, tables, step_dtype), quantize(x, tables, step_dtype)
+            apart = (found.step - codes.step).abs() > (1e-6 if step_dtype == torch.float32 else 8e-3) * codes.step
+            assert float((apart | (found.table != codes.table) | (found.zero != codes.zero)).float().mean()) < 2e-3  # measured 0
+            lattice = (found.values / found.step.clamp(min=1e-30).unsqueeze(-1)).round()
+            expected = places(codes, tables.levels).float() - codes.zero.float().unsqueeze(-1)
+            assert float((lattice != expected * (found.step != 0).unsqueeze(-1)).float().mean()) < 2e-3  # measured 0
+            upstream = torch.randn(x.shape, generator=seeded(number + 9))
+            mine, wanted = (
+                native_gradients(x, tables, found, upstream, True, True),
+                gradients(x, tables, found, upstream, True, True),
+            )
+            assert mine is not None
+            assert torch.equal(mine[0], wanted[0])
+            assert 0 < float((mine[0] == 0).float().mean()) < 0.5
+            torch.testing.assert_close(mine[1], wanted[1], rtol=1e-5, atol=1e-6 * float(wanted[1].abs().max()))  # measured 2e-7
+            assert native_gradients(x, tables, found, upstream, False, True)[0] is None
+            assert native_gradients(x, tables, found, upstream, True, False)[1] is None
+
+
+def test_what_the_library_does_not_quantize_torch_does(lib, monkeypatch):
+    x, eight = torch.randn(4, 64, generator=seeded(1)), Tables(uniform_levels(8), None, torch.ones(1, 2))
+    assert native_gradients(x, eight, quantized_groups(x, eight), x, True, True) is None
+    two = FORMS["two tables to 63"]
+    # Other layouts and dtypes are brought into a form that it reads.
+    assert torch.equal(quantized_groups(x.T.contiguous().T, two).values, quantized_groups(x, two).values)
+    assert torch.equal(quantized_groups(x.half(), two).values, quantized_groups(x.half().float(), two).values)
+    chosen(monkeypatch, "off")
+    for tables in (eight, two):
+        assert torch.equal(quantized_groups(x, tables).values, dequantize(quantize(x, tables), tables.levels))
+    assert native_gradients(x, two, quantized_groups(x, two), x, True, True) is None
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lbllm_cli.kernels.quantizer import quantized
 from lbllm_cli.model import UNITS
-from lbllm_cli.ops.actquant import Tables, dequantize, join_groups, quantize, split_groups
+from lbllm_cli.ops.actquant import Tables, join_groups, split_groups
 
 # The inputs of a unit belong to its first linear; keys and values are quantized by the attention layer.
 INPUTS = tuple(f"{unit[0]}.input" for unit in UNITS)
@@ -108,7 +109,7 @@ class ActQuantizer(nn.Module):
 
     def values(self, x: Tensor) -> Tensor:
         """Groups [..., size] -> the values of their codes, float32."""
-        return dequantize(quantize(x, self.tables, self.step_dtype), self.act_levels)
+        return quantized(x, self.tables, self.step_dtype).values
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
@@ -116,9 +117,9 @@ class ActQuantizer(nn.Module):
         # Linears that read one input call in turn with the same tensor; it is quantized once.
         if self._last is not None and self._last[0]() is x:
             return self._last[1]
-        quantized = join_groups(self.values(split_groups(x, self.size)), x.shape[-1]).to(x.dtype)
-        self._last = (weakref.ref(x, self._forget), quantized)
-        return quantized
+        values = join_groups(self.values(split_groups(x, self.size)), x.shape[-1]).to(x.dtype)
+        self._last = (weakref.ref(x, self._forget), values)
+        return values
 
     def _forget(self, _: Any) -> None:
         self._last = None

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from lbllm_cli.activations import TENSORS, ActQuantizer, stored_clip
+from lbllm_cli.kernels.quantizer import quantized
 from lbllm_cli.ops.act_ste import fake_quantize, soft_quantize
 from lbllm_cli.ops.actfit import Shape, tables_of
-from lbllm_cli.ops.actquant import Tables, quantize
+from lbllm_cli.ops.actquant import Tables
 
 CLIP_FACTORS, KNEES = "clip_factors", "knees"
 Quantizers = dict[str, "TrainableQuantizer"]
@@ -53,7 +54,7 @@ class TrainableQuantizer(ActQuantizer):
             return super().values(x)
         if self.temperature and self.log_ratio.requires_grad:
             with torch.no_grad():
-                table = quantize(x, self.tables, self.step_dtype).table
+                table = quantized(x, self.tables, self.step_dtype).table
             counts = self.get_buffer("counts")
             return soft_quantize(x.float(), table, counts, self.log_ratio.exp(), self.clip, self.temperature)
         return fake_quantize(x, self.clip, self.tables, self.step_dtype)

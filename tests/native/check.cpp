@@ -164,8 +164,8 @@ vector<double> values_of(const lbllm_quantizer& q, const void* x, int dtype, int
     const int size = std::min(q.size, width), groups = (width + size - 1) / size;
     vector<uint8_t> places(static_cast<size_t>(rows) * width);
     vector<float> steps(static_cast<size_t>(rows) * groups);
-    vector<int32_t> zeros(static_cast<size_t>(rows) * groups);
-    lbllm_quantize(&q, x, dtype, rows, width, places.data(), steps.data(), zeros.data());
+    vector<int32_t> zeros(steps.size()), tables(steps.size());
+    lbllm_quantize(&q, x, dtype, rows, width, places.data(), nullptr, steps.data(), zeros.data(), tables.data(), LBLLM_FLOAT32, 3);
     vector<double> values(static_cast<size_t>(rows) * width);
     for (int m = 0; m < rows; m++)
         for (int c = 0; c < width; c++) {
@@ -238,8 +238,9 @@ void check_quantizer(int kind, int size, int width) {
     const vector<float> x = normals(static_cast<size_t>(rows) * width, 3);
     vector<uint8_t> places(x.size());
     vector<float> steps(static_cast<size_t>(rows) * groups);
-    vector<int32_t> zeros(steps.size());
-    lbllm_quantize(&q, x.data(), LBLLM_FLOAT32, rows, width, places.data(), steps.data(), zeros.data());
+    vector<int32_t> zeros(steps.size()), tables(steps.size());
+    lbllm_quantize(&q, x.data(), LBLLM_FLOAT32, rows, width, places.data(), nullptr, steps.data(), zeros.data(), tables.data(),
+                   LBLLM_FLOAT32, 1);
     for (int at = 0; at < rows * groups; at++) {
         const size_t start = static_cast<size_t>(at / groups) * width + static_cast<size_t>(at % groups) * size;
         const int n = std::min(size, width - at % groups * size);
@@ -275,6 +276,46 @@ void check_quantizer(int kind, int size, int width) {
         expect(off < 1e-6, "step", about, off, 1e-6);
         expect(error <= least * (1 + 1e-4) + 1e-9, "error of codes", about, error, least);
     }
+}
+
+// Values are their codes' with the stored step; gradients and their sums as plain loops have them, clipped values among them.
+void check_training(int kind, int size, int groups, int step_dtype) {
+    char about[64];
+    snprintf(about, sizeof about, "training %d, %d groups of %d, steps of dtype %d", kind, groups, size, step_dtype);
+    lbllm_quantizer q = any_quantizer(kind, size);
+    for (auto& clip : q.clip) clip[0] = 0.7f, clip[1] = 0.6f;
+    const vector<float> x = normals(static_cast<size_t>(groups) * size, 3), gradient = normals(x.size());
+    vector<uint8_t> places(x.size());
+    vector<float> values(x.size()), inputs(x.size()), steps(static_cast<size_t>(groups)), sums(3 * steps.size());
+    vector<int32_t> zeros(steps.size()), tables(steps.size());
+    lbllm_quantize(&q, x.data(), LBLLM_FLOAT32, groups, size, places.data(), values.data(), steps.data(), zeros.data(),
+                   tables.data(), step_dtype, 2);
+    lbllm_quantize_backward(&q, x.data(), LBLLM_FLOAT32, groups, values.data(), steps.data(), zeros.data(), tables.data(),
+                            gradient.data(), inputs.data(), sums.data(), 2);
+    int clipped = 0;
+    for (size_t at = 0; at < steps.size(); at++) {
+        const int top = q.top[tables[at]];
+        if (step_dtype == LBLLM_BFLOAT16) expect(of_bfloat16(narrowed({steps[at]})[0]) == steps[at], "step", about, steps[at], 0);
+        if (q.tables) expect(zeros[at] == q.zero[tables[at]], "zero", about, zeros[at], tables[at]);
+        double wanted[3] = {}, terms[3] = {};
+        for (int k = 0; k < size; k++) {
+            const size_t i = at * static_cast<size_t>(size) + static_cast<size_t>(k);
+            const float value = steps[at] * static_cast<float>(places[i] - zeros[at]);
+            expect(values[i] == value, "value", about, values[i], value);
+            const double place = x[i] * (1.0f / steps[at]) + static_cast<float>(zeros[at]);
+            const int part = place > top + 0.5 ? 1 : place < -0.5 ? 2 : 0;
+            const double term = gradient[i] * (part ? value : static_cast<double>(value) - x[i]);
+            wanted[part] += term;
+            terms[part] += fabs(term);
+            clipped += part > 0;
+            expect(inputs[i] == (part ? 0.0f : gradient[i]), "gradient", about, inputs[i], gradient[i]);
+        }
+        for (size_t part = 0; part < 3; part++) {
+            const double off = fabs(sums[3 * at + part] - wanted[part]) / (terms[part] + 1e-30);
+            expect(off < 1e-6, "sum of gradients", about, off, 1e-6);
+        }
+    }
+    expect(clipped > 0, "clipped values", about, clipped, 1);
 }
 
 void check_head(int in, int out, int rows, int dtype, int threads) {
@@ -486,6 +527,9 @@ void check_tier() {
     for (int kind = 0; kind < 6; kind++)
         for (const int size : {16, 48, 100, 256})
             for (const int width : {7, 100, 256}) check_quantizer(kind, size, width);
+    for (int kind = 0; kind < 6; kind++)
+        for (const int size : {16, 24, 100, 256})
+            for (const int step_dtype : {LBLLM_FLOAT32, LBLLM_BFLOAT16}) check_training(kind, size, 9 + 300 * (kind == 1), step_dtype);
     for (const int in : {1, 15, 16, 40, 100, 577})
         for (int rows = 1; rows <= 4; rows++) check_head(in, 1 + below(40), rows, below(2), 1);
     check_head(600, 700, 2, LBLLM_BFLOAT16, 3);

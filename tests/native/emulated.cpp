@@ -5,7 +5,7 @@
 
 static const lbllm::Tier& tier = lbllm::EMULATED;
 
-int32_t lbllm_abi(void) { return 1; }
+int32_t lbllm_abi(void) { return 2; }
 const char* lbllm_tier(void) { return tier.name; }
 
 int32_t lbllm_choose_tier(const char* name) {
@@ -14,8 +14,14 @@ int32_t lbllm_choose_tier(const char* name) {
 }
 
 void lbllm_quantize(const lbllm_quantizer* quantizer, const void* x, int32_t dtype, int64_t rows, int32_t width, uint8_t* places,
-                    float* steps, int32_t* zeros) {
-    tier.quantize(quantizer, x, dtype, rows, width, places, steps, zeros);
+                    float* values, float* steps, int32_t* zeros, int32_t* tables, int32_t step_dtype, int32_t threads) {
+    tier.quantize(quantizer, x, dtype, rows, width, places, values, steps, zeros, tables, step_dtype, threads);
+}
+
+void lbllm_quantize_backward(const lbllm_quantizer* quantizer, const void* x, int32_t dtype, int64_t groups, const float* values,
+                             const float* steps, const int32_t* zeros, const int32_t* tables, const float* gradient,
+                             float* inputs, float* sums, int32_t threads) {
+    tier.quantize_backward(quantizer, x, dtype, groups, values, steps, zeros, tables, gradient, inputs, sums, threads);
 }
 
 void lbllm_linear(const lbllm_weights* weights, const lbllm_quantizer* quantizer, const void* x, void* y, int32_t dtype,

@@ -53,7 +53,7 @@ class BlockStep:
             weights = [unit.structs[0] for unit in self.units]
             inputs: list[Any] = [unit.structs[1] for unit in self.units]
             cached: list[Any] = [self.layer.get_submodule(name) for name in (KEYS, VALUES)]
-            quantizers = [reference(q) for q in (*inputs, *map(quantizer_struct, cached))]
+            quantizers = [reference(q) for q in (*inputs, *(quantizer_struct(q.tables, q.size) for q in cached))]
             block = Block(*weights, *quantizers, *map(pointer, self.norms), **self.shape)
             self._block = block, byref(block)
         return self._block[1]
@@ -132,4 +132,4 @@ def steppable(layer: nn.Module) -> bool:
     activation = type(getattr(layer.get_submodule("mlp"), "act_fn", None)).__name__
     cached: list[Any] = [layer.get_submodule(name) for name in (KEYS, VALUES)]
     small = int(attention.head_dim) <= _HEAD_MAX and all(quantizer.size % 2 == 0 for quantizer in cached)
-    return small and activation in ("SiLU", "SiLUActivation") and all(supported(q, cached=True) for q in cached)
+    return small and activation in ("SiLU", "SiLUActivation") and all(supported(q.tables, cached=True) for q in cached)

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbllm_cli.activations import ActQuantizer
 from lbllm_cli.errors import UsageError
 from lbllm_cli.kernels.location import library_path
-from lbllm_cli.ops.actquant import LATTICE_MAX, snap_table
+from lbllm_cli.ops.actquant import LATTICE_MAX, Tables, snap_table
 
-ABI = 1
+ABI = 2
 TIERS = ("portable", "avx2", "avxvnni", "avx512")
 VARIABLE = "LBLLM_KERNELS"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -81,7 +80,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "lbllm_tiles_bytes": (c_int64, [c_int32] * 3),
     "lbllm_pack": (None, [c_void_p] * 3 + [c_int32] * 3 + [c_void_p, c_int32]),
     "lbllm_unpack": (None, [POINTER(Weights), c_int32, c_int32] + [c_void_p] * 3),
-    "lbllm_quantize": (None, [POINTER(Quantizer), c_void_p, c_int32, c_int64, c_int32] + [c_void_p] * 3),
+    "lbllm_quantize": (None, [POINTER(Quantizer), c_void_p, c_int32, c_int64, c_int32] + [c_void_p] * 5 + [c_int32] * 2),
+    "lbllm_quantize_backward": (None, [POINTER(Quantizer), c_void_p, c_int32, c_int64] + [c_void_p] * 7 + [c_int32]),
     "lbllm_linear": (None, [POINTER(Weights), POINTER(Quantizer), c_void_p, c_void_p, c_int32, c_int64, c_int32]),
     "lbllm_block_step": (None, [POINTER(Block), POINTER(CacheView)] + [c_void_p] * 4 + [c_int32, c_int64, c_int32]),
     "lbllm_head": (None, [c_void_p] * 3 + [c_int32, c_int64, c_int32, c_int64, c_int32]),
@@ -129,15 +129,14 @@ def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def supported(quantizer: ActQuantizer, cached: bool = False) -> bool:
+def supported(tables: Tables, cached: bool = False) -> bool:
     """Whether the library has this quantizer: places up to 127; 4-bit codes where it reads them from a cache."""
-    return int(quantizer.act_levels.max()) <= LATTICE_MAX and (not cached or quantizer.bits == 4)
+    return int(tables.levels.max()) <= LATTICE_MAX and (not cached or tables.levels.shape[1] == 16)
 
 
-def quantizer_struct(quantizer: ActQuantizer) -> Quantizer:
-    """An ActQuantizer with its lookups worked out."""
-    tables = quantizer.tables
-    struct = Quantizer(tables=0 if tables.zero is None else len(tables.zero), size=quantizer.size)
+def quantizer_struct(tables: Tables, size: int) -> Quantizer:
+    """A quantizer with its lookups worked out. size: values that share a step."""
+    struct = Quantizer(tables=0 if tables.zero is None else len(tables.zero), size=size)
     for t, (levels, clip) in enumerate(zip(tables.levels, tables.clip, strict=True)):
         zero = 0 if tables.zero is None else int(tables.zero[t])
         nearest = snap_table(levels)

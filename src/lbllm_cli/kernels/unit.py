@@ -56,7 +56,8 @@ class Unit:
         """Weights and quantizer as the library reads them."""
         if self._structs is None:
             weights = Weights(pointer(self.tiles), pointer(self.bias), self.in_features, self.ends[-1], self.group_size)
-            self._structs = weights, None if self.quantizer is None else quantizer_struct(self.quantizer)
+            by = self.quantizer
+            self._structs = weights, None if by is None else quantizer_struct(by.tables, by.size)
         return self._structs
 
     def canonical(self, slot: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,7 +158,7 @@ def usable(linears: list[PackedLinear], quantizer: ActQuantizer | None) -> bool:
     here = all(x.weight.device.type == "cpu" for x in linears) and linears[0].group_size <= GROUP_MAX
     if quantizer is None or not here:
         return here
-    return supported(quantizer) and (quantizer.size == linears[0].group_size or quantizer.size >= linears[0].in_features)
+    return supported(quantizer.tables) and (quantizer.size == linears[0].group_size or quantizer.size >= linears[0].in_features)
 
 
 @torch.library.custom_op("lbllm::linear", mutates_args=())

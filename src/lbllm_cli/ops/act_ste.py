@@ -10,11 +10,34 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lbllm_cli.ops.actquant import Tables, dequantize, extremes, quantize, reciprocal
+from lbllm_cli.kernels.quantizer import Quantized, native_gradients, quantized
+from lbllm_cli.ops.actquant import Tables, extremes, reciprocal
+
+
+def gradients(
+    x: Tensor, tables: Tables, found: Quantized, gradient: Tensor, inputs: bool, sums: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """What the surrogate of FakeQuantize passes on of a gradient of its values, float32 [..., size].
+
+    found: of x. inputs: whether the first result is wanted, the gradient of x where it lies within half a step of the table,
+    else 0: float32 [..., size]. sums: the second, sums over each group, float32 [..., 3]: of gradient * (value - x) over those
+    inside, of gradient * value over those above the table, and below it. (4, 9, 64) -> (4, 9, 64), (4, 9, 3).
+    """
+    x = x.float()
+    lattice_top = tables.levels[:, -1].float()[found.table]
+    place = x * reciprocal(found.step).unsqueeze(-1) + found.zero.float().unsqueeze(-1)
+    # Half a step beyond the outermost level still rounds to it.
+    over, under = place > lattice_top.unsqueeze(-1) + 0.5, place < -0.5
+    inside = ~(over | under)
+    parts = None
+    if sums:
+        terms = gradient * (found.values - x) * inside, gradient * found.values * over, gradient * found.values * under
+        parts = torch.stack([term.sum(-1) for term in terms], -1)
+    return gradient * inside if inputs else None, parts
 
 
 class FakeQuantize(Function):
-    """Values of the deployed form: x float [..., size] -> float32 [..., size], bit for bit `dequantize(quantize(x))`.
+    """Values of the deployed form: x float [..., size] -> float32 [..., size], bit for bit `quantized(x).values`.
 
     clip: float32 [tables, 2], what gets the gradient. tables: the quantizer, with these factors as they are stored.
     Surrogate, for values within half a step of the table: x + (r / r0 - 1) * (x_hat - x0), for those outside: x_hat * r / r0,
@@ -25,36 +48,31 @@ class FakeQuantize(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, clip: Tensor, tables: Tables, step_dtype: torch.dtype) -> Tensor:
-        codes = quantize(x, tables, step_dtype)
-        values = dequantize(codes, tables.levels)
-        ctx.tables, ctx.dtype = tables, x.dtype
-        ctx.save_for_backward(x.float(), values, codes.step, codes.zero, codes.table)
-        return values
+        found = quantized(x, tables, step_dtype)
+        ctx.tables = tables
+        ctx.save_for_backward(x, *found)
+        return found.values
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, values, step, zero, table = ctx.saved_tensors
+        x, *saved = ctx.saved_tensors
         tables: Tables = ctx.tables
-        grad = grads[0]
-        lattice_top = tables.levels[:, -1].float()[table]
-        place = x * reciprocal(step).unsqueeze(-1) + zero.float().unsqueeze(-1)
-        # Half a step beyond the outermost level still rounds to it.
-        over, under = place > lattice_top.unsqueeze(-1) + 0.5, place < -0.5
-        inside = ~(over | under)
-        grad_x = (grad * inside).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        wanted = x, tables, Quantized(*saved), grads[0], *ctx.needs_input_grad[:2]
+        native = native_gradients(*wanted)
+        passed, sums = gradients(*wanted) if native is None else native
         grad_clip = None
-        if ctx.needs_input_grad[1]:
-            rounding = grad * (values - x)
-            parts = (rounding * inside).sum(-1), (grad * values * over).sum(-1), (grad * values * under).sum(-1)
+        if sums is not None:
             fold = _uniform_clip_gradient if tables.zero is None else _knee_clip_gradient
-            grad_clip = fold(x, tables, table, *parts)
-        return grad_x, grad_clip, None, None
+            high, low = (part.float() for part in extremes(x))
+            grad_clip = fold(high, low, tables, Quantized(*saved).table, *sums.unbind(-1))
+        return None if passed is None else passed.to(x.dtype), grad_clip, None, None
 
 
-def _knee_clip_gradient(x: Tensor, tables: Tables, table: Tensor, inner: Tensor, over: Tensor, under: Tensor) -> Tensor:
+def _knee_clip_gradient(
+    high: Tensor, low: Tensor, tables: Tables, table: Tensor, inner: Tensor, over: Tensor, under: Tensor
+) -> Tensor:
     """One step serves both sides: everything goes to the factor of the side that sets it."""
     assert tables.zero is not None
-    high, low = extremes(x)
     below = tables.zero.float()
     above = tables.levels[:, -1].float() - below
     up = torch.where(above > 0, tables.clip[:, 0] / above, 0)[table] * high
@@ -65,8 +83,9 @@ def _knee_clip_gradient(x: Tensor, tables: Tables, table: Tensor, inner: Tensor,
     return sums.view_as(tables.clip) / tables.clip
 
 
-def _uniform_clip_gradient(x: Tensor, tables: Tables, table: Tensor, inner: Tensor, over: Tensor, under: Tensor) -> Tensor:
-    high, low = extremes(x)
+def _uniform_clip_gradient(
+    high: Tensor, low: Tensor, tables: Tables, _: Tensor, inner: Tensor, over: Tensor, under: Tensor
+) -> Tensor:
     up, down = high * tables.clip[0, 0], low * tables.clip[0, 1]
     shared = inner / (up + down).clamp(min=1e-30)
     gradients = (shared * high).sum() + over.sum() / tables.clip[0, 0], (shared * low).sum() + under.sum() / tables.clip[0, 1]

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lbllm_cli.ops.actquant import LATTICE_MAX, Tables, dequantize, quantize
+from lbllm_cli.kernels.quantizer import quantized
+from lbllm_cli.ops.actquant import LATTICE_MAX, Tables
 
 _RATIOS = (2, 3, 4, 6, 9, 13, 18)
 _ROUNDS = 4
@@ -99,7 +100,7 @@ def _neighbours(shape: Shape) -> Iterator[Shape]:
 
 def _errors(x: Tensor, tables: Tables) -> Tensor:
     """Squared error of each group, [groups]."""
-    return (dequantize(quantize(x, tables), tables.levels) - x).square_().sum(-1)
+    return quantized(x, tables).values.sub_(x).square_().sum(-1)
 
 
 def _score(mine: Tensor, other: Tensor | None) -> Tensor:

@@ -59,7 +59,7 @@ const Tier*& current() {
 
 }  // namespace
 
-LBLLM_EXPORT int32_t lbllm_abi(void) { return 1; }
+LBLLM_EXPORT int32_t lbllm_abi(void) { return 2; }
 
 LBLLM_EXPORT const char* lbllm_tier(void) { return current()->name; }
 
@@ -75,8 +75,15 @@ LBLLM_EXPORT int32_t lbllm_choose_tier(const char* name) {
 }
 
 LBLLM_EXPORT void lbllm_quantize(const lbllm_quantizer* quantizer, const void* x, int32_t dtype, int64_t rows, int32_t width,
-                                 uint8_t* places, float* steps, int32_t* zeros) {
-    current()->quantize(quantizer, x, dtype, rows, width, places, steps, zeros);
+                                 uint8_t* places, float* values, float* steps, int32_t* zeros, int32_t* tables,
+                                 int32_t step_dtype, int32_t threads) {
+    current()->quantize(quantizer, x, dtype, rows, width, places, values, steps, zeros, tables, step_dtype, threads);
+}
+
+LBLLM_EXPORT void lbllm_quantize_backward(const lbllm_quantizer* quantizer, const void* x, int32_t dtype, int64_t groups,
+                                          const float* values, const float* steps, const int32_t* zeros, const int32_t* tables,
+                                          const float* gradient, float* inputs, float* sums, int32_t threads) {
+    current()->quantize_backward(quantizer, x, dtype, groups, values, steps, zeros, tables, gradient, inputs, sums, threads);
 }
 
 LBLLM_EXPORT void lbllm_linear(const lbllm_weights* weights, const lbllm_quantizer* quantizer, const void* x, void* y,

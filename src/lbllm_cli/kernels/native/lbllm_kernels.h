@@ -68,9 +68,17 @@ LBLLM_EXPORT void lbllm_pack(const uint8_t* weight, const int8_t* levels, const 
 LBLLM_EXPORT void lbllm_unpack(const lbllm_weights* weights, int32_t first, int32_t count, uint8_t* weight, int8_t* levels,
                                uint16_t* scale);
 
-// Quantizes x [rows, width]: lattice places uint8 [rows, width], steps float [rows, groups], zeros int32 [rows, groups].
+// Quantizes x [rows, width], every row cut into groups: lattice places uint8 and values d * (T - Z) float [rows, width], either
+// NULL where it is not wanted; steps float, rounded to step_dtype, zeros and tables taken int32 [rows, groups].
 LBLLM_EXPORT void lbllm_quantize(const lbllm_quantizer* quantizer, const void* x, int32_t dtype, int64_t rows, int32_t width,
-                                 uint8_t* places, float* steps, int32_t* zeros);
+                                 uint8_t* places, float* values, float* steps, int32_t* zeros, int32_t* tables,
+                                 int32_t step_dtype, int32_t threads);
+// What the gradient of values [groups, quantizer->size] is made of (ops/act_ste.py), x, values, steps, zeros and tables being
+// those of lbllm_quantize. inputs float [groups, size], or NULL: the gradient where x lies within half a step of the table, else
+// 0. sums float [groups, 3], or NULL: of gradient * (value - x) over those, of gradient * value over x above, and below.
+LBLLM_EXPORT void lbllm_quantize_backward(const lbllm_quantizer* quantizer, const void* x, int32_t dtype, int64_t groups,
+                                          const float* values, const float* steps, const int32_t* zeros, const int32_t* tables,
+                                          const float* gradient, float* inputs, float* sums, int32_t threads);
 // y [rows, out] = quantized x [rows, in] times the weights. A step per weight group, or one per row (quantizer->size >= in).
 // quantizer NULL: x as it is, in float32 arithmetic.
 LBLLM_EXPORT void lbllm_linear(const lbllm_weights* weights, const lbllm_quantizer* quantizer, const void* x, void* y,

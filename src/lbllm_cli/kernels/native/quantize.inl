@@ -153,21 +153,84 @@ inline void quantize_rows(const lbllm_quantizer& q, const Layout& l, const void*
         quantize_into(q, l, x, dtype, task / per_row, static_cast<int>(task % per_row), to);
 }
 
+inline float rounded_step(float step, int dtype) {
+    return dtype == LBLLM_BFLOAT16 ? from_bfloat16(to_bfloat16(step)) : step;
+}
+
+// A group of n values from x[first] on. values: room for its own, with zeros behind a ragged end.
+inline Group quantize_at(const lbllm_quantizer& q, const void* x, int dtype, int64_t first, int n, float* values) {
+    static thread_local Scratch<int8_t> codes;
+    fill(values + n, values + padded(n), 0.0f);
+    read_floats(x, dtype, first, n, values);
+    return quantize_group(q, values, padded(n), codes.of(2 * padded(n)));
+}
+
 void quantize(const lbllm_quantizer* quantizer, const void* x, int32_t dtype, int64_t rows, int32_t width, uint8_t* places,
-              float* steps, int32_t* zeros) {
+              float* values, float* steps, int32_t* zeros, int32_t* tables, int32_t step_dtype, int32_t threads) {
     const int size = smaller(quantizer->size, width);
     const int64_t groups = lbllm::ceil_div(width, size);
-    Scratch<float> floats;
-    Scratch<int8_t> codes;
-    float* values = floats.of(padded(size));
+    threads = useful_threads(threads, rows * width, kValuesPerThread);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t at = 0; at < rows * groups; at++) {
+        static thread_local Scratch<float> floats;
+        float* own = floats.of(padded(size));
         const int start = static_cast<int>(at % groups) * size, n = smaller(size, width - start);
-        fill(values, values + padded(size), 0.0f);
-        read_floats(x, dtype, at / groups * width + start, n, values);
-        const Group found = quantize_group(*quantizer, values, padded(n), codes.of(2 * padded(n)));
-        write_places(found, 0, n, places + at / groups * width + start);
-        steps[at] = found.step;
+        const int64_t first = at / groups * width + start;
+        const Group found = quantize_at(*quantizer, x, dtype, first, n, own);
+        steps[at] = rounded_step(found.step, step_dtype);
         zeros[at] = found.zero;
+        tables[at] = found.table;
+        if (places) write_places(found, 0, n, places + first);
+        if (!values) continue;
+        for (int i = 0; i < padded(n); i += 8) store(own + i, bytes(found.lattice + i) * all(steps[at]));
+        memcpy(values + first, own, static_cast<size_t>(n) * 4);
+    }
+}
+
+inline v8f kept(v8i mask, v8f x) { return (v8f)(mask & (v8i)x); }
+
+struct Sums {
+    float inner, over, under;
+};
+
+// One group's gradient, in place, and its sums: n values x and what they became. top: largest lattice place of the table.
+inline Sums passed_on(const float* x, const float* values, float* gradient, int n, float step, int zero, int top) {
+    // Half a step beyond the outermost level still rounds to it.
+    const v8f inverse = all(reciprocal(step)), from = all(static_cast<float>(zero)), most = all(static_cast<float>(top) + 0.5f);
+    v8f inner = {}, over = {}, under = {};
+    for (int i = 0; i < n; i += 8) {
+        const v8f own = load<v8f>(x + i), value = load<v8f>(values + i), grad = load<v8f>(gradient + i);
+        const v8f place = own * inverse + from;
+        const v8i above = (v8i)(place > most), below = (v8i)(place < all(-0.5f));
+        const v8f passed = kept(~(above | below), grad);
+        inner = fused(passed, value - own, inner);
+        over = fused(kept(above, grad), value, over);
+        under = fused(kept(below, grad), value, under);
+        store(gradient + i, passed);
+    }
+    return {sum(inner), sum(over), sum(under)};
+}
+
+void quantize_backward(const lbllm_quantizer* quantizer, const void* x, int32_t dtype, int64_t groups, const float* values,
+                       const float* steps, const int32_t* zeros, const int32_t* tables, const float* gradient, float* inputs,
+                       float* sums, int32_t threads) {
+    const int n = quantizer->size, room = padded(n);
+    const size_t bytes_of_group = static_cast<size_t>(n) * 4;
+    threads = useful_threads(threads, groups * n, kValuesPerThread);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t at = 0; at < groups; at++) {
+        static thread_local Scratch<float> floats;
+        float *own = floats.of(3 * room), *value = own + room, *grad = value + room;
+        for (float* part = own; part <= grad; part += room) fill(part + n, part + room, 0.0f);
+        read_floats(x, dtype, at * n, n, own);
+        memcpy(value, values + at * n, bytes_of_group);
+        memcpy(grad, gradient + at * n, bytes_of_group);
+        const Sums found = passed_on(own, value, grad, room, steps[at], zeros[at], quantizer->top[tables[at]]);
+        if (inputs) memcpy(inputs + at * n, grad, bytes_of_group);
+        if (!sums) continue;
+        sums[3 * at] = found.inner;
+        sums[3 * at + 1] = found.over;
+        sums[3 * at + 2] = found.under;
     }
 }
 

@@ -7,6 +7,7 @@ namespace lbllm {
 struct Tier {
     const char* name;
     decltype(&lbllm_quantize) quantize;
+    decltype(&lbllm_quantize_backward) quantize_backward;
     decltype(&lbllm_linear) linear;
     decltype(&lbllm_block_step) block_step;
     decltype(&lbllm_head) head;

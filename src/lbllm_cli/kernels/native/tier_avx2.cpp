@@ -7,5 +7,5 @@
 #include "step.inl"
 
 namespace lbllm {
-extern const Tier tier_avx2{"avx2", quantize, linear, block_step, head, read};
+extern const Tier tier_avx2{"avx2", quantize, quantize_backward, linear, block_step, head, read};
 }  // namespace lbllm

@@ -10,5 +10,5 @@
 #include "step.inl"
 
 namespace lbllm {
-extern const Tier tier_avxvnni{"avxvnni", quantize, linear, block_step, head, read};
+extern const Tier tier_avxvnni{"avxvnni", quantize, quantize_backward, linear, block_step, head, read};
 }  // namespace lbllm
