@@ -8,6 +8,7 @@
 linear: one packed linear per shape, group size, granularity of the input's step and tier, beside torch's F.linear and beside
 plain reading of memory. Weights are cold: each candidate has copies of its own, together three times the last-level cache, and
 walks over them. GB/s count the checkpoint's codes, levels and scales without padding. Inputs are bfloat16, as in a model.
+quantizer: the activation quantizer in training, values and gradients, by every tier and in torch.
 model: a packed folder, or random packed weights of a known architecture, against the same architecture dense in bfloat16;
 and the memory of loading it in a fresh process. floor: a decode step with its blocks or its head taken out, and the time that
 reading its weights takes at the bandwidth of the same run; what the 4-bit cache adds is not counted.
@@ -30,15 +31,19 @@ import transformers
 from kernel_harness import Bench, Record, Results, last_level_cache, machine_facts
 from kernel_linears import measure_linear
 from kernel_models import MODELS, WORK, Subject, measure_floor, measure_memory, measure_model
+from kernel_quantizer import measure_quantizer
 from rich.console import Console
 from rich.table import Table
 
 import lbllm_cli.hf  # noqa: F401  registers the packed format
 from lbllm_cli.kernels.library import TIERS, library
 
-SECTIONS = ("linear", "model", "floor")
+SECTIONS = ("linear", "quantizer", "model", "floor")
+ALONE = SECTIONS[:2]  # those that need no model
 # in:out. The last three are SmolLM2-135M's units: q, k and v below each other, gate and up, down.
 LINEAR_SHAPES = ("4096:4096", "11008:4096", "576:960", "576:3072", "1536:576")
+# Channels of SmolLM2-135M's inputs, and tokens of a training step.
+WIDTHS, TOKENS = (576, 1536), 512
 
 
 def show(title: str, columns: str, rows: list[list[Any]]) -> None:
@@ -59,6 +64,11 @@ def show_all(records: dict[str, Record]) -> None:
     others = [[*case.split(), record["read_gb_s"], *record["torch_us"].values()] for case, record in found["linear"]]
     show("linear: torch and reading", "in:out,rows,threads,reading GB/s,bf16 us,fp32 us", others)
     rows = []
+    for case, record in found["quantizer"]:
+        ways = {tier: (own["forward"], own["backward"]) for tier, own in record.items() if tier != "rounds"}
+        rows += [[*case.split(), tier, *(value for way in own for value in way.values())] for tier, own in ways.items()]
+    show("quantizer in training", "channels,tokens,group,threads,tier,forward ms,x torch,backward ms,x torch", rows)
+    rows = []
     for case, record in found["model"]:
         speeds = record["tokens_per_second"]
         rows += [[case, work, speeds["packed"][work], speeds["dense"][work], record["ratio"][work]] for work in WORK]
@@ -73,7 +83,9 @@ def show_all(records: dict[str, Record]) -> None:
 def read_arguments() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="sections; default linear, and all with a model")
+    parser.add_argument(
+        "--only", nargs="+", choices=SECTIONS, help="sections; default linear and quantizer, and all with a model"
+    )
     parser.add_argument("--out", type=Path, help="JSON file to begin or to go on with")
     parser.add_argument("--force", action="store_true", help="measure what the file has already, too")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -89,8 +101,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--base", type=Path, help="dense folder that --model was made from")
     arguments = parser.parse_args()
     whole = arguments.model or arguments.random
-    arguments.only = arguments.only or (SECTIONS if whole else SECTIONS[:1])
-    if not whole and set(arguments.only) != {"linear"}:
+    arguments.only = arguments.only or (SECTIONS if whole else ALONE)
+    if not whole and not set(arguments.only) <= set(ALONE):
         parser.error("the sections model and floor need --model or --random")
     if "model" in arguments.only and arguments.model and not arguments.base:
         parser.error("--model needs --base, which it is measured against")
@@ -114,6 +126,10 @@ def main() -> None:
             inputs, outputs = map(int, shape.split(":"))
             work = partial(measure_linear, bench, inputs, outputs, rows, threads)
             results.measure("linear", f"{shape} {rows} {threads}", work)
+    if "quantizer" in arguments.only:
+        for width, group_size, threads in product(WIDTHS, arguments.groups, arguments.threads):
+            work = partial(measure_quantizer, bench, width, TOKENS, group_size, threads)
+            results.measure("quantizer", f"{width} {TOKENS} {group_size} {threads}", work)
     with tempfile.TemporaryDirectory() as scratch:
         subject = Subject(arguments, Path(scratch))
         for section, measure in (("model", measure_model), ("floor", measure_floor)):

@@ -48,6 +48,15 @@ def test_sections(bench, tmp_path, capsys):
         assert kernel["us"] > 0
         assert kernel["times_bfloat16"] == pytest.approx(record["torch_us"]["bfloat16"] / kernel["us"])
 
+    bench("--out", out, "--only", "quantizer", "--groups", 64)
+    quantizer = json.loads(out.read_text())["quantizer"]
+    assert quantizer.keys() == {"576 512 64 1", "1536 512 64 1"}
+    for record in quantizer.values():
+        assert {"torch", "portable", first["machine"]["tier"]} <= record.keys()
+        assert record["torch"]["backward"]["times_torch"] == 1
+        if first["machine"]["tier"] != "portable":
+            assert record[first["machine"]["tier"]]["forward"]["times_torch"] > 1.5  # measured 3.4 to 16
+
     bench("--out", out, "--random", "tiny", "--shapes", "96:48", "--groups", 32, "--rows", 1)
     whole = json.loads(out.read_text())
     assert whole["linear"] == first["linear"]  # not measured again
