@@ -1,7 +1,7 @@
 """The activation quantizer where values are wanted and not codes: by the library on a CPU, in torch (`ops.actquant`) elsewhere.
 
-Both choose the same codes but where two candidates are equally good; steps differ in the last bit, by the order of a sum. On one
-core of a Zen 4 processor the library takes a quarter of torch's time.
+Both choose the same codes but where two candidates are equally good; steps differ in the last bit, by the order of a sum. On a
+Zen 4 processor the library is 8 to 13 times as fast as torch, the gradients 10 to 17 times (bench_kernels.py).
 """
 
 from ctypes import byref
