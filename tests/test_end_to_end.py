@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
 import lbllm_cli.hf  # noqa: F401 - packed folders
-from lbllm_cli import interrupt
+from lbllm_cli import interrupt, stream, teacher_states
 from lbllm_cli.checkpoint import OUTER, Checkpoint, locked
 from lbllm_cli.errors import Interrupted
 from lbllm_cli.forecast_training import KEPT_DEPLOYED, KEPT_SOFT
@@ -412,6 +412,33 @@ class TestTeacher:
             expected = model.model(tokens).last_hidden_state
         found = torch.from_file(str(folder / "states.bin"), size=expected.numel()).view(expected.shape)
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+    @pytest.mark.parametrize("other_text", [False, True])
+    def test_an_interrupted_pass_goes_on_after_its_last_block(self, ok, lbllm, run, tmp_path, monkeypatch, other_text):
+        whole, folder = tmp_path / "whole", tmp_path / "teacher"
+        sequences = 24 if other_text else 25
+        ok("distill", "--recipe", run(distill={"teacher": str(whole), "sequences": 25}), "--only", "end-to-end")
+        passed = []
+
+        def advance(block, inputs, *rest):
+            passed.append(block.prefix)
+            if len(passed) == 3:
+                raise Interrupted("stopped")
+            stream.advance(block, inputs, *rest)
+
+        monkeypatch.setattr(teacher_states, "advance", advance)
+        recipe = run(distill={"teacher": str(folder), "sequences": sequences})
+        assert lbllm("distill", "--recipe", recipe, "--only", "end-to-end", "--force").exit_code == 130
+        assert passed == [f"model.layers.{index}." for index in range(3)]
+        # The third block's outputs are half written; the second one's are its inputs.
+        assert {path.name for path in folder.glob("*.bin")} == {"entering_002.bin", "writing.bin"}
+        recipe = run(distill={"teacher": str(folder), "sequences": 25})
+        result = ok("distill", "--recipe", recipe, "--only", "end-to-end", "--force")
+        # What was begun on other text is of no use.
+        assert passed[3] == ("model.layers.0." if other_text else "model.layers.2.")
+        assert ("the teacher goes on after block 2 of " in result.stderr) is not other_text
+        assert (folder / "states.bin").read_bytes() == (whole / "states.bin").read_bytes()
+        assert {path.name for path in folder.iterdir()} == {"states.bin", "lbllm_teacher.json", ".lock"}
 
     @pytest.mark.parametrize(
         ("change", "message"),

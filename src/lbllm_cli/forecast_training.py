@@ -126,7 +126,8 @@ def end_to_end_need(recipe: Recipe, model: SourceModel, settings: EndToEnd, stag
         ram = max(ram, PROCESS + sampling_bytes(model, settings.sequences, length))
     written = (model.blocks + 1) * states + blocks
     cheaper = "set end_to_end.recompute: always and micro_batch_size: 1, or train: [scales, norms]"
-    disk = blocks + states + 2 * state
+    # The teacher's pass holds a block's inputs beside its outputs; training has its outputs alone.
+    disk = max(2 * states, blocks + states + 2 * state)
     return Need(stage, device, ram, disk, states, True, written, state, recipe.runtime.save_minutes, cheaper)
 
 

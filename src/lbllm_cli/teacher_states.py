@@ -5,6 +5,7 @@ likeliest few hundred logits of every position would, and lose nothing.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 RECORD = "lbllm_teacher.json"
 KEY = "end_to_end.teacher"
-_STATES, _UNFINISHED = "states.bin", "unfinished.bin"
+_STATES, _WRITING, _BEGUN = "states.bin", "writing.bin", "unfinished.json"
+_OWN = re.compile(r"states\.bin|writing\.bin|entering_\d+\.bin|(unfinished|lbllm_teacher)\.json(\.tmp)?|\.lock")
 
 
 def states_inputs(model: SourceModel, tokens: Tensor) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def check_states(folder: Path, model: SourceModel, tokens: Tensor) -> bool:
         if not isinstance(record, dict):
             raise ValueError
     except FileNotFoundError:
-        if {entry.name for entry in folder.iterdir()} <= {_UNFINISHED, _STATES, ".lock"}:
+        if all(_OWN.fullmatch(entry.name) for entry in folder.iterdir()):
             return False
         raise UsageError(f"{KEY}: {folder} holds other files; give an empty folder, or one that lbllm made") from None
     except ValueError:
@@ -66,23 +68,52 @@ def _bytes(model: SourceModel, tokens: Tensor) -> int:
     return tokens.numel() * int(model.config.hidden_size) * model.dtype.itemsize
 
 
+def _entering(folder: Path, index: int) -> Path:
+    """States that enter block `index`; those that enter the one past the last are the result."""
+    return folder / f"entering_{index:03d}.bin"
+
+
+def _resumed(folder: Path, model: SourceModel, tokens: Tensor, batch_size: int) -> tuple[HiddenStream, int]:
+    """States as far as an interrupted pass brought them, and the block that they enter; else the embeddings."""
+    inputs, begun = states_inputs(model, tokens), folder / _BEGUN
+    found = sorted(folder.glob("entering_*.bin"))
+    going_on = bool(found) and begun.exists() and json.loads(begun.read_text(encoding="utf-8")) == inputs
+    last = found.pop() if going_on else None
+    for path in found:
+        path.unlink()
+    if last is not None:
+        shape = (*tokens.shape, int(model.config.hidden_size))
+        return HiddenStream(shape, model.dtype, last, create=False), int(last.stem.rpartition("_")[2])
+    stream = embed_stream(model, tokens, folder / _WRITING, batch_size)
+    files.write_json(begun, inputs)
+    stream.move(_entering(folder, 0))
+    return stream, 0
+
+
 def teacher_states(folder: Path, model: SourceModel, tokens: Tensor, batch_size: int, reporter: "Reporter") -> HiddenStream:
     """Hidden states after the last block and before the norm, [rows, length, hidden] in the model's dtype.
 
-    tokens: int64 [rows, length]. Read from `folder` where it has them, else made and kept there. Raises UsageError as
-    `check_states`.
+    tokens: int64 [rows, length]. Read from `folder` where it has them, else made and kept there; an interrupted pass goes on
+    after the last block that was whole. Raises UsageError as `check_states`.
     """
     shape = (*tokens.shape, int(model.config.hidden_size))
-    # Runs that share the folder must not write it at once: states are advanced in place.
+    # Runs that share the folder must not write it at once.
     with locked(folder, KEY):
         if not check_states(folder, model, tokens):
-            # Under another name until it is whole.
-            stream = embed_stream(model, tokens, folder / _UNFINISHED, batch_size)
-            for index in range(model.blocks):
+            stream, first = _resumed(folder, model, tokens, batch_size)
+            if first:
+                reporter.note(f"the teacher goes on after block {first} of {model.blocks}")
+            for index in range(first, model.blocks):
                 interrupt.check()
                 reporter.tick(f"teacher, block {index + 1}/{model.blocks}")
-                advance(model.block(index), stream, stream, model.device, batch_size)
+                # Under another name until it is whole: the name is what tells a resumed run that it is.
+                outputs = stream.like(folder / _WRITING)
+                advance(model.block(index), stream, outputs, model.device, batch_size)
+                outputs.move(_entering(folder, index + 1))
+                stream.remove()
+                stream = outputs
             stream.move(folder / _STATES)
             files.write_json(folder / RECORD, states_inputs(model, tokens))
+            (folder / _BEGUN).unlink()
             reporter.note(f"the teacher's last hidden states are in {folder}")
     return HiddenStream(shape, model.dtype, folder / _STATES, create=False)
