@@ -291,6 +291,7 @@ def test_more_bits_are_nearer_to_full_precision(ok, run, tmp_path):
         ("act_calib.parent=act-calib", "act_calib.parent"),
         ("act_calib.batch_size=9", "9 sequences leave 8 beside those that act_calib.held_out takes"),
         ("act_calib.train=[levels, levels]", "names a kind twice"),
+        ("act_calib.train=[knees]", "act_calib: train: knees alone"),
         ("act_calib.sequences=10", "act_calib.sequences: 10 of data.training.sequences, which are 9"),
         (
             "act_calib.sequences=5",

@@ -271,7 +271,9 @@ def test_a_committed_block_changed_before_resuming_is_named(tmp_path):
     _write(_open(tmp_path), 2)
     file = tmp_path / "ptq.partial" / block_file(0)
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(UsageError, match=r"block_000\.safetensors was changed since it was written; start again with --force"):
+    with pytest.raises(
+        UsageError, match=r"block_000\.safetensors was changed since it was written; start again: lbllm ptq --recipe "
+    ):
         _open(tmp_path).verify()
 
 

@@ -127,17 +127,17 @@ def test_the_start_keeps_the_advantage_of_compensated_codes(parent):
     assert moved / total > 0.1  # measured 0.196: these codes a naive start would undo
 
 
-def run_in_pieces(lbllm, monkeypatch, folder: Path, *command) -> int:
-    """Runs a training stage that a signal stops in every third call between two steps; returns how often it was stopped."""
+def run_in_pieces(lbllm, monkeypatch, folder: Path, *command, calls: int = 3) -> int:
+    """Runs a training stage that a signal stops in every third or so call between two steps; returns how often it was stopped."""
     real, left = Trainer._pause, []
 
-    def stop_in_the_third_step(self):
+    def stop_now_and_then(self):
         left.append(1)
-        if len(left) == 3:
+        if len(left) == calls:
             interrupt._received.append(15)
         real(self)
 
-    monkeypatch.setattr(Trainer, "_pause", stop_in_the_third_step)
+    monkeypatch.setattr(Trainer, "_pause", stop_now_and_then)
     stopped = 0
     while (result := lbllm(*command)).exit_code == 130:
         assert (folder.with_name(f"{folder.name}.partial") / "training.safetensors").exists()
@@ -164,6 +164,22 @@ def test_interrupted_between_any_two_steps_and_resumed_equals_uninterrupted(ok, 
     assert promised(folder) == expected
     assert not list((tmp_path / "run" / "distill").rglob("*.bin"))
     assert not (tmp_path / "run" / "distill" / "training.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("parametrisation", "train", "rate"), [("nearest", ["levels"], 0.1), ("bitmap", ["levels", "bitmap"], 0.01)]
+)
+def test_frozen_latents_are_where_they_were_when_a_run_is_resumed(
+    ok, lbllm, run, tmp_path, monkeypatch, parametrisation, train, rate
+):
+    """They follow their levels, which move: at their start again they would mean other codes."""
+    settings = {"parametrisation": parametrisation, "train": train, "lr_levels": rate, "epochs": 1}
+    command, folder = ("distill", "--recipe", run(**settings), MORE), tmp_path / "run" / "distill"
+    ok(*command)
+    expected = promised(folder)
+    shutil.rmtree(folder)
+    assert run_in_pieces(lbllm, monkeypatch, folder, *command, calls=60)
+    assert promised(folder) == expected
 
 
 def test_streams_micro_batches_of_one_step_and_disk_agree(ok, run, tmp_path):
@@ -315,6 +331,28 @@ def test_disk_too_small_for_the_streams(lbllm, run, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10, 9, 60_000))
     message = refused(lbllm, tmp_path / "run", "distill", "--recipe", run(), "runtime.streams=disk")
     assert "distill needs 0.00 GiB of disk" in message
+
+
+def test_a_disk_that_the_stage_itself_has_filled_is_large_enough(lbllm, ok, run, tmp_path, monkeypatch):
+    """What an interrupted or finished stage has written is not asked for once more."""
+    output, usage, capacity = tmp_path / "run", namedtuple("usage", "total used free"), [10**9]
+
+    def filled(folder):
+        used = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+        return usage(capacity[0], used, capacity[0] - used)
+
+    monkeypatch.setattr(shutil, "disk_usage", filled)
+    recipe = run(batch_size=3)
+    command = ("distill", "--recipe", recipe, "runtime.streams=disk")
+    need = json.loads(ok("validate", "--recipe", recipe, "runtime.streams=disk", "--json").stdout)["forecast_bytes"]["distill"]
+    capacity[0] = int(sum(file.stat().st_size for file in output.rglob("*")) + 1.02 * need["disk"])
+    stopped = run_in_pieces(lbllm, monkeypatch, output / "distill", *command)
+    assert stopped
+    # Less is free now than a stage that begins would need.
+    assert filled(output).free < need["disk"]
+    assert "up to date" in ok(*command).stderr
+    ok("validate", "--recipe", recipe, "runtime.streams=disk")
+    assert "GiB of disk" in refused(lbllm, output, *command, "--force")
 
 
 def test_full_disk_in_the_middle_of_a_block_is_resumable(lbllm, ok, run, tmp_path, monkeypatch):

@@ -1,7 +1,10 @@
 """The last phase over the whole model: exact start, gradients, what is stored, resume, fresh text, and what is refused."""
 
 import json
+import os
 import shutil
+import time
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -15,8 +18,9 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
 import lbllm_cli.hf  # noqa: F401 - packed folders
-from lbllm_cli import interrupt, stream, teacher_states
+from lbllm_cli import forecast, interrupt, pipeline, stream, teacher_states
 from lbllm_cli.checkpoint import OUTER, Checkpoint, locked
+from lbllm_cli.data import training_tokens
 from lbllm_cli.errors import Interrupted
 from lbllm_cli.forecast_training import KEPT_DEPLOYED, KEPT_SOFT
 from lbllm_cli.linears import BlockLinears
@@ -27,6 +31,7 @@ from lbllm_cli.prepare import prepare
 from lbllm_cli.recipe import Model
 from lbllm_cli.recipe_file import load_recipe
 from lbllm_cli.recipe_training import ActEndToEnd, DistillEndToEnd
+from lbllm_cli.stages import end_to_end
 from lbllm_cli.stages.end_to_end import EndToEndTrainer
 from lbllm_cli.training_state import TrainingState
 from lbllm_cli.whole_model import WholeStudent
@@ -193,6 +198,7 @@ def test_quantizers_are_trained_with_knees(ok, run, tmp_path):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(ok, lbllm, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(end_to_end, "_RECORDS", 4)
     recipe = run(distill={"epochs": 2})
     ok("distill", "--recipe", recipe)
     expected = hashes(tmp_path / "run" / "distill-e2e")
@@ -204,7 +210,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(ok, lbllm, run, tmp_path, mon
         saves.append(facts["step"])
 
     monkeypatch.setattr(TrainingState, "save", saved)
-    check, calls = interrupt.check, []
+    check, calls, began = interrupt.check, [], time.monotonic()
     for stop in (7, 19, 26):
 
         def stopping(stop=stop):
@@ -218,8 +224,52 @@ def test_a_resumed_run_equals_an_uninterrupted_one(ok, lbllm, run, tmp_path, mon
         assert (tmp_path / "run" / "distill-e2e.partial").exists()
     monkeypatch.setattr(interrupt, "check", check)
     ok("distill", "--recipe", recipe)
+    # Its records say what their own steps took, and no step is in two.
+    seconds = sum(record.get("seconds", 0) for record in events(tmp_path / "run" / "distill-e2e"))
+    assert 0 < seconds < time.monotonic() - began
     assert saves, "no interruption came in the middle of training"
     assert hashes(tmp_path / "run" / "distill-e2e") == expected
+
+
+def test_a_failure_after_the_last_step_trains_nothing_again(ok, lbllm, run, tmp_path, monkeypatch):
+    recipe, steps, step = run(distill={}), [], EndToEndTrainer._step
+
+    def counted(self, *arguments):
+        steps.append(1)
+        return step(self, *arguments)
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "loss.png")
+
+    monkeypatch.setattr(EndToEndTrainer, "_step", counted)
+    with monkeypatch.context() as broken:
+        broken.setattr(pipeline, "plot_steps", full)
+        assert lbllm("distill", "--recipe", recipe, "--only", "end-to-end").exit_code == 1
+    trained = len(steps)
+    assert trained
+    ok("distill", "--recipe", recipe, "--only", "end-to-end")
+    assert len(steps) == trained
+    left = {path.name for path in (tmp_path / "run" / "distill-e2e").iterdir()}
+    assert "loss.png" in left
+    assert not left & {"training.safetensors", "streams"}
+
+
+def test_a_step_that_is_not_finite_leaves_the_record_of_the_others(ok, run, tmp_path, monkeypatch):
+    calls, loss = [], EndToEndTrainer.loss
+
+    def sometimes(self, piece):
+        calls.append(1)
+        found = loss(self, piece)
+        return found * float("nan") if len(calls) in (3, 4, 5) else found
+
+    monkeypatch.setattr(EndToEndTrainer, "loss", sometimes)
+    monkeypatch.setattr(end_to_end, "_RECORDS", 4)
+    result = ok("distill", "--recipe", run(distill={"batch_size": 1, "micro_batch_size": 1}), "--only", "end-to-end")
+    losses = [record["loss"] for record in events(tmp_path / "run" / "distill-e2e") if "step" in record]
+    assert len(losses) == 4
+    assert all(loss is None or loss > 0 for loss in losses)
+    assert "NaN" not in (tmp_path / "run" / "distill-e2e" / "events.jsonl").read_text()
+    assert "skipped" in result.stderr or phase(tmp_path / "run" / "distill-e2e")["skipped"] == 3
 
 
 @pytest.mark.parametrize("stage", ["distill", "act-calib"])
@@ -314,6 +364,35 @@ def test_a_phase_may_read_the_text_of_the_phase_before(run):
     assert "distill.end_to_end.skip" not in plan.inputs("distill-e2e", tokens)
 
 
+def rows_of(tokens: torch.Tensor) -> set[tuple[int, ...]]:
+    return {tuple(row) for row in tokens.tolist()}
+
+
+@pytest.mark.parametrize("source", [None, ["builtin:calibration"]])
+@pytest.mark.parametrize("skip", [None, 3, 150])
+def test_default_text_is_fresh(run, source, skip):
+    """Also after a phase that says itself what it passes over, and where sizes are no multiple of the sources' number."""
+    last = {"distill": {"sequences": 23, "skip": skip, "source": source}, "act_calib": {"sequences": 31, "source": source}}
+    sets = {"source": ["builtin:calibration"], "sequences": 26, "length": 32}
+    recipe = run(**last, data={"training": sets, "calibration": sets})
+    plan = prepare(load_recipe(recipe, []), train=True)
+    own, *others = (rows_of(plan.stage_tokens(stage)) for stage in ("act-calib-e2e", "distill-e2e", "distill"))
+    assert len(own) == 31
+    assert [len(rows) for rows in others] == [23, 26]
+    assert not own & set.union(*others)
+    if skip is None:
+        assert not others[0] & others[1]
+
+
+def test_another_source_has_its_own_text(run):
+    last = {"distill": {"sequences": 24}, "act_calib": {"sequences": 24, "source": ["builtin:calibration/novels"]}}
+    sets = {"source": ["builtin:calibration"], "sequences": 24, "length": 32}
+    plan = prepare(load_recipe(run(**last, data={"training": sets, "calibration": sets}), []), train=True)
+    alone = plan.token_set("act-calib-e2e").model_copy(update={"sequences": 24})
+    expected = training_tokens(alone, plan.tokenizer, plan.vocab, 0, lambda *_: pytest.fail("sampled"), "data.training")
+    assert torch.equal(plan.stage_tokens("act-calib-e2e"), expected)
+
+
 def test_blocks_run_with_the_norms_of_their_parent(made):
     """act-calib after an end-to-end phase: the student's norms are the trained ones, the teacher's stay the source's."""
     toy, output = made
@@ -359,6 +438,8 @@ def test_the_phase_alone(ok, lbllm, run, tmp_path):
     assert "the recipe has no distill.end_to_end" in message
     message = refused(lbllm, tmp_path / "run", "distill", "--recipe", run("third", distill={"lr_norms": 0.5}))
     assert "distill.end_to_end.lr_norms: 0.001 -> 0.5" in message
+    # Not the command that would make the blocks again as well.
+    assert "replace it: lbllm distill --recipe ... --only end-to-end --force" in message
 
 
 def test_validate_forecasts_the_phases_that_the_recipe_has(ok, run):
@@ -368,7 +449,31 @@ def test_validate_forecasts_the_phases_that_the_recipe_has(ok, run):
     need = found[1]["forecast_bytes"]
     assert need["act-calib-e2e"]["device"] > need["distill-e2e"]["device"]
     # The teacher's last hidden states, float32.
-    assert need["distill-e2e"]["streams"] == 24 * 32 * 80 * 4
+    states = 24 * 32 * 80 * 4
+    assert need["distill-e2e"]["streams"] == states
+    elsewhere = json.loads(ok("validate", "--recipe", run("kept", {"teacher": "kept"}), "--json").stdout)["forecast_bytes"]
+    assert need["distill-e2e"]["teacher"] == 0
+    # While the teacher runs, a block's inputs lie beside its outputs.
+    assert elsewhere["distill-e2e"]["teacher"] == 2 * states
+    assert elsewhere["distill-e2e"]["disk"] <= need["distill-e2e"]["disk"] - states
+
+
+def test_disk_of_the_teacher_s_folder(ok, lbllm, run, tmp_path, monkeypatch):
+    """Two disks: the states are asked for where they are to lie, and not again once they do."""
+    kept, usage = tmp_path / "kept", namedtuple("usage", "total used free")
+    stat = os.stat(tmp_path)
+    monkeypatch.setattr(forecast, "_device", lambda folder: (stat.st_dev, "kept" in str(folder)))
+    free = {True: 10**5, False: 10**9}
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**10, 0, free["kept" in str(folder)]))
+    kept.mkdir()
+    command = ("distill", "--recipe", run(distill={"teacher": str(kept)}), "--only", "end-to-end")
+    message = refused(lbllm, tmp_path / "run", *command)
+    assert f"GiB of disk in {kept}" in message
+    assert "choose another end_to_end.teacher" in message
+    free[True] = 10**6
+    ok(*command)
+    free[True] = 0
+    ok(*command, "--force")
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,12 @@ def command_of(stage: str) -> str:
     return stage.removesuffix("-e2e")
 
 
+def remake(stage: str) -> str:
+    """The command that replaces a stage, and not the one before it that the same command makes."""
+    last = "" if command_of(stage) == stage else " --only end-to-end"
+    return f"lbllm {command_of(stage)} --recipe ...{last} --force"
+
+
 def fingerprint(inputs: dict[str, Any]) -> str:
     """Hash of everything a stage depends on."""
     return _sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
@@ -101,7 +107,7 @@ class Checkpoint:
             self.hashes: dict[str, str] = self.manifest["files"]
             version = self.manifest["format_version"]
         except (ValueError, KeyError, TypeError):
-            raise UsageError(f"{file} is damaged; run: lbllm {command_of(stage)} --recipe ... --force") from None
+            raise UsageError(f"{file} is damaged; run: {remake(stage)}") from None
         if version != FORMAT_VERSION:
             raise UsageError(f"{file} has format_version {version}, this lbllm reads {FORMAT_VERSION}; update lbllm")
 
@@ -133,7 +139,7 @@ class Checkpoint:
         if got != expected:
             raise UsageError(
                 f"{file} was changed since the stage finished (expected sha256 {expected[:12]}, got {got[:12]}); "
-                f"run: lbllm {command_of(self.stage)} --recipe ... --force"
+                f"run: {remake(self.stage)}"
             )
 
     def read_block(self, index: int) -> dict[str, Tensor]:
@@ -222,7 +228,7 @@ class StageWriter:
     def _refuse(self, file: Path, what: str) -> None:
         before = self._inputs_of(file)
         listed = changes(before, self.inputs) or "  (its record is damaged)"
-        raise UsageError(f"{file.parent} {what}:\n{listed}\nUse another output.dir, or --force to replace it")
+        raise UsageError(f"{file.parent} {what}:\n{listed}\nUse another output.dir, or replace it: {remake(self.stage)}")
 
     def write_block(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Writes a block's tensors and reads them back; not committed before `commit`."""
@@ -257,7 +263,7 @@ class StageWriter:
         """Compares committed blocks with their hashes before resuming on them. Raises UsageError naming the file."""
         for name, expected in self.hashes.items():
             if not (self.path / name).exists() or files.sha256(self.path / name) != expected:
-                raise UsageError(f"{self.path / name} was changed since it was written; start again with --force")
+                raise UsageError(f"{self.path / name} was changed since it was written; start again: {remake(self.stage)}")
 
     def _write_progress(self) -> None:
         files.write_json(self.path / PROGRESS, {"inputs": self.inputs, "files": self.hashes})

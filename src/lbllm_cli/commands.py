@@ -1,6 +1,7 @@
 """What each command does with a recipe: prepare, say what it needs, run the stage, say what it used."""
 
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -9,7 +10,7 @@ import torch
 
 from lbllm_cli import files, forecast, forecast_training, interrupt, prepare
 from lbllm_cli.activations import ActivationFormat
-from lbllm_cli.checkpoint import Checkpoint, changes, command_of, complete_stages, locked
+from lbllm_cli.checkpoint import Checkpoint, changes, command_of, complete_stages, locked, remake
 from lbllm_cli.errors import UsageError
 from lbllm_cli.forecast import Need
 from lbllm_cli.model import choose_device
@@ -23,7 +24,7 @@ from lbllm_cli.stages.act_calib import MIN_TOKENS, activation_format
 from lbllm_cli.stages.act_calib import fit_block as fit_act_calib
 from lbllm_cli.stages.distill import fit_block as fit_distill
 from lbllm_cli.stages.ptq import fit_block as fit_ptq
-from lbllm_cli.teacher_states import check_states
+from lbllm_cli.teacher_states import check_states, teacher_folder
 
 Last = DistillEndToEnd | ActEndToEnd
 
@@ -33,12 +34,13 @@ def say(text: str) -> None:
     console().print(text, markup=False)
 
 
-def announce(need: Need, plan: Plan) -> None:
-    """The forecast, after what it rules out has been refused."""
+def announce(need: Need, plan: Plan, teacher: Path | None = None, done: bool = False) -> None:
+    """The forecast, after what it rules out has been refused. teacher: see `check_disk`. done: nothing is left to be written."""
     model = plan.model
-    warnings = forecast.check_need(need, plan.output, model.device)
+    if not done:
+        forecast.check_disk(need, plan.output, teacher)
     say(f"{need.stage}: {need.line()}, on {model.device} in {str(model.dtype).removeprefix('torch.')}")
-    for warning in warnings:
+    for warning in forecast.memory_warnings(need, model.device):
         say(f"{need.stage}: warning: {warning}")
 
 
@@ -119,10 +121,10 @@ def _run(
     sampled = plan.generates(stage)
     tokens = None if sampled else plan.stage_tokens(stage)
     layout = activations.as_dict() if activations else None if parent is None else parent.manifest.get("activations")
-    settings = plan.settings(stage)
-    if isinstance(settings, EndToEnd) and settings.teacher and tokens is not None:
-        check_states(Path(settings.teacher).expanduser(), plan.model, tokens)
-    announce(need, plan)
+    teacher = teacher_folder(plan.settings(stage))
+    if teacher is not None and tokens is not None and check_states(teacher, plan.model, tokens):
+        need = replace(need, teacher=0.0)
+    announce(need, plan, teacher, done=stage in complete_stages(plan.output) and not force)
     if sampled:
         say(f"{stage}: {prepare.DATA[stage]} text is sampled from the model, which is whole in memory meanwhile")
     if dry_run:
@@ -149,7 +151,7 @@ def _parent(plan: Plan, stage: str) -> Checkpoint:
         if changed := changes(made_from, wanted):
             raise UsageError(
                 f"{checkpoint.path} was made from other inputs than this recipe's:\n{changed}\n"
-                f"Set these keys back, or run: lbllm {command_of(checkpoint.stage)} --recipe ... --force"
+                f"Set these keys back, or run: {remake(checkpoint.stage)}"
             )
     if parent.manifest["group_size"] != plan.recipe.ptq.group_size:
         raise UsageError(
@@ -174,7 +176,7 @@ def open_checkpoint(plan: Plan, stage: str) -> Checkpoint:
         if present.content != checkpoint.inputs[prepare.PARENT]:
             raise UsageError(
                 f"{checkpoint.path} was made from another {parent['stage']} checkpoint than the one in {present.path}; "
-                f"run: lbllm {command_of(stage)} --recipe ... --force"
+                f"run: {remake(stage)}"
             )
     checkpoint.verify()
     return checkpoint
@@ -189,14 +191,15 @@ def export(recipe: Recipe, dry_run: bool, force: bool) -> None:
         complete = complete_stages(plan.output)
         stage = complete[-1] if complete else "ptq"
     checkpoint = open_checkpoint(plan, stage)
-    announce(forecast.export_need(recipe, plan.model), plan)
     target = plan.output / exporting.EXPORT
     dense, shard = recipe.export.format == "dense", int(recipe.export.shard_gb * 1e9)
+    done = not force and exporting.up_to_date(target, exporting.export_inputs(checkpoint, dense, shard))
+    announce(forecast.export_need(recipe, plan.model), plan, done=done)
     if dry_run:
         say(f"export: would write {target}, {recipe.export.format}, from {checkpoint.path}")
         return
     with locked(plan.output), interrupt.graceful():
-        if not force and exporting.up_to_date(target, exporting.export_inputs(checkpoint, dense, shard)):
+        if done:
             files.touch(target / exporting.RECORD)
             say(f"export: up to date, {target}")
             return

@@ -1,7 +1,7 @@
 """Named text -> int64 tokens [rows, length] and their hash."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,20 +29,29 @@ def tokens_hash(tokens: Tensor) -> str:
     return digest.hexdigest()
 
 
-def training_tokens(spec: TokenSet, tokenizer: Any, vocab: int, seed: int, sampler: Sampler, key: str, skip: int = 0) -> Tensor:
+def training_tokens(
+    spec: TokenSet,
+    tokenizer: Any,
+    vocab: int,
+    seed: int,
+    sampler: Sampler,
+    key: str,
+    taken: Sequence[tuple[int, ...]] = (),
+) -> Tensor:
     """Tokens to calibrate or train on: int64 [sequences, length]. key: of the recipe, for messages.
 
     Each source gives its share of the sequences; non-overlapping windows of the tokenized text are drawn without
     replacement by `seed`, and sources are interleaved, so that any prefix is mixed too.
-    sampler(source, rows, length): text sampled from the model, for `generate:`. skip: sequences that another set of the same
-    sources and length has; they are left out.
+    sampler(source, rows, length): text sampled from the model, for `generate:`. taken: what other sets of the same sources and
+    length have, and is left out; of each the sequences of sets that follow each other: (256, 224) are the 224 after the 256.
     Raises UsageError when a source holds too few tokens, with the count found and needed.
     """
     length = spec.length - int(spec.bos)
     sources = text_sources.expand(spec.source)
     parts = []
-    shares = zip(sources, _shares(sources, spec.sequences), _shares(sources, skip), strict=True)
-    for index, (item, count, before) in enumerate(shares):
+    for index, (item, count) in enumerate(zip(sources, _shares(sources, spec.sequences), strict=True)):
+        # By each set's own shares: those of a sum are not the sum of the shares.
+        before = max((sum(_shares(sources, size)[index] for size in sizes) for sizes in taken), default=0)
         generator = torch.Generator().manual_seed(seed + index)
         if not count:
             continue

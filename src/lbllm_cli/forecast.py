@@ -30,7 +30,7 @@ class Need:
 
     streams: bytes of all hidden-state streams at once. on_disk: where these lie. written: bytes that the whole stage writes,
     where that is more than what it leaves behind. state: bytes of one unfinished training state, saved every save_minutes.
-    cheaper: recipe keys that need less device memory.
+    cheaper: recipe keys that need less device memory. teacher: bytes of disk in a folder of the teacher's own.
     """
 
     stage: str
@@ -43,6 +43,7 @@ class Need:
     state: float = 0.0
     save_minutes: float = 0.0
     cheaper: str = "lower runtime.batch_size"
+    teacher: float = 0.0
 
     def line(self) -> str:
         """One line of log."""
@@ -52,16 +53,44 @@ class Need:
             written += f", saves {self.state / GIB:.2f} GiB of training state every {self.save_minutes:g} minutes"
         return (
             f"needs about {self.device / GIB:.1f} GiB for blocks and fitting, {self.ram / GIB:.1f} GiB of RAM, "
-            f"{self.disk / GIB:.1f} GiB of disk (streams in {where}: {self.streams / GIB:.1f} GiB){written}"
+            f"{(self.disk + self.teacher) / GIB:.1f} GiB of disk (streams in {where}: {self.streams / GIB:.1f} GiB){written}"
         )
 
 
-def free_disk(folder: Path) -> int:
-    """Free bytes where `folder` is or will be."""
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
-    return shutil.disk_usage(existing).free
+    return existing
+
+
+def _device(folder: Path) -> int:
+    """The disk of a folder."""
+    return _existing(folder).stat().st_dev
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all files in a folder, 0 where it is not there."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def check_disk(need: Need, output: Path, teacher: Path | None) -> None:
+    """Refuses a disk that is too small for what a stage has yet to write. teacher: the folder of the teacher's states, if any.
+
+    Raises UsageError naming the folder.
+    """
+    missing = {output: ("output.dir", need.disk - _size(output / f"{need.stage}.partial"))}
+    if teacher is not None and need.teacher:
+        missing[teacher] = ("end_to_end.teacher", need.teacher - _size(teacher))
+    for folder, (key, _) in missing.items():
+        together = sum(max(0, size) for other, (_, size) in missing.items() if _device(other) == _device(folder))
+        free = shutil.disk_usage(_existing(folder)).free
+        if together > free:
+            raise UsageError(
+                f"{need.stage} needs {together / GIB:.2f} GiB of disk in {folder}, {free / GIB:.2f} GiB are free; "
+                f"free some, or choose another {key}"
+            )
 
 
 def block_bytes(model: SourceModel) -> float:
@@ -179,18 +208,8 @@ def export_need(recipe: Recipe, model: SourceModel) -> Need:
     return Need("export", 0.0, ram, disk, 0.0, False)
 
 
-def check_need(need: Need, output: Path, device: torch.device) -> list[str]:
-    """Refuses early what cannot work.
-
-    Raises UsageError when the disk is too small. Returns warnings for memory that is likely to run out, each with the keys
-    that lower it.
-    """
-    free = free_disk(output)
-    if need.disk > free:
-        raise UsageError(
-            f"{need.stage} needs {need.disk / GIB:.2f} GiB of disk in {output}, {free / GIB:.2f} GiB are free; "
-            "free some, or choose another output.dir"
-        )
+def memory_warnings(need: Need, device: torch.device) -> list[str]:
+    """Memory that is likely to run out, each with the keys that lower it."""
     warnings = []
     available = psutil.virtual_memory().available
     if need.ram > available:

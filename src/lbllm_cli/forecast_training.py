@@ -127,8 +127,9 @@ def end_to_end_need(recipe: Recipe, model: SourceModel, settings: EndToEnd, stag
     written = (model.blocks + 1) * states + blocks
     cheaper = "set end_to_end.recompute: always and micro_batch_size: 1, or train: [scales, norms]"
     # The teacher's pass holds a block's inputs beside its outputs; training has its outputs alone.
-    disk = max(2 * states, blocks + states + 2 * state)
-    return Need(stage, device, ram, disk, states, True, written, state, recipe.runtime.save_minutes, cheaper)
+    own, elsewhere = blocks + 2 * state, 2 * states if settings.teacher else 0.0
+    disk = own if settings.teacher else max(2 * states, own + states)
+    return Need(stage, device, ram, disk, states, True, written, state, recipe.runtime.save_minutes, cheaper, elsewhere)
 
 
 def _cheaper(recipe: Recipe, model: SourceModel) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lbllm_cli.activations import TENSORS
 from lbllm_cli.model import LINEARS, Block
-from lbllm_cli.trainable import LEVELS, WEIGHTS, Packed, Trainable
+from lbllm_cli.trainable import LEVELS, WEIGHTS, Fixed, Packed, Trainable
 
 
 class BlockLinears:
@@ -51,6 +51,11 @@ class BlockLinears:
             if current.requires_grad:
                 current.backward(weight.grad.float())
             weight.grad = None
+
+    def followers(self) -> list[Tensor]:
+        """Frozen latents: they stay on their levels, which move."""
+        latents = [linear.latent for linear in self.linears.values() if not isinstance(linear, Fixed)]
+        return [latent for latent in latents if not latent.requires_grad]
 
     def packed(self) -> dict[str, Tensor]:
         """The packed tensors of the block, under their full names."""

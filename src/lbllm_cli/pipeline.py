@@ -19,7 +19,7 @@ from lbllm_cli.recipe_training import EndToEnd
 from lbllm_cli.report import Reporter
 from lbllm_cli.stages.end_to_end import EndToEndTrainer, train_whole
 from lbllm_cli.stream import BlockLoop, Fit
-from lbllm_cli.teacher_states import teacher_states
+from lbllm_cli.teacher_states import teacher_folder, teacher_states
 from lbllm_cli.training_plots import plot_errors, plot_steps
 from lbllm_cli.training_state import TrainingState
 from lbllm_cli.whole_model import WholeStudent
@@ -48,6 +48,7 @@ def run_stage(stage: Stage, force: bool, work: Work) -> None:
     writer = StageWriter(stage.plan.output, name, stage.inputs)
     with Reporter(name, model.blocks, model.device, writer.path / "events.jsonl") as reporter:
         if not writer.open(force):
+            _clean(writer.final)
             files.touch(writer.final / MANIFEST)
             reporter.note(f"up to date, {writer.final}")
             return
@@ -57,7 +58,6 @@ def run_stage(stage: Stage, force: bool, work: Work) -> None:
         files.write_text(writer.path / "recipe.resolved.yaml", dump_recipe(recipe))
         files.write_json(writer.path / "environment.json", prepare.environment(model.device))
         work(stage, writer, reporter)
-    shutil.rmtree(writer.path / "streams", ignore_errors=True)
     parent = stage.parent
     writer.finish(
         {
@@ -70,7 +70,14 @@ def run_stage(stage: Stage, force: bool, work: Work) -> None:
             **({} if stage.activations is None else {"activations": stage.activations}),
         }
     )
+    _clean(writer.final)
     reporter.note(f"finished in {reporter.used()}; {writer.final}")
+
+
+def _clean(folder: Path) -> None:
+    """Deletes what only an unfinished stage needs; not before it is finished, for the last steps may fail as well."""
+    shutil.rmtree(folder / "streams", ignore_errors=True)
+    TrainingState.forget(folder)
 
 
 def by_blocks(fit: Callable[[Reporter], Fit], activations: ActivationFormat | None = None) -> Work:
@@ -100,13 +107,12 @@ def end_to_end(settings: EndToEnd) -> Work:
         assert parent is not None
         reporter.total(0)
         keeper = TrainingState(writer.path, plan.recipe.runtime.save_minutes)
-        folder = writer.path / "streams" if settings.teacher is None else Path(settings.teacher).expanduser()
+        folder = teacher_folder(settings) or writer.path / "streams"
         states = teacher_states(folder, plan.model, stage.tokens, plan.recipe.runtime.batch_size, reporter)
         student = WholeStudent(plan.model, parent, settings, recomputes(plan.recipe, plan.model, settings))
         section, seed = prepare.DATA[stage.need.stage], plan.recipe.runtime.seed
         trainer = EndToEndTrainer(student, stage.tokens, states, settings, section, seed, keeper, reporter, plan.model.device)
         facts = train_whole(trainer, parent, writer)
-        keeper.clear()
         reporter.record({"phase": "end-to-end", **facts})
         plot_steps(writer.path / "events.jsonl", writer.path / "loss.png")
 

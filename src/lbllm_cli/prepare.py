@@ -69,17 +69,22 @@ class Plan:
             return training.model_copy(update={"source": source, "sequences": settings.sequences})
         return self.recipe.data.calibration if stage == "ptq" else training
 
-    def _taken(self, stage: str) -> int:
-        """Sequences of the same text that other sets have, where a stage takes fresh ones."""
-        recipe = self.recipe
-        phases = {"distill-e2e": recipe.distill.end_to_end, "act-calib-e2e": recipe.act_calib.end_to_end}
-        own = phases.get(stage)
-        if own is not None and own.skip is not None:
-            return own.skip
-        if own is None or own.source is not None:
-            return 0
-        earlier = recipe.distill.end_to_end if stage == "act-calib-e2e" else None
-        return recipe.data.training.sequences + (earlier.sequences if earlier is not None and earlier.source is None else 0)
+    def _taken(self, stage: str) -> list[tuple[int, ...]]:
+        """What other sets of the same sources have, where a stage takes fresh sequences; see `data.training_tokens`."""
+        own = self.recipe.distill.end_to_end if stage == "distill-e2e" else self.recipe.act_calib.end_to_end
+        if stage not in _SAMPLES or own is None:
+            return []
+        if own.skip is not None:
+            return [(own.skip,)]
+        source = self.token_set(stage).source
+        taken: list[tuple[int, ...]] = []
+        if self.recipe.data.training.source == source:
+            taken.append((self.recipe.data.training.sequences,))
+        earlier = self.recipe.distill.end_to_end if stage == "act-calib-e2e" else None
+        if earlier is not None and self.token_set("distill-e2e").source == source:
+            # The first one that it reads follows what it passes over itself.
+            taken += [(*passed, earlier.sequences) for passed in self._taken("distill-e2e") or [()]]
+        return taken
 
     def generates(self, stage: str) -> bool:
         """Whether a stage's text is sampled from the model, which writes its cache into the output folder."""

@@ -33,6 +33,8 @@ class Schedule(Section):
     def _kinds_differ(self) -> "Schedule":
         if len(set(self.trained)) != len(self.trained):
             raise ValueError(f"train: {', '.join(self.trained)} names a kind twice")
+        if self.trained == ("knees",):
+            raise ValueError("train: knees alone: once they are no longer soft nothing has a gradient; name clip_factors as well")
         return self
 
 
@@ -65,7 +67,7 @@ class EndToEnd(Schedule):
     skip: Annotated[int, Field(ge=0)] | None = Field(
         None,
         description="sequences of the sources to leave out, sampled text aside; default those that data.training and a phase "
-        "before it hold",
+        "before it hold of the same sources",
     )
     epochs: int = Field(1, ge=0, le=100, description="passes over the sequences; fresh text is worth more than a second pass")
     micro_batch_size: Positive = Field(

@@ -112,10 +112,14 @@ class Reporter:
         self._write({"block": index, "seconds": round(seconds, 3), **self.memory(), **facts})
 
     def end_steps(self, step: int, steps: int, covered: int, seconds: float, facts: dict[str, Any]) -> None:
-        """One line and one record of `covered` steps of a training without blocks. facts: `loss` and whatever else is known."""
+        """One line and one record of `covered` steps of a training without blocks.
+
+        facts: `loss`, None where no step was finite, and whatever else is known.
+        """
         self._times.append(seconds / covered)
         left = (steps - step) * sum(self._times) / len(self._times)
-        line = f"{self.stage} step {step}/{steps}  loss {facts['loss']:.4f}  {seconds:6.1f} s  ram {peak_ram() / GIB:.1f} GiB"
+        loss = "not finite" if facts["loss"] is None else f"{facts['loss']:.4f}"
+        line = f"{self.stage} step {step}/{steps}  loss {loss}  {seconds:6.1f} s  ram {peak_ram() / GIB:.1f} GiB"
         device = peak_device(self.device)
         line += f"  gpu {device / GIB:.1f} GiB" if device is not None else ""
         self.console.print(line + (f"  eta {clock(left)}" if step < steps else ""), markup=False)

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from lbllm_cli import source
-from lbllm_cli.checkpoint import PROGRESS, STAGES, Checkpoint, command_of, complete_stages
+from lbllm_cli.checkpoint import PROGRESS, STAGES, Checkpoint, complete_stages, remake
 from lbllm_cli.errors import UsageError
 from lbllm_cli.stages.evaluate import BASE
 from lbllm_cli.stages.export import EXPORT, RECORD
+
+_EVAL = "lbllm eval --recipe ..."
 
 
 def read_records(events: Path, kind: str) -> list[dict[str, Any]]:
@@ -81,7 +83,7 @@ class Run:
         """
         kept: dict[str, set[float]] = {}
         for path in sorted((self.output / "eval" / "measured").glob("*.json")):
-            record = _read(path, "eval")
+            record = _read(path, _EVAL)
             what, value = record.get("what", {}), record.get("found", {}).get("perplexity")
             if value is not None:
                 kept.setdefault(what.get("checkpoint") or what.get("export") or "", set()).add(round(value, 4))
@@ -103,7 +105,7 @@ def read_run(output: Path) -> Run:
     complete = complete_stages(output)
     partial = {stage: output / f"{stage}.partial" for stage in STAGES}
     done = {
-        stage: len(_read(folder / PROGRESS, f"{command_of(stage)} --force")["files"])
+        stage: len(_read(folder / PROGRESS, remake(stage))["files"])
         for stage, folder in partial.items()
         if (folder / PROGRESS).exists()
     }
@@ -119,7 +121,7 @@ def read_run(output: Path) -> Run:
         records = {kind: read_records(folder / "events.jsonl", kind) for kind in ("block", "step", "phase")}
         stages[stage] = StageRecord(stage, folder, checkpoint, records["block"], records["step"], records["phase"], blocks)
     found = {name: output / "eval" / f"{name}.json" for name in ("results", "details")}
-    results, details = ({} if not path.exists() else _read(path, "eval") for path in found.values())
+    results, details = ({} if not path.exists() else _read(path, _EVAL) for path in found.values())
     if not stages and not results:
         raise UsageError(f"there is no run in {output}, neither a stage nor results; run: lbllm ptq --recipe ...")
     return Run(output, stages, {stage: done[stage] for stage in complete if stage in done}, results, details)
@@ -129,5 +131,5 @@ def _read(path: Path, command: str) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise UsageError(f"{path} is damaged; run: lbllm {command} --recipe ...") from None
+        raise UsageError(f"{path} is damaged; run: {command}") from None
     return found

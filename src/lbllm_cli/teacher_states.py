@@ -16,6 +16,8 @@ from lbllm_cli.checkpoint import changes, locked
 from lbllm_cli.data import tokens_hash
 from lbllm_cli.errors import UsageError
 from lbllm_cli.model import SourceModel
+from lbllm_cli.recipe import Ptq
+from lbllm_cli.recipe_training import EndToEnd, Schedule
 from lbllm_cli.stream import HiddenStream, advance, embed_stream
 
 if TYPE_CHECKING:
@@ -25,6 +27,12 @@ RECORD = "lbllm_teacher.json"
 KEY = "end_to_end.teacher"
 _STATES, _WRITING, _BEGUN = "states.bin", "writing.bin", "unfinished.json"
 _OWN = re.compile(r"states\.bin|writing\.bin|entering_\d+\.bin|(unfinished|lbllm_teacher)\.json(\.tmp)?|\.lock")
+
+
+def teacher_folder(settings: Schedule | Ptq) -> Path | None:
+    """The folder that a stage's section names for the teacher's states, if it does."""
+    named = settings.teacher if isinstance(settings, EndToEnd) else None
+    return None if named is None else Path(named).expanduser()
 
 
 def states_inputs(model: SourceModel, tokens: Tensor) -> dict[str, Any]:

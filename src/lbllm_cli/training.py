@@ -41,7 +41,10 @@ def rate_factor(step: int, steps: int, warmup: float) -> float:
 
 @dataclass
 class Progress:
-    """How far a training is: everything a resumed run needs beside the tensors. recent: losses not yet in a record."""
+    """How far a training is: everything a resumed run needs beside the tensors.
+
+    recent, recent_seconds: losses of the steps that are not yet in a record, and what these took.
+    """
 
     block: int
     epoch: int = 0
@@ -56,6 +59,7 @@ class Progress:
     best: int = 0
     best_loss: float = 1.0
     recent: list[float] = field(default_factory=list)
+    recent_seconds: float = 0.0
     start: dict[str, float] = field(default_factory=dict)
     epochs: list[dict[str, Any]] = field(default_factory=list)
 
@@ -264,6 +268,7 @@ class TrainingLoop(ABC):
         for name, parameter in self._parameters().items():
             tensors[f"{name}/value"] = parameter.detach()
             tensors |= {f"{name}/{key}": moment for key, moment in self.optimizer.state[parameter].items()}
+        tensors |= {f"follower.{index}/value": tensor for index, tensor in enumerate(self.trained.followers())}
         self.keeper.save(tensors, asdict(self.progress))
 
     def _resume(self) -> None:
@@ -281,4 +286,7 @@ class TrainingLoop(ABC):
             with torch.no_grad():
                 parameter.copy_(found[name].pop("value"))
             self.optimizer.state[parameter].update(found[name])
+        for index, tensor in enumerate(self.trained.followers()):
+            with torch.no_grad():
+                tensor.copy_(found[f"follower.{index}"]["value"])
         self.trained.resumed()

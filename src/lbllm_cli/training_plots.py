@@ -81,7 +81,7 @@ def step_losses(stage: str, records: list[dict[str, Any]]) -> Image:
 
 
 def _steps(axes: "Axes", records: list[dict[str, Any]], colour: str, marker: str) -> None:
-    tokens, losses = ([record[key] for record in records] for key in ("tokens", "loss"))
+    tokens, losses = ([record[key] for record in records if record["loss"] is not None] for key in ("tokens", "loss"))
     axes.plot(tokens, losses, marker=marker, markersize=4, color=colour)
     axes.set(xlabel="tokens", ylabel="loss, nats per token")
     axes.xaxis.set_major_formatter("{x:,.0f}")

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lbllm_cli import files
 
+_FILE = "training.safetensors"
+
 
 class TrainingState:
     """The unfinished training of a block or a phase, beside the blocks of a stage: one file of tensors, facts in its header.
@@ -19,7 +21,7 @@ class TrainingState:
     """
 
     def __init__(self, folder: Path, minutes: float):
-        self.path = folder / "training.safetensors"
+        self.path = folder / _FILE
         self.seconds = 60 * minutes
         self._last = time.monotonic()
 
@@ -46,5 +48,10 @@ class TrainingState:
 
     def clear(self) -> None:
         """Forgets the training of a block that is committed."""
-        self.path.unlink(missing_ok=True)
+        self.forget(self.path.parent)
         self._last = time.monotonic()
+
+    @staticmethod
+    def forget(folder: Path) -> None:
+        """Forgets what was kept in a stage's folder."""
+        (folder / _FILE).unlink(missing_ok=True)

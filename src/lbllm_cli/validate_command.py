@@ -8,14 +8,15 @@ from rich.console import Console
 from rich.table import Table
 
 from lbllm_cli import forecast, forecast_training, prepare
-from lbllm_cli.checkpoint import STAGES, command_of
+from lbllm_cli.checkpoint import STAGES, command_of, complete_stages
 from lbllm_cli.commands import Last, say
 from lbllm_cli.errors import UsageError
 from lbllm_cli.forecast import Need
 from lbllm_cli.recipe import Recipe
 from lbllm_cli.report import GIB
+from lbllm_cli.teacher_states import teacher_folder
 
-_KINDS = ("device", "ram", "disk", "streams")
+_KINDS = ("device", "ram", "disk", "teacher", "streams")
 
 
 @torch.no_grad()
@@ -44,9 +45,14 @@ def validate(recipe: Recipe, as_json: bool) -> None:
         forecast.export_need(recipe, model),
     ]
     warnings = []
+    complete = complete_stages(plan.output)
     for need in needs:
         try:
-            warnings += [f"{need.stage}: {warning}" for warning in forecast.check_need(need, plan.output, model.device)]
+            warnings += [f"{need.stage}: {warning}" for warning in forecast.memory_warnings(need, model.device)]
+            if need.stage not in complete:
+                forecast.check_disk(
+                    need, plan.output, teacher_folder(plan.settings(need.stage)) if need.stage in STAGES else None
+                )
         except UsageError as error:
             problems.append(str(error))
     if problems:
@@ -87,7 +93,7 @@ def _print_validation(facts: dict[str, Any], needs: list[Need]) -> None:
     for column in ("stage", "device", "RAM", "disk", "streams", "streams in"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for need in needs:
-        sizes = (f"{value / GIB:.1f}" for value in (need.device, need.ram, need.disk, need.streams))
+        sizes = (f"{value / GIB:.1f}" for value in (need.device, need.ram, need.disk + need.teacher, need.streams))
         table.add_row(need.stage, *sizes, "disk" if need.on_disk else "RAM")
     out = Console()
     out.print(

@@ -66,6 +66,10 @@ class BinarizedStudent:
         for linear in self.weights.linears.values():
             linear.constrain(self.settings.dampening)
 
+    def followers(self) -> list[Tensor]:
+        """Frozen latents."""
+        return self.weights.followers()
+
     def resumed(self) -> None:
         """Nothing is derived from the parameters before the next `begin`."""
 

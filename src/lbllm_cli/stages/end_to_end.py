@@ -51,7 +51,6 @@ class EndToEndTrainer(TrainingLoop):
         super().__init__(student, settings, section, rows, length, 0, "the whole model", seed, keeper, reporter, device)
         self.student, self.tokens, self.states, self.reporter = student, tokens, states, reporter
         self.temperature, self.share = settings.temperature, settings.next_token
-        self._since = 0.0
 
     def feed(self, pieces: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
         """Tokens and the teacher's states."""
@@ -68,18 +67,19 @@ class EndToEndTrainer(TrainingLoop):
         return distillation_loss(student, teacher, head, tokens[:, 1:].flatten(), self.temperature, self.share)
 
     def _step(self, batch: Tensor, feed: Iterator[tuple[Tensor, ...]]) -> float:
-        if not self.progress.recent:
-            self._since = time.monotonic()
+        began = time.monotonic()
         loss = super()._step(batch, feed)
         recent = self.progress.recent
         recent.append(loss)
+        self.progress.recent_seconds += time.monotonic() - began
         step, steps = self.progress.epoch * self.steps + self.progress.step + 1, self.settings.epochs * self.steps
         if step * _RECORDS // steps != (step - 1) * _RECORDS // steps or step == steps:
-            now = time.monotonic()
             rows = self.progress.epoch * len(self.rows) + min((self.progress.step + 1) * self.settings.batch_size, len(self.rows))
-            facts = {"loss": sum(recent) / len(recent), "tokens": rows * self.length}
-            self.reporter.end_steps(step, steps, len(recent), now - self._since, facts)
-            self.progress.recent = []
+            # Steps that were skipped are counted elsewhere; one must not take the others' mean with it.
+            finite = [value for value in recent if math.isfinite(value)]
+            facts = {"loss": sum(finite) / len(finite) if finite else None, "tokens": rows * self.length}
+            self.reporter.end_steps(step, steps, len(recent), self.progress.recent_seconds, facts)
+            self.progress.recent, self.progress.recent_seconds = [], 0.0
         return loss
 
     @torch.no_grad()
