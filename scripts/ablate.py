@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lbllm_cli.recipe_file import load_recipe
+
 PTQ: dict[str, list[str]] = {
     "default": [],
     "group 128": ["ptq.group_size=128"],
@@ -86,7 +88,7 @@ ACT_CALIB: dict[str, list[str]] = {
     "ptq, then jointly": ["act_calib.parent=ptq", JOINT, "act_calib.epochs=2"],
     "group 128": ["ptq.group_size=128"],
 }
-# Of both end-to-end phases; {} is the recipe's section.
+# Of both end-to-end phases; {} is the recipe's section. Other text has another teacher's states than a folder that it names.
 END_TO_END: dict[str, list[str]] = {
     "default": [],
     "levels": ["{}.train=[levels]"],
@@ -98,11 +100,11 @@ END_TO_END: dict[str, list[str]] = {
     "temperature 2": ["{}.temperature=2"],
     "three times the rates": ["{}.lr_levels=3e-3", "{}.lr_norms=3e-3"],
     "a third of the rates": ["{}.lr_levels=3e-4", "{}.lr_norms=3e-4"],
-    "32 sequences": ["{}.sequences=32"],
-    "64 sequences": ["{}.sequences=64"],
-    "256 sequences": ["{}.sequences=256"],
-    "512 sequences": ["{}.sequences=512"],
-    "sampled text": ["{}.source=generate:"],
+    "32 sequences": ["{}.sequences=32", "{}.teacher=null"],
+    "64 sequences": ["{}.sequences=64", "{}.teacher=null"],
+    "256 sequences": ["{}.sequences=256", "{}.teacher=null"],
+    "512 sequences": ["{}.sequences=512", "{}.teacher=null"],
+    "sampled text": ["{}.source=generate:", "{}.teacher=null"],
     "group 128": ["ptq.group_size=128"],
 }
 SECTIONS = {"distill-e2e": "distill.end_to_end", "act-calib-e2e": "act_calib.end_to_end"}
@@ -128,15 +130,17 @@ def folder_of(out: Path, name: str) -> Path:
     return out / "".join(letter if letter.isalnum() else "-" for letter in name)
 
 
-def parents_of(stage: str, overrides: list[str]) -> list[str]:
-    """The stages that a variant starts from; an end-to-end phase only where the keys ask for one."""
-    asked = [name for name, section in SECTIONS.items() if any(key.startswith(section) for key in overrides)]
+def parents_of(stage: str, recipe: str, overrides: list[str]) -> list[str]:
+    """The stages that a variant starts from; an end-to-end phase only where the recipe or the keys ask for one."""
+    resolved = load_recipe(Path(recipe), overrides)
+    phases = {"distill-e2e": resolved.distill.end_to_end, "act-calib-e2e": resolved.act_calib.end_to_end}
+    asked = [name for name, settings in phases.items() if settings is not None]
     return [name for name in ORDER[: ORDER.index(stage)] if name not in SECTIONS or name in asked]
 
 
 def give_parents(stage: str, recipe: str, out: Path, folder: Path, overrides: list[str]) -> None:
     """Puts the finished stages that a variant starts from into its folder; they depend on their own sections' keys alone."""
-    parents = parents_of(stage, overrides)
+    parents = parents_of(stage, recipe, overrides)
     sections = tuple(f"{name.partition('-e2e')[0].replace('-', '_')}." for name in parents)
     left_out = tuple(section for name, section in SECTIONS.items() if name not in parents)
     keys = [key for key in overrides if key.startswith(sections) and not key.startswith(left_out)]

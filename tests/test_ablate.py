@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from conftest import save_toy, write_recipe
 from typer.testing import CliRunner
 
@@ -74,3 +75,26 @@ def test_a_table_holds_one_kind_of_variants(run):
         run("--only", "default", "ptq.damping=0.1")
     with pytest.raises(SystemExit):
         run("--only", "defualt")
+
+
+def test_a_phase_that_the_recipe_itself_has_is_a_parent(run, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    values = yaml.safe_load(recipe.read_text())
+    values["distill"] = {"epochs": 0, "end_to_end": {"sequences": 16, "epochs": 0, "teacher": str(tmp_path / "teacher")}}
+    recipe.write_text(yaml.safe_dump(values))
+    found = run("--stage", "act-calib", "--only", "nothing trained")
+    assert [step.removesuffix(" ran") for step in found if "eval" not in step] == [
+        f"ptq {recipe}",
+        "distill blocks",
+        "distill end-to-end",
+        "act-calib blocks",
+    ]
+    assert all(step.endswith(" ran") for step in found)
+
+
+def test_variants_with_other_text_have_their_own_teacher_s_states(run, tmp_path):
+    teacher = f"distill.end_to_end.teacher={tmp_path / 'teacher'}"
+    sizes = ("distill.end_to_end.sequences=16", "distill.epochs=0", "distill.end_to_end.epochs=0")
+    run("--stage", "distill-e2e", "--only", "default", "32 sequences", teacher, *sizes)
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert [table[name]["tokens"] for name in ("default", "32 sequences")] == [16 * 32, 32 * 32]
