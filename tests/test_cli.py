@@ -8,6 +8,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from conftest import save_toy, write_recipe
 
@@ -134,6 +135,26 @@ def test_generate_is_deterministic_at_temperature_zero(ok, recipe, tmp_path):
     assert ok(*command).stdout == ok(*command).stdout
     assert re.search(r"prefill \d+ tokens, [\d.]+ tokens/s; decode 5 tokens, [\d.]+ tokens/s, \d+ threads", ok(*command).stderr)
     assert ok(*command, "--temperature", "1", "--seed", "1").stdout == ok(*command, "--temperature", "1", "--seed", "1").stdout
+
+
+def test_generate_stops_when_its_reader_does(ok, recipe, tmp_path):
+    from lbllm_cli.generate import stream_text
+
+    ok("ptq", "--recipe", recipe)
+    ok("export", "--recipe", recipe)
+    pieces = stream_text(tmp_path / "run" / "export", "the", True, 100_000, 0.0, 0, torch.device("cpu"), False, print)
+    next(pieces)
+    began = time.monotonic()
+    pieces.close()
+    assert time.monotonic() - began < 5  # to the last token it would take minutes
+
+
+def test_generate_without_a_token_to_begin_with(ok, lbllm, recipe, tmp_path):
+    ok("ptq", "--recipe", recipe)
+    ok("export", "--recipe", recipe)
+    result = lbllm("generate", "--model", tmp_path / "run" / "export", "--raw", "--prompt", "")
+    assert result.exit_code == 2
+    assert "--prompt is empty" in result.stderr
 
 
 def test_generate_names_what_is_wrong_with_its_folder(lbllm, tmp_path, toy):

@@ -434,7 +434,38 @@ def test_segments_start_at_the_start_of_the_text(tokenizer):
 def test_segments_of_several_sources_follow_each_other(tmp_path, tokenizer):
     sources = [_counting(tmp_path, "a", 0, 20), _counting(tmp_path, "b", 20, 20)]
     assert torch.equal(_evaluate(sources, tokenizer, 8), torch.arange(40).view(5, 8))
-    assert torch.equal(_evaluate(sources, tokenizer, 8, 3), torch.arange(24).view(3, 8))
+    weighted = [item.model_copy(update={"weight": weight}) for item, weight in zip(sources, (2.0, 1.0), strict=True)]
+    with pytest.raises(UsageError, match="weights are shares of its segments; set segments"):
+        _evaluate(weighted, tokenizer, 8)
+
+
+def test_several_sources_share_the_segments(tmp_path, tokenizer):
+    sources = [_counting(tmp_path, "a", 0, 20), _counting(tmp_path, "b", 20, 20)]
+    weighted = [item.model_copy(update={"weight": weight}) for item, weight in zip(sources, (2.0, 1.0), strict=True)]
+    expected = torch.cat([torch.arange(16), torch.arange(20, 28)]).view(3, 8)
+    assert torch.equal(_evaluate(weighted, tokenizer, 8, 3), expected)
+    # The first text alone would do for one segment of each.
+    assert torch.equal(_evaluate(sources, tokenizer, 8, 2), expected[[0, 2]])
+    with pytest.raises(UsageError, match=r"a\.safetensors holds 20 tokens, 24 are needed \(3 segments x 8\)"):
+        _evaluate(sources, tokenizer, 8, 6)
+    styles = [Source(source=f"builtin:evaluation/{style}") for style in STYLES]
+    whole = _evaluate([Source(source="builtin:evaluation")], tokenizer, 32, 6)
+    assert torch.equal(whole, torch.cat([_evaluate([style], tokenizer, 32, 2) for style in styles]))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"source": "wikitext2", "split": "validation"}, "wikitext2 does not read split; its parts are those of the papers"),
+        ({"source": "c4", "config": "de", "text_key": "body"}, "c4 does not read text_key, config; its parts"),
+        ({"source": "builtin:evaluation", "split": "test"}, "does not read split"),
+        ({"source": "records.jsonl", "path": "other.jsonl"}, "does not read path"),
+        ({"source": "hub:some/text", "temperature": 0.5}, "does not read temperature"),
+    ],
+)
+def test_a_key_that_a_source_does_not_read_is_refused(keys, message):
+    with pytest.raises(UsageError, match=message):
+        text_sources.check(Source(**keys), evaluating=True)
 
 
 def test_the_hash_covers_content_and_shape():
@@ -459,3 +490,10 @@ def test_compressed_json_lines_read_as_the_plain_file_does(tmp_path, tokenizer):
         text_sources.check(spec.source[0], evaluating=True)
         rows.append(data.evaluation_tokens(spec, tokenizer, 100_000))
     assert torch.equal(*rows)
+
+
+def test_a_compressed_file_that_ends_too_early(tmp_path, tokenizer):
+    whole = gzip.compress(json.dumps({"text": "some words " * 50}).encode())
+    (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UsageError, match=r"a\.jsonl\.gz cannot be read: "):
+        list(text_sources.documents(Source(source=str(tmp_path / "a.jsonl.gz")), False, tokenizer))

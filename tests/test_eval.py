@@ -8,6 +8,8 @@ from conftest import save_toy, write_recipe
 from transformers import AutoModelForCausalLM
 
 import lbllm_cli.hf  # noqa: F401 - packed folders
+from lbllm_cli import files
+from lbllm_cli.errors import UsageError
 from lbllm_cli.kernels.library import VARIABLE, library
 from lbllm_cli.recipe_file import load_recipe
 from lbllm_cli.stages import evaluate as evaluation
@@ -19,6 +21,44 @@ def finished(ok, recipe, tmp_path):
     ok("ptq", "--recipe", recipe)
     ok("export", "--recipe", recipe)
     return recipe
+
+
+def test_an_export_is_known_by_its_weights(ok, lbllm, finished, tmp_path):
+    """Also where only the middle of a file differs: stages that train levels leave the codes, at its ends, as they are."""
+    command = ("eval", "--recipe", finished, "eval.checkpoints=[base, export]", "--json")
+    first = json.loads(ok(*command).stdout)
+    weights = tmp_path / "run" / "export" / "model.safetensors"
+    written = weights.read_bytes()
+    ok("ptq", "--recipe", finished, "--force", "ptq.rounds=0")
+    assert "up to date" not in ok("export", "--recipe", finished).stderr
+    second = json.loads(ok(*command).stdout)
+    assert second["export"]["perplexity"] != first["export"]["perplexity"]
+    middle = len(written) // 2
+    changed = bytearray(weights.read_bytes())
+    changed[middle] ^= 255
+    weights.write_bytes(changed)
+    result = lbllm(*command)
+    assert result.exit_code == 2
+    assert "model.safetensors changed since the export; run: lbllm export --recipe ... --force" in result.stderr
+    assert "up to date" not in ok("export", "--recipe", finished).stderr
+    weights.unlink()
+    assert "up to date" not in ok("export", "--recipe", finished).stderr
+    assert "up to date" in ok("export", "--recipe", finished).stderr
+    assert json.loads(ok(*command).stdout) == second
+
+
+def test_exports_of_equal_codes_are_measured_anew(ok, finished, tmp_path):
+    from lbllm_cli.stages import export as exporting
+
+    folder = tmp_path / "run" / "export"
+    before = exporting.content(folder)
+    record = json.loads((folder / "lbllm_export.json").read_text())
+    record["files"]["model.safetensors"] = "0" * 64
+    (folder / "lbllm_export.json").write_text(json.dumps(record))
+    assert exporting.content(folder) != before
+    (folder / "lbllm_export.json").write_text(json.dumps({key: record[key] for key in record if key != "files"}))
+    with pytest.raises(UsageError, match="does not say what the export holds"):
+        exporting.content(folder)
 
 
 @torch.no_grad()
@@ -121,6 +161,11 @@ def test_kernels_that_are_not_here_are_refused_before_anything_is_measured(finis
 def test_an_export_that_cannot_be_loaded(finished, lbllm, tmp_path):
     config = tmp_path / "run/export/config.json"
     config.write_text(config.read_text().replace('"format_version": 1', '"format_version": 9'))
+    # As a later version would have written it.
+    record = tmp_path / "run/export/lbllm_export.json"
+    values = json.loads(record.read_text())
+    values["files"]["config.json"] = files.sha256(config)
+    record.write_text(json.dumps(values))
     result = lbllm("eval", "--recipe", finished, "eval.checkpoints=[export]")
     assert result.exit_code == 2
     assert "export cannot be loaded: packed format_version 9" in result.stderr

@@ -65,19 +65,33 @@ def training_tokens(
 
 
 def evaluation_tokens(spec: EvaluationSet, tokenizer: Any, vocab: int) -> Tensor:
-    """Tokens of one evaluation set: int64 [segments, length], non-overlapping segments from the start of the text."""
-    length = spec.length - int(spec.bos)
-    needed = None if spec.segments is None else spec.segments * length
-    pieces = [_evaluation_ids(item, tokenizer, needed) for item in text_sources.expand(spec.source)]
-    ids = torch.cat(pieces)
-    segments = spec.segments or ids.numel() // length
-    if segments * length > ids.numel() or not segments:
-        names = ", ".join(text_sources.describe(item) for item in spec.source)
+    """Tokens of one evaluation set: int64 [segments, length], non-overlapping segments from the start of the text.
+
+    Of several sources each gives its share of the segments; where no number is set, all of them follow each other.
+    """
+    length, key = spec.length - int(spec.bos), f"data.evaluation {spec.name}"
+    sources = text_sources.expand(spec.source)
+    if spec.segments is None:
+        if len({item.weight for item in spec.source}) > 1:
+            raise UsageError(f"{key}: weights are shares of its segments; set segments")
+        ids = torch.cat([_evaluation_ids(item, tokenizer, None) for item in sources])
+        rows = _segments(ids, max(1, ids.numel() // length), length, key, spec.source)
+    else:
+        counts = zip(sources, _shares(sources, spec.segments), strict=True)
+        pieces = [(item, count, _evaluation_ids(item, tokenizer, count * length)) for item, count in counts if count]
+        rows = torch.cat([_segments(ids, count, length, key, [item]) for item, count, ids in pieces])
+    return _finish(rows, spec.bos, tokenizer, vocab, key)
+
+
+def _segments(ids: Tensor, count: int, length: int, key: str, sources: list[Source]) -> Tensor:
+    """The first `count` segments: int64 [n] -> [count, length]. key, sources: for messages."""
+    if count * length > ids.numel():
+        names = ", ".join(text_sources.describe(item) for item in sources)
         raise UsageError(
-            f"data.evaluation {spec.name}: {names} holds {ids.numel():,} tokens, {max(segments, 1) * length:,} are needed "
-            f"({max(segments, 1)} segments x {length}); lower segments or length"
+            f"{key}: {names} holds {ids.numel():,} tokens, {count * length:,} are needed ({count} segments x {length}); "
+            "lower segments or length"
         )
-    return _finish(ids[: segments * length].view(segments, length), spec.bos, tokenizer, vocab, f"data.evaluation {spec.name}")
+    return ids[: count * length].view(count, length)
 
 
 def _shares(sources: list[Source], total: int) -> list[int]:

@@ -57,6 +57,8 @@ def _checkpoints(plan: Plan) -> dict[str, Checkpoint | None]:
     names: list[str] = list(plan.recipe.eval.checkpoints or []) or [evaluation.BASE, *complete_stages(plan.output)]
     if EXPORT in names and not (plan.output / EXPORT / exporting.RECORD).exists():
         raise UsageError(f"eval.checkpoints: there is no export in {plan.output}; run: lbllm export --recipe ...")
+    if EXPORT in names:
+        exporting.verify(plan.output / EXPORT)
     return {name: None if name in (evaluation.BASE, EXPORT) else open_checkpoint(plan, name) for name in names}
 
 
@@ -94,8 +96,7 @@ class _Run:
         checkpoint, model = self.checkpoints[name], self.plan.model
         what: dict[str, Any] = {"model": model.identity(), "dtype": str(model.dtype)}
         if name == EXPORT:
-            folder = self.plan.output / EXPORT
-            return {**what, "export": source.identity(folder, source.read_folder(folder)), "config": source.read_config(folder)}
+            return {**what, "export": exporting.content(self.plan.output / EXPORT)}
         if checkpoint is not None:
             what |= {"checkpoint": checkpoint.content, "activations": checkpoint.manifest.get("activations")}
         return what

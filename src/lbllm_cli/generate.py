@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
 
 from lbllm_cli import files, interrupt
+from lbllm_cli.errors import UsageError
 from lbllm_cli.model import SourceModel
 from lbllm_cli.packed_checks import refusing
 from lbllm_cli.recipe_base import Source
@@ -108,10 +109,14 @@ def stream_text(
         inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
+        if not inputs["input_ids"].numel():
+            raise UsageError("--prompt is empty, and the tokenizer has nothing that it begins with; give some text")
     streamer = _TimedStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "streamer": streamer, "do_sample": temperature > 0}
     if temperature > 0:
         options |= {"temperature": temperature}
+    stop = Event()
+    options["stopping_criteria"] = [lambda ids, scores, **_: torch.full(ids.shape[:1], stop.is_set(), device=ids.device)]
     failure: list[BaseException] = []
 
     def work() -> None:
@@ -124,8 +129,12 @@ def stream_text(
 
     thread = Thread(target=work)
     thread.start()
-    yield from streamer
-    thread.join()
+    try:
+        yield from streamer
+    finally:
+        # On an interrupt too, or when the reader has enough: it would go on to its last token.
+        stop.set()
+        thread.join()
     if failure:
         raise failure[0]
     report(streamer.speed())

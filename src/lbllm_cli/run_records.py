@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lbllm_cli import source
 from lbllm_cli.checkpoint import PROGRESS, STAGES, Checkpoint, complete_stages, remake
 from lbllm_cli.errors import UsageError
 from lbllm_cli.stages.evaluate import BASE
-from lbllm_cli.stages.export import EXPORT, RECORD
+from lbllm_cli.stages.export import EXPORT, RECORD, content
 
 _EVAL = "lbllm eval --recipe ..."
 
@@ -96,7 +95,7 @@ class Run:
     def _content(self, name: str) -> str:
         """What a measurement of a checkpoint is kept under."""
         if name == EXPORT and (self.output / EXPORT / RECORD).exists():
-            return source.identity(self.output / EXPORT, source.read_folder(self.output / EXPORT))
+            return content(self.output / EXPORT)
         return self.complete[name].content if name in self.complete else "gone"
 
 

@@ -78,6 +78,7 @@ def check(item: Source, evaluating: bool) -> None:
     Raises UsageError with the valid names.
     """
     name = item.source
+    _check_keys(item)
     if name.startswith("builtin:"):
         valid = [f"{part}{tail}" for part in PARTS for tail in ("", *(f"/{style}" for style in STYLES))]
         if name.removeprefix("builtin:") not in valid:
@@ -96,6 +97,27 @@ def check(item: Source, evaluating: bool) -> None:
         if path.is_file() and not path.name.endswith((*SUFFIXES, ".safetensors")):
             kinds = ", ".join(SUFFIXES)
             raise UsageError(f"source {name}: unknown kind {path.suffix!r}; expected {kinds}, .safetensors or a folder")
+
+
+def _check_keys(item: Source) -> None:
+    """Refuses keys that this kind of source does not read."""
+    name = item.source
+    if name.startswith("builtin:"):
+        read = set()
+    elif name == "generate:":
+        read = {"temperature"}
+    elif name in PRESETS:
+        read = {"path", "split"} if item.path else {"path"}
+    else:
+        read = {"text_key", "messages_key", "split", *({"config"} if name.startswith("hub:") else ())}
+    unread = [
+        key
+        for key, field in Source.model_fields.items()
+        if key not in {"source", "weight", *read} and getattr(item, key) != field.default
+    ]
+    if unread:
+        remedy = "; its parts are those of the papers, hub:NAME has others" if name in PRESETS else ""
+        raise UsageError(f"source {name} does not read {', '.join(unread)}{remedy}")
 
 
 def _existing(name: str) -> Path:
@@ -160,7 +182,7 @@ def _local_records(path: Path, split: str) -> Iterator[dict[str, Any]]:
                 yield from batch.to_pylist()
         else:
             yield from _json_records(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:  # EOFError: a compressed file that ends too early
         raise UsageError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
 
 

@@ -55,7 +55,9 @@ def export(model: SourceModel, checkpoint: Checkpoint, target: Path, dense: bool
     files.write_json(partial / "config.json", config)
     _write_shards(_tensors(model, checkpoint, dense), partial, shard_bytes)
     files.write_text(partial / "README.md", _card(model, checkpoint, dense, group_size))
-    files.write_json(partial / RECORD, export_inputs(checkpoint, dense, shard_bytes))
+    written = [partial / "config.json", *sorted(partial.glob("*.safetensors"))]
+    hashes = {"files": {file.name: files.sha256(file) for file in written}}
+    files.write_json(partial / RECORD, export_inputs(checkpoint, dense, shard_bytes) | hashes)
     replaced = target.with_name(target.name + ".replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():
@@ -67,16 +69,45 @@ def export(model: SourceModel, checkpoint: Checkpoint, target: Path, dense: bool
 
 def export_inputs(checkpoint: Checkpoint, dense: bool, shard_bytes: int) -> dict[str, Any]:
     """What an export depends on; equal inputs mean that it is up to date."""
-    inputs = {"checkpoint": checkpoint.fingerprint, "format": "dense" if dense else "packed", "shard_bytes": shard_bytes}
+    # By its bytes: another processor makes other ones of equal inputs.
+    inputs = {"checkpoint": checkpoint.content, "format": "dense" if dense else "packed", "shard_bytes": shard_bytes}
     return {"format_version": FORMAT_VERSION, "fingerprint": fingerprint(inputs), **inputs}
 
 
 def up_to_date(target: Path, inputs: dict[str, Any]) -> bool:
-    """Whether `target` is a finished export of the same inputs."""
+    """Whether `target` is a finished and unchanged export of the same inputs."""
     try:
-        return bool(json.loads((target / RECORD).read_text(encoding="utf-8")) == inputs)
-    except (OSError, ValueError):
+        record = json.loads((target / RECORD).read_text(encoding="utf-8"))
+        return {key: record[key] for key in inputs} == inputs and not _changed(target, record["files"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def _changed(target: Path, hashes: dict[str, str]) -> list[str]:
+    """Names of files that are gone or not what they were."""
+    return [name for name, found in hashes.items() if not (target / name).exists() or files.sha256(target / name) != found]
+
+
+def content(target: Path) -> str:
+    """Hash of an export's weights and config: what a measurement of it depends on.
+
+    The ends of its files would not do: stages that train levels leave codes as they are, and those lie there. Raises
+    UsageError when its record is damaged or of an earlier version.
+    """
+    try:
+        hashes: dict[str, str] = json.loads((target / RECORD).read_text(encoding="utf-8"))["files"]
+        return fingerprint(hashes)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UsageError(
+            f"{target / RECORD} does not say what the export holds; run: lbllm export --recipe ... --force"
+        ) from None
+
+
+def verify(target: Path) -> None:
+    """Compares an export with its record. Raises UsageError as `content`, or naming the files that were changed since."""
+    content(target)
+    if changed := _changed(target, json.loads((target / RECORD).read_text(encoding="utf-8"))["files"]):
+        raise UsageError(f"{target}: {', '.join(changed)} changed since the export; run: lbllm export --recipe ... --force")
 
 
 def _tensors(model: SourceModel, checkpoint: Checkpoint, dense: bool) -> Iterator[tuple[str, Tensor]]:
