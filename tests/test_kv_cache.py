@@ -90,6 +90,19 @@ def test_a_padded_batch_gives_what_its_rows_give_alone(export):
 
 
 @torch.no_grad()
+def test_an_empty_cache_of_the_caller_is_filled(export):
+    model = AutoModelForCausalLM.from_pretrained(export).eval()
+    tokens = torch.randint(1024, (1, 20), generator=torch.Generator().manual_seed(5))
+    found = []
+    for cache in (DynamicCache(config=model.config), QuantizedKVCache(model)):
+        model(tokens[:, :19], past_key_values=cache, use_cache=True)
+        assert cache.get_seq_length() == 19
+        found.append(model(tokens[:, 19:], past_key_values=cache, use_cache=True).logits)
+        assert cache.get_seq_length() == 20
+    assert torch.equal(*found)
+
+
+@torch.no_grad()
 def test_generate_uses_the_cache_unchanged(export):
     model, prompt = load(export), ids(1, 9)
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}

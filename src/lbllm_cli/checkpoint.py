@@ -194,7 +194,7 @@ class StageWriter:
         Raises UsageError listing the changed inputs when the folder holds another run.
         """
         shutil.rmtree(self._replaced, ignore_errors=True)
-        if self._same(self.path / MANIFEST):
+        if self._same(self.path / MANIFEST) and not force:
             self._publish()  # killed between the manifest and the rename
             return False
         if self._same(self.path / PROGRESS) and not force:

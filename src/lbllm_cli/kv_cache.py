@@ -144,6 +144,11 @@ def keep_quantized(model: Any) -> Any:
                 f"this model keeps keys and values in {first.key_cache.bits} bits: expected no cache, an empty DynamicCache or a "
                 f"QuantizedKVCache, got {type(cache).__name__}; leave past_key_values and cache_implementation out"
             )
-        return args, {**kwargs, "past_key_values": QuantizedKVCache(model)}
+        own = QuantizedKVCache(model)
+        if cache is None:
+            return args, {**kwargs, "past_key_values": own}
+        # The caller's own object: it would go on with it, and find it empty at every pass.
+        cache.__class__, cache.__dict__ = QuantizedKVCache, own.__dict__
+        return args, kwargs
 
     return model.get_decoder().register_forward_pre_hook(exchange, with_kwargs=True)

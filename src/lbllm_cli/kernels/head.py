@@ -16,7 +16,12 @@ class HeadLinear(nn.Linear):
         rows = input.numel() // self.in_features
         lib = library()
         runs = lib is not None and rows <= ROWS_MAX and self.weight.dtype == torch.bfloat16 and self.weight.is_contiguous()
-        runs = runs and input.dtype in DTYPES and input.device == self.weight.device == torch.device("cpu")
+        runs = (
+            runs
+            and input.shape[-1] == self.in_features
+            and input.dtype in DTYPES
+            and input.device == self.weight.device == torch.device("cpu")
+        )
         if not runs or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(input)
         assert lib is not None

@@ -109,11 +109,12 @@ def library() -> Any | None:
         return None
     # torch is imported above: its libgomp is in the process already, and the library uses that one and its threads.
     found = ctypes.CDLL(str(path))
+    # Before the others are looked up: an older library does not have them all.
+    if found.lbllm_abi() != ABI:
+        raise UsageError(f"{path} has ABI {found.lbllm_abi()}, expected {ABI}; install lbllm-cli again")
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(found, name)
         function.restype, function.argtypes = result, arguments
-    if found.lbllm_abi() != ABI:
-        raise UsageError(f"{path} has ABI {found.lbllm_abi()}, expected {ABI}; install lbllm-cli again")
     if wanted != "auto" and found.lbllm_choose_tier(wanted.encode()):
         raise UsageError(f"{VARIABLE}={wanted}: not in this build, or not supported by this CPU; here: {tier(found)}")
     return found

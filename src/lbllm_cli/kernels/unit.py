@@ -88,6 +88,8 @@ class Unit:
 
     def run(self, x: Tensor) -> Tensor:
         """Outputs of all linears beside each other: [..., in] -> [..., sum of out]."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"expected inputs of width {self.in_features}, got {x.shape[-1]}")
         if x.dtype not in DTYPES:
             return self.run(x.float()).to(x.dtype)
         x = x.detach().contiguous()
