@@ -264,12 +264,12 @@ def test_a_step_that_is_not_finite_leaves_the_record_of_the_others(ok, run, tmp_
 
     monkeypatch.setattr(EndToEndTrainer, "loss", sometimes)
     monkeypatch.setattr(end_to_end, "_RECORDS", 4)
-    result = ok("distill", "--recipe", run(distill={"batch_size": 1, "micro_batch_size": 1}), "--only", "end-to-end")
+    ok("distill", "--recipe", run(distill={"batch_size": 1, "micro_batch_size": 1}), "--only", "end-to-end")
     losses = [record["loss"] for record in events(tmp_path / "run" / "distill-e2e") if "step" in record]
     assert len(losses) == 4
     assert all(loss is None or loss > 0 for loss in losses)
     assert "NaN" not in (tmp_path / "run" / "distill-e2e" / "events.jsonl").read_text()
-    assert "skipped" in result.stderr or phase(tmp_path / "run" / "distill-e2e")["skipped"] == 3
+    assert phase(tmp_path / "run" / "distill-e2e")["skipped"] == 3
 
 
 @pytest.mark.parametrize("stage", ["distill", "act-calib"])

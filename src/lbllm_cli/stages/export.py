@@ -88,25 +88,28 @@ def _changed(target: Path, hashes: dict[str, str]) -> list[str]:
     return [name for name, found in hashes.items() if not (target / name).exists() or files.sha256(target / name) != found]
 
 
+def _hashes(target: Path) -> dict[str, str]:
+    """Hashes of an export's config and weight files by name, as its record has them."""
+    try:
+        found: dict[str, str] = dict(json.loads((target / RECORD).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        remedy = "run: lbllm export --recipe ... --force"
+        raise UsageError(f"{target / RECORD} does not say what the export holds; {remedy}") from None
+    return found
+
+
 def content(target: Path) -> str:
     """Hash of an export's weights and config: what a measurement of it depends on.
 
     The ends of its files would not do: stages that train levels leave codes as they are, and those lie there. Raises
     UsageError when its record is damaged or of an earlier version.
     """
-    try:
-        hashes: dict[str, str] = json.loads((target / RECORD).read_text(encoding="utf-8"))["files"]
-        return fingerprint(hashes)
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UsageError(
-            f"{target / RECORD} does not say what the export holds; run: lbllm export --recipe ... --force"
-        ) from None
+    return fingerprint(_hashes(target))
 
 
 def verify(target: Path) -> None:
     """Compares an export with its record. Raises UsageError as `content`, or naming the files that were changed since."""
-    content(target)
-    if changed := _changed(target, json.loads((target / RECORD).read_text(encoding="utf-8"))["files"]):
+    if changed := _changed(target, _hashes(target)):
         raise UsageError(f"{target}: {', '.join(changed)} changed since the export; run: lbllm export --recipe ... --force")
 
 
