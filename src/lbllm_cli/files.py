@@ -1,11 +1,74 @@
-"""Writing without loss: temporary file, fsync, rename."""
+"""Writing without loss: temporary file, fsync, rename. Reading what a user has put there: regular files, of bounded size."""
 
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from lbllm_cli.errors import UsageError
+
+# A recipe, a config.json or a manifest of this many bytes is none: tokenizer.json, the largest, has 10 to 40 MB.
+TEXT_LIMIT = 256 << 20
+
+
+def user_path(text: str, key: str) -> Path:
+    """A path as a user writes it, `~` replaced. key: of the recipe or option that it stands under, for messages.
+
+    Raises UsageError for what no system can open: an unknown user behind `~`, a NUL, a name that is too long.
+    """
+    try:
+        path = Path(text).expanduser()
+        os.stat(path)
+    except RuntimeError:
+        raise UsageError(f"{key} {text}: there is no such user; write the path out") from None
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass  # Whether it has to be there is for the caller to say.
+    except (OSError, ValueError) as error:
+        shown = text if len(text) < 200 else f"{text[:80]}... ({len(text)} characters)"
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{key} {shown!r} is not a path: {reason}; give another") from None
+    return path
+
+
+def check_regular(path: Path) -> None:
+    """Raises UsageError where `path` is there and no file that can be read to its end: a folder, a pipe, a device."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        raise UsageError(f"{path} is {kinds.get(stat.S_IFMT(mode), 'a device')}; expected a file")
+
+
+def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
+    """A text file of the user's, UTF-8. Raises FileNotFoundError, and UsageError for what is no text of at most `limit` bytes."""
+    check_regular(path)
+    try:
+        if path.stat().st_size > limit:
+            raise UsageError(f"{path} has {path.stat().st_size:,} bytes; at most {limit:,} are read")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text: byte {error.start} cannot be decoded") from None
+
+
+def read_json(path: Path, limit: int = TEXT_LIMIT) -> Any:
+    """A JSON file. Raises as `read_text`, and UsageError where it is not JSON or nested too deeply to be read."""
+    try:
+        return json.loads(read_text(path, limit))
+    except ValueError as error:
+        raise UsageError(f"{path} cannot be read as JSON: {error}") from None
+    except RecursionError:
+        raise UsageError(f"{path} cannot be read as JSON: it is nested too deeply") from None
 
 
 def sync_folder(folder: Path) -> None:
