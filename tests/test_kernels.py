@@ -338,7 +338,7 @@ def test_packing_is_undone_bit_for_bit(lib):
 
 @pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.to("cpu", torch.float64).float()])
 def test_casts_copies_and_pickles_keep_the_weights(cast):
-    layer = packed(200, 11, 64, bias=True)
+    layer = packed(200, 11, 64)
     before = [part.clone() for part in layer.canonical()]
     Unit([layer], ActQuantizer(FORMS["two tables to 63"], 64))
     x = torch.randn(3, 200, generator=seeded(0))
@@ -376,7 +376,7 @@ def test_gradients_other_dtypes_and_switched_off_quantizers_are_those_of_torch()
     learnt = x.clone().requires_grad_()
     torch.testing.assert_close(layer(learnt), layer(x), rtol=1e-5, atol=1e-5)
     assert layer(x.double()).dtype == torch.float64
-    layer(x)  # what a unit remembers of its last input must not outlive the switch
+    layer(x)  # nothing of this pass must outlive the switch
     quantizer.enabled = False
     torch.testing.assert_close(layer(x), linear(x, weight, layer.bias), rtol=1e-5, atol=1e-5)
     learnt = x.clone().requires_grad_()

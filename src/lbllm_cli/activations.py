@@ -1,10 +1,8 @@
-"""Activation quantizers in a decoder block: one per distinct input of its linears, one for keys and one for values.
+"""Activation quantizers of a decoder block: one per distinct input of its linears, one for keys and one for values.
 
-`attach` puts them into a block, be it in training, in evaluation or in an exported model: it is the same function everywhere.
+`attachments.attach` puts them into a block, be it in training, in evaluation or in an exported model.
 """
 
-import weakref
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from lbllm_cli.kernels.quantizer import quantized
 from lbllm_cli.model import UNITS
 from lbllm_cli.ops.actquant import Tables, join_groups, split_groups
+from lbllm_cli.shared_input import once, plain
 
 # The inputs of a unit belong to its first linear; keys and values are quantized by the attention layer.
 INPUTS = tuple(f"{unit[0]}.input" for unit in UNITS)
@@ -94,7 +93,6 @@ class ActQuantizer(nn.Module):
         self.register_buffer("act_levels", tables.levels)
         self.register_buffer("act_zero", tables.levels.new_empty(0) if tables.zero is None else tables.zero)
         self.register_buffer("act_clip", stored_clip(tables.clip))
-        self._last: tuple[weakref.ref[Tensor], Tensor] | None = None
 
     @property
     def tables(self) -> Tables:
@@ -112,17 +110,11 @@ class ActQuantizer(nn.Module):
         return quantized(x, self.tables, self.step_dtype).values
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.enabled:
-            return x
-        # Linears that read one input call in turn with the same tensor; it is quantized once.
-        if self._last is not None and self._last[0]() is x:
-            return self._last[1]
-        values = join_groups(self.values(split_groups(x, self.size)), x.shape[-1]).to(x.dtype)
-        self._last = (weakref.ref(x, self._forget), values)
-        return values
+        # Linears that read one input call in turn; it is quantized once.
+        return once(x, self, self._quantized) if self.enabled else plain(x)
 
-    def _forget(self, _: Any) -> None:
-        self._last = None
+    def _quantized(self, x: Tensor) -> Tensor:
+        return join_groups(self.values(split_groups(x, self.size)), x.shape[-1]).to(x.dtype)
 
 
 def quantizer_widths(layer: nn.Module) -> dict[str, int]:
@@ -141,39 +133,3 @@ def read_quantizers(layer: nn.Module, tensors: dict[str, Tensor], prefix: str, l
         quantizer.load_state_dict({part: tensors[f"{prefix}{name}.{part}"] for part in TENSORS}, assign=True)
         found[name] = quantizer
     return found
-
-
-class _Passing:
-    """Stands where a cache would: keys and values pass through their quantizers and are not kept."""
-
-    def __init__(self, keys: nn.Module, values: nn.Module):
-        self.keys, self.values = keys, values
-
-    def update(self, keys: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        """[rows, heads, length, head_dim], keys after the rotary embedding."""
-        return self.keys(keys), self.values(values)
-
-
-def attach(layer: nn.Module, quantizers: dict[str, nn.Module]) -> list[Any]:
-    """Lets a decoder layer's linears read quantized inputs and its attention quantized keys and values.
-
-    layer: transformers' own. quantizers: by name in the block, all of INPUTS, KEYS and VALUES. Keys and values of a pass
-    with a cache are the cache's business (`kv_cache`). Returns handles that take everything back.
-    """
-
-    def quantizing(quantizer: nn.Module) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-        # A linear in a unit of the kernels quantizes its input itself.
-        return lambda linear, args: args if getattr(linear, "unit", None) else (quantizer(args[0]), *args[1:])
-
-    handles: list[Any] = []
-    for unit, name in zip(UNITS, INPUTS, strict=True):
-        handles += [layer.get_submodule(linear).register_forward_pre_hook(quantizing(quantizers[name])) for linear in unit]
-    passing = _Passing(quantizers[KEYS], quantizers[VALUES])
-
-    def without_cache(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if kwargs.get("past_key_values") is None:
-            kwargs = {**kwargs, "past_key_values": passing}
-        return args, kwargs
-
-    attention = layer.get_submodule("self_attn")
-    return [*handles, attention.register_forward_pre_hook(without_cache, with_kwargs=True)]

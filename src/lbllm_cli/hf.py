@@ -16,7 +16,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lbllm_cli.activations import INPUTS, ActQuantizer, attach, format_of, quantizer_widths
+from lbllm_cli.activations import INPUTS, ActQuantizer, format_of, quantizer_widths
+from lbllm_cli.attachments import attach, share_inputs
 from lbllm_cli.kernels.block import BlockStep, steppable
 from lbllm_cli.kernels.head import HeadLinear
 from lbllm_cli.kernels.library import library
@@ -24,8 +25,7 @@ from lbllm_cli.kernels.unit import Unit, usable
 from lbllm_cli.kv_cache import keep_quantized
 from lbllm_cli.layers import PackedLinear
 from lbllm_cli.model import UNITS
-from lbllm_cli.packed_checks import check_files, check_values
-from lbllm_cli.stages.export import FORMAT_VERSION
+from lbllm_cli.packed_checks import check_files, check_settings, check_values
 
 METHOD = "lbllm"
 
@@ -33,14 +33,15 @@ METHOD = "lbllm"
 class LbllmConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """`quantization_config` of a packed model.
 
-    Raises ValueError for a format_version that this lbllm does not read.
+    Raises ValueError for a format_version or a value that this lbllm does not read.
     """
 
     def __init__(
         self, group_size: int, linears: list[str], format_version: int, activations: dict[str, Any] | None = None, **others: Any
     ):
-        if format_version > FORMAT_VERSION:
-            raise ValueError(f"packed format_version {format_version}, this lbllm reads {FORMAT_VERSION}; update lbllm-cli")
+        check_settings(
+            {"group_size": group_size, "linears": linears, "format_version": format_version, "activations": activations}
+        )
         self.quant_method = METHOD
         self.group_size = group_size
         self.linears = linears
@@ -122,6 +123,8 @@ def _use_kernels(model: Any, quantized: bool) -> None:
     quantized: whether activations are.
     """
     for layer in model.get_decoder().layers:
+        if not quantized:
+            share_inputs(layer)
         units = []
         for names, name in zip(UNITS, INPUTS, strict=True):
             linears = [layer.get_submodule(linear) for linear in names]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lbllm_cli.activations import KV_STEP, ActQuantizer
+from lbllm_cli.attachments import Arguments, meet
 from lbllm_cli.ops.actquant import Codes, dequantize, join_groups, pack_bits, quantize, split_groups, unpack_bits
 
 _MARK = KV_STEP.itemsize + 1
@@ -52,18 +53,59 @@ def record_bytes(quantizer: ActQuantizer) -> int:
 
 
 class _Records:
-    """What both kinds of layers add to transformers' own: they keep records in the place of keys and values."""
+    """What both kinds of layers add to transformers' own: they keep records in the place of keys and values.
+
+    Where quantizers are switched off as the first tokens come, a layer keeps keys and values as they are, as transformers' own.
+    """
 
     keys: Tensor
     values: Tensor
     keys_by: ActQuantizer
     values_by: ActQuantizer
+    is_initialized: bool
+
+    @property
+    def holds_records(self) -> bool:
+        """Whether what is kept is records: full precision is never uint8."""
+        return self.is_initialized and self.keys is not None and self.keys.dtype == torch.uint8
+
+    def check(self, rows: int, heads: int, width: int) -> None:
+        """Raises ValueError where tokens of `rows` rows, `heads` key heads and `width` channels cannot follow what is kept."""
+        kept = self.keys if self.is_initialized and self.keys is not None and self.keys.numel() else None
+        if kept is None:
+            return
+        if kept.shape[0] != rows:
+            remedy = f"repeat it first: cache.batch_repeat_interleave({rows})" if kept.shape[0] == 1 else "give each its own"
+            raise ValueError(f"the cache holds {kept.shape[0]} rows, this pass has {rows}; {remedy}")
+        sizes = [width, width]
+        if self.holds_records:
+            sizes = [-(-width // by.size) * record_bytes(by) for by in (self.keys_by, self.values_by)]
+        expected = [(rows, heads, kept.shape[2], size) for size in sizes]
+        found = [tuple(self.keys.shape), tuple(self.values.shape)]
+        if found != expected:
+            raise ValueError(f"the cache is not this layer's: expected keys and values of shapes {expected}, got {found}")
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keeps the records of new tokens; returns keys and values of all kept ones, decoded: [rows, heads, tokens, head_dim]."""
+        """Keeps the records of new tokens; returns keys and values of all kept ones, decoded: [rows, heads, tokens, head_dim].
+
+        Raises ValueError as `check`, and where quantizers were switched on or off since the first tokens.
+        """
+        rows, heads, _, width = key_states.shape
+        self.check(rows, heads, width)
+        holds_tokens = self.is_initialized and self.keys is not None and bool(self.keys.numel())
+        if holds_tokens and self.holds_records != self.keys_by.enabled:
+            form, now = ("codes", "off") if self.holds_records else ("full precision", "on")
+            raise ValueError(
+                f"the cache holds keys and values in {form}, and quantization was switched {now} since; begin with a new cache"
+            )
+        if not self.keys_by.enabled:
+            kept: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
+            return kept
+        meet(self.keys_by)
+        meet(self.values_by)
         written = (write_record(x, by) for x, by in ((key_states, self.keys_by), (value_states, self.values_by)))
         keys, values = super().update(*written, *args, **kwargs)  # type: ignore[misc]
-        width, dtype = key_states.shape[-1], key_states.dtype
+        dtype = key_states.dtype
         return read_record(keys, self.keys_by, width).to(dtype), read_record(values, self.values_by, width).to(dtype)
 
 
@@ -71,7 +113,8 @@ def _grown(kept: Tensor, room: Tensor | None, tokens: int) -> tuple[Tensor, Tens
     """`kept` [rows, heads, n, bytes] with `tokens` more behind it, and the larger tensor that it is the beginning of."""
     rows, held = kept.shape[0], kept.shape[2]
     begins = room is not None and kept.data_ptr() == room.data_ptr() and kept.stride() == room.stride()
-    if room is None or not begins or room.shape[0] != rows or room.shape[2] < held + tokens:
+    same = room is not None and (room.shape[0], room.shape[1], room.shape[3]) == (rows, kept.shape[1], kept.shape[3])
+    if room is None or not begins or not same or room.shape[2] < held + tokens:
         # Half as much again: to copy everything for each token costs as much as the attention over it.
         room = kept.new_empty(rows, kept.shape[1], max(256, held + tokens + held // 2), kept.shape[3])
         room[:, :, :held] = kept
@@ -107,8 +150,15 @@ class SlidingRecordLayer(_Records, DynamicSlidingWindowLayer):  # type: ignore[m
         self.keys_by, self.values_by = keys_by, values_by
 
 
+def _alike(a: ActQuantizer, b: ActQuantizer) -> bool:
+    """Whether both write and read the same records."""
+    return a.size == b.size and all(torch.equal(mine, its) for mine, its in zip(a.buffers(), b.buffers(), strict=True))
+
+
 class QuantizedKVCache(Cache):  # type: ignore[misc]
-    """Cache of a model whose attention layers have quantizers for keys and values: `past_key_values=QuantizedKVCache(model)`."""
+    """Cache of a model whose attention layers have quantizers for keys and values: `past_key_values=QuantizedKVCache(model)`,
+    from transformers 5.24 on `cache=`. With quantizers switched off it keeps keys and values in full precision.
+    """
 
     def __init__(self, model: Any):
         attention = [layer.self_attn for layer in model.get_decoder().layers]
@@ -118,6 +168,23 @@ class QuantizedKVCache(Cache):  # type: ignore[misc]
             sliding = isinstance(plain, DynamicSlidingWindowLayer)
             layers.append(SlidingRecordLayer(*by, plain.sliding_window) if sliding else RecordLayer(*by))
         super().__init__(layers=layers)
+
+    def read_by(self, model: Any) -> None:
+        """Lets records be written and read by the quantizers of `model`: a copied cache has copies of them.
+
+        Raises ValueError where the cache belongs to a model with other tables, or with another number of blocks.
+        """
+        attention = [layer.self_attn for layer in model.get_decoder().layers]
+        if len(attention) != len(self.layers):
+            raise ValueError(f"the cache has {len(self.layers)} layers, the model {len(attention)}; begin with a new cache")
+        for index, (layer, module) in enumerate(zip(self.layers, attention, strict=True)):
+            for name, own in (("keys_by", module.key_cache), ("values_by", module.value_cache)):
+                before = getattr(layer, name)
+                if before is own:
+                    continue
+                if layer.get_seq_length() and not _alike(before, own):
+                    raise ValueError(f"block {index}: other quantizers than this model's wrote the cache; begin with a new one")
+                setattr(layer, name, own)
 
     @property
     def nbytes(self) -> int:
@@ -130,10 +197,21 @@ def keep_quantized(model: Any) -> Any:
 
     A pass with another cache that already holds tokens raises ValueError: their keys and values are in full precision.
     """
+    return model.get_decoder().register_forward_pre_hook(_Exchange(model), with_kwargs=True)
 
-    def exchange(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        cache, wanted = kwargs.get("past_key_values"), kwargs.get("use_cache")
+
+class _Exchange:
+    """Before a decoder. An object, so that a copied model has one with itself in it."""
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.arguments = Arguments(model.get_decoder())
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        model, cache, wanted = self.model, self.arguments.cache(args, kwargs), kwargs.get("use_cache")
         wanted = model.config.use_cache if wanted is None else wanted
+        if isinstance(cache, QuantizedKVCache):
+            cache.read_by(model)
         if isinstance(cache, QuantizedKVCache) or (cache is None and not wanted):
             return args, kwargs
         first = model.get_decoder().layers[0].self_attn
@@ -142,13 +220,11 @@ def keep_quantized(model: Any) -> Any:
         if cache is not None and (not isinstance(cache, DynamicCache) or cache.get_seq_length()):
             raise ValueError(
                 f"this model keeps keys and values in {first.key_cache.bits} bits: expected no cache, an empty DynamicCache or a "
-                f"QuantizedKVCache, got {type(cache).__name__}; leave past_key_values and cache_implementation out"
+                f"QuantizedKVCache, got {type(cache).__name__}; leave {self.arguments.name} and cache_implementation out"
             )
         own = QuantizedKVCache(model)
         if cache is None:
-            return args, {**kwargs, "past_key_values": own}
+            return self.arguments.with_cache(own, args, kwargs)
         # The caller's own object: it would go on with it, and find it empty at every pass.
         cache.__class__, cache.__dict__ = QuantizedKVCache, own.__dict__
         return args, kwargs
-
-    return model.get_decoder().register_forward_pre_hook(exchange, with_kwargs=True)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lbllm_cli import files, interrupt
-from lbllm_cli.activations import ActivationFormat, attach, read_quantizers
+from lbllm_cli.activations import ActivationFormat, read_quantizers
+from lbllm_cli.attachments import attach
 from lbllm_cli.checkpoint import Checkpoint, StageWriter
 from lbllm_cli.errors import RunError
 from lbllm_cli.linears import whole_tensors

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from lbllm_cli.activations import ActQuantizer, attach, format_of, read_quantizers
+from lbllm_cli.activations import ActQuantizer, format_of, read_quantizers
+from lbllm_cli.attachments import attach
 from lbllm_cli.checkpoint import Checkpoint
 from lbllm_cli.linears import linear_groups, named, packed_of, whole_tensors
 from lbllm_cli.model import FINAL_NORM, LINEARS, SourceModel

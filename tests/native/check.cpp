@@ -389,7 +389,7 @@ double step_difference(int hidden, int heads, int kv_heads, int d, int inner, in
     const vector<float> before = norm_weights(hidden), after = norm_weights(hidden), query_norm = norm_weights(d), key_norm = norm_weights(d);
     const lbllm_block block{qkv.w, o.w, gate_up.w, down.w, &q, &q, &q, &q, &by, &by_values, before.data(), after.data(),
                             with_norms ? query_norm.data() : nullptr, with_norms ? key_norm.data() : nullptr,
-                            1e-6f, static_cast<float>(1 / sqrt(d)), hidden, heads, kv_heads, d, inner};
+                            1e-6f, static_cast<float>(1 / sqrt(d)), hidden, heads, kv_heads, d, inner, LBLLM_FLOAT32};
     // Room for exactly the new token; records of the old ones are what the quantizer may write.
     const int bytes = record_bytes(by, d), value_bytes = record_bytes(by_values, d), kept = tokens + 1;
     vector<uint8_t> keys(static_cast<size_t>(rows) * kv_heads * kept * bytes, 0xee);
@@ -413,7 +413,7 @@ double step_difference(int hidden, int heads, int kv_heads, int d, int inner, in
     for (int m = 0; m < rows; m++) mask[static_cast<size_t>(m) * kept + tokens] = 0;
     const lbllm_cache cache{keys.data(), values.data(), static_cast<int64_t>(kv_heads) * kept * bytes, static_cast<int64_t>(kept) * bytes,
                             static_cast<int64_t>(kv_heads) * kept * value_bytes, static_cast<int64_t>(kept) * value_bytes, tokens,
-                            masked ? mask.data() : nullptr};
+                            masked ? mask.data() : nullptr, rows, kv_heads, bytes, value_bytes};
     const vector<float> x = normals(static_cast<size_t>(rows) * hidden);
     vector<float> cosine, sine, y(x.size());
     for (int m = 0; m < rows; m++)

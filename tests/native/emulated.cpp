@@ -5,7 +5,7 @@
 
 static const lbllm::Tier& tier = lbllm::EMULATED;
 
-int32_t lbllm_abi(void) { return 2; }
+int32_t lbllm_abi(void) { return 3; }
 const char* lbllm_tier(void) { return tier.name; }
 
 int32_t lbllm_choose_tier(const char* name) {
@@ -13,30 +13,35 @@ int32_t lbllm_choose_tier(const char* name) {
     return runs && strcmp(name, tier.name) == 0 ? 0 : -1;
 }
 
-void lbllm_quantize(const lbllm_quantizer* quantizer, const void* x, int32_t dtype, int64_t rows, int32_t width, uint8_t* places,
+int32_t lbllm_quantize(const lbllm_quantizer* quantizer, const void* x, int32_t dtype, int64_t rows, int32_t width, uint8_t* places,
                     float* values, float* steps, int32_t* zeros, int32_t* tables, int32_t step_dtype, int32_t threads) {
     tier.quantize(quantizer, x, dtype, rows, width, places, values, steps, zeros, tables, step_dtype, threads);
+    return LBLLM_OK;
 }
 
-void lbllm_quantize_backward(const lbllm_quantizer* quantizer, const void* x, int32_t dtype, int64_t groups, const float* values,
+int32_t lbllm_quantize_backward(const lbllm_quantizer* quantizer, const void* x, int32_t dtype, int64_t groups, const float* values,
                              const float* steps, const int32_t* zeros, const int32_t* tables, const float* gradient,
                              float* inputs, float* sums, int32_t threads) {
     tier.quantize_backward(quantizer, x, dtype, groups, values, steps, zeros, tables, gradient, inputs, sums, threads);
+    return LBLLM_OK;
 }
 
-void lbllm_linear(const lbllm_weights* weights, const lbllm_quantizer* quantizer, const void* x, void* y, int32_t dtype,
+int32_t lbllm_linear(const lbllm_weights* weights, const lbllm_quantizer* quantizer, const void* x, void* y, int32_t dtype,
                   int64_t rows, int32_t threads) {
     tier.linear(weights, quantizer, x, y, dtype, rows, threads);
+    return LBLLM_OK;
 }
 
-void lbllm_block_step(const lbllm_block* block, const lbllm_cache* cache, const void* in, void* out, const void* cosine,
+int32_t lbllm_block_step(const lbllm_block* block, const lbllm_cache* cache, const void* in, void* out, const void* cosine,
                       const void* sine, int32_t dtype, int64_t rows, int32_t threads) {
     tier.block_step(block, cache, in, out, cosine, sine, dtype, rows, threads);
+    return LBLLM_OK;
 }
 
-void lbllm_head(const uint16_t* weight, const void* x, void* y, int32_t in_features, int64_t out_features, int32_t dtype,
+int32_t lbllm_head(const uint16_t* weight, const void* x, void* y, int32_t in_features, int64_t out_features, int32_t dtype,
                 int64_t rows, int32_t threads) {
     tier.head(weight, x, y, in_features, out_features, dtype, rows, threads);
+    return LBLLM_OK;
 }
 
 uint64_t lbllm_read(const uint8_t* data, int64_t bytes, int32_t threads) { return tier.read(data, bytes, threads); }

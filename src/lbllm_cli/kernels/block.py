@@ -2,35 +2,52 @@
 
 from ctypes import byref
 from ctypes import pointer as reference
+from importlib.metadata import version
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lbllm_cli.activations import KEYS, VALUES
+from lbllm_cli.activations import KEYS, VALUES, ActQuantizer
+from lbllm_cli.attachments import Arguments, meet
+from lbllm_cli.errors import RunError
+from lbllm_cli.kernels.captured import CapturedModules, CapturedTensors
 from lbllm_cli.kernels.library import DTYPES, Block, CacheView, library, pointer, quantizer_struct, supported
 from lbllm_cli.kernels.unit import Unit
 from lbllm_cli.kv_cache import RecordLayer
 
 # The library decodes a head's record into a buffer of this many floats.
 _HEAD_MAX = 256
+_NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
 
 
 class BlockStep:
     """Stands for a decoder layer's `forward`: one new token per row goes through the library, all else through transformers.
 
-    layer: of the Llama family, whose linears are in units. Hidden states [rows, tokens, hidden].
+    layer: of the Llama family, whose linears are in units. Hidden states [rows, tokens, hidden]. The layer is computed as it is
+    now: where a module was replaced, wrapped, overridden or given a hook since, transformers computes it. Raises RunError where
+    transformers calls the layer by names that this does not know.
     """
 
     def __init__(self, layer: nn.Module, units: list[Unit]):
         self.layer = layer
         self.units = units
+        self.arguments = Arguments(layer)
+        unknown = {"hidden_states", "attention_mask", "position_embeddings"} - set(signature(type(layer).forward).parameters)
+        if unknown:
+            raise RunError(
+                f"{type(layer).__name__} of transformers {version('transformers')} takes no {', '.join(sorted(unknown))}; "
+                "install a version that lbllm-cli was tested with"
+            )
         attention: Any = layer.self_attn
-        names = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
         found: dict[str, Any] = dict(layer.named_modules())
-        self.norms = [found[name].weight.detach().float() if name in found else None for name in names]
+        self.norms = [found[name] for name in _NORMS if name in found]
+        self.attention, self.mlp, self.activation = attention, found["mlp"], found["mlp"].act_fn
+        self.cached: list[ActQuantizer] = [found[name] for name in (KEYS, VALUES)]
+        self.quantizers = [*(unit.quantizer for unit in units), *self.cached]
         self.shape = {
-            "epsilon": float(found[names[0]].variance_epsilon),
+            "epsilon": float(self.norms[0].variance_epsilon),
             "scaling": float(attention.scaling),
             "hidden": units[0].in_features,
             "head_dim": int(attention.head_dim),
@@ -38,49 +55,51 @@ class BlockStep:
             "kv_heads": units[0].outs[1] // int(attention.head_dim),
             "intermediate": units[3].in_features,
         }
-        self.quantizers = [unit.quantizer for unit in units]
-        self.hooks = [hooks for name, m in found.items() if name for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self.own_hooks = sum(map(len, self.hooks))
-        self._block: tuple[Block, Any] | None = None
+        self.modules = CapturedModules(layer)
+        self._block: tuple[Any, ...] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_block": None}
 
-    @property
-    def reference(self) -> Any:
-        """The block as the library reads it, by reference."""
-        if self._block is None:
-            weights = [unit.structs[0] for unit in self.units]
-            inputs: list[Any] = [unit.structs[1] for unit in self.units]
-            cached: list[Any] = [self.layer.get_submodule(name) for name in (KEYS, VALUES)]
-            quantizers = [reference(q) for q in (*inputs, *(quantizer_struct(q.tables, q.size) for q in cached))]
-            block = Block(*weights, *quantizers, *map(pointer, self.norms), **self.shape)
-            self._block = block, byref(block)
-        return self._block[1]
+    def _holds(self) -> bool:
+        """Whether the layer is still made of what was noted."""
+        return (
+            self.modules.hold()
+            and self.attention.scaling == self.shape["scaling"]
+            and self.mlp.act_fn is self.activation
+            and all(norm.variance_epsilon == self.shape["epsilon"] for norm in self.norms)
+            and all(packed.unit is unit for unit in self.units for packed in unit.linears)
+        )
 
-    def __call__(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = False,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        cache = self._cache_of(past_key_values)
-        if cache is None or position_embeddings is None or not self._runs(hidden_states):
-            return type(self.layer).forward(
-                self.layer,
-                hidden_states,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                position_embeddings=position_embeddings,
-                **kwargs,
+    def _reference(self) -> Any:
+        """The block as the library reads it, by reference: quantizers, norms and biases as the modules have them now."""
+        structs = [unit.structs for unit in self.units]
+        norms = [norm._parameters["weight"] for norm in self.norms]
+        addresses = [norm.data_ptr() for norm in norms]
+        known = self._block
+        if (
+            known is None
+            or any(now is not then for now, then in zip(structs, known[2], strict=True))
+            or not known[3].hold(buffer for quantizer in self.cached for buffer in quantizer._buffers.values())
+            or addresses != known[4]
+        ):
+            inputs: list[Any] = [struct[1] for struct in structs]
+            by = [quantizer_struct(quantizer.tables, quantizer.size) for quantizer in self.cached]
+            quantizers = [reference(quantizer) for quantizer in (*inputs, *by)]
+            weights = (struct[0] for struct in structs)
+            block = Block(
+                *weights, *quantizers, *addresses, *(None,) * (4 - len(norms)), **self.shape, norm_dtype=DTYPES[norms[0].dtype]
             )
-        return self._step(hidden_states, attention_mask, cache, position_embeddings)
+            buffers = CapturedTensors(buffer for quantizer in self.cached for buffer in quantizer._buffers.values())
+            known = self._block = block, byref(block), structs, buffers, addresses
+        return known[1]
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        cache = None if args else self._cache_of(self.arguments.cache(args, kwargs))
+        angles = kwargs.get("position_embeddings")
+        if cache is None or angles is None or not self._runs(hidden_states):
+            return type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)
+        return self._step(hidden_states, kwargs.get("attention_mask"), cache, angles)
 
     def _cache_of(self, cache: Any) -> RecordLayer | None:
         """This layer's part of a 4-bit cache that holds tokens already."""
@@ -88,38 +107,51 @@ class BlockStep:
             return None
         attention: Any = self.layer.self_attn
         layer = cache.layers[attention.layer_idx]
-        return layer if isinstance(layer, RecordLayer) and layer.get_seq_length() else None
+        return layer if isinstance(layer, RecordLayer) and layer.get_seq_length() and layer.holds_records else None
 
     def _runs(self, x: Tensor) -> bool:
-        """One token per row, nothing switched off, nobody listening to what goes on inside."""
-        fits = x.shape[1] == 1 and x.dtype in DTYPES and x.device.type == "cpu" and not torch.is_grad_enabled()
-        enabled = all(quantizer is not None and quantizer.enabled for quantizer in self.quantizers)
-        return fits and enabled and sum(map(len, self.hooks)) == self.own_hooks
+        """One token per row, nothing switched off, nothing edited, nobody listening to what goes on inside."""
+        fits = x.dim() == 3 and x.shape[1] == 1 and x.dtype in DTYPES and x.device.type == "cpu" and not torch.is_grad_enabled()
+        if not fits or not self._holds():
+            return False
+        dtypes = {norm._parameters["weight"].dtype for norm in self.norms}
+        return len(dtypes) == 1 and dtypes <= DTYPES.keys() and all(q is not None and q.enabled for q in self.quantizers)
 
     def _step(self, x: Tensor, mask: Tensor | None, cache: RecordLayer, angles: tuple[Tensor, Tensor]) -> Tensor:
         lib = library()
         assert lib is not None
-        rows, tokens = x.shape[0], cache.get_seq_length()
-        cosine, sine = (_of_rows(t, rows, x.dtype) for t in angles)
-        keys, values = cache.grown(1)
+        rows, tokens, kv_heads = x.shape[0], cache.get_seq_length(), self.shape["kv_heads"]
+        if x.shape[2] != self.shape["hidden"]:
+            raise ValueError(f"expected hidden states of width {self.shape['hidden']}, got {x.shape[2]}")
+        cache.check(rows, int(kv_heads), int(self.shape["head_dim"]))
+        cosine, sine = (_of_rows(t, rows, int(self.shape["head_dim"]), x.dtype) for t in angles)
         added = None if mask is None else _added(mask, rows, tokens + 1)
+        block = self._reference()
+        keys, values = cache.grown(1)
         strides = (*keys.stride()[:2], *values.stride()[:2])
-        view = CacheView(keys.data_ptr(), values.data_ptr(), *strides, tokens, pointer(added))
+        sizes = (rows, keys.shape[1], keys.shape[3], values.shape[3])
+        view = CacheView(keys.data_ptr(), values.data_ptr(), *strides, tokens, pointer(added), *sizes)
         x = x.contiguous()
         out = torch.empty_like(x)
         addresses = (x.data_ptr(), out.data_ptr(), cosine.data_ptr(), sine.data_ptr())
-        lib.lbllm_block_step(self.reference, byref(view), *addresses, DTYPES[x.dtype], rows, torch.get_num_threads())
+        lib.lbllm_block_step(block, byref(view), *addresses, DTYPES[x.dtype], rows, torch.get_num_threads())
+        for quantizer in self.quantizers:
+            meet(quantizer)  # type: ignore[arg-type]
         return out
 
 
-def _of_rows(angles: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+def _of_rows(angles: Tensor, rows: int, width: int, dtype: torch.dtype) -> Tensor:
     """cos or sin [rows or 1, 1, head_dim] for every row."""
+    if angles.shape not in ((rows, 1, width), (1, 1, width)):
+        raise ValueError(f"expected cos and sin of shape {(rows, 1, width)}, got {tuple(angles.shape)}")
     fits = angles.shape[0] == rows and angles.dtype == dtype
     return angles.contiguous() if fits else angles.to(dtype).expand(rows, 1, -1).contiguous()
 
 
 def _added(mask: Tensor, rows: int, tokens: int) -> Tensor:
     """transformers' mask, boolean or additive, [rows or 1, 1, 1, tokens] as what is added to scores: float32 [rows, tokens]."""
+    if mask.dim() != 4 or mask.shape[0] not in (1, rows) or mask.shape[2] < 1 or mask.shape[3] < tokens:
+        raise ValueError(f"expected an attention mask of shape {(rows, 1, 1, tokens)}, got {tuple(mask.shape)}")
     last = mask[:, 0, -1, -tokens:].expand(rows, tokens)
     if last.dtype == torch.bool:
         return torch.zeros(rows, tokens).masked_fill_(~last, torch.finfo(torch.float32).min / 2)

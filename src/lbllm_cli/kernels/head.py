@@ -18,6 +18,7 @@ class HeadLinear(nn.Linear):
         runs = lib is not None and rows <= ROWS_MAX and self.weight.dtype == torch.bfloat16 and self.weight.is_contiguous()
         runs = (
             runs
+            and self.bias is None
             and input.shape[-1] == self.in_features
             and input.dtype in DTYPES
             and input.device == self.weight.device == torch.device("cpu")

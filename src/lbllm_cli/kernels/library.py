@@ -17,12 +17,15 @@ from lbllm_cli.errors import UsageError
 from lbllm_cli.kernels.location import library_path
 from lbllm_cli.ops.actquant import LATTICE_MAX, Tables, snap_table
 
-ABI = 2
+ABI = 3
 TIERS = ("portable", "avx2", "avxvnni", "avx512")
 VARIABLE = "LBLLM_KERNELS"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 # Sums of a group's levels are int16 in the library.
 GROUP_MAX = 256
+# What an entry answers that refuses what it was given (native/lbllm_kernels.h). Callers check first, by name: this is what keeps
+# a caller's mistake from being a write past a buffer.
+_REFUSALS = dict(enumerate(("a size", "an element type", "a quantizer", "the shapes of a block", "the shapes of a cache"), 1))
 
 _log = logging.getLogger("lbllm")
 
@@ -59,7 +62,7 @@ class Block(Structure):
         *((name, POINTER(Quantizer)) for name in ("qkv_input", "o_input", "gate_up_input", "down_input", "keys", "values")),
         *((name, c_void_p) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
         *((name, c_float) for name in ("epsilon", "scaling")),
-        *((name, c_int32) for name in ("hidden", "heads", "kv_heads", "head_dim", "intermediate")),
+        *((name, c_int32) for name in ("hidden", "heads", "kv_heads", "head_dim", "intermediate", "norm_dtype")),
     ]
 
 
@@ -70,7 +73,15 @@ class CacheView(Structure):
         *((name, c_void_p) for name in ("keys", "values")),
         *((name, c_int64) for name in ("key_row_stride", "key_head_stride", "value_row_stride", "value_head_stride", "tokens")),
         ("mask", c_void_p),
+        ("rows", c_int64),
+        *((name, c_int32) for name in ("kv_heads", "key_bytes", "value_bytes")),
     ]
+
+
+def _status(code: int) -> None:
+    """What ctypes makes of an entry's answer. Raises ValueError where it refused."""
+    if code:
+        raise ValueError(f"the compiled kernels refuse {_REFUSALS.get(code, code)}; nothing was computed")
 
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -78,13 +89,13 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "lbllm_tier": (c_char_p, []),
     "lbllm_choose_tier": (c_int32, [c_char_p]),
     "lbllm_tiles_bytes": (c_int64, [c_int32] * 3),
-    "lbllm_pack": (None, [c_void_p] * 3 + [c_int32] * 3 + [c_void_p, c_int32]),
-    "lbllm_unpack": (None, [POINTER(Weights), c_int32, c_int32] + [c_void_p] * 3),
-    "lbllm_quantize": (None, [POINTER(Quantizer), c_void_p, c_int32, c_int64, c_int32] + [c_void_p] * 5 + [c_int32] * 2),
-    "lbllm_quantize_backward": (None, [POINTER(Quantizer), c_void_p, c_int32, c_int64] + [c_void_p] * 7 + [c_int32]),
-    "lbllm_linear": (None, [POINTER(Weights), POINTER(Quantizer), c_void_p, c_void_p, c_int32, c_int64, c_int32]),
-    "lbllm_block_step": (None, [POINTER(Block), POINTER(CacheView)] + [c_void_p] * 4 + [c_int32, c_int64, c_int32]),
-    "lbllm_head": (None, [c_void_p] * 3 + [c_int32, c_int64, c_int32, c_int64, c_int32]),
+    "lbllm_pack": (_status, [c_void_p] * 3 + [c_int32] * 3 + [c_void_p, c_int32]),
+    "lbllm_unpack": (_status, [POINTER(Weights), c_int32, c_int32] + [c_void_p] * 3),
+    "lbllm_quantize": (_status, [POINTER(Quantizer), c_void_p, c_int32, c_int64, c_int32] + [c_void_p] * 5 + [c_int32] * 2),
+    "lbllm_quantize_backward": (_status, [POINTER(Quantizer), c_void_p, c_int32, c_int64] + [c_void_p] * 7 + [c_int32]),
+    "lbllm_linear": (_status, [POINTER(Weights), POINTER(Quantizer), c_void_p, c_void_p, c_int32, c_int64, c_int32]),
+    "lbllm_block_step": (_status, [POINTER(Block), POINTER(CacheView)] + [c_void_p] * 4 + [c_int32, c_int64, c_int32]),
+    "lbllm_head": (_status, [c_void_p] * 3 + [c_int32, c_int64, c_int32, c_int64, c_int32]),
     "lbllm_read": (ctypes.c_uint64, [c_void_p, c_int64, c_int32]),
 }
 

@@ -13,9 +13,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lbllm_cli.activations import ActQuantizer
+from lbllm_cli.attachments import meet
+from lbllm_cli.kernels.captured import CapturedTensors
 from lbllm_cli.kernels.library import DTYPES, GROUP_MAX, Quantizer, Weights, library, pointer, quantizer_struct, supported
 from lbllm_cli.layers import PackedLinear
 from lbllm_cli.ops.binarize import LEVELS, decode, group_count
+from lbllm_cli.shared_input import once, plain
 
 _MADV_HUGEPAGE, _MADV_PAGEOUT = 14, 21
 _HUGE = 1 << 21
@@ -34,31 +37,42 @@ class Unit:
         self.in_features, self.group_size = first.in_features, first.group_size
         self.outs = [linear.out_features for linear in linears]
         self.ends = list(accumulate(self.outs))
+        self.linears = linears
         self.quantizer = quantizer
         self.tiles = _repacked(linears)
-        biases = [torch.zeros(x.out_features) if x.bias is None else x.bias.detach().float() for x in linears]
-        self.bias = torch.cat(biases) if any(x.bias is not None for x in linears) else None
-        self._structs: tuple[Weights, Quantizer | None] | None = None
-        self._last: tuple[weakref.ref[Tensor], Tensor, bool] | None = None
+        self.bias = torch.zeros(self.ends[-1]) if any(x.bias is not None for x in linears) else None
+        self._structs: tuple[tuple[Weights, Quantizer | None], CapturedTensors] | None = None
         for slot, packed in enumerate(linears):
             packed.repacked(self, slot)
         _UNITS[id(self)] = self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_structs": None, "_last": None}
+        return {**self.__dict__, "_structs": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        # A copied tensor lies where its allocator puts it.
+        self.tiles = aligned(len(self.tiles)).copy_(self.tiles)
         _UNITS[id(self)] = self
 
     @property
     def structs(self) -> tuple[Weights, Quantizer | None]:
-        """Weights and quantizer as the library reads them."""
-        if self._structs is None:
+        """Weights and quantizer as the library reads them: the quantizer and biases as their modules have them now."""
+        self.read_biases()
+        by = self.quantizer
+        tables = () if by is None else by._buffers.values()
+        if self._structs is None or not self._structs[1].hold(tables):
             weights = Weights(pointer(self.tiles), pointer(self.bias), self.in_features, self.ends[-1], self.group_size)
-            by = self.quantizer
-            self._structs = weights, None if by is None else quantizer_struct(by.tables, by.size)
-        return self._structs
+            struct = None if by is None else quantizer_struct(by.tables, by.size)
+            self._structs = (weights, struct), CapturedTensors(tables)
+        return self._structs[0]
+
+    def read_biases(self) -> None:
+        """Copies biases to where the library reads them: they may have been changed since they were loaded."""
+        if self.bias is not None:
+            for slot, packed in enumerate(self.linears):
+                if packed.bias is not None:
+                    self._part(self.bias, slot).copy_(packed.bias.detach())
 
     def canonical(self, slot: int) -> tuple[Tensor, Tensor, Tensor]:
         """Codes, levels and scales of a linear, as its checkpoint has them."""
@@ -71,20 +85,27 @@ class Unit:
         return weight, levels, scale
 
     def output(self, slot: int, x: Tensor) -> Tensor:
-        """Output of one of the linears: [..., in] -> [..., out]."""
-        floats = x.dtype in DTYPES or x.dtype == torch.float16
-        learns = x.requires_grad and torch.is_grad_enabled()
-        if learns or not floats or x.device.type != "cpu":
-            weight = decode(*self.canonical(slot), self.in_features).to(x.dtype)
-            bias = None if self.bias is None else self._part(self.bias, slot).to(x.dtype)
-            return linear(x if self.quantizer is None else self.quantizer(x), weight, bias)
+        """Output of one of the linears: [..., in] -> [..., out]. Of a shared input all are computed at once."""
+        tensor = plain(x)
+        floats = tensor.dtype in DTYPES or tensor.dtype == torch.float16
+        learns = tensor.requires_grad and torch.is_grad_enabled()
+        if learns or not floats or tensor.device.type != "cpu":
+            return self._in_torch(slot, x)
         if torch.compiler.is_compiling():
-            return self._part(torch.ops.lbllm.linear(x, id(self), self.ends[-1]), slot)
-        # Linears of one input call in turn with the same tensor.
-        enabled = self.quantizer is not None and self.quantizer.enabled
-        if self._last is None or self._last[0]() is not x or self._last[2] != enabled:
-            self._last = (weakref.ref(x, self._forget), self.run(x), enabled)
-        return self._part(self._last[1], slot)
+            return self._part(torch.ops.lbllm.linear(tensor, id(self), self.ends[-1]), slot)
+        # Each is handed out once: whoever has it may write to it.
+        part = once(x, self, self._parts).pop(slot, None)
+        return self._part(self.run(tensor), slot) if part is None else part
+
+    def _in_torch(self, slot: int, x: Tensor) -> Tensor:
+        weight, bias = decode(*self.canonical(slot), self.in_features).to(x.dtype), self.linears[slot].bias
+        if self.quantizer is not None:
+            meet(self.quantizer)
+            x = self.quantizer(x)
+        return linear(plain(x), weight, None if bias is None else bias.to(x.dtype))
+
+    def _parts(self, x: Tensor) -> dict[int, Tensor]:
+        return dict(enumerate(self.run(x).split(self.outs, -1)))
 
     def run(self, x: Tensor) -> Tensor:
         """Outputs of all linears beside each other: [..., in] -> [..., sum of out]."""
@@ -95,17 +116,17 @@ class Unit:
         x = x.detach().contiguous()
         y = x.new_empty(*x.shape[:-1], self.ends[-1])
         weights, struct = self.structs
+        quantizer = None
         # Switched off, a quantizer leaves inputs in full precision: so does the library then.
-        quantizer = None if struct is None or self.quantizer is None or not self.quantizer.enabled else byref(struct)
+        if struct is not None and self.quantizer is not None and self.quantizer.enabled:
+            meet(self.quantizer)
+            quantizer = byref(struct)
         rows, threads = x.numel() // self.in_features, torch.get_num_threads()
         _library().lbllm_linear(byref(weights), quantizer, pointer(x), pointer(y), DTYPES[x.dtype], rows, threads)
         return y
 
     def _part(self, y: Tensor, slot: int) -> Tensor:
         return y[..., self.ends[slot] - self.outs[slot] : self.ends[slot]]
-
-    def _forget(self, _: Any) -> None:
-        self._last = None
 
 
 def _library() -> Any:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lbllm_cli.activations import INPUTS, KEYS, VALUES, ActivationFormat, attach
+from lbllm_cli.activations import INPUTS, KEYS, VALUES, ActivationFormat
+from lbllm_cli.attachments import attach
 from lbllm_cli.block_training import Trainer
 from lbllm_cli.linears import BlockLinears, packed_of
 from lbllm_cli.model import LINEARS, Block

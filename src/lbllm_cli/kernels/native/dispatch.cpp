@@ -5,6 +5,7 @@
 #include <cpuid.h>
 #endif
 
+#include "checks.h"
 #include "tier.h"
 
 namespace {
@@ -59,7 +60,7 @@ const Tier*& current() {
 
 }  // namespace
 
-LBLLM_EXPORT int32_t lbllm_abi(void) { return 2; }
+LBLLM_EXPORT int32_t lbllm_abi(void) { return 3; }
 
 LBLLM_EXPORT const char* lbllm_tier(void) { return current()->name; }
 
@@ -74,31 +75,59 @@ LBLLM_EXPORT int32_t lbllm_choose_tier(const char* name) {
     return -1;
 }
 
-LBLLM_EXPORT void lbllm_quantize(const lbllm_quantizer* quantizer, const void* x, int32_t dtype, int64_t rows, int32_t width,
-                                 uint8_t* places, float* values, float* steps, int32_t* zeros, int32_t* tables,
-                                 int32_t step_dtype, int32_t threads) {
-    current()->quantize(quantizer, x, dtype, rows, width, places, values, steps, zeros, tables, step_dtype, threads);
+LBLLM_EXPORT int32_t lbllm_quantize(const lbllm_quantizer* quantizer, const void* x, int32_t dtype, int64_t rows, int32_t width,
+                                    uint8_t* places, float* values, float* steps, int32_t* zeros, int32_t* tables,
+                                    int32_t step_dtype, int32_t threads) {
+    if (!good(quantizer)) return LBLLM_BAD_QUANTIZER;
+    if (!known(dtype) || !known(step_dtype)) return LBLLM_BAD_TYPE;
+    if (rows < 0 || width < 1 || threads < 1) return LBLLM_BAD_SIZE;
+    if (rows && (!x || !steps || !zeros || !tables)) return LBLLM_BAD_SIZE;
+    if (rows) current()->quantize(quantizer, x, dtype, rows, width, places, values, steps, zeros, tables, step_dtype, threads);
+    return LBLLM_OK;
 }
 
-LBLLM_EXPORT void lbllm_quantize_backward(const lbllm_quantizer* quantizer, const void* x, int32_t dtype, int64_t groups,
-                                          const float* values, const float* steps, const int32_t* zeros, const int32_t* tables,
-                                          const float* gradient, float* inputs, float* sums, int32_t threads) {
-    current()->quantize_backward(quantizer, x, dtype, groups, values, steps, zeros, tables, gradient, inputs, sums, threads);
+LBLLM_EXPORT int32_t lbllm_quantize_backward(const lbllm_quantizer* quantizer, const void* x, int32_t dtype, int64_t groups,
+                                             const float* values, const float* steps, const int32_t* zeros,
+                                             const int32_t* tables, const float* gradient, float* inputs, float* sums,
+                                             int32_t threads) {
+    if (!good(quantizer)) return LBLLM_BAD_QUANTIZER;
+    if (!known(dtype)) return LBLLM_BAD_TYPE;
+    if (groups < 0 || threads < 1 || (groups && (!x || !values || !steps || !zeros || !tables || !gradient))) return LBLLM_BAD_SIZE;
+    for (int64_t at = 0; at < groups; at++)
+        if (tables[at] < 0 || tables[at] > 1) return LBLLM_BAD_SIZE;
+    if (groups)
+        current()->quantize_backward(quantizer, x, dtype, groups, values, steps, zeros, tables, gradient, inputs, sums, threads);
+    return LBLLM_OK;
 }
 
-LBLLM_EXPORT void lbllm_linear(const lbllm_weights* weights, const lbllm_quantizer* quantizer, const void* x, void* y,
-                               int32_t dtype, int64_t rows, int32_t threads) {
-    current()->linear(weights, quantizer, x, y, dtype, rows, threads);
+LBLLM_EXPORT int32_t lbllm_linear(const lbllm_weights* weights, const lbllm_quantizer* quantizer, const void* x, void* y,
+                                  int32_t dtype, int64_t rows, int32_t threads) {
+    if (!good(weights) || rows < 0 || threads < 1 || (rows && (!x || !y))) return LBLLM_BAD_SIZE;
+    if (quantizer && !fits(quantizer, *weights)) return LBLLM_BAD_QUANTIZER;
+    if (!known(dtype)) return LBLLM_BAD_TYPE;
+    if (rows) current()->linear(weights, quantizer, x, y, dtype, rows, threads);
+    return LBLLM_OK;
 }
 
-LBLLM_EXPORT void lbllm_block_step(const lbllm_block* block, const lbllm_cache* cache, const void* in, void* out,
-                                   const void* cosine, const void* sine, int32_t dtype, int64_t rows, int32_t threads) {
+LBLLM_EXPORT int32_t lbllm_block_step(const lbllm_block* block, const lbllm_cache* cache, const void* in, void* out,
+                                      const void* cosine, const void* sine, int32_t dtype, int64_t rows, int32_t threads) {
+    if (const int32_t wrong = check(block)) return wrong;
+    if (!known(dtype)) return LBLLM_BAD_TYPE;
+    if (rows < 0 || threads < 1 || rows * block->hidden > kLargest || rows * block->head_dim > kLargest) return LBLLM_BAD_SIZE;
+    if (!rows) return LBLLM_OK;
+    if (!in || !out || !cosine || !sine) return LBLLM_BAD_SIZE;
+    if (const int32_t wrong = check(cache, block, rows)) return wrong;
     current()->block_step(block, cache, in, out, cosine, sine, dtype, rows, threads);
+    return LBLLM_OK;
 }
 
-LBLLM_EXPORT void lbllm_head(const uint16_t* weight, const void* x, void* y, int32_t in_features, int64_t out_features,
-                             int32_t dtype, int64_t rows, int32_t threads) {
-    current()->head(weight, x, y, in_features, out_features, dtype, rows, threads);
+LBLLM_EXPORT int32_t lbllm_head(const uint16_t* weight, const void* x, void* y, int32_t in_features, int64_t out_features,
+                                int32_t dtype, int64_t rows, int32_t threads) {
+    if (!known(dtype)) return LBLLM_BAD_TYPE;
+    if (rows < 0 || in_features < 1 || out_features < 1 || threads < 1 || rows * in_features > kLargest) return LBLLM_BAD_SIZE;
+    if (rows && (!weight || !x || !y)) return LBLLM_BAD_SIZE;
+    if (rows) current()->head(weight, x, y, in_features, out_features, dtype, rows, threads);
+    return LBLLM_OK;
 }
 
 LBLLM_EXPORT uint64_t lbllm_read(const uint8_t* data, int64_t bytes, int32_t threads) {

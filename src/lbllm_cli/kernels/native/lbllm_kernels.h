@@ -17,6 +17,10 @@
 
 enum { LBLLM_FLOAT32 = 0, LBLLM_BFLOAT16 = 1 };  // element types of inputs and outputs
 
+// What an entry returns: 0, or what is wrong with what it was given; nothing is read or written then. Buffers are as large as
+// the sizes beside them say: that is the caller's to see to.
+enum { LBLLM_OK = 0, LBLLM_BAD_SIZE = 1, LBLLM_BAD_TYPE = 2, LBLLM_BAD_QUANTIZER = 3, LBLLM_BAD_BLOCK = 4, LBLLM_BAD_CACHE = 5 };
+
 // One linear, or several that read the same input, one below the other.
 typedef struct {
     const uint8_t* tiles;  // lbllm_tiles_bytes() of them, aligned to 64
@@ -38,18 +42,21 @@ typedef struct {
 typedef struct {
     lbllm_weights qkv, o, gate_up, down;
     const lbllm_quantizer *qkv_input, *o_input, *gate_up_input, *down_input, *keys, *values;
-    const float *attention_norm, *mlp_norm;  // [hidden]
-    const float *query_norm, *key_norm;      // [head_dim], or NULL
+    const void *attention_norm, *mlp_norm;  // [hidden], as the model has them
+    const void *query_norm, *key_norm;      // [head_dim], or NULL
     float epsilon, scaling;
     int32_t hidden, heads, kv_heads, head_dim, intermediate;
+    int32_t norm_dtype;  // of the four norms
 } lbllm_block;
 
 // Records of keys or values (kv_cache.py): of token t of head h of row b at data + b * row_stride + h * head_stride + t * bytes.
 typedef struct {
     uint8_t *keys, *values;
     int64_t key_row_stride, key_head_stride, value_row_stride, value_head_stride;
-    int64_t tokens;      // of each row, before this step
+    int64_t tokens;      // of each row, before this step; there is room for one more
     const float* mask;   // [rows, tokens + 1], added to the scores, or NULL
+    int64_t rows;
+    int32_t kv_heads, key_bytes, value_bytes;  // of a record
 } lbllm_cache;
 
 // Version of this ABI. Python refuses a library of another one.
@@ -59,36 +66,37 @@ LBLLM_EXPORT const char* lbllm_tier(void);
 // Chooses a tier by name. 0, or -1 when this library or this CPU does not have it.
 LBLLM_EXPORT int32_t lbllm_choose_tier(const char* name);
 
-// Bytes of a repacked linear.
+// Bytes of a repacked linear, or -1 for sizes that there are not.
 LBLLM_EXPORT int64_t lbllm_tiles_bytes(int32_t in_features, int32_t out_features, int32_t group_size);
 // Repacks weight uint8 [out, groups, group_size / 4], levels int8 [out, groups, 4], scale float16 [out, groups] (as its bits).
-LBLLM_EXPORT void lbllm_pack(const uint8_t* weight, const int8_t* levels, const uint16_t* scale, int32_t in_features,
-                             int32_t out_features, int32_t group_size, uint8_t* tiles, int32_t threads);
+LBLLM_EXPORT int32_t lbllm_pack(const uint8_t* weight, const int8_t* levels, const uint16_t* scale, int32_t in_features,
+                                int32_t out_features, int32_t group_size, uint8_t* tiles, int32_t threads);
 // Its inverse for rows first .. first + count.
-LBLLM_EXPORT void lbllm_unpack(const lbllm_weights* weights, int32_t first, int32_t count, uint8_t* weight, int8_t* levels,
-                               uint16_t* scale);
+LBLLM_EXPORT int32_t lbllm_unpack(const lbllm_weights* weights, int32_t first, int32_t count, uint8_t* weight, int8_t* levels,
+                                  uint16_t* scale);
 
 // Quantizes x [rows, width], every row cut into groups: lattice places uint8 and values d * (T - Z) float [rows, width], either
 // NULL where it is not wanted; steps float, rounded to step_dtype, zeros and tables taken int32 [rows, groups].
-LBLLM_EXPORT void lbllm_quantize(const lbllm_quantizer* quantizer, const void* x, int32_t dtype, int64_t rows, int32_t width,
-                                 uint8_t* places, float* values, float* steps, int32_t* zeros, int32_t* tables,
-                                 int32_t step_dtype, int32_t threads);
+LBLLM_EXPORT int32_t lbllm_quantize(const lbllm_quantizer* quantizer, const void* x, int32_t dtype, int64_t rows, int32_t width,
+                                    uint8_t* places, float* values, float* steps, int32_t* zeros, int32_t* tables,
+                                    int32_t step_dtype, int32_t threads);
 // What the gradient of values [groups, quantizer->size] is made of (ops/act_ste.py), x, values, steps, zeros and tables being
 // those of lbllm_quantize. inputs float [groups, size], or NULL: the gradient where x lies within half a step of the table, else
 // 0. sums float [groups, 3], or NULL: of gradient * (value - x) over those, of gradient * value over x above, and below.
-LBLLM_EXPORT void lbllm_quantize_backward(const lbllm_quantizer* quantizer, const void* x, int32_t dtype, int64_t groups,
-                                          const float* values, const float* steps, const int32_t* zeros, const int32_t* tables,
-                                          const float* gradient, float* inputs, float* sums, int32_t threads);
+LBLLM_EXPORT int32_t lbllm_quantize_backward(const lbllm_quantizer* quantizer, const void* x, int32_t dtype, int64_t groups,
+                                             const float* values, const float* steps, const int32_t* zeros,
+                                             const int32_t* tables, const float* gradient, float* inputs, float* sums,
+                                             int32_t threads);
 // y [rows, out] = quantized x [rows, in] times the weights. A step per weight group, or one per row (quantizer->size >= in).
 // quantizer NULL: x as it is, in float32 arithmetic.
-LBLLM_EXPORT void lbllm_linear(const lbllm_weights* weights, const lbllm_quantizer* quantizer, const void* x, void* y,
-                               int32_t dtype, int64_t rows, int32_t threads);
+LBLLM_EXPORT int32_t lbllm_linear(const lbllm_weights* weights, const lbllm_quantizer* quantizer, const void* x, void* y,
+                                  int32_t dtype, int64_t rows, int32_t threads);
 // One new token per row through a block: hidden [rows, hidden] in and out, cosine and sine [rows, head_dim] of its position.
 // Its key and value are appended to the cache's records.
-LBLLM_EXPORT void lbllm_block_step(const lbllm_block* block, const lbllm_cache* cache, const void* in, void* out,
-                                   const void* cosine, const void* sine, int32_t dtype, int64_t rows, int32_t threads);
+LBLLM_EXPORT int32_t lbllm_block_step(const lbllm_block* block, const lbllm_cache* cache, const void* in, void* out,
+                                      const void* cosine, const void* sine, int32_t dtype, int64_t rows, int32_t threads);
 // y [rows, out] = x [rows, in] times bfloat16 weights [out, in]: the head of a model, for few rows.
-LBLLM_EXPORT void lbllm_head(const uint16_t* weight, const void* x, void* y, int32_t in_features, int64_t out_features,
-                             int32_t dtype, int64_t rows, int32_t threads);
+LBLLM_EXPORT int32_t lbllm_head(const uint16_t* weight, const void* x, void* y, int32_t in_features, int64_t out_features,
+                                int32_t dtype, int64_t rows, int32_t threads);
 // Reads `bytes` of memory as fast as the tier can; returns their sum modulo 2^64, so that it cannot be left out.
 LBLLM_EXPORT uint64_t lbllm_read(const uint8_t* data, int64_t bytes, int32_t threads);

@@ -1,8 +1,8 @@
 // Canonical codes to tiles and back.
 #include <string.h>
 
+#include "checks.h"
 #include "layout.h"
-#include "lbllm_kernels.h"
 
 using namespace lbllm;
 
@@ -28,12 +28,15 @@ void pack_row(const Layout& l, int g, int row, const uint8_t* bytes, const int8_
 }  // namespace
 
 LBLLM_EXPORT int64_t lbllm_tiles_bytes(int32_t in_features, int32_t out_features, int32_t group_size) {
+    if (!sizes(in_features, out_features, group_size)) return -1;
     const Layout l(in_features, out_features, group_size);
     return l.tiles * l.tile;
 }
 
-LBLLM_EXPORT void lbllm_pack(const uint8_t* weight, const int8_t* levels, const uint16_t* scale, int32_t in_features,
-                             int32_t out_features, int32_t group_size, uint8_t* tiles, int32_t threads) {
+LBLLM_EXPORT int32_t lbllm_pack(const uint8_t* weight, const int8_t* levels, const uint16_t* scale, int32_t in_features,
+                                int32_t out_features, int32_t group_size, uint8_t* tiles, int32_t threads) {
+    if (!sizes(in_features, out_features, group_size) || !weight || !levels || !scale || !tiles || threads < 1)
+        return LBLLM_BAD_SIZE;
     const Layout l(in_features, out_features, group_size);
     const int groups = l.groups, bytes = group_size / 4;
     (void)threads;
@@ -48,10 +51,13 @@ LBLLM_EXPORT void lbllm_pack(const uint8_t* weight, const int8_t* levels, const 
                 pack_row(l, g, row, weight + at * bytes, levels + at * kLevels, scale[at], record);
             }
     }
+    return LBLLM_OK;
 }
 
-LBLLM_EXPORT void lbllm_unpack(const lbllm_weights* weights, int32_t first, int32_t count, uint8_t* weight, int8_t* levels,
-                               uint16_t* scale) {
+LBLLM_EXPORT int32_t lbllm_unpack(const lbllm_weights* weights, int32_t first, int32_t count, uint8_t* weight, int8_t* levels,
+                                  uint16_t* scale) {
+    if (!good(weights) || !weight || !levels || !scale || first < 0 || count < 0 || count > weights->out_features - first)
+        return LBLLM_BAD_SIZE;
     const Layout l(weights->in_features, weights->out_features, weights->group_size);
     const int groups = l.groups, bytes = l.group / 4;
     memset(weight, 0, static_cast<size_t>(count) * groups * bytes);
@@ -68,4 +74,5 @@ LBLLM_EXPORT void lbllm_unpack(const lbllm_weights* weights, int32_t first, int3
                 weight[at * bytes + c / 4] |= static_cast<uint8_t>(code << (c % 4 * 2));
             }
         }
+    return LBLLM_OK;
 }

@@ -190,12 +190,17 @@ void attend(const lbllm_block* b, const lbllm_cache* cache, const float* query, 
     }
 }
 
+struct HeadNorms {
+    const float *query, *key;  // [head_dim], or NULL
+};
+
 // Norms and rotates queries and keys of one row in place, and writes its key and value to the cache.
-void place_row(const lbllm_block* b, const lbllm_cache* cache, int64_t row, float* qkv, const float* cosine, const float* sine) {
+void place_row(const lbllm_block* b, const lbllm_cache* cache, const HeadNorms& norms, int64_t row, float* qkv, const float* cosine,
+               const float* sine) {
     const int d = b->head_dim;
     const Records keys(b->keys, d), values(b->values, d);
     for (int h = 0; h < b->heads + b->kv_heads; h++) {
-        const float* norm = h < b->heads ? b->query_norm : b->key_norm;
+        const float* norm = h < b->heads ? norms.query : norms.key;
         if (norm) rms_norm(qkv + h * d, norm, b->epsilon, d, qkv + h * d);
         rotate(qkv + h * d, cosine, sine, d);
     }
@@ -222,7 +227,7 @@ void block_step(const lbllm_block* b, const lbllm_cache* cache, const void* in, 
                 int32_t dtype, int64_t rows, int32_t threads) {
     static thread_local Scratch<float> memory;
     const int64_t h = b->hidden, d = b->head_dim, wide = (b->heads + 2 * b->kv_heads) * d;
-    float* stream = memory.of(rows * (2 * h + wide + b->heads * d + 3 * b->intermediate) + 2 * rows * d);
+    float* stream = memory.of(rows * (2 * h + wide + b->heads * d + 3 * b->intermediate) + 2 * rows * d + 2 * h + 2 * d);
     float* normed = stream + rows * h;
     float* qkv = normed + rows * h;
     float* mixed = qkv + rows * wide;
@@ -232,13 +237,20 @@ void block_step(const lbllm_block* b, const lbllm_cache* cache, const void* in, 
     read_floats(in, dtype, 0, static_cast<int>(rows * h), stream);
     read_floats(cosine, dtype, 0, static_cast<int>(rows * d), angles);
     read_floats(sine, dtype, 0, static_cast<int>(rows * d), angles + rows * d);
-    for (int64_t m = 0; m < rows; m++) rms_norm(stream + m * h, b->attention_norm, b->epsilon, b->hidden, normed + m * h);
+    // Read anew in every step: the model may have been given others since the last one.
+    float* norms = angles + 2 * rows * d;
+    read_floats(b->attention_norm, b->norm_dtype, 0, b->hidden, norms);
+    read_floats(b->mlp_norm, b->norm_dtype, 0, b->hidden, norms + h);
+    const HeadNorms heads{b->query_norm ? norms + 2 * h : nullptr, b->key_norm ? norms + 2 * h + d : nullptr};
+    if (heads.query) read_floats(b->query_norm, b->norm_dtype, 0, b->head_dim, norms + 2 * h);
+    if (heads.key) read_floats(b->key_norm, b->norm_dtype, 0, b->head_dim, norms + 2 * h + d);
+    for (int64_t m = 0; m < rows; m++) rms_norm(stream + m * h, norms, b->epsilon, b->hidden, normed + m * h);
     project(b->qkv, b->qkv_input, normed, qkv, LBLLM_FLOAT32, rows, threads);
-    for (int64_t m = 0; m < rows; m++) place_row(b, cache, m, qkv + m * wide, angles + m * d, angles + (rows + m) * d);
+    for (int64_t m = 0; m < rows; m++) place_row(b, cache, heads, m, qkv + m * wide, angles + m * d, angles + (rows + m) * d);
     attend(b, cache, qkv, wide, rows, mixed, threads);
     project(b->o, b->o_input, mixed, normed, LBLLM_FLOAT32, rows, threads);
     for (int64_t i = 0; i < rows * h; i++) stream[i] += normed[i];
-    for (int64_t m = 0; m < rows; m++) rms_norm(stream + m * h, b->mlp_norm, b->epsilon, b->hidden, normed + m * h);
+    for (int64_t m = 0; m < rows; m++) rms_norm(stream + m * h, norms + h, b->epsilon, b->hidden, normed + m * h);
     project(b->gate_up, b->gate_up_input, normed, gate_up, LBLLM_FLOAT32, rows, threads);
     for (int64_t m = 0; m < rows; m++) gated(gate_up + m * 2 * b->intermediate, b->intermediate, inner + m * b->intermediate);
     project(b->down, b->down_input, inner, normed, LBLLM_FLOAT32, rows, threads);

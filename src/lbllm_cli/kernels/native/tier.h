@@ -4,13 +4,21 @@
 
 namespace lbllm {
 
+// A tier's function of an entry: dispatch.cpp has checked what it is given.
+template <class Entry>
+struct Checked;
+template <class... Arguments>
+struct Checked<int32_t (*)(Arguments...)> {
+    using type = void (*)(Arguments...);
+};
+
 struct Tier {
     const char* name;
-    decltype(&lbllm_quantize) quantize;
-    decltype(&lbllm_quantize_backward) quantize_backward;
-    decltype(&lbllm_linear) linear;
-    decltype(&lbllm_block_step) block_step;
-    decltype(&lbllm_head) head;
+    Checked<decltype(&lbllm_quantize)>::type quantize;
+    Checked<decltype(&lbllm_quantize_backward)>::type quantize_backward;
+    Checked<decltype(&lbllm_linear)>::type linear;
+    Checked<decltype(&lbllm_block_step)>::type block_step;
+    Checked<decltype(&lbllm_head)>::type head;
     decltype(&lbllm_read) read;
 };
 
