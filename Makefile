@@ -9,7 +9,12 @@ DEMO := recipes/demo.yaml
 PY := $(VENV)/bin/python
 LBLLM := $(VENV)/bin/lbllm
 
-.PHONY: test check demo clean
+# torch for `test-newest` and `test-oldest`: a plain newer or older one comes with gigabytes of CUDA. TORCH=2.6.0 takes that one.
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+# What `test-newest` and `test-oldest` run: files or options of pytest, everything without them.
+TESTS ?=
+
+.PHONY: test check test-newest test-oldest demo clean
 .DELETE_ON_ERROR:
 
 # What the editable install was made from: Python sources are read where they lie, the C++ library is built into it.
@@ -28,6 +33,16 @@ test: check
 check: $(VENV)/.installed
 	$(VENV)/bin/ruff check src tests scripts
 	$(VENV)/bin/mypy
+
+# The suite on the newest and on the oldest version of everything that pyproject.toml names, each in an environment of its own.
+# Newest and oldest change from day to day and with pyproject.toml: what is installed is brought up to date every time.
+test-newest test-oldest: test-%:
+	$(PYTHON) -m venv .venv-$*
+	$(if $(filter oldest,$*),$(PYTHON) scripts/floors.py,echo) torch==$(TORCH) > .venv-$*/constraints.txt
+	.venv-$*/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --constraint .venv-$*/constraints.txt \
+		--editable '.[dev,gguf]'
+	.venv-$*/bin/python -m pip freeze --exclude-editable | xargs
+	.venv-$*/bin/python -m pytest --numprocesses $(JOBS) $(TESTS)
 
 $(MODEL)/config.json: | $(VENV)/.installed
 	$(PY) scripts/fetch_smollm2.py $(MODEL)

@@ -19,13 +19,12 @@ import hashlib
 import json
 import lzma
 import re
+import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from itertools import accumulate
 from pathlib import Path
-
-import tomllib
 
 OUTPUT = Path(__file__).resolve().parent.parent / "src" / "lbllm_cli" / "text"
 EVALUATION, NOVELS = "evaluation", "novels"
