@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import os
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,7 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from lbllm_cli import data, text_sources
+from lbllm_cli import data, encode, records, text_sources
 from lbllm_cli.errors import UsageError
 from lbllm_cli.recipe import EvaluationSet, TokenSet
 from lbllm_cli.recipe_base import Source
@@ -133,7 +134,7 @@ def test_a_text_file_is_one_document(tmp_path, tokenizer, texts):
     file.write_text("\n".join(texts), encoding="utf-8")
     assert _evaluate([Source(source=str(file))], tokenizer).tolist() == _cut(_ids(tokenizer, "\n".join(texts) + "\n\n"), 8)
     file.write_bytes(b"caf\xe9 " * 100)
-    with pytest.raises(UsageError, match=r"a\.txt cannot be read: "):
+    with pytest.raises(UsageError, match=r"a\.txt is not UTF-8 text: byte 3 cannot be decoded"):
         _evaluate([Source(source=str(file))], tokenizer)
 
 
@@ -165,18 +166,129 @@ def test_a_missing_field_is_named_with_those_there_are(tmp_path, tokenizer):
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"text": "a"}\n{"text"\n', r"a\.jsonl:2 is not JSON"),
-        ("a.json", '[{"text": "a"},', r"a\.json cannot be read"),
+        ("a.jsonl", '{"text": "a"}\n' + "[" * 50_000, r"a\.jsonl:2 is JSON that is nested too deeply"),
+        ("a.jsonl", b'{"text": "\xe9"}\n', r"a\.jsonl cannot be read: 'utf-8' codec can't decode"),
+        ("a.jsonl", "\0\0\0\0", r"a\.jsonl:1 is not JSON"),
+        ("a.jsonl", '{"text": "' + "9" * 20 + '", "n": ' + "9" * 5000 + "}", r"a\.jsonl:1 is not JSON"),
         ("a.jsonl", '"text"\n', "record 0 has no field `text`, it has: str"),
+        ("a.jsonl", "7\n", "record 0 has no field `text`, it has: int"),
+        ("a.jsonl", "{}\n", "record 0 has no field `text`, it has: ; set"),
         ("a.jsonl", '{"text": ["a"]}\n', "field `text` of record 0 is list, expected text"),
         ("a.jsonl", '{"text": null}\n', "field `text` of record 0 is NoneType, expected text"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "a \\ud83d b"}\n', r"record 1, field `text` is no Unicode text: character 2"),
+        ("a.jsonl", "", "holds 0 tokens, 8 are needed"),
+        ("a.txt", "", "holds . tokens, 8 are needed"),
+        ("a.json", '[{"text": "a"},', r"a\.json cannot be read: record 1 is not JSON"),
+        ("a.json", '[{"text": "a"} {"text": "b"}]', r"a\.json cannot be read: after record 0 the list does not"),
+        ("a.json", '[{"text": "a"}] more', r"a\.json cannot be read: after record 0"),
+        ("a.json", '[{"text": "a"}', r"a\.json cannot be read: record 0 is not JSON"),
+        ("a.json", '[{"text": "a"}, ' + "[" * 50_000, r"a\.json cannot be read: record 1 is nested too deeply"),
+        ("a.json", "[", r"a\.json cannot be read"),
+        ("a.json", "[]", "holds 0 tokens, 8 are needed"),
+        ("a.json", '{\n"text": "a"\n}', r"a\.json:1 is not JSON; expected one record a line"),
+        ("a.json", '{"data": []}', "record 0 has no field `text`, it has: data"),
+        ("a.jsonl.gz", "no gzip", r"a\.jsonl\.gz cannot be read: Not a gzipped file"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}')[:-9] + bytes(9), r"a\.jsonl\.gz cannot be read: "),
+        ("a.jsonl.gz", gzip.compress(b"")[:10] + bytes([255] * 30), r"a\.jsonl\.gz cannot be read: "),
         ("a.parquet", "PAR1", r"a\.parquet cannot be read"),
+        ("a.parquet", "", r"a\.parquet cannot be read"),
         ("a.safetensors", "junk", r"a\.safetensors cannot be read"),
+        ("a.safetensors", "", r"a\.safetensors cannot be read"),
     ],
 )
 def test_damaged_files_are_refused(tmp_path, tokenizer, name, content, message):
-    (tmp_path / name).write_text(content, encoding="utf-8")
-    with pytest.raises(UsageError, match=message):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UsageError, match=message) as caught:
         _evaluate([Source(source=str(tmp_path / name))], tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_line_without_an_end(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(records, "RECORD_LIMIT", 1000)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' + bytes(1 << 20)))
+    with pytest.raises(UsageError, match=r"a\.jsonl\.gz:2 has more than 1,000 characters; expected one record a line"):
+        _evaluate([Source(source=str(tmp_path / "a.jsonl.gz"))], tokenizer)
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(b"[" + b"9" * (1 << 20)))
+    with pytest.raises(UsageError, match=r"a\.json\.gz cannot be read: record 0 is not JSON, or has too many characters"):
+        _evaluate([Source(source=str(tmp_path / "a.json.gz"))], tokenizer)
+
+
+@pytest.mark.parametrize("read", [1, 2, 7, 64, 1000])
+def test_a_json_list_is_read_on_as_it_is_needed(tmp_path, tokenizer, texts, monkeypatch, read):
+    monkeypatch.setattr(records, "_READ", read)
+    values = [*({"text": text, "n": [i, {"k": "]},["}]} for i, text in enumerate(texts)), {"text": ""}]
+    for name, indent in (("a.json", None), ("b.json", 3)):
+        (tmp_path / name).write_text(f" \n{json.dumps(values, indent=indent, ensure_ascii=False)} \n", encoding="utf-8")
+        assert list(records.local_records(tmp_path / name, "train")) == values
+    (tmp_path / "c.json").write_text("[12, 3.5e1,\n-7 , null,true]", encoding="utf-8")
+    assert list(records.local_records(tmp_path / "c.json", "train")) == [12, 35.0, -7, None, True]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.json.gz"])
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, name):
+    values = [{"text": "a"}, {"text": "b"}]
+    text = json.dumps(values) if name == "a.json" else "\n".join(map(json.dumps, values))
+    content = text.encode("utf-8-sig")
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    assert list(records.local_records(tmp_path / name, "train")) == values
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".jsonl.gz", ".parquet", ".safetensors"])
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, tokenizer, suffix):
+    path = tmp_path / f"pipe{suffix}"
+    os.mkfifo(path)
+    device = tmp_path / f"device{suffix}"
+    device.symlink_to("/dev/zero")
+    for item, kind in ((Source(source=str(path)), "a pipe"), (Source(source=str(device)), "a device")):
+        for refuse in (lambda item: text_sources.check(item, True), lambda item: _evaluate([item], tokenizer)):
+            with pytest.raises(UsageError, match=f"{item.source} is {kind}; expected a file"):
+                refuse(item)
+    preset = Source(source="c4", path=str(path))
+    with pytest.raises(UsageError, match="is a pipe; expected a file"):
+        text_sources.check(preset, True)
+
+
+def test_a_pipe_in_a_folder_of_a_dataset(tmp_path, tokenizer):
+    item = _write(tmp_path, "folder", [{"text": "a"}])
+    (Path(item.source) / "state.json").unlink()
+    os.mkfifo(Path(item.source) / "state.json")
+    with pytest.raises(UsageError, match=r"state\.json is a pipe; expected a file"):
+        _evaluate([item], tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("state.json", "{"), ("state.json", "[]"), ("state.json", "{}"), ("dataset_info.json", "7"), ("*.arrow", "junk"),
+        ("state.json", '{"_data_files": [{"filename": "none"}]}'), ("*.arrow", ""),
+        ("dataset_info.json", '{"features": {"text": {"_type": "Nothing"}}}'),
+    ],
+)  # fmt: skip
+def test_a_damaged_folder_of_a_dataset(tmp_path, tokenizer, file, content):
+    item = _write(tmp_path, "folder", [{"text": "some words " * 20}])
+    (found,) = Path(item.source).glob(file)
+    found.write_text(content, encoding="utf-8")
+    with pytest.raises(UsageError, match=r"records\.folder cannot be read: "):
+        _evaluate([item], tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("~nosuchuser/a.txt", "~nosuchuser/a.txt: there is no such user"),
+        ("a" * 300 + ".txt", "File name too long"),
+        ("a" * 5000, r"a\.\.\. \(5000 characters\)' is not a path: File name too long"),
+        ("a\0.txt", "is not a path: embedded null byte"),
+        ("{file}/a.txt", "no such file"),
+    ],
+)
+def test_paths_that_no_system_opens(tmp_path, name, message):
+    (tmp_path / "file").write_text("a", encoding="utf-8")
+    name = name.format(file=tmp_path / "file")
+    with pytest.raises(UsageError, match=message):
+        text_sources.check(Source(source=name), evaluating=False)
+    with pytest.raises(UsageError, match=message):
+        text_sources.check(Source(source="c4", path=name), evaluating=False)
 
 
 def test_chat_messages_go_through_the_template(tmp_path, tokenizer):
@@ -190,6 +302,18 @@ def test_chat_messages_go_through_the_template(tmp_path, tokenizer):
     assert list(text_sources.documents(item, False, tokenizer)) == rendered
     windows = _cut([token for text in rendered for token in _ids(tokenizer, text)], 8)
     assert sorted(_calibrate([item], tokenizer, len(windows), 8).tolist()) == sorted(windows)
+
+
+@pytest.mark.parametrize("chat", [None, [], "hello", [{"from": "user", "value": "hello"}]])
+def test_messages_that_are_none_name_their_record(tmp_path, tokenizer, chat):
+    good = [{"role": "user", "content": "hello"}]
+    item = _write(tmp_path, "jsonl", [{"chat": good}, {"chat": chat}]).model_copy(update={"messages_key": "chat"})
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    with pytest.raises(UsageError, match=r"records\.jsonl: record 1, field `chat`: (expected a list|message 0 has no)"):
+        _evaluate([item], tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(UsageError, match=r"records\.jsonl: record 0, field `chat`: the tokenizer's chat template cannot render"):
+        _evaluate([item], tokenizer)
 
 
 def test_tokens_of_one_row(tmp_path, tokenizer):
@@ -218,6 +342,38 @@ def test_token_files_without_integer_ids(tmp_path, tokenizer, tensors):
         _evaluate([Source(source=str(tmp_path / "a.safetensors"))], tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.tensor(7), r"input_ids have the shape \[\], expected \[tokens\] or \[rows, tokens\]"),
+        (torch.zeros(2, 3, 16, dtype=torch.int64), r"input_ids have the shape \[2, 3, 16\]"),
+        (torch.ones(64, dtype=torch.bool), r"expected an integer tensor `input_ids`, it has: input_ids \(input_ids are bool\)"),
+        (torch.ones(64, dtype=torch.float16), r"input_ids are float16"),
+        (torch.ones(64, dtype=torch.complex64), r"input_ids are complex64"),
+        (torch.tensor([], dtype=torch.int64), "holds 0 tokens"),
+        (torch.zeros(0, 16, dtype=torch.int64), "holds 0 tokens"),
+        (torch.zeros(3, 0, dtype=torch.int64), "(holds 0 tokens|rows of input_ids have 0 tokens)"),
+        (torch.full((64,), -3, dtype=torch.int8), "token ids begin at -3, the vocabulary at 0; wrong tokenizer"),
+        (torch.full((64,), 2**63 + 5, dtype=torch.uint64), "token ids begin at -9223372036854775803, the vocabulary at 0"),
+        (torch.full((64,), 2**60), "token ids reach 1152921504606846976"),
+    ],
+)
+def test_token_files_of_odd_shapes_and_kinds(tmp_path, tokenizer, ids, message):
+    save_file({"input_ids": ids}, tmp_path / "a.safetensors")
+    item = Source(source=str(tmp_path / "a.safetensors"))
+    with pytest.raises(UsageError, match=message):
+        _evaluate([item], tokenizer)
+    with pytest.raises(UsageError, match=message):
+        _calibrate([item], tokenizer, 2, 8)
+
+
+def test_a_start_token_outside_the_vocabulary(tmp_path, tokenizer):
+    tokenizer.add_special_tokens({"bos_token": "<beyond>"})
+    item = _counting(tmp_path, "ids", 0, 64)
+    with pytest.raises(UsageError, match="token ids reach 400, the vocabulary ends at 399"):
+        _calibrate([item], tokenizer, 2, 16, bos=True, vocab=400)
+
+
 def test_what_check_refuses(tmp_path):
     (tmp_path / "a.csv").write_text("a", encoding="utf-8")
     (tmp_path / "folder").mkdir()
@@ -232,8 +388,29 @@ def test_what_check_refuses(tmp_path):
     ]:
         with pytest.raises(UsageError, match=message):
             text_sources.check(item, evaluating)
-    for name in ("builtin:calibration", "builtin:evaluation/novels", "generate:", "hub:some/data", "c4"):
+    for name in ("builtin:calibration", "builtin:evaluation/novels", "generate:", "hub:some/data", "hub:data_1.x", "c4"):
         text_sources.check(Source(source=name), evaluating=False)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "../x", "a b", "a/b/c", "/", "/etc", "a/", "a--b", "a..b", "~", "a" * 97, "a\n", "é", "-a", ".x/y"]
+)
+def test_names_that_no_dataset_of_the_hub_has(name):
+    with pytest.raises(UsageError, match="expected hub:NAME or hub:OWNER/NAME") as caught:
+        text_sources.check(Source(source=f"hub:{name}"), evaluating=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_network_the_hub_is_not_asked(tokenizer, monkeypatch):
+    def unknown(host, port):
+        raise OSError(-2, "Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("socket.getaddrinfo", unknown)
+    monkeypatch.setattr("datasets.load_dataset", lambda *of, **more: pytest.fail("asked"))
+    with pytest.raises(UsageError, match=r"dataset some/data cannot be read .*: there is no network, .* give a local file"):
+        _evaluate([Source(source="hub:some/data")], tokenizer)
 
 
 @pytest.mark.parametrize("name", ["wikitext2", "ptb", "c4", "hub:some/data"])
@@ -361,6 +538,85 @@ def test_token_ids_outside_the_vocabulary(tmp_path, tokenizer):
         _calibrate([item], tokenizer, 8, 8, vocab=63)
     with pytest.raises(UsageError, match="wrong tokenizer"):
         _evaluate([_counting(tmp_path, "negative", -1, 64)], tokenizer)
+
+
+def _streamed(monkeypatch, texts: list[str]) -> None:
+    """The hub has these documents, in every dataset."""
+    monkeypatch.setattr("datasets.load_dataset", lambda *of, **more: iter([{"text": text} for text in texts]))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16, 256])
+@pytest.mark.parametrize("sets", [(6, 5), (6, 5, 4), (1, 9, 1, 2)])
+def test_fresh_text_of_the_hub_is_no_text_that_another_set_chose_from(tokenizer, monkeypatch, batch, sets):
+    monkeypatch.setattr(encode, "BATCH", batch)
+    texts = [f"{number:05d} " * (1 + 7 * number % 20) for number in range(6000)]
+    _streamed(monkeypatch, texts)
+    place = {}
+    for number, text in enumerate(texts):
+        place.setdefault(text[:5], number)
+    item = Source(source="hub:some/data")
+    seen: set[int] = set()
+    for index, count in enumerate(sets):
+        taken = [sets[:index]] if index else []
+        found: set[int] = set()
+        for seed in range(6):  # other seeds choose other windows of the same text
+            rows = _calibrate([item], tokenizer, count, 32, seed=seed, taken=taken)
+            found |= {place[word] for row in rows.tolist() for word in tokenizer.decode(row).split() if word in place}
+        assert found
+        if seen:
+            # A record may be cut where a batch of it is not: batches are whole records.
+            assert min(found) > max(seen)
+        seen |= found
+
+
+def test_of_sets_that_do_not_follow_each_other_the_last_counts(tokenizer, monkeypatch):
+    monkeypatch.setattr(encode, "BATCH", 4)
+    _streamed(monkeypatch, [f"{number:05d} " * 9 for number in range(6000)])
+    item = Source(source="hub:some/data")
+    both = _calibrate([item], tokenizer, 3, 32, taken=[(2,), (9, 2), ()])
+    assert torch.equal(both, _calibrate([item], tokenizer, 3, 32, taken=[(9, 2)]))
+    assert not torch.equal(both, _calibrate([item], tokenizer, 3, 32, taken=[(9,)]))
+
+
+def test_what_training_reads_of_the_hub(tokenizer, monkeypatch):
+    texts = [_text(number, 30) for number in range(40)]
+    _streamed(monkeypatch, texts)
+    monkeypatch.setattr(encode, "BATCH", 16)
+    whole = [_ids(tokenizer, text + "\n\n") for text in texts]
+    # Whole batches of documents, until there are four times as many tokens as are needed.
+    read = next(whole[: 16 * n] for n in (1, 2, 3) if sum(map(len, whole[: 16 * n])) >= 4 * 24 * 8)
+    windows = torch.tensor(_cut([token for ids in read for token in ids], 8))
+    chosen = torch.randperm(len(windows), generator=torch.Generator().manual_seed(3))[:24]
+    assert torch.equal(_calibrate([Source(source="hub:some/data")], tokenizer, 24, 8, seed=3), windows[chosen])
+
+
+def test_too_little_text_beside_what_another_set_reads(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(encode, "BATCH", 2)
+    texts = [_text(number, 30) for number in range(10)]
+    _streamed(monkeypatch, texts)
+    counts = [len(_ids(tokenizer, text + "\n\n")) for text in texts]
+    pairs = [sum(counts[i : i + 2]) for i in range(0, 10, 2)]
+    assert pairs[0] >= 4 * 2 * 16
+    message = f"holds {sum(counts) - pairs[0]:,} tokens after the {pairs[0]:,} that another set reads, 4,000 are needed"
+    with pytest.raises(UsageError, match=message):
+        _calibrate([Source(source="hub:some/data")], tokenizer, 250, 16, taken=[(2,)])
+    with pytest.raises(UsageError, match=f"holds 0 tokens after the {sum(counts):,} that another set reads"):
+        _calibrate([Source(source="hub:some/data")], tokenizer, 2, 16, taken=[(250,)])
+    item = _preset(tmp_path, "c4", texts)
+    with pytest.raises(UsageError, match="holds 10 records of more than 16 tokens, the first 8 of them for another set, 3 "):
+        _calibrate([item], tokenizer, 3, 16, taken=[(2,)])
+    with pytest.raises(UsageError, match="holds 10 records of more than 16 tokens, the first 10 of them for another set, 1 "):
+        _calibrate([item], tokenizer, 1, 16, taken=[(3,)])
+
+
+def test_fresh_records_are_none_of_another_set(tmp_path, tokenizer):
+    texts = [f"{number:05d} " * 30 for number in range(60)]
+    item = _preset(tmp_path, "c4", texts)
+    first = {word for seed in range(8) for row in _calibrate([item], tokenizer, 4, 32, seed).tolist()
+             for word in tokenizer.decode(row).split() if len(word) == 5}  # fmt: skip
+    fresh = {word for seed in range(8) for row in _calibrate([item], tokenizer, 4, 32, seed, taken=[(4,)]).tolist()
+             for word in tokenizer.decode(row).split() if len(word) == 5}  # fmt: skip
+    assert max(first) < min(fresh)
 
 
 def _largest_remainders(weights: list[float], total: int) -> list[int]:

@@ -3,22 +3,20 @@
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lbllm_cli import text_sources
+from lbllm_cli import files, text_sources
+from lbllm_cli.encode import batches, encode
 from lbllm_cli.errors import UsageError
 from lbllm_cli.recipe import EvaluationSet, TokenSet
 from lbllm_cli.recipe_base import Source
 
 # A stream from the hub has no end that could be waited for: this many times the needed tokens are read to choose from.
 _OVERSAMPLE = 4
-_BATCH = 256
 Sampler = Callable[[Source, int, int], Tensor]
 
 
@@ -51,14 +49,14 @@ def training_tokens(
     parts = []
     for index, (item, count) in enumerate(zip(sources, _shares(sources, spec.sequences), strict=True)):
         # By each set's own shares: those of a sum are not the sum of the shares.
-        before = max((sum(_shares(sources, size)[index] for size in sizes) for sizes in taken), default=0)
+        others = [[_shares(sources, size)[index] for size in sizes] for sizes in taken]
         generator = torch.Generator().manual_seed(seed + index)
         if not count:
             continue
         if item.source == "generate:":
             parts.append(sampler(item, count, length))
         else:
-            parts.append(_windows(item, (before, count), length, tokenizer, generator, key))
+            parts.append(_windows(item, others, count, length, tokenizer, generator, key))
     order = sorted((row / part.shape[0], which, row) for which, part in enumerate(parts) for row in range(part.shape[0]))
     rows = torch.stack([parts[which][row] for _, which, row in order])
     return _finish(rows, spec.bos, tokenizer, vocab, key)
@@ -74,11 +72,11 @@ def evaluation_tokens(spec: EvaluationSet, tokenizer: Any, vocab: int) -> Tensor
     if spec.segments is None:
         if len({item.weight for item in spec.source}) > 1:
             raise UsageError(f"{key}: weights are shares of its segments; set segments")
-        ids = torch.cat([_evaluation_ids(item, tokenizer, None) for item in sources])
+        ids = torch.cat([_evaluation_ids(item, tokenizer, None, key) for item in sources])
         rows = _segments(ids, max(1, ids.numel() // length), length, key, spec.source)
     else:
         counts = zip(sources, _shares(sources, spec.segments), strict=True)
-        pieces = [(item, count, _evaluation_ids(item, tokenizer, count * length)) for item, count in counts if count]
+        pieces = [(item, count, _evaluation_ids(item, tokenizer, count * length, key)) for item, count in counts if count]
         rows = torch.cat([_segments(ids, count, length, key, [item]) for item, count, ids in pieces])
     return _finish(rows, spec.bos, tokenizer, vocab, key)
 
@@ -104,57 +102,86 @@ def _shares(sources: list[Source], total: int) -> list[int]:
     return counts
 
 
-def _encode(texts: Iterator[str], tokenizer: Any, needed: int | None) -> Tensor:
-    """Token ids of texts, each followed by nothing; reading stops once `needed` tokens are there."""
+def _read(batched: Iterator[Tensor], needed: int | None) -> Tensor:
+    """Ids of whole batches, until `needed` are there; None: of all."""
     pieces: list[Tensor] = []
     found = 0
-    while batch := list(islice(texts, _BATCH)):
-        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-            pieces.append(torch.tensor(ids, dtype=torch.int64))
-            found += len(ids)
+    for ids in batched:
+        pieces.append(ids)
+        found += ids.numel()
         if needed is not None and found >= needed:
             break
     return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
 
 
-def _pretokenized(path: Path, length: int | None) -> Tensor:
+def _pass_over(batched: Iterator[Tensor], others: list[list[int]]) -> int:
+    """Reads past the batches that other sets read, and gives their number of tokens.
+
+    others: of sets that follow each other, what each needs, as `_read` has it: every one begins where the one before stopped.
+    """
+    waiting = [[needed for needed in sets if needed] for sets in others]
+    found, passed = [0] * len(waiting), 0
+    while any(waiting) and (ids := next(batched, None)) is not None:
+        passed += ids.numel()
+        for index, sets in enumerate(waiting):
+            found[index] += ids.numel()
+            if sets and found[index] >= sets[0]:
+                sets.pop(0)
+                found[index] = 0
+    return passed
+
+
+def _pretokenized(item: Source, length: int | None) -> Tensor:
     """`input_ids` of a safetensors file: [n], or [rows, length] taken row by row."""
+    path = files.user_path(item.source, "source")
+    files.check_regular(path)
     try:
-        tensors = load_file(path)
+        with safe_open(path, framework="pt") as handle:
+            names = list(handle.keys())
+            ids = handle.get_tensor("input_ids") if "input_ids" in names else None
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
-    if "input_ids" not in tensors or tensors["input_ids"].is_floating_point():
-        raise UsageError(f"{path}: expected an integer tensor `input_ids`, it has: {', '.join(tensors)}")
-    ids = tensors["input_ids"].long()
+    if ids is None or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        kinds = "" if ids is None else f" (input_ids are {str(ids.dtype).removeprefix('torch.')})"
+        raise UsageError(f"{path}: expected an integer tensor `input_ids`, it has: {', '.join(names)[:300]}{kinds}")
+    if ids.dim() not in {1, 2}:
+        raise UsageError(f"{path}: input_ids have the shape {list(ids.shape)}, expected [tokens] or [rows, tokens]")
+    ids = ids.long()
     if ids.dim() == 2 and length is not None and ids.shape[1] < length:
         raise UsageError(f"{path}: rows of input_ids have {ids.shape[1]} tokens, {length} are needed")
-    return ids[:, :length].flatten() if ids.dim() == 2 else ids.flatten()
+    return ids[:, :length].flatten() if ids.dim() == 2 else ids
 
 
-def _windows(item: Source, counts: tuple[int, int], length: int, tokenizer: Any, generator: torch.Generator, key: str) -> Tensor:
-    """counts: sequences to leave out, and to take."""
-    skip, count = counts
+def _windows(
+    item: Source, others: list[list[int]], count: int, length: int, tokenizer: Any, generator: torch.Generator, key: str
+) -> Tensor:
+    """int64 [count, length]. others: of sets that follow each other, the sequences that each has of this source."""
+    where, skip = f"{key}: {text_sources.describe(item)}", max(map(sum, others), default=0)
     preset = text_sources.PRESETS.get(item.source)
+    passed = 0
     if item.source.endswith(".safetensors"):
-        ids = _pretokenized(Path(item.source).expanduser(), length)
+        ids = _pretokenized(item, length)
     elif preset is not None and preset.joiner is None:
-        return _record_windows(item, counts, length, tokenizer, generator, key)
+        return _record_windows(item, (skip, count), length, tokenizer, generator, where)
     else:
         texts = text_sources.documents(item, False, tokenizer)
         if preset is not None:
             texts = iter([str(preset.joiner).join(texts)])
         elif not item.messages_key:
             texts = (text + "\n\n" for text in texts)
+        batched = batches(texts, tokenizer, where)
         if item.source.startswith("hub:"):
-            # What the other set chose from is passed over.
-            ids = _encode(texts, tokenizer, _OVERSAMPLE * (skip + count) * length)[_OVERSAMPLE * skip * length :]
+            # All that another set chose from is passed over: to the end of the batch where it had enough.
+            passed = _pass_over(batched, [[_OVERSAMPLE * size * length for size in sets] for sets in others])
+            ids = _read(batched, _OVERSAMPLE * count * length)
             skip = 0
         else:
-            ids = _encode(texts, tokenizer, None)
+            ids = _read(batched, None)
     found, needed = ids.numel() // length, skip + count
     if found < needed:
+        after = f" after the {passed:,} that another set reads" if passed else ""
         raise UsageError(
-            f"{key}: {text_sources.describe(item)} holds {ids.numel():,} tokens, {needed * length:,} are needed "
+            f"{where} holds {ids.numel():,} tokens{after}, {needed * length:,} are needed "
             f"({count}{f' beside the {skip} of another set' if skip else ''} sequences x {length}); lower sequences or length, "
             "or add text"
         )
@@ -163,23 +190,28 @@ def _windows(item: Source, counts: tuple[int, int], length: int, tokenizer: Any,
 
 
 def _record_windows(
-    item: Source, counts: tuple[int, int], length: int, tokenizer: Any, generator: torch.Generator, key: str
+    item: Source, counts: tuple[int, int], length: int, tokenizer: Any, generator: torch.Generator, where: str
 ) -> Tensor:
-    """A random window of each record that is longer than a sequence, records in a random order within a pool."""
-    skip, count = counts
+    """A random window of each record that is longer than a sequence, records in a random order within a pool.
+
+    counts: sequences of other sets, whose pools come first and are passed over, and to take.
+    """
+    passed, count = _OVERSAMPLE * counts[0], counts[1]
     pool: list[Tensor] = []
-    texts = text_sources.documents(item, False, tokenizer)
-    for text in texts:
-        ids = _encode(iter([text]), tokenizer, None)
+    found = 0
+    for text in text_sources.documents(item, False, tokenizer):
+        ids = encode(text, tokenizer, where)
         if ids.numel() > length:
-            pool.append(ids)
-        if len(pool) == _OVERSAMPLE * (skip + count):
+            found += 1
+            if found > passed:
+                pool.append(ids)
+        if len(pool) == _OVERSAMPLE * count:
             break
-    pool = pool[_OVERSAMPLE * skip :]
     if len(pool) < count:
+        after = f", the first {min(found, passed):,} of them for another set" if passed else ""
         raise UsageError(
-            f"{key}: {text_sources.describe(item)} holds {len(pool)} records of more than {length} tokens, "
-            f"{count} are needed; lower sequences or length"
+            f"{where} holds {found:,} records of more than {length} tokens{after}, "
+            f"{count} are needed; lower sequences or length, or add text"
         )
     rows = []
     for index in torch.randperm(len(pool), generator=generator)[:count].tolist():
@@ -188,22 +220,26 @@ def _record_windows(
     return torch.stack(rows)
 
 
-def _evaluation_ids(item: Source, tokenizer: Any, needed: int | None) -> Tensor:
+def _evaluation_ids(item: Source, tokenizer: Any, needed: int | None, key: str) -> Tensor:
     if item.source.endswith(".safetensors"):
-        return _pretokenized(Path(item.source).expanduser(), None)
+        return _pretokenized(item, None)
+    where = f"{key}: {text_sources.describe(item)}"
     texts = text_sources.documents(item, True, tokenizer)
     preset = text_sources.PRESETS.get(item.source)
     if preset is not None:
         joined = preset.evaluation_joiner.join(islice(texts, preset.evaluation_records))
-        return _encode(iter([joined]), tokenizer, None)[: preset.evaluation_tokens]
-    return _encode((text + "\n\n" for text in texts), tokenizer, needed)
+        return encode(joined, tokenizer, where)[: preset.evaluation_tokens]
+    return _read(batches((text + "\n\n" for text in texts), tokenizer, where), needed)
 
 
 def _finish(rows: Tensor, bos: bool, tokenizer: Any, vocab: int, where: str) -> Tensor:
-    if int(rows.max()) >= vocab or int(rows.min()) < 0:
-        raise UsageError(f"{where}: token ids reach {int(rows.max())}, the vocabulary ends at {vocab - 1}; wrong tokenizer?")
     if bos:
         if tokenizer.bos_token_id is None:
             raise UsageError(f"{where}: bos is true and the tokenizer has no BOS token; set bos: false")
         rows = torch.cat([torch.full((rows.shape[0], 1), tokenizer.bos_token_id, dtype=torch.int64), rows], dim=1)
+    least, most = int(rows.min()), int(rows.max())
+    if least < 0:
+        raise UsageError(f"{where}: token ids begin at {least}, the vocabulary at 0; wrong tokenizer?")
+    if most >= vocab:
+        raise UsageError(f"{where}: token ids reach {most}, the vocabulary ends at {vocab - 1}; wrong tokenizer?")
     return rows.contiguous()

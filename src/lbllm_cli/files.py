@@ -61,6 +61,14 @@ def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
         raise UsageError(f"{path} is not UTF-8 text: byte {error.start} cannot be decoded") from None
 
 
+def check_unicode(text: str, what: str) -> None:
+    """Raises UsageError for half a surrogate pair, as JSON's "\\ud800": no file and no tokenizer takes it. what: for messages."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{what} is no Unicode text: character {error.start} is half a pair ({text[error.start]!a})") from None
+
+
 def read_json(path: Path, limit: int = TEXT_LIMIT) -> Any:
     """A JSON file. Raises as `read_text`, and UsageError where it is not JSON or nested too deeply to be read."""
     try:
@@ -118,7 +126,8 @@ def touch(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file's bytes."""
+    """Hash of a file's bytes. Raises UsageError for a pipe or a folder, which has none."""
+    check_regular(path)
     digest = hashlib.sha256()
     with path.open("rb") as handle:
         while piece := handle.read(1 << 20):

@@ -1,16 +1,18 @@
 """Where text comes from: bundled text, local files, and hub datasets in the forms the quantization papers use."""
 
-import gzip
 import json
 import lzma
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
+from lbllm_cli import chat, files
 from lbllm_cli.errors import UsageError
 from lbllm_cli.recipe_base import Source
+from lbllm_cli.records import RECORD_LIMIT, check_hub_name, hub_records, local_records
 
 STYLES = ("novels", "technical", "modern")
 PARTS = ("calibration", "evaluation")
@@ -89,12 +91,14 @@ def check(item: Source, evaluating: bool) -> None:
         if evaluating and PRESETS[name].evaluation is None:
             raise UsageError(f"source {name} has no evaluation part; choose wikitext2, ptb, c4 or a path")
         if item.path is not None:
-            _existing(item.path)
-    elif name != "generate:" and not name.startswith("hub:"):
-        path = _existing(name)
+            _existing(item.path, "path")
+    elif name.startswith("hub:"):
+        check_hub_name(name.removeprefix("hub:"))
+    elif name != "generate:":
+        path = _existing(name, "source")
         if path.is_dir() and not ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
             raise UsageError(f"source {name} is a folder but not a dataset written by save_to_disk (no state.json)")
-        if path.is_file() and not path.name.endswith((*SUFFIXES, ".safetensors")):
+        if not path.is_dir() and not path.name.endswith((*SUFFIXES, ".safetensors")):
             kinds = ", ".join(SUFFIXES)
             raise UsageError(f"source {name}: unknown kind {path.suffix!r}; expected {kinds}, .safetensors or a folder")
 
@@ -120,10 +124,12 @@ def _check_keys(item: Source) -> None:
         raise UsageError(f"source {name} does not read {', '.join(unread)}{remedy}")
 
 
-def _existing(name: str) -> Path:
-    path = Path(name).expanduser()
-    if not path.exists():
+def _existing(name: str, key: str) -> Path:
+    path = files.user_path(name, key)
+    if not os.path.exists(path):  # Path.exists raises where a folder above may not be entered
         raise UsageError(f"source {name}: no such file; presets: {', '.join(PRESETS)}; also builtin:, generate:, hub:NAME")
+    if not path.is_dir():
+        files.check_regular(path)
     return path
 
 
@@ -139,21 +145,21 @@ def documents(item: Source, evaluating: bool, tokenizer: Any) -> Iterator[str]:
         place = preset.evaluation if evaluating else preset.calibration
         assert place is not None  # `check` refused this
         if item.path:
-            records = _local_records(Path(item.path).expanduser(), item.split or place[0])
+            records = local_records(files.user_path(item.path, "path"), item.split or place[0])
         else:
-            records = _hub_records(preset.repository, preset.config, *place)
+            records = hub_records(preset.repository, preset.config, *place)
         yield from _texts(records, item.model_copy(update={"text_key": preset.key}), tokenizer)
         return
     split = item.split or ("test" if evaluating else "train")
     if name.startswith("hub:"):
-        yield from _texts(_hub_records(name.removeprefix("hub:"), item.config, split, None), item, tokenizer)
-    elif (path := Path(name).expanduser()).suffix == ".txt":
+        yield from _texts(hub_records(name.removeprefix("hub:"), item.config, split, None), item, tokenizer)
+    elif (path := files.user_path(name, "source")).suffix == ".txt":
         try:
-            yield path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{path} cannot be read: {error}") from None
+            yield files.read_text(path)
+        except FileNotFoundError:
+            raise UsageError(f"{path} is no longer there") from None
     else:
-        yield from _texts(_local_records(path, split), item, tokenizer)
+        yield from _texts(local_records(path, split), item, tokenizer)
 
 
 def builtin_records(part: str, style: str) -> Iterator[dict[str, str]]:
@@ -163,71 +169,21 @@ def builtin_records(part: str, style: str) -> Iterator[dict[str, str]]:
         yield from (json.loads(line) for line in lines)
 
 
-def _local_records(path: Path, split: str) -> Iterator[dict[str, Any]]:
-    """Records of a file or folder; split: the one read of a folder that has several."""
-    import datasets
-
-    try:
-        if path.is_dir():
-            loaded = datasets.load_from_disk(str(path))
-            if isinstance(loaded, datasets.DatasetDict):
-                if split not in loaded:
-                    raise UsageError(f"{path} has no split {split}; it has {', '.join(loaded)}; set split")
-                loaded = loaded[split]
-            yield from loaded
-        elif path.suffix == ".parquet":
-            import pyarrow.parquet as parquet
-
-            for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
-        else:
-            yield from _json_records(path)
-    except (OSError, ValueError, EOFError) as error:  # EOFError: a compressed file that ends too early
-        raise UsageError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-
-
-def _json_records(path: Path) -> Iterator[dict[str, Any]]:
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as handle:
-        if path.name.removesuffix(".gz").endswith(".json") and handle.read(256).lstrip().startswith("["):
-            handle.seek(0)
-            yield from json.load(handle)
-            return
-        handle.seek(0)
-        for number, line in enumerate(handle, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError:
-                    raise UsageError(f"{path}:{number} is not JSON") from None
-
-
-def _hub_records(repository: str, config: str | None, split: str, file: str | None) -> Iterator[dict[str, Any]]:
-    import datasets
-
-    try:
-        options: dict[str, Any] = {"data_files": {split: file}} if file else {}
-        yield from datasets.load_dataset(repository, config, split=split, streaming=True, **options)
-    except Exception as error:  # hub, network and builder errors have no common base
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(
-            f"dataset {repository} cannot be read from the Hugging Face hub: {reason}. "
-            "Without a network give a local file, or `path:` with the preset's schema"
-        ) from None
-
-
-def _texts(records: Iterator[dict[str, Any]], item: Source, tokenizer: Any) -> Iterator[str]:
+def _texts(records: Iterator[Any], item: Source, tokenizer: Any) -> Iterator[str]:
+    key = item.messages_key or item.text_key
     for number, record in enumerate(records):
-        key = item.messages_key or item.text_key
+        where = f"{describe(item)}: record {number}"
         if not isinstance(record, dict) or key not in record:
-            have = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            what = f"{describe(item)}: record {number} has no field `{key}`, it has: {have}"
-            raise UsageError(f"{what}; set text_key or messages_key")
+            have = ", ".join(map(str, record))[:300] if isinstance(record, dict) else type(record).__name__
+            raise UsageError(f"{where} has no field `{key}`, it has: {have}; set text_key or messages_key")
         value = record[key]
         if item.messages_key:
             if not tokenizer.chat_template:
                 raise UsageError(f"{describe(item)}: messages_key needs a chat template and the tokenizer has none; use text_key")
-            yield str(tokenizer.apply_chat_template(value, tokenize=False))
-        elif isinstance(value, str):
-            yield value
-        else:
+            value = chat.render(tokenizer, value, f"{where}, field `{key}`")
+        elif not isinstance(value, str):
             raise UsageError(f"{describe(item)}: field `{key}` of record {number} is {type(value).__name__}, expected text")
+        if len(value) > RECORD_LIMIT:
+            raise UsageError(f"{where} has {len(value):,} characters; at most {RECORD_LIMIT:,} are read; divide it into several")
+        files.check_unicode(value, f"{where}, field `{key}`")
+        yield value
