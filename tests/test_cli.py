@@ -142,6 +142,8 @@ def test_generate_stops_when_its_reader_does(ok, recipe, tmp_path):
 
     ok("ptq", "--recipe", recipe)
     ok("export", "--recipe", recipe)
+    config = tmp_path / "run" / "export" / "config.json"
+    config.write_text(config.read_text().replace('"max_position_embeddings": 128', '"max_position_embeddings": 200000'))
     pieces = stream_text(tmp_path / "run" / "export", "the", True, 100_000, 0.0, 0, torch.device("cpu"), False, print)
     next(pieces)
     began = time.monotonic()

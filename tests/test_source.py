@@ -107,7 +107,7 @@ def test_every_truncation_is_noticed(single):
 def test_files_that_are_not_there_are_refused(tmp_path):
     with pytest.raises(UsageError, match=r"w\.safetensors is missing; download w\.safetensors again"):
         source.read_header(tmp_path / "w.safetensors")
-    with pytest.raises(UsageError, match="cannot be read: Is a directory"):
+    with pytest.raises(UsageError, match="is a folder; expected a file"):
         source.read_header(tmp_path)
 
 

@@ -176,22 +176,30 @@ def export(recipe: RecipeOption, overrides: Overrides = None, dry_run: DryRun = 
 
 @app.command(epilog='Example: `lbllm generate --model runs/smollm2-135m/export --prompt "What is a comet?"`')
 def generate(
-    model: Annotated[Path, typer.Option("--model", "-m", help="exported folder, or any model folder", show_default=False)],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="exported folder, any model folder, or a Hugging Face id", show_default=False)
+    ],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="user message, or the beginning of a text", show_default=False)],
     raw: Annotated[bool, typer.Option("--raw", help="continue the prompt as it is, without the chat template")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="tokens to write at most")] = 128,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, max=2**31, help="tokens to write at most; default 128, or as many as fit", show_default=False),
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0: always the likeliest token")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="for temperatures above 0")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="for temperatures above 0")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     full_activations: Annotated[
         bool, typer.Option("--full-activations", help="do not quantize activations, keys and values")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run Python code that comes with the model; read it first")
     ] = False,
 ) -> None:
     """Stream text from a model folder to stdout; the chat template is applied where there is one."""
     with _exit_codes():
         from lbllm_cli import commands
 
-        commands.generate(model, prompt, raw, max_new_tokens, temperature, seed, device, full_activations)
+        commands.generate(model, prompt, raw, max_new_tokens, temperature, seed, device, full_activations, trust_remote_code)
 
 
 @app.command(epilog="Example: `lbllm validate --recipe llama2-7b.yaml model.path=./folder-with-config-json`")

@@ -10,16 +10,20 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
+from transformers import PretrainedConfig, TextIteratorStreamer
 
-from lbllm_cli import files, interrupt
-from lbllm_cli.errors import UsageError
-from lbllm_cli.model import SourceModel
-from lbllm_cli.packed_checks import refusing
+from lbllm_cli import chat, files, interrupt, source
+from lbllm_cli.errors import RunError, UsageError
+from lbllm_cli.generation_settings import read_settings
+from lbllm_cli.model import SourceModel, read_tokenizer
+from lbllm_cli.model_config import positions
 from lbllm_cli.recipe_base import Source
+from lbllm_cli.whole_folder import check_folder, load_folder
 
 # Sequences sampled together: their keys and values lie in memory beside the whole model.
 ROWS_AT_ONCE = 32
+# Tokens that `lbllm generate` writes where nobody says how many.
+USUAL_TOKENS = 128
 
 
 def sample_tokens(model: SourceModel, tokenizer: Any, rows: int, length: int, seed: int, temperature: float) -> Tensor:
@@ -27,7 +31,8 @@ def sample_tokens(model: SourceModel, tokenizer: Any, rows: int, length: int, se
 
     Starts from the tokenizer's BOS, or where it has none from single tokens drawn at random. Needs the whole model in memory.
     """
-    network = AutoModelForCausalLM.from_pretrained(model.folder, dtype=model.dtype).to(model.device).eval()
+    # A family's own classes are always there, whatever code the folder brings.
+    network = load_folder(model.folder, False, dtype=model.dtype).to(model.device)
     generator = torch.Generator(device=model.device).manual_seed(seed)
     pieces = []
     for start in range(0, rows, ROWS_AT_ONCE):
@@ -82,39 +87,93 @@ class _TimedStreamer(TextIteratorStreamer):  # type: ignore[misc]
         return line + (f"; decode {decoded} tokens, {decoded / (last - first):.1f} tokens/s" if decoded else "")
 
 
+def _encode(tokenizer: Any, prompt: str, raw: bool) -> dict[str, Tensor]:
+    """The prompt's tokens and mask, int64 [1, length]. raw: without the chat template."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UsageError("--prompt is not UTF-8 text; give it in the encoding of the terminal") from None
+    templated = bool(tokenizer.chat_template) and not raw
+    if templated:
+        prompt = chat.render(tokenizer, [{"role": "user", "content": prompt}], "--prompt", add_generation_prompt=True)
+    try:
+        # A template writes the special tokens out.
+        found = tokenizer(prompt, add_special_tokens=not templated, return_tensors="pt")
+        inputs = {name: found[name].long() for name in ("input_ids", "attention_mask")}
+    except Exception as error:  # of any kind, by a tokenizer that does not fit its files
+        raise UsageError(f"{tokenizer.name_or_path}: the tokenizer cannot encode --prompt: {source.reason(error)}") from None
+    if not inputs["input_ids"].numel():
+        raise UsageError("--prompt is empty, and the tokenizer has nothing that it begins with; give some text")
+    return inputs
+
+
+def _room(config: PretrainedConfig, tokens: Tensor, wanted: int | None) -> int:
+    """How many tokens to write after `tokens`, int64 [1, length]. wanted: None for as many as usual, or as there is room for.
+
+    Raises UsageError for a prompt that is not the model's, or that leaves it less room than is wanted.
+    """
+    vocab = config.get_text_config().vocab_size
+    if int(tokens.max()) >= vocab:
+        raise UsageError(
+            f"the tokenizer gives token {int(tokens.max())} for --prompt, the model has {vocab}; copy the model's own tokenizer"
+        )
+    limit = positions(config)
+    if limit is None:
+        return wanted or USUAL_TOKENS
+    room = limit - tokens.shape[1]
+    if room < 1:
+        raise UsageError(f"--prompt has {tokens.shape[1]} tokens, the model has {limit} positions; shorten it")
+    if wanted is not None and wanted > room:
+        raise UsageError(
+            f"--max-new-tokens {wanted}: the prompt has {tokens.shape[1]} tokens, the model {limit} positions; give at most "
+            f"{room}"
+        )
+    return min(USUAL_TOKENS, room) if wanted is None else wanted
+
+
+def _finite_scores(tokens: Tensor, scores: Tensor) -> Tensor:
+    """Lets predictions [rows, vocab] through. Raises RunError for NaN, which the likeliest token would be chosen from."""
+    if not bool(torch.isfinite(scores.amax())):
+        raise RunError(f"the model's predictions after {tokens.shape[1]} tokens are not finite; it cannot run in its own dtype")
+    return scores
+
+
 def stream_text(
     folder: Path,
     prompt: str,
     raw: bool,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     temperature: float,
     seed: int,
     device: torch.device,
     full_activations: bool,
     report: Callable[[str], None],
+    trust_remote_code: bool = False,
 ) -> Iterator[str]:
     """Text of a packed or dense model folder, piece by piece.
 
-    raw: continue the prompt as it is; otherwise the chat template is applied where there is one. full_activations: do not
-    quantize activations, keys and values. report: called at the end with a line about speed.
-    """
-    import lbllm_cli.hf  # registers the packed format
+    raw: continue the prompt as it is; otherwise the chat template is applied where there is one. max_new_tokens: None for
+    USUAL_TOKENS, or as many as the model has positions for. full_activations: do not quantize activations, keys and values.
+    report: called at the end with a line about speed. trust_remote_code: whether code that the folder brings may run.
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    with refusing(folder):
-        model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device}).eval()
+    Raises UsageError for a folder or a prompt that cannot be used, before a weight is read where its files tell.
+    """
+    import lbllm_cli.hf
+
+    config = check_folder(folder, trust_remote_code)
+    settings = read_settings(folder)
+    tokenizer = read_tokenizer(folder, trust_remote_code)
+    inputs = _encode(tokenizer, prompt, raw)
+    room = _room(config, inputs["input_ids"], max_new_tokens)
+    model = load_folder(folder, trust_remote_code, device_map={"": device})
+    if settings is not None:
+        model.generation_config = settings
     lbllm_cli.hf.quantize_activations(model, not full_activations)
-    if tokenizer.chat_template and not raw:
-        chat = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-        if not inputs["input_ids"].numel():
-            raise UsageError("--prompt is empty, and the tokenizer has nothing that it begins with; give some text")
     streamer = _TimedStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "streamer": streamer, "do_sample": temperature > 0}
+    options: dict[str, Any] = {"max_new_tokens": room, "streamer": streamer, "do_sample": temperature > 0}
     if temperature > 0:
         options |= {"temperature": temperature}
+    options["logits_processor"] = [_finite_scores]
     stop = Event()
     options["stopping_criteria"] = [lambda ids, scores, **_: torch.full(ids.shape[:1], stop.is_set(), device=ids.device)]
     failure: list[BaseException] = []
@@ -122,7 +181,7 @@ def stream_text(
     def work() -> None:
         try:
             torch.manual_seed(seed)  # generate() takes no generator; this process does nothing else
-            model.generate(**inputs.to(device), **options)
+            model.generate(**{name: tensor.to(device) for name, tensor in inputs.items()}, **options)
         except BaseException as error:
             failure.append(error)
             streamer.end()

@@ -23,6 +23,7 @@ from lbllm_cli import files
 from lbllm_cli.checkpoint import fingerprint
 from lbllm_cli.errors import UsageError
 from lbllm_cli.packed_checks import refusing
+from lbllm_cli.whole_folder import check_folder, check_loaded
 
 BUILTIN = "builtin:"
 # Groups of tasks as papers on low-bit models report them, with the examples in context that they use.
@@ -178,13 +179,16 @@ def open_lm(folder: Path, dtype: torch.dtype, device: torch.device, batch_size: 
 
     import lbllm_cli.hf  # noqa: F401 - packed folders
 
+    check_folder(folder, trust_remote_code)
     name = str(dtype).removeprefix("torch.")
     with warnings.catch_warnings(), refusing(folder):
         # It reads a packed folder's quantization_config and passes it on, of which transformers then warns.
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-        return HFLM(
+        lm = HFLM(
             pretrained=str(folder), dtype=name, device=str(device), batch_size=batch_size, trust_remote_code=trust_remote_code
         )
+    check_loaded(folder, lm.model)
+    return lm
 
 
 def run_task(lm: Any, task: Task, limit: float | None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The Hugging Face side: which families are supported, one decoder block at a time, embeddings and head."""
 
 import copy
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
-from lbllm_cli import source
+from lbllm_cli import files, source
 from lbllm_cli.errors import UsageError
+from lbllm_cli.model_config import DISK_DTYPES, FAMILIES, code_hint, layers, mismatch, one_block, read_configuration
 from lbllm_cli.source import TensorEntry
 
 if TYPE_CHECKING:
@@ -25,11 +27,12 @@ UNITS = (
     ("mlp.down_proj",),
 )
 LINEARS = tuple(name for unit in UNITS for name in unit)
-FAMILIES = {"llama": "Llama 1, 2, 3 and SmolLM", "mistral": "Mistral", "qwen2": "Qwen2 and Qwen2.5", "qwen3": "Qwen3"}
 _PREFIX = "model.layers."
 FINAL_NORM = "model.norm.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# One of these is a tokenizer's vocabulary.
+_TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt")
 _TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_DISK_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
 def block_prefix(index: int) -> str:
@@ -45,39 +48,25 @@ def load_config(folder: Path) -> PretrainedConfig:
     values = source.read_config(folder)
     family = values.get("model_type")
     supported = "; ".join(f"{key} ({text})" for key, text in FAMILIES.items())
-    if family not in FAMILIES:
+    if family not in list(FAMILIES):
         reason = ""
         if any("expert" in key for key in values):
             reason = " (a mixture of experts: most of its weights are outside the linears that are binarized)"
-        elif family in {"gpt2", "openai-gpt"}:
+        elif family in ["gpt2", "openai-gpt"]:
             reason = " (its layers are Conv1D, not linear)"
         raise UsageError(f"{folder}: model_type {family!r} is not supported{reason}; supported: {supported}")
-    if values.get("quantization_config"):
-        method = values["quantization_config"].get("quant_method")
+    if method := values.get("quantization_config"):
+        method = method.get("quant_method") if isinstance(method, dict) else method
         raise UsageError(f"{folder} is already quantized ({method}); give the full-precision model")
-    config = AutoConfig.from_pretrained(folder)
+    # A family's own classes are always there, whatever code the folder brings.
+    config = read_configuration(folder, trust_remote_code=False)
     with torch.device("meta"):
-        block = _layers(_one_block(config, 0))[0]
+        block = layers(one_block(config, 0))[0]
     found = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
     if found != set(LINEARS):
         odd = sorted(found ^ set(LINEARS))
         raise UsageError(f"{folder}: the linears of a block are not those of its family: {', '.join(odd)}")
     return config
-
-
-def _one_block(config: PretrainedConfig, index: int) -> nn.Module:
-    """The model with only block `index`: masks, rotary embedding and layer type are then transformers' own."""
-    single = copy.deepcopy(config)
-    single.num_hidden_layers = 1
-    types = getattr(config, "layer_types", None)
-    if types:
-        single.layer_types = [types[index]]
-    return AutoModel.from_config(single)
-
-
-def _layers(model: Any) -> nn.ModuleList:
-    layers: nn.ModuleList = model.layers
-    return layers
 
 
 class Block(nn.Module):
@@ -89,7 +78,7 @@ class Block(nn.Module):
     def __init__(self, config: PretrainedConfig, index: int, tensors: dict[str, Tensor], dtype: torch.dtype):
         super().__init__()
         with torch.device("meta"):
-            model: Any = _one_block(config, index)
+            model: Any = one_block(config, index)
         # Buffers of the rotary embedding are computed, not stored: built on meta they would have no values.
         model.rotary_emb = type(model.rotary_emb)(config)
         model.norm, model.embed_tokens = nn.Identity(), nn.Identity()
@@ -104,7 +93,7 @@ class Block(nn.Module):
     @property
     def layer(self) -> nn.Module:
         """transformers' own decoder layer."""
-        return _layers(self.model)[0]
+        return layers(self.model)[0]
 
     def linear(self, name: str) -> nn.Linear:
         """A linear by its name in the block, for example "mlp.up_proj"."""
@@ -147,12 +136,12 @@ class SourceModel:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every stored tensor, from the configuration; tied embeddings appear once."""
+        """Shape of every tensor that is read, from the configuration; tied embeddings appear once."""
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         if self.config.tie_word_embeddings:
-            shapes.pop("lm_head.weight", None)
+            shapes.pop(HEAD, None)
         return shapes
 
     @cached_property
@@ -177,6 +166,25 @@ class SourceModel:
         """Names of the tensors outside the blocks: embeddings, final norm, head."""
         return [name for name in self.shapes if not name.startswith(_PREFIX)]
 
+    def check_outer(self) -> None:
+        """Reads the tensors outside the blocks once, piece by piece: head and norm are not needed before a stage's end.
+
+        Raises RunError naming the first that holds NaN or infinity.
+        """
+        source.check_finite(self.entries, self.outer_names())
+
+    def check_tensors(self) -> None:
+        """Compares what is stored with what the configuration names. Raises UsageError naming the first tensor that differs."""
+        tied = {HEAD} if self.config.tie_word_embeddings else set()
+        if problem := mismatch(self.entries, self.shapes, tied):
+            raise UsageError(f"{self.folder}: {problem}; download the model again, or mend config.json")
+
+    def exported_config(self) -> dict[str, Any]:
+        """config.json for a copy of the model: the source's values, but whether head and embedding are one as it really is."""
+        values = source.read_config(self.folder)
+        tied = bool(self.config.tie_word_embeddings)
+        return values if HEAD not in self.entries or tied else {**values, "tie_word_embeddings": False}
+
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """Tensors on the device, in the dtype on disk."""
         return source.read_tensors(self.entries, names, self.device)
@@ -189,15 +197,14 @@ class SourceModel:
 
     def embed(self) -> nn.Embedding:
         """Token embedding on the device, in the compute dtype."""
-        name = "model.embed_tokens.weight"
-        weight = self.read([name])[name].to(self.dtype)
+        weight = self.read([EMBEDDING])[EMBEDDING].to(self.dtype)
         return nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight).requires_grad_(False)
 
     def head(self) -> nn.Sequential:
         """Final norm and language-model head: hidden [..., hidden] -> logits [..., vocab]."""
         with torch.device("meta"):
-            norm: Any = _one_block(self.config, 0).norm
-        names = [FINAL_NORM, "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"]
+            norm: Any = one_block(self.config, 0).norm
+        names = [FINAL_NORM, EMBEDDING if self.config.tie_word_embeddings else HEAD]
         tensors = self.read(names)
         norm.load_state_dict({"weight": tensors[names[0]].to(self.dtype)}, assign=True)
         vocab, hidden = self.shapes[names[1]]
@@ -215,41 +222,47 @@ class SourceModel:
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """dtype of a tensor on disk."""
-        return _DISK_DTYPES[self.entries[name].dtype]
+        return DISK_DTYPES[self.entries[name].dtype]
 
     def source_dtype(self) -> torch.dtype:
         """dtype of the stored embedding: what exports keep."""
-        return self.stored_dtype("model.embed_tokens.weight")
+        return self.stored_dtype(EMBEDDING)
 
 
-def choose_device(wanted: str) -> torch.device:
-    """`auto` is the first GPU, else the CPU. Raises UsageError when a GPU is asked for and there is none."""
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"runtime.device {wanted}: this torch sees no GPU; set runtime.device to auto or cpu")
+def choose_device(wanted: str, key: str = "runtime.device") -> torch.device:
+    """`auto` is the first GPU, else the CPU. key: what it stands under, for messages.
+
+    Raises UsageError for what is no device, and when a GPU is asked for that this machine has not.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", wanted):
+        raise UsageError(f"{key} {wanted}: expected auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        wanted = "cuda" if count else "cpu"
+    if wanted.startswith("cuda"):
+        if not count:
+            raise UsageError(f"{key} {wanted}: this torch sees no GPU; set {key} to auto or cpu")
+        if int(wanted.partition(":")[2] or 0) >= count:
+            raise UsageError(f"{key} {wanted}: this torch sees {count} GPUs, the last is cuda:{count - 1}")
     return torch.device(wanted)
 
 
 def open_model(recipe: "Model", device: torch.device, weights: bool = True) -> SourceModel:
     """Checks everything about a model that its config and safetensors headers tell; reads no weight.
 
-    weights: False needs only config.json, for forecasts. Raises UsageError for a missing or damaged file, an unsupported
-    family, missing tensors or other shapes than the configuration's.
+    One exception: where the configuration ties head and embedding and the files hold both, the two are compared, as transformers
+    does, and used apart where they differ. weights: False needs only config.json, for forecasts. Raises UsageError for a missing
+    or damaged file, an unsupported family, missing or unknown tensors or other shapes than the configuration's.
     """
     folder = source.resolve(recipe.path, recipe.revision, weights)
     config = load_config(folder)
     entries = source.read_folder(folder) if weights or source.has_weights(folder) else {}
-    model = SourceModel(folder, config, entries, device, _compute_dtype(recipe, config, entries, device))
+    dtype = _compute_dtype(recipe, config, entries, device)
+    if config.tie_word_embeddings and {EMBEDDING, HEAD} <= set(entries):
+        config.tie_word_embeddings = source.equal(entries, EMBEDDING, HEAD, dtype)
+    model = SourceModel(folder, config, entries, device, dtype)
     if entries:
-        missing = [name for name in model.shapes if name not in entries]
-        if missing:
-            raise UsageError(f"{folder} lacks {len(missing)} tensors, first {missing[0]}; download the model again")
-        for name, shape in model.shapes.items():
-            if entries[name].shape != shape:
-                raise UsageError(f"{folder}: {name} has shape {list(entries[name].shape)}, config.json says {list(shape)}")
-            if entries[name].dtype not in _DISK_DTYPES:
-                raise UsageError(f"{folder}: {name} is {entries[name].dtype}; expected float32, bfloat16 or float16")
+        model.check_tensors()
     return model
 
 
@@ -260,16 +273,28 @@ def _compute_dtype(
         return _TORCH_DTYPES[recipe.dtype]
     if device.type == "cpu":
         return torch.float32
-    name = "model.embed_tokens.weight"
-    stored: Any = _DISK_DTYPES[entries[name].dtype] if name in entries else getattr(config, "dtype", None)
+    stored: Any = DISK_DTYPES.get(entries[EMBEDDING].dtype) if EMBEDDING in entries else getattr(config, "dtype", None)
     return stored if stored in _TORCH_DTYPES.values() else torch.bfloat16
 
 
 def open_tokenizer(recipe: "Model", folder: Path) -> Any:
     """The model's tokenizer. Raises UsageError when the folder has none."""
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    return read_tokenizer(folder, recipe.trust_remote_code)
+
+
+def read_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    """Tokenizer of a model folder. Raises UsageError when it has none that can be used.
+
+    trust_remote_code: whether code that the folder brings may run; transformers would ask on the terminal.
+    """
+    if not any(path.exists() for name in _TOKENIZERS for path in folder.glob(name)):
         raise UsageError(f"{folder} has no tokenizer: expected tokenizer.json or tokenizer.model; copy the model's own")
+    settings = folder / "tokenizer_config.json"
+    hint = code_hint(files.read_json(settings), trust_remote_code) if settings.exists() else ""
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds here; all mean that the files are unusable
-        raise UsageError(f"{folder}: the tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"{folder}: the tokenizer cannot be loaded: {source.reason(error)}{hint}") from None
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise UsageError(f"{settings}: model_max_length: expected a number, got {str(tokenizer.model_max_length)[:40]}")
+    return tokenizer

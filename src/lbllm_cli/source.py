@@ -2,18 +2,19 @@
 
 import hashlib
 import json
-import os
+import math
 import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lbllm_cli import files
 from lbllm_cli.errors import RunError, UsageError
 
 INDEX = "model.safetensors.index.json"
@@ -44,37 +45,72 @@ class TensorEntry:
         return size
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a header; a name that is there twice has two meanings."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError
+    return found
+
+
+def _entry(path: Path, item: Any) -> tuple[TensorEntry, int, int]:
+    """A tensor of a header, and where its data begin and end. Raises ValueError or TypeError for what describes none."""
+    dtype, shape, (begin, end) = item["dtype"], item["shape"], item["data_offsets"]
+    whole = isinstance(dtype, str) and isinstance(shape, list)
+    if not whole or any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+        raise ValueError
+    entry = TensorEntry(path, dtype, tuple(shape))
+    if dtype in _DTYPES and end - begin != entry.nbytes:
+        raise ValueError
+    return entry, begin, end
+
+
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """Tensor entries of one safetensors file, from its header alone; no weight is read.
 
-    Raises UsageError when the file is missing, truncated or not safetensors.
+    Raises UsageError when the file is missing, truncated or not safetensors: tensors that overlap, leave gaps, are there twice or
+    are longer or shorter than their shapes.
     """
     again = f"download {path.name} again"
+    files.check_regular(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _HEADER_LIMIT):
                 raise UsageError(f"{path} is not a complete safetensors file ({size} bytes); {again}")
-            header = json.loads(file.read(length))
-        entries = {
-            name: TensorEntry(path, item["dtype"], tuple(item["shape"]))
-            for name, item in header.items()
-            if name != "__metadata__"
-        }
-        end = max((item["data_offsets"][1] for name, item in header.items() if name != "__metadata__"), default=0)
+            header = json.loads(file.read(length), object_pairs_hook=_unique)
+        found = {name: _entry(path, item) for name, item in header.items() if name != "__metadata__"}
     except FileNotFoundError:
         raise UsageError(f"{path} is missing; {again}") from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UsageError(f"{path} has a corrupt safetensors header; {again}") from None
-    if 8 + length + end != size:
-        raise UsageError(f"{path} is truncated or padded: expected {8 + length + end} bytes, got {size}; {again}")
-    unknown = sorted({entry.dtype for entry in entries.values()} - set(_DTYPES))
+    expected = 0
+    for begin, end in sorted((begin, end) for _, begin, end in found.values()):
+        if begin != expected:
+            raise UsageError(f"{path} has a corrupt safetensors header: tensors overlap or leave a gap at {begin}; {again}")
+        expected = end
+    if 8 + length + expected != size:
+        raise UsageError(f"{path} is truncated or padded: expected {8 + length + expected} bytes, got {size}; {again}")
+    unknown = sorted({entry.dtype for entry, _, _ in found.values()} - set(_DTYPES))
     if unknown:
         raise UsageError(f"{path} holds tensors of dtype {', '.join(unknown)}; expected float32, bfloat16 or float16")
-    return entries
+    return {name: entry for name, (entry, _, _) in found.items()}
+
+
+def _shards(index: Path) -> dict[str, str]:
+    """The index's map from tensor to file. Raises UsageError for one that names files elsewhere: they are not the model's."""
+    values = files.read_json(index)
+    weight_map = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UsageError(f"{index} is not a safetensors index: it has no weight_map of tensors and files; download it again")
+    for name in sorted(set(weight_map.values())):
+        place = PurePosixPath(name)
+        if not place.name or place.is_absolute() or ".." in place.parts or not name.isprintable() or len(name) > 255:
+            raise UsageError(f"{index} names {name[:80]!r}; expected the names of files in {index.parent}; download it again")
+    return weight_map
 
 
 def read_folder(folder: Path) -> dict[str, TensorEntry]:
@@ -82,33 +118,43 @@ def read_folder(folder: Path) -> dict[str, TensorEntry]:
 
     Raises UsageError when there are no safetensors weights or a shard is missing or damaged.
     """
+    # In the order of transformers, where both are there.
+    if (folder / SINGLE).exists():
+        return read_header(folder / SINGLE)
     index = folder / INDEX
     if index.exists():
-        try:
-            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            shards = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UsageError(f"{index} is not a safetensors index; download it again") from None
+        weight_map = _shards(index)
+        shards = sorted(set(weight_map.values()))
         missing = [name for name in shards if not (folder / name).exists()]
         if missing:
             raise UsageError(f"{folder}: {len(missing)} of {len(shards)} weight files are missing: {', '.join(missing)}")
-        entries = {name: entry for shard in shards for name, entry in read_header(folder / shard).items()}
+        entries: dict[str, TensorEntry] = {}
+        for shard in shards:
+            found = read_header(folder / shard)
+            if twice := sorted(entries.keys() & found.keys()):
+                raise UsageError(f"{folder}: {twice[0]} is in {entries[twice[0]].file.name} and in {shard}; download both again")
+            entries |= found
         lost = sorted(set(weight_map) - set(entries))
         if lost:
             raise UsageError(f"{index} names {len(lost)} tensors that no shard holds, first {lost[0]}; download the model again")
         return entries
-    if (folder / SINGLE).exists():
-        return read_header(folder / SINGLE)
     other = sorted(path.name for pattern in ("*.bin", "*.pth", "*.gguf", "*.safetensors") for path in folder.glob(pattern))
-    found = f"found {', '.join(other[:3])}" if other else "found no weight file"
+    got = f"found {', '.join(other[:3])}" if other else "found no weight file"
     raise UsageError(
-        f"{folder} has no weights: expected {SINGLE} or {INDEX}, {found}. Only safetensors are read; convert other formats first"
+        f"{folder} has no weights: expected {SINGLE} or {INDEX}, {got}. Only safetensors are read; convert other formats first"
     )
 
 
 def has_weights(folder: Path) -> bool:
     """Whether the folder holds, or claims to hold, safetensors weights."""
     return (folder / INDEX).exists() or (folder / SINGLE).exists()
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite. Takes no memory beside the tensor."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(tensor.detach()))
 
 
 def read_tensors(entries: dict[str, TensorEntry], names: list[str], device: torch.device) -> dict[str, Tensor]:
@@ -123,9 +169,40 @@ def read_tensors(entries: dict[str, TensorEntry], names: list[str], device: torc
                 if entries[name].file == file:
                     tensors[name] = handle.get_tensor(name)
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise RunError(f"{name} in {entries[name].file} holds NaN or infinity; download the model again")
+        if not finite(tensor):
+            raise _not_finite(entries, name)
     return tensors
+
+
+def _not_finite(entries: dict[str, TensorEntry], name: str) -> RunError:
+    return RunError(f"{name} in {entries[name].file} holds NaN or infinity; download the model again")
+
+
+def _pieces(entry: TensorEntry, name: str) -> Iterator[Tensor]:
+    """A tensor by its rows, on the CPU, about 16 million values at a time."""
+    with safe_open(entry.file, framework="pt") as handle:
+        if not entry.shape:
+            yield handle.get_tensor(name)
+            return
+        rows = handle.get_slice(name)
+        step = max(1, (16 << 20) // max(1, math.prod(entry.shape[1:])))
+        for start in range(0, entry.shape[0], step):
+            yield rows[start : start + step]
+
+
+def check_finite(entries: dict[str, TensorEntry], names: list[str]) -> None:
+    """Reads some tensors piece by piece and keeps nothing. Raises RunError naming the first with NaN or infinity."""
+    for name in names:
+        if not all(finite(piece) for piece in _pieces(entries[name], name)):
+            raise _not_finite(entries, name)
+
+
+def equal(entries: dict[str, TensorEntry], first: str, second: str, dtype: torch.dtype) -> bool:
+    """Whether two stored tensors are the same as tensors of `dtype`. Stops reading at the first difference."""
+    if entries[first].shape != entries[second].shape:
+        return False
+    pairs = zip(_pieces(entries[first], first), _pieces(entries[second], second), strict=True)
+    return all(torch.equal(one.to(dtype), other.to(dtype)) for one, other in pairs)
 
 
 def identity(folder: Path, entries: dict[str, TensorEntry]) -> str:
@@ -161,16 +238,25 @@ def copy_metadata(folder: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def resolve(path: str, revision: str | None, weights: bool) -> Path:
+def check_folder(folder: Path) -> None:
+    """Raises UsageError for what no library that reads a model folder should open: a pipe, a socket, a device."""
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir():
+            files.check_regular(path)
+
+
+def resolve(path: str, revision: str | None, weights: bool, key: str = "model.path") -> Path:
     """Local folder of a model: the folder itself, or a snapshot of a Hugging Face id.
 
-    weights: False fetches configuration and tokenizer only. Raises UsageError when neither exists or cannot be had.
+    weights: False fetches configuration and tokenizer only. key: what the path stands under, for messages. Raises UsageError when
+    neither exists or cannot be had.
     """
-    local = Path(os.path.expanduser(path))
+    local = files.user_path(path, key)
     if local.is_dir():
+        check_folder(local)
         return local
     if local.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith("."):
-        raise UsageError(f"model.path {path} is not a folder; give a folder with config.json or a Hugging Face id")
+        raise UsageError(f"{key} {path} is not a folder; give a folder with config.json or a Hugging Face id")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -179,28 +265,30 @@ def resolve(path: str, revision: str | None, weights: bool) -> Path:
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except GatedRepoError:
         raise UsageError(
-            f"model.path {path} is gated: accept its licence at https://huggingface.co/{path}, "
+            f"{key} {path} is gated: accept its licence at https://huggingface.co/{path}, "
             "then set HF_TOKEN or run `hf auth login`"
         ) from None
     except (RepositoryNotFoundError, HFValidationError):
-        raise UsageError(f"model.path {path}: no such folder here and no such model on the Hugging Face hub") from None
+        raise UsageError(f"{key} {path}: no such folder here and no such model on the Hugging Face hub") from None
     except (LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
-            f"model.path {path}: no such folder, and it cannot be fetched from the Hugging Face hub ({reason}). "
+            f"{key} {path}: no such folder, and it cannot be fetched from the Hugging Face hub ({reason(error)}). "
             "Give a local folder, or run once with a network"
         ) from None
+
+
+def reason(error: BaseException) -> str:
+    """A library's own words for what it could not do, in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json as plain values. Raises UsageError when it is missing or not JSON."""
     file = folder / "config.json"
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = files.read_json(file)
     except FileNotFoundError:
         raise UsageError(f"{folder} has no config.json; expected a Hugging Face model folder") from None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{file} cannot be read as JSON: {error}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{file}: expected a JSON object, got {type(values).__name__}")
     return values

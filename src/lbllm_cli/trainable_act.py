@@ -15,7 +15,7 @@ from lbllm_cli.ops.actquant import Tables
 CLIP_FACTORS, KNEES = "clip_factors", "knees"
 Quantizers = dict[str, "TrainableQuantizer"]
 # A factor far below 1 cuts every group's largest value; above 1 some levels are never used.
-_CLIP_RANGE = 0.1, 1.0
+CLIP_RANGE = 0.1, 1.0
 
 
 class TrainableQuantizer(ActQuantizer):
@@ -62,7 +62,7 @@ class TrainableQuantizer(ActQuantizer):
     @torch.no_grad()
     def constrain(self) -> None:
         """After a step: factors and ratios stay where they mean something, the deployed form follows."""
-        self.clip.clamp_(*_CLIP_RANGE)
+        self.clip.clamp_(*CLIP_RANGE)
         self.log_ratio.clamp_(min=0)
         self.deploy()
 

@@ -1,0 +1,58 @@
+"""A model folder that is loaded as a whole, by transformers: what is checked before its weights are read, and after."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from lbllm_cli import source
+from lbllm_cli.errors import UsageError
+from lbllm_cli.model import SourceModel
+from lbllm_cli.model_config import FAMILIES, code_hint, read_configuration, understood
+from lbllm_cli.packed_checks import check_settings, refusing
+
+
+def check_folder(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+    """Configuration of a packed or dense folder of any family, compared with its files; no weight is read.
+
+    trust_remote_code: whether code that the folder brings may run. Raises UsageError for what cannot be loaded. In the families
+    that lbllm supports every tensor must be there; a packed folder's are compared as it is loaded.
+    """
+    values = source.read_config(folder)
+    config = read_configuration(folder, trust_remote_code)
+    entries = source.read_folder(folder)
+    quantized = values.get("quantization_config")
+    if quantized and quantized.get("quant_method") == "lbllm":
+        with refusing(folder):
+            check_settings(quantized)
+    elif not quantized:
+        with understood(folder / "config.json", code_hint(values, trust_remote_code)), torch.device("meta"):
+            AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        if values.get("model_type") in FAMILIES and not (trust_remote_code and values.get("auto_map")):
+            SourceModel(folder, config, entries, torch.device("cpu"), torch.float32).check_tensors()
+    return config
+
+
+def load_folder(folder: Path, trust_remote_code: bool, **options: Any) -> Any:
+    """The model of a folder that `check_folder` has seen, in evaluation mode. options: for from_pretrained.
+
+    Raises UsageError where a tensor is absent, which transformers fills with random values, or holds NaN or infinity.
+    """
+    import lbllm_cli.hf  # noqa: F401 - registers the packed format
+
+    with refusing(folder):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, trust_remote_code=trust_remote_code, **options
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise UsageError(f"{folder}: lacks {len(missing)} tensors, first {missing[0]}; download the model again")
+    check_loaded(folder, model)
+    return model.eval()
+
+
+def check_loaded(folder: Path, model: Any) -> None:
+    """Raises UsageError naming the first weight with NaN or infinity."""
+    for name, tensor in model.named_parameters():
+        if not source.finite(tensor):
+            raise UsageError(f"{folder}: {name} holds NaN or infinity; download the model again")
