@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from lbllm_cli import source
 from lbllm_cli.errors import UsageError
@@ -23,15 +24,26 @@ def check_folder(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     config = read_configuration(folder, trust_remote_code)
     entries = source.read_folder(folder)
     quantized = values.get("quantization_config")
-    if quantized and quantized.get("quant_method") == "lbllm":
-        with refusing(folder):
-            check_settings(quantized)
-    elif not quantized:
+    if quantized:
+        _check_quantization(folder, quantized)
+    else:
         with understood(folder / "config.json", code_hint(values, trust_remote_code)), torch.device("meta"):
             AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         if values.get("model_type") in FAMILIES and not (trust_remote_code and values.get("auto_map")):
             SourceModel(folder, config, entries, torch.device("cpu"), torch.float32).check_tensors()
     return config
+
+
+def _check_quantization(folder: Path, values: dict[str, Any]) -> None:
+    import lbllm_cli.hf  # noqa: F401 - registers the packed format
+
+    method = values.get("quant_method")
+    if method == "lbllm":
+        with refusing(folder):
+            check_settings(values)
+    # transformers would load whatever fits and leave the rest at random.
+    elif str(method) not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        raise UsageError(f"{folder / 'config.json'}: quant_method: this transformers knows no {str(method)[:40]!r}")
 
 
 def load_folder(folder: Path, trust_remote_code: bool, **options: Any) -> Any:
