@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lbllm_cli import checkpoint, files, interrupt
+from lbllm_cli import checkpoint, files, interrupt, own_folders
 from lbllm_cli.checkpoint import MANIFEST, PROGRESS, Checkpoint, StageWriter, block_file, locked
 from lbllm_cli.errors import Interrupted, UsageError
 
 INPUTS = {"stage": "ptq", "runtime.seed": 0, "ptq.group_size": 128}
 OTHER = {"stage": "ptq", "runtime.seed": 1, "ptq.rounds": 2, "ptq.group_size": 128}
-FACTS = {"parent": None, "blocks": 3}
+FACTS = {"parent": None, "group_size": 32, "blocks": 3, "parameters": 100, "binarized_parameters": 60, "tokens": 192}
 
 
 class Crash(Exception):
@@ -101,7 +101,7 @@ def test_equal_runs_give_equal_bytes_also_when_interrupted(tmp_path):
         writer.write_block(last, _block(last, seed=9))  # not committed: written again after resuming
     writer = _open(tmp_path / "pieces")
     assert writer.blocks_done == 2
-    writer.verify()
+    writer.verify(3)
     assert all(torch.equal(writer.read_block(1)[name], tensor) for name, tensor in _block(1).items())
     _write(writer, 3)
     writer.finish(FACTS)
@@ -139,7 +139,7 @@ def test_changed_inputs_are_refused_with_every_changed_key(tmp_path):
 def test_a_damaged_record_is_refused_without_force(tmp_path, text):
     _write(_open(tmp_path), 1)
     (tmp_path / "ptq.partial" / PROGRESS).write_text(text, encoding="utf-8")
-    with pytest.raises(UsageError, match="holds an unfinished run"):
+    with pytest.raises(UsageError, match=r"progress\.json is damaged; run: lbllm ptq .*--force"):
         StageWriter(tmp_path, "ptq", INPUTS).open(force=False)
     assert _open(tmp_path, force=True).blocks_done == 0
 
@@ -248,7 +248,7 @@ def test_a_crash_while_committing_keeps_what_was_committed(tmp_path, monkeypatch
             writer.commit(1)
     again = _open(tmp_path)
     assert again.blocks_done == 1
-    again.verify()
+    again.verify(3)
 
 
 @pytest.mark.parametrize("change", ["flip", "cut", "remove"])
@@ -274,15 +274,85 @@ def test_a_committed_block_changed_before_resuming_is_named(tmp_path):
     with pytest.raises(
         UsageError, match=r"block_000\.safetensors was changed since it was written; start again: lbllm ptq --recipe "
     ):
-        _open(tmp_path).verify()
+        _open(tmp_path).verify(3)
 
 
 def test_force_starts_again_after_a_damaged_block_as_the_message_says(tmp_path):
     _write(_open(tmp_path), 2)
     (tmp_path / "ptq.partial" / block_file(0)).unlink()
     writer = _open(tmp_path, force=True)
-    writer.verify()
+    writer.verify(3)
     assert writer.blocks_done == 0
+
+
+def _without_first(files: dict) -> dict:
+    return {name: found for name, found in files.items() if name != block_file(0)}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_without_first, "expected 1 blocks from block_000.safetensors on"),
+        (lambda files: files | {"block_004.safetensors": "0" * 64}, "block_004.safetensors"),
+        (lambda files: files | {"../../outside": "0" * 64}, "'../../outside'"),
+        (lambda files: files | {block_file(1): 7}, "files.block_001.safetensors: input should be a valid string, got '7'"),
+        (lambda files: files | {block_file(1): "abc"}, "files.block_001.safetensors"),
+        (lambda files: list(files), "files: input should be a valid dictionary"),
+        (lambda files: None, "files: input should be a valid dictionary"),
+    ],
+)
+def test_a_progress_file_that_lbllm_did_not_write_is_refused_with_the_reason(tmp_path, change, reason):
+    _write(_open(tmp_path), 2)
+    progress = tmp_path / "ptq.partial" / PROGRESS
+    record = json.loads(progress.read_text(encoding="utf-8"))
+    progress.write_text(json.dumps(record | {"files": change(record["files"])}), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"progress\.json is damaged; run: lbllm ptq .*--force") as caught:
+        StageWriter(tmp_path, "ptq", INPUTS).open(force=False)
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"inputs": []}, {"inputs": {"a": {"b": 1}}}, {"files": {}}, {"files": {"block_000.safetensors": "0" * 64}}, {"blocks": 2},
+        {"blocks": "3"}, {"blocks": 2**70}, {"parent": "ptq"}, {"parent": {"stage": "other", "fingerprint": ""}},
+        {"parent": {"stage": "distill", "fingerprint": ""}}, {"group_size": None}, {"group_size": 0}, {"parameters": 0},
+        {"activations": {"bits": 4}}, {"activations": [4]}, {"stage": "distill"}, {"format_version": "1"},
+        {"format_version": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_manifest_with_values_of_other_kinds_is_refused(tmp_path, change):
+    done = _finished(tmp_path)
+    (done.path / MANIFEST).write_text(json.dumps(done.manifest | change), encoding="utf-8")
+    for use in (lambda: Checkpoint(tmp_path, "ptq"), lambda: StageWriter(tmp_path, "ptq", INPUTS).open(force=False)):
+        with pytest.raises(UsageError, match=rf"{MANIFEST} is damaged; run: lbllm ptq .*--force"):
+            use()
+    assert _holds(_finished(tmp_path, force=True), 0)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{}", b"[" * 100_000, b'{"inputs": {"a": 1'], ids=["bytes", "deep", "cut"])
+def test_a_record_that_is_no_json_is_refused(tmp_path, content):
+    _write(_open(tmp_path), 1)
+    (tmp_path / "ptq.partial" / PROGRESS).write_bytes(content)
+    with pytest.raises(UsageError, match=r"progress\.json is damaged; run"):
+        StageWriter(tmp_path, "ptq", INPUTS).open(force=False)
+    done = _finished(tmp_path, force=True)
+    (done.path / MANIFEST).write_bytes(content)
+    with pytest.raises(UsageError, match=rf"{MANIFEST} is damaged; run"):
+        Checkpoint(tmp_path, "ptq")
+
+
+def test_a_stage_that_was_about_to_be_put_in_place_is_verified_first(tmp_path, monkeypatch):
+    writer = _open(tmp_path)
+    _write(writer, 3)
+    with monkeypatch.context() as patch:
+        _crash_at(patch, "rename", 1)
+        with pytest.raises(Crash):
+            writer.finish(FACTS)
+    (tmp_path / "ptq.partial" / block_file(1)).write_bytes(b"")
+    with pytest.raises(UsageError, match=r"block_001\.safetensors was changed since it was written"):
+        StageWriter(tmp_path, "ptq", INPUTS).open(force=False)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"inputs": {}, "files": {}}'])
@@ -298,6 +368,101 @@ def test_another_format_version_is_refused(tmp_path):
     (done.path / MANIFEST).write_text(json.dumps(done.manifest | {"format_version": 2}), encoding="utf-8")
     with pytest.raises(UsageError, match="has format_version 2, this lbllm reads 1"):
         Checkpoint(tmp_path, "ptq")
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("place", ["ptq", "ptq.partial", "ptq.replaced", "ptq/streams"])
+@pytest.mark.parametrize("kind", ["alone", "beside"])
+def test_a_file_of_the_users_is_never_deleted(tmp_path, force, place, kind):
+    if kind == "beside":
+        _finished(tmp_path, OTHER, force=True)
+        if place in ("ptq.partial", "ptq.replaced"):
+            (tmp_path / "ptq").rename(tmp_path / place)
+    (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    (tmp_path / place / "notes.txt").write_text("mine", encoding="utf-8")
+    before = _content(tmp_path)
+    # One that would not be replaced is refused as ever: for its inputs.
+    replaced = (kind, place, force) != ("beside", "ptq", False)
+    expected = r"holds (streams/, which )?(holds )?notes\.txt: .* move it away" if replaced else "was made from other inputs"
+    with pytest.raises(UsageError, match=expected) as caught:
+        StageWriter(tmp_path, "ptq", INPUTS).open(force)
+    assert str(tmp_path / place).removesuffix("/streams") in str(caught.value)
+    assert _content(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["loss.png", "events.jsonl", "environment.json", "training.safetensors", "progress.json"])
+def test_names_that_anybody_uses_do_not_make_a_stage(tmp_path, name):
+    (tmp_path / "ptq").mkdir()
+    (tmp_path / "ptq" / name).write_text("mine", encoding="utf-8")
+    with pytest.raises(UsageError, match="nothing that only lbllm writes"):
+        StageWriter(tmp_path, "ptq", INPUTS).open(force=True)
+
+
+@pytest.mark.parametrize("place", ["ptq", "ptq.partial", "ptq.replaced", "ptq.partial/streams"])
+def test_a_file_or_a_link_for_a_folder_stays(tmp_path, place):
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_text("mine", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"is a file|holds streams"):
+        StageWriter(tmp_path, "ptq", INPUTS).open(force=True)
+    (tmp_path / place).unlink()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "notes.txt").write_text("mine", encoding="utf-8")
+    (tmp_path / place).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match=r"is a link|holds streams"):
+        StageWriter(tmp_path, "ptq", INPUTS).open(force=True)
+    assert (tmp_path / "elsewhere" / "notes.txt").exists()
+
+
+def test_what_a_user_puts_into_a_stage_while_it_is_made_again_is_kept(tmp_path):
+    _finished(tmp_path, OTHER, seed=1)
+    writer = _open(tmp_path, force=True)
+    _write(writer, 3)
+    notes = tmp_path / "ptq" / "notes.txt"
+    notes.write_text("mine", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"holds notes\.txt"):
+        writer.finish(FACTS)
+    assert _holds(Checkpoint(tmp_path, "ptq"), 1)
+    notes.rename(tmp_path / "notes.txt")
+    assert StageWriter(tmp_path, "ptq", INPUTS).open(force=False) is False
+    assert _holds(Checkpoint(tmp_path, "ptq"), 0)
+
+
+def test_a_deletion_that_is_killed_goes_on(tmp_path, monkeypatch):
+    _finished(tmp_path, OTHER, seed=1)
+    unlink, deleted = os.unlink, []
+
+    def crash(path: Path) -> None:
+        deleted.append(path)
+        if len(deleted) == 2:
+            raise Crash
+        unlink(path)
+
+    writer = _open(tmp_path, force=True)
+    _write(writer, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(own_folders.os, "unlink", crash)
+        with pytest.raises(Crash):
+            writer.finish(FACTS)
+    assert (tmp_path / "ptq.replaced").exists()
+    assert StageWriter(tmp_path, "ptq", INPUTS).open(force=False) is False
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ptq"]
+
+
+@pytest.mark.parametrize("content", ["mine", "12 34", "é"])
+def test_a_lock_that_is_somebody_elses_file(tmp_path, content):
+    (tmp_path / ".lock").write_text(content, encoding="utf-8")
+    with pytest.raises(UsageError, match=r"\.lock is not lbllm's"), locked(tmp_path):
+        pytest.fail("locked")
+    assert (tmp_path / ".lock").read_text(encoding="utf-8") == content
+    (tmp_path / ".lock").unlink()
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    (tmp_path / ".lock").symlink_to(tmp_path / "file")
+    with pytest.raises(UsageError, match=r"\.lock is a link"), locked(tmp_path):
+        pytest.fail("locked")
+    (tmp_path / ".lock").unlink()
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(UsageError, match=r"\.lock is a folder"), locked(tmp_path):
+        pytest.fail("locked")
 
 
 def test_flat_keys_and_fingerprints():

@@ -16,10 +16,10 @@ from lbllm_cli.activations import INPUTS, format_of, read_quantizers
 from lbllm_cli.checkpoint import Checkpoint
 from lbllm_cli.cli import app
 from lbllm_cli.distributions import Linear, input_histograms, weight_histogram, worst_linears
+from lbllm_cli.log_records import read_records
 from lbllm_cli.page import Page, Section, Table, to_html, to_markdown
 from lbllm_cli.prepare import prepare
 from lbllm_cli.recipe_file import load_recipe
-from lbllm_cli.run_records import read_records
 from lbllm_cli.stream import stored_block
 
 VOID = {"meta", "img", "source", "br", "link", "hr"}

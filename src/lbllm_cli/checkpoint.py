@@ -8,7 +8,6 @@ that equal runs give equal bytes.
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256 as _sha256
@@ -20,14 +19,12 @@ from torch import Tensor
 
 from lbllm_cli import files
 from lbllm_cli.errors import UsageError
+from lbllm_cli.own_folders import STAGE, STREAMS, UNFINISHED_STAGE, check_own, remove_own
 from lbllm_cli.source import TensorEntry, read_header
+from lbllm_cli.stage_record import FORMAT_VERSION, OUTER, STAGES, Manifest, block_file, read_manifest, read_progress
 
 MANIFEST = "lbllm_stage.json"
 PROGRESS = "progress.json"
-FORMAT_VERSION = 1
-STAGES = ("ptq", "distill", "distill-e2e", "act-calib", "act-calib-e2e")
-# Tensors outside the blocks that a stage has changed; a stage that changes none has no such file.
-OUTER = "outer.safetensors"
 
 
 def command_of(stage: str) -> str:
@@ -67,20 +64,28 @@ def flatten(values: Any, prefix: str) -> dict[str, Any]:
 def locked(output: Path, key: str = "output.dir") -> Iterator[None]:
     """One process per folder; the lock ends with the process, however it ends. key: of the recipe that names the folder.
 
-    Raises UsageError when another process holds it, or the folder cannot be written.
+    Raises UsageError when another process holds it, the folder cannot be written, or its .lock is somebody else's file.
     """
+    file = output / ".lock"
     try:
         output.mkdir(parents=True, exist_ok=True)
-        handle: IO[str] = (output / ".lock").open("a+")
+        files.check_regular(file)
+        if file.is_symlink():
+            raise UsageError(f"{file} is a link; lbllm keeps its lock there: move it away")
+        handle: IO[str] = file.open("a+", encoding="utf-8", errors="replace")
     except OSError as error:
         raise UsageError(f"{key} {output} cannot be written: {error.strerror}; choose another folder") from None
     with handle:
+        handle.seek(0)
+        owner = handle.read(100).strip()
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            handle.seek(0)
-            owner = handle.read().strip() or "unknown"
-            raise UsageError(f"{key} {output} is in use by process {owner}; wait for it or choose another folder") from None
+            raise UsageError(
+                f"{key} {output} is in use by process {owner or 'unknown'}; wait for it or choose another folder"
+            ) from None
+        if owner and not owner.isdecimal():
+            raise UsageError(f"{file} is not lbllm's, which keeps its lock there; move it away, or choose another {key}")
         handle.truncate(0)
         handle.write(str(os.getpid()))
         handle.flush()
@@ -88,7 +93,7 @@ def locked(output: Path, key: str = "output.dir") -> Iterator[None]:
 
 
 class Checkpoint:
-    """A complete stage, read-only.
+    """A complete stage, read-only. record: its manifest, checked; manifest: as it was written.
 
     Raises UsageError when the folder is not complete or its manifest is damaged.
     """
@@ -101,15 +106,12 @@ class Checkpoint:
             partial = (output / f"{stage}.partial" / PROGRESS).exists()
             state = "interrupted" if partial else "not there"
             raise UsageError(f"the {stage} checkpoint in {output} is {state}; run: lbllm {command_of(stage)} --recipe ...")
-        try:
-            self.manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            self.inputs: dict[str, Any] = self.manifest["inputs"]
-            self.hashes: dict[str, str] = self.manifest["files"]
-            version = self.manifest["format_version"]
-        except (ValueError, KeyError, TypeError):
-            raise UsageError(f"{file} is damaged; run: {remake(stage)}") from None
-        if version != FORMAT_VERSION:
-            raise UsageError(f"{file} has format_version {version}, this lbllm reads {FORMAT_VERSION}; update lbllm")
+        self.record: Manifest
+        self.manifest: dict[str, Any]
+        self.record, self.manifest = read_manifest(file, stage, f"run: {remake(stage)}")
+        # As they were written: what is hashed must not depend on how it was checked.
+        self.inputs: dict[str, Any] = self.manifest["inputs"]
+        self.hashes: dict[str, str] = self.manifest["files"]
 
     @property
     def fingerprint(self) -> str:
@@ -159,14 +161,23 @@ class Checkpoint:
         return {name: entry for file in sorted(self.hashes) for name, entry in read_header(self.path / file).items()}
 
 
-def block_file(index: int) -> str:
-    """File name of a block: 3 -> "block_003.safetensors"."""
-    return f"block_{index:03d}.safetensors"
-
-
 def complete_stages(output: Path) -> list[str]:
     """Stages of an output folder that have a manifest, in pipeline order."""
     return [stage for stage in STAGES if (output / stage / MANIFEST).exists()]
+
+
+def check_stage(output: Path, stage: str, force: bool) -> None:
+    """Whether the folders that a stage is about to write, replace or delete are lbllm's.
+
+    force: a finished stage is replaced. Raises UsageError naming the folder and what does not belong in it.
+    """
+    final, partial = output / stage, output / f"{stage}.partial"
+    check_own(partial, UNFINISHED_STAGE)
+    check_own(output / f"{stage}.replaced", STAGE)
+    if force or partial.exists() or not (final / MANIFEST).exists():
+        check_own(final, STAGE)
+    else:
+        check_own(final / "streams", STREAMS)
 
 
 class StageWriter:
@@ -191,43 +202,42 @@ class StageWriter:
         """Starts, resumes or recognises the stage; returns False when it is already complete with the same inputs.
 
         force: start again, discarding an unfinished run; a finished one is replaced at the end, not before.
-        Raises UsageError listing the changed inputs when the folder holds another run.
+        Raises UsageError listing the changed inputs when the folder holds another run, and as `check_stage`.
         """
-        shutil.rmtree(self._replaced, ignore_errors=True)
-        if self._same(self.path / MANIFEST) and not force:
-            self._publish()  # killed between the manifest and the rename
+        check_stage(self.final.parent, self.stage, force)
+        remove_own(self._replaced, STAGE)
+        manifest, progress = self.path / MANIFEST, self.path / PROGRESS
+        if not force and manifest.exists() and self._inputs_of(manifest) == self.inputs:
+            # Killed between the manifest and the rename.
+            self.hashes = dict(read_manifest(manifest, self.stage, f"run: {remake(self.stage)}")[0].files)
+            self.verify(len(self.hashes))
+            self._publish()
             return False
-        if self._same(self.path / PROGRESS) and not force:
-            self.hashes = json.loads((self.path / PROGRESS).read_text(encoding="utf-8"))["files"]
+        if not force and progress.exists():
+            if self._inputs_of(progress) != self.inputs:
+                self._refuse(progress, "holds an unfinished run with other inputs")
+            self.hashes = dict(read_progress(progress, f"run: {remake(self.stage)}").files)
             return True
-        if not force and (self.path / PROGRESS).exists():
-            self._refuse(self.path / PROGRESS, "holds an unfinished run with other inputs")
         if (self.final / MANIFEST).exists() and not force:
-            if not self._same(self.final / MANIFEST):
+            if self._inputs_of(self.final / MANIFEST) != self.inputs:
                 self._refuse(self.final / MANIFEST, "was made from other inputs")
             Checkpoint(self.final.parent, self.stage).verify()
             (self.final / PROGRESS).unlink(missing_ok=True)
             return False
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove_own(self.path, UNFINISHED_STAGE)
         self.path.mkdir(parents=True)
         self._write_progress()
         return True
 
-    def _same(self, file: Path) -> bool:
-        return file.exists() and self._inputs_of(file) == self.inputs
-
     def _inputs_of(self, file: Path) -> dict[str, Any]:
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            inputs: dict[str, Any] = record["inputs"]
-            blocks: dict[str, str] = record["files"]
-        except (ValueError, KeyError, TypeError, OSError):
-            return {}
-        return inputs if isinstance(blocks, dict) else {}
+        """What a run in the folder was made from. Raises UsageError where its record is damaged."""
+        remedy = f"run: {remake(self.stage)}"
+        if file.name == MANIFEST:
+            return read_manifest(file, self.stage, remedy)[0].inputs
+        return read_progress(file, remedy).inputs
 
     def _refuse(self, file: Path, what: str) -> None:
-        before = self._inputs_of(file)
-        listed = changes(before, self.inputs) or "  (its record is damaged)"
+        listed = changes(self._inputs_of(file), self.inputs)
         raise UsageError(f"{file.parent} {what}:\n{listed}\nUse another output.dir, or replace it: {remake(self.stage)}")
 
     def write_block(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -259,8 +269,14 @@ class StageWriter:
         self.hashes[file] = files.sha256(self.path / file)
         self._write_progress()
 
-    def verify(self) -> None:
-        """Compares committed blocks with their hashes before resuming on them. Raises UsageError naming the file."""
+    def verify(self, blocks: int) -> None:
+        """Compares committed blocks with their hashes before resuming on them. blocks: of the model.
+
+        Raises UsageError naming the file.
+        """
+        if self.blocks_done > blocks:
+            reason = f"it has {self.blocks_done} blocks, the model {blocks}"
+            raise UsageError(f"{self.path / PROGRESS} is damaged; run: {remake(self.stage)} ({reason})")
         for name, expected in self.hashes.items():
             if not (self.path / name).exists() or files.sha256(self.path / name) != expected:
                 raise UsageError(f"{self.path / name} was changed since it was written; start again: {remake(self.stage)}")
@@ -284,13 +300,14 @@ class StageWriter:
     def _publish(self) -> None:
         """Puts the finished folder in place; a replaced one is removed only afterwards."""
         if self.final.exists():
-            shutil.rmtree(self._replaced, ignore_errors=True)
+            check_own(self.final, STAGE)
+            remove_own(self._replaced, STAGE)
             os.rename(self.final, self._replaced)
         os.rename(self.path, self.final)
         # Only now: a .partial folder without it would look like one that was never begun.
         (self.final / PROGRESS).unlink(missing_ok=True)
         files.sync_folder(self.final.parent)
-        shutil.rmtree(self._replaced, ignore_errors=True)
+        remove_own(self._replaced, STAGE)
 
     @property
     def _replaced(self) -> Path:

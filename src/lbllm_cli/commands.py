@@ -1,5 +1,7 @@
 """What each command does with a recipe: prepare, say what it needs, run the stage, say what it used."""
 
+import io
+import math
 import sys
 from dataclasses import replace
 from functools import partial
@@ -10,7 +12,7 @@ import torch
 
 from lbllm_cli import files, forecast, forecast_training, interrupt, prepare
 from lbllm_cli.activations import ActivationFormat
-from lbllm_cli.checkpoint import Checkpoint, changes, command_of, complete_stages, locked, remake
+from lbllm_cli.checkpoint import Checkpoint, changes, check_stage, command_of, complete_stages, locked, remake
 from lbllm_cli.errors import UsageError
 from lbllm_cli.forecast import Need
 from lbllm_cli.model import choose_device
@@ -19,6 +21,7 @@ from lbllm_cli.prepare import Plan
 from lbllm_cli.recipe import Recipe
 from lbllm_cli.recipe_training import ActEndToEnd, DistillEndToEnd, EndToEnd
 from lbllm_cli.report import console
+from lbllm_cli.stage_record import PARENT
 from lbllm_cli.stages import export as exporting
 from lbllm_cli.stages.act_calib import MIN_TOKENS, activation_format
 from lbllm_cli.stages.act_calib import fit_block as fit_act_calib
@@ -117,6 +120,7 @@ def _run(
 ) -> None:
     """Reads the text of a stage, says what it needs, and runs it; see `pipeline.run_stage`. before: the stage it goes on from."""
     stage = need.stage
+    check_stage(plan.output, stage, force)
     parent = None if before is None else _parent(plan, before)
     sampled = plan.generates(stage)
     tokens = None if sampled else plan.stage_tokens(stage)
@@ -136,33 +140,49 @@ def _run(
 
 
 def _parent(plan: Plan, stage: str) -> Checkpoint:
-    """The checkpoint to go on from; refuses one that this recipe would make differently, or whose own parent it would.
+    """The checkpoint to go on from; refuses one that this recipe would make differently, or one of those before it.
 
     Text that the model would have to write anew is not compared.
     """
     parent = open_checkpoint(plan, stage)
-    earlier = (parent.manifest.get("parent") or {}).get("stage")
-    present = [Checkpoint(plan.output, earlier)] if earlier in complete_stages(plan.output) else []
-    for checkpoint in (*present, parent):
+    for checkpoint in (*reversed(ancestors(plan.output, parent)), parent):
         made, sampled = checkpoint.stage, plan.generates(checkpoint.stage)
         wanted = plan.inputs(made, None if sampled else plan.stage_tokens(made))
-        left_out = {prepare.PARENT, *([f"{prepare.DATA[made]}.tokens"] if sampled else [])}
+        left_out = {PARENT, *([f"{prepare.DATA[made]}.tokens"] if sampled else [])}
         made_from = {name: value for name, value in checkpoint.inputs.items() if name not in left_out}
         if changed := changes(made_from, wanted):
             raise UsageError(
                 f"{checkpoint.path} was made from other inputs than this recipe's:\n{changed}\n"
                 f"Set these keys back, or run: {remake(checkpoint.stage)}"
             )
-    if parent.manifest["group_size"] != plan.recipe.ptq.group_size:
+    if parent.record.group_size != plan.recipe.ptq.group_size:
         raise UsageError(
-            f"{parent.path} has group size {parent.manifest['group_size']}, ptq.group_size is {plan.recipe.ptq.group_size}; "
+            f"{parent.path} has group size {parent.record.group_size}, ptq.group_size is {plan.recipe.ptq.group_size}; "
             "set it back, or use another output.dir"
         )
     return parent
 
 
+def ancestors(output: Path, checkpoint: Checkpoint) -> list[Checkpoint]:
+    """The checkpoints that one was made from, nearest first, as far as they are there.
+
+    Raises UsageError where one of them is another than the one that the next was made from.
+    """
+    found: list[Checkpoint] = []
+    while (parent := checkpoint.record.parent) is not None and parent.stage in complete_stages(output):
+        present = Checkpoint(output, parent.stage)
+        if present.content != checkpoint.inputs[PARENT]:
+            raise UsageError(
+                f"{checkpoint.path} was made from another {parent.stage} checkpoint than the one in {present.path}; "
+                f"run: {remake(checkpoint.stage)}"
+            )
+        found.append(present)
+        checkpoint = present
+    return found
+
+
 def open_checkpoint(plan: Plan, stage: str) -> Checkpoint:
-    """A complete stage that belongs to this model and parent and is unchanged; refuses any other by name."""
+    """A complete stage that is unchanged and belongs to this model and to the stages before it; refuses any other by name."""
     checkpoint = Checkpoint(plan.output, stage)
     made_from, now = checkpoint.inputs.get("model.files"), plan.model.identity()
     if made_from != now:
@@ -170,14 +190,11 @@ def open_checkpoint(plan: Plan, stage: str) -> Checkpoint:
             f"{checkpoint.path} was made from another model (expected {now[:12]}, got {str(made_from)[:12]}); "
             "set model.path to the model it was made from, or use another output.dir"
         )
-    parent = checkpoint.manifest.get("parent")
-    if parent and parent["stage"] in complete_stages(plan.output):
-        present = Checkpoint(plan.output, parent["stage"])
-        if present.content != checkpoint.inputs[prepare.PARENT]:
-            raise UsageError(
-                f"{checkpoint.path} was made from another {parent['stage']} checkpoint than the one in {present.path}; "
-                f"run: {remake(stage)}"
-            )
+    if checkpoint.record.blocks != plan.model.blocks:
+        raise UsageError(
+            f"{checkpoint.path} has {checkpoint.record.blocks} blocks, the model {plan.model.blocks}; run: {remake(stage)}"
+        )
+    ancestors(plan.output, checkpoint)
     checkpoint.verify()
     return checkpoint
 
@@ -194,6 +211,8 @@ def export(recipe: Recipe, dry_run: bool, force: bool) -> None:
     target = plan.output / exporting.EXPORT
     dense, shard = recipe.export.format == "dense", int(recipe.export.shard_gb * 1e9)
     done = not force and exporting.up_to_date(target, exporting.export_inputs(checkpoint, dense, shard))
+    if not done:
+        exporting.check_target(target)
     announce(forecast.export_need(recipe, plan.model), plan, done=done)
     if dry_run:
         say(f"export: would write {target}, {recipe.export.format}, from {checkpoint.path}")
@@ -210,19 +229,30 @@ def export(recipe: Recipe, dry_run: bool, force: bool) -> None:
 
 @torch.no_grad()
 def generate(
-    folder: Path, prompt: str, raw: bool, max_new_tokens: int, temperature: float, seed: int, device: str, full_activations: bool
+    model: str,
+    prompt: str,
+    raw: bool,
+    max_new_tokens: int | None,
+    temperature: float,
+    seed: int,
+    device: str,
+    full_activations: bool,
+    trust_remote_code: bool,
 ) -> None:
     """`lbllm generate`."""
     from lbllm_cli.generate import stream_text
-    from lbllm_cli.source import read_config, read_folder
+    from lbllm_cli.source import resolve
 
-    if not folder.is_dir():
-        raise UsageError(f"--model {folder} is not a folder; give one that `lbllm export` wrote")
-    read_config(folder)
-    read_folder(folder)
-    chosen = choose_device(device)
+    if math.isnan(temperature):
+        raise UsageError("--temperature nan: expected a number from 0 to 2")
+    chosen = choose_device(device, "--device")
+    folder = resolve(model, None, weights=True, key="--model")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not have every character that a model writes
     speed: list[str] = []
-    for piece in stream_text(folder, prompt, raw, max_new_tokens, temperature, seed, chosen, full_activations, speed.append):
+    for piece in stream_text(
+        folder, prompt, raw, max_new_tokens, temperature, seed, chosen, full_activations, speed.append, trust_remote_code
+    ):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")

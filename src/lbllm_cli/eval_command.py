@@ -1,7 +1,6 @@
 """`lbllm eval`: what is measured already, what is still to be measured, and the table of both."""
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from lbllm_cli import data, files, forecast, interrupt, lm_tasks, prepare, source
@@ -18,6 +18,7 @@ from lbllm_cli.commands import announce, open_checkpoint, say
 from lbllm_cli.errors import LbllmError, RunError, UsageError
 from lbllm_cli.kernels.library import library
 from lbllm_cli.measurements import Measurements
+from lbllm_cli.own_folders import EVAL_STREAMS, EXPORT_FOLDER, check_own, remove_own
 from lbllm_cli.prepare import Plan
 from lbllm_cli.recipe import Recipe
 from lbllm_cli.report import Reporter
@@ -38,18 +39,34 @@ def evaluate(recipe: Recipe, dry_run: bool, as_json: bool, force: bool) -> None:
     if tasks or EXPORT in checkpoints:
         need = forecast.whole_model_need(recipe, plan.model, need)
         library()  # what LBLLM_KERNELS asks for is refused now, not after the perplexities
+    _check_folders(plan.output / "eval", checkpoints if tasks else {})
     announce(need, plan)
     if dry_run:
         counts = [f"{name} {tokens.shape[0]} x {tokens.shape[1]}" for name, tokens in sets.items()]
         say(f"eval: would measure {', '.join(checkpoints)} on {', '.join(counts + [task.name for task in tasks])}")
         return
     with locked(plan.output), interrupt.graceful():
-        results = _Run(plan, checkpoints, need.on_disk, force).results(sets, tasks)
+        run = _Run(plan, checkpoints, need.on_disk, force)
+        results = run.results(sets, tasks)
     if as_json:
         print(json.dumps(results, indent=2))
     else:
         # A log has no width; at the 80 columns assumed for it four checkpoints would be cut.
         Console(width=None if sys.stdout.isatty() else 160).print(console_table(results))
+    if run.failed:
+        listed = [f"{name}: a prediction on {text} is NaN or infinity" for name, text in run.failed]
+        raise RunError("\n".join([*listed, "Everything else was measured and is kept; for these try model.dtype: float32"]))
+
+
+def _check_folders(folder: Path, exported: dict[str, Checkpoint | None]) -> None:
+    """Whether what is deleted or replaced in the folder is lbllm's. exported: checkpoints that are exported for tasks."""
+    check_own(folder / "streams", EVAL_STREAMS)
+    for name, checkpoint in exported.items():
+        if checkpoint is not None:
+            exporting.check_target(folder / f"{name}.model")
+    for name in ("results.json", "details.json"):
+        if (folder / name).exists() and not (folder / "measured").exists():
+            raise UsageError(f"{folder / name} is not of `lbllm eval`, which writes one there; move it away")
 
 
 def _checkpoints(plan: Plan) -> dict[str, Checkpoint | None]:
@@ -71,6 +88,8 @@ class _Run:
         self.folder = plan.output / "eval"
         self.streams = self.folder / "streams" if on_disk else None
         self.known = Measurements(self.folder / "measured", fresh)
+        # What could not be measured, by checkpoint and text.
+        self.failed: list[tuple[str, str]] = []
         (self.streams or self.folder).mkdir(parents=True, exist_ok=True)
 
     def results(self, sets: dict[str, Tensor], tasks: list[lm_tasks.Task]) -> dict[str, Any]:
@@ -88,7 +107,7 @@ class _Run:
             }
         files.write_json(self.folder / "details.json", details)
         files.write_json(self.folder / "results.json", results)
-        shutil.rmtree(self.folder / "streams", ignore_errors=True)
+        remove_own(self.folder / "streams", EVAL_STREAMS)
         return results
 
     def _identity(self, name: str) -> dict[str, Any]:
@@ -117,10 +136,19 @@ class _Run:
             with Reporter("eval", self.plan.model.blocks, self.plan.model.device) as reporter:
                 found = run.run({text: sets[text] for text in sets if wanted[text]}, wanted, reporter)
                 reporter.note(f"{', '.join([evaluation.BASE, *stages])}: finished in {reporter.used()}")
-            for key in found.keys() & whats.keys():
-                self.known.put(whats[key], found[key].as_dict())
+            for key, values in found.items():
+                if values is None or key in whats:
+                    self._keep(key, whats, None if values is None else values.as_dict())
         self._export_texts({text: sets[text] for name, text in missing if name == EXPORT}, whats)
-        return {name: {text: self.known.get(whats[name, text]) or {} for text in sets} for name in self.checkpoints}
+        kept = {key: self.known.get(what) for key, what in whats.items()}
+        return {name: {text: value for text in sets if (value := kept[name, text])} for name in self.checkpoints}
+
+    def _keep(self, key: tuple[str, str], whats: dict[tuple[str, str], dict[str, Any]], found: dict[str, Any] | None) -> None:
+        """Keeps what was measured, or that it could not be."""
+        if found is None:
+            self.failed.append(key)
+        else:
+            self.known.put(whats[key], found)
 
     def _export_texts(self, sets: dict[str, Tensor], whats: dict[tuple[str, str], dict[str, Any]]) -> None:
         if not sets:
@@ -128,7 +156,7 @@ class _Run:
         lm = self._open(self.plan.output / EXPORT)
         for text, tokens in sets.items():
             found = evaluation.whole_perplexity(lm.model, tokens, self.plan.model.device)
-            self.known.put(whats[EXPORT, text], {"perplexity": found})
+            self._keep((EXPORT, text), whats, None if found is None else {"perplexity": found})
 
     def _open(self, folder: Path) -> Any:
         recipe, model = self.plan.recipe, self.plan.model
@@ -155,7 +183,7 @@ class _Run:
                     self.known.put(whats[task.name], lm_tasks.scores(found, task.name))
             finally:
                 if temporary:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    remove_own(folder, EXPORT_FOLDER)
         return {task.name: self.known.get(whats[task.name]) or {} for task in tasks}
 
     def _score(self, name: str, lm: Any, task: lm_tasks.Task, limit: float | None) -> dict[str, Any]:
@@ -201,9 +229,10 @@ class _Run:
 def console_table(results: dict[str, Any]) -> Table:
     """Base and stages side by side, as the report has them."""
     found = results_table(results)
+    # Names of tasks and metrics are their authors': Text takes them literally.
     table = Table("", title="perplexity and divergence (lower is better), agreement and scores (higher is better), size")
     for name in found.columns:
         table.add_column(name, justify="right")
     for label, cells in found.rows:
-        table.add_row(label, *cells)
+        table.add_row(Text(label), *map(Text, cells))
     return table

@@ -1,11 +1,12 @@
 """What `lbllm eval` has measured, kept by what it was measured on: a checkpoint or text that is added costs only itself."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from lbllm_cli import files
 from lbllm_cli.checkpoint import fingerprint
+from lbllm_cli.errors import UsageError
+from lbllm_cli.result_records import is_measured
 
 # Measurements of another version are made again.
 _VERSION = 1
@@ -28,10 +29,11 @@ class Measurements:
         if self.fresh and path not in self._own:
             return None
         try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["found"]
-            return found
-        except (OSError, ValueError, KeyError, TypeError):
+            record = files.read_json(path)
+        except (UsageError, FileNotFoundError):
             return None
+        found = record.get("found") if isinstance(record, dict) else None
+        return found if is_measured(found, task="task" in what) else None
 
     def put(self, what: dict[str, Any], found: dict[str, Any]) -> None:
         """Keeps `found` for `what`."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from lbllm_cli.markdown import code, literal, one_line
 from lbllm_cli.plots import DARK, LIGHT, Image
 
 
@@ -63,40 +64,35 @@ def to_html(page: Page) -> str:
 
 def to_markdown(page: Page) -> str:
     """GitHub's Markdown, without the figures."""
-    parts = [f"# {_literal(page.title)}", "\n".join(f"- {_literal(name)}: {_literal(value)}" for name, value in page.facts)]
+    parts = [f"# {literal(page.title)}", "\n".join(f"- {literal(name)}: {literal(value)}" for name, value in page.facts)]
     for section in page.sections:
-        parts.append(f"## {_literal(section.title)}")
+        parts.append(f"## {literal(section.title)}")
         parts += [f"> {_markdown_prose(remark)}" for remark in section.remarks]
         if section.table is not None:
             parts.append(_markdown_table(section.table))
         parts += [_markdown_prose(note) for note in section.notes]
         if section.figures:
-            parts.append(f"In `report.html`: {'; '.join(_literal(figure.title) for figure in section.figures)}.")
+            parts.append(f"In `report.html`: {'; '.join(literal(figure.title) for figure in section.figures)}.")
         for summary, text in section.details:
             # A fence longer than any in the text.
             fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
             body = f"{fence}\n{text.rstrip()}\n{fence}"
-            parts.append(f"<details>\n<summary>{html.escape(summary)}</summary>\n\n{body}\n\n</details>")
+            parts.append(f"<details>\n<summary>{html.escape(one_line(summary))}</summary>\n\n{body}\n\n</details>")
     return "\n\n".join(parts) + "\n"
 
 
 def _prose(text: str, plain: Callable[[str], str], code: Callable[[str], str]) -> str:
     """Text with its `code` told from the rest; a backtick without a partner is an ordinary character."""
-    pieces = re.split("`([^`]*)`", text)
+    pieces = re.split("`([^`]+)`", text)
     return "".join(code(piece) if index % 2 else plain(piece) for index, piece in enumerate(pieces))
 
 
 def _markdown_prose(text: str) -> str:
-    return _prose(text, _literal, lambda code: f"`{code}`")
-
-
-def _literal(text: str) -> str:
-    """Text in which no character means anything to Markdown or HTML, on one line."""
-    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", html.escape(re.sub(r"\s+", " ", text), quote=False))
+    return _prose(text, literal, code)
 
 
 def _markdown_table(table: Table) -> str:
     lines = [[table.corner, *table.columns], ["---", *("---:" for _ in table.columns)]]
-    lines[0] = [_literal(cell) for cell in lines[0]]
-    lines += [[_literal(cell) for cell in (label, *cells)] for label, cells in table.rows]
+    lines[0] = [literal(cell) for cell in lines[0]]
+    lines += [[literal(cell) for cell in (label, *cells)] for label, cells in table.rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,6 +1,5 @@
 """One stage from its beginning to its manifest: resume, streams, records, facts. The same for every stage."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from lbllm_cli.activations import ActivationFormat
 from lbllm_cli.checkpoint import MANIFEST, Checkpoint, StageWriter
 from lbllm_cli.forecast import Need
 from lbllm_cli.forecast_training import recomputes
+from lbllm_cli.own_folders import STREAMS, remove_own
 from lbllm_cli.prepare import Plan
 from lbllm_cli.recipe_file import dump_recipe
 from lbllm_cli.recipe_training import EndToEnd
@@ -52,7 +52,7 @@ def run_stage(stage: Stage, force: bool, work: Work) -> None:
             files.touch(writer.final / MANIFEST)
             reporter.note(f"up to date, {writer.final}")
             return
-        writer.verify()
+        writer.verify(model.blocks)
         share = f"{model.binarized_share:.1%} of {model.count(list(model.shapes)):,} parameters are binarized"
         reporter.note(f"{model.blocks} blocks, {share}, group size {recipe.ptq.group_size}")
         files.write_text(writer.path / "recipe.resolved.yaml", dump_recipe(recipe))
@@ -76,7 +76,7 @@ def run_stage(stage: Stage, force: bool, work: Work) -> None:
 
 def _clean(folder: Path) -> None:
     """Deletes what only an unfinished stage needs; not before it is finished, for the last steps may fail as well."""
-    shutil.rmtree(folder / "streams", ignore_errors=True)
+    remove_own(folder / "streams", STREAMS)
     TrainingState.forget(folder)
 
 

@@ -1,9 +1,10 @@
 """From a recipe to a checked plan: everything that can be checked is, before a weight is read or a byte written."""
 
+import errno
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbllm_cli import __version__, data, text_sources
+from lbllm_cli import __version__, data, files, overlaps, text_sources
 from lbllm_cli.checkpoint import Checkpoint, flatten
 from lbllm_cli.errors import UsageError
 from lbllm_cli.model import SourceModel, choose_device, open_model, open_tokenizer
 from lbllm_cli.recipe import Ptq, Recipe, TokenSet
 from lbllm_cli.recipe_base import Source
 from lbllm_cli.recipe_training import EndToEnd, Schedule
+from lbllm_cli.stage_record import PARENT
 
 # Which part of the recipe says what a stage reads.
 DATA = {
@@ -27,9 +29,10 @@ DATA = {
     "act-calib": "data.training",
     "act-calib-e2e": "act_calib.end_to_end",
 }
-PARENT = "parent.files"
 # Of another stage's sampled text nothing can be left out: another seed gives other text.
 _SAMPLES = {"distill-e2e": 1, "act-calib-e2e": 2}
+# The longest path below the output folder.
+_LONGEST = "act-calib-e2e.partial/streams/unfinished_quantized_000.bin.tmp"
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Plan:
     output: Path
     model: SourceModel
     tokenizer: Any
+    _tokens: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def vocab(self) -> int:
@@ -91,7 +95,12 @@ class Plan:
         return any(item.source == "generate:" for item in self.token_set(stage).source)
 
     def stage_tokens(self, stage: str) -> Tensor:
-        """int64 [sequences, length] that a stage reads."""
+        """int64 [sequences, length] that a stage reads; of the stages before it, which are compared as well, read once."""
+        if stage not in self._tokens:
+            self._tokens[stage] = self._read_tokens(stage)
+        return self._tokens[stage]
+
+    def _read_tokens(self, stage: str) -> Tensor:
         seed, taken = self.recipe.runtime.seed, self._taken(stage)
 
         def sample(item: Source, rows: int, length: int) -> Tensor:
@@ -159,8 +168,10 @@ def prepare(recipe: Recipe, weights: bool = True, calibrate: bool = False, train
 
     device = attempt(lambda: choose_device(recipe.runtime.device))
     model = attempt(lambda: open_model(recipe.model, device or torch.device("cpu"), weights))
-    output = Path(os.path.expanduser(recipe.output.dir))
-    attempt(lambda: _check_output(output, model))
+    output = attempt(lambda: output_folder(recipe))
+    if output is not None:
+        attempt(lambda: _check_output(output, model))
+        attempt(lambda: overlaps.check_overlaps(recipe, output, None if model is None else model.folder))
     read = {"calibration": recipe.data.calibration} if calibrate else {}
     read |= {"training": recipe.data.training} if train else {}
     for tokens in read.values():
@@ -196,11 +207,24 @@ def _beyond_positions(lengths: dict[str, int], model: SourceModel) -> list[str]:
     ]
 
 
+def output_folder(recipe: Recipe) -> Path:
+    """output.dir, in which every name that lbllm writes can be had. Raises UsageError."""
+    output = files.user_path(recipe.output.dir, "output.dir")
+    try:
+        os.stat(output.absolute() / _LONGEST)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            shown = f"{recipe.output.dir[:80]}..."
+            raise UsageError(f"output.dir {shown} is too long for the files in it; give a shorter one") from None
+    return output
+
+
 def _check_output(output: Path, model: SourceModel | None) -> None:
     if output.exists() and not output.is_dir():
         raise UsageError(f"output.dir {output} is a file; choose a folder")
     if model is not None and output.exists() and output.resolve() == model.folder.resolve():
         raise UsageError(f"output.dir {output} is the model's own folder; choose another")
+    overlaps.check_places(output)
     existing = output.absolute()
     while not existing.exists():
         existing = existing.parent

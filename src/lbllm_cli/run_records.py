@@ -1,28 +1,17 @@
 """What a run has left in its output folder: records of its stages, what `eval` measured, and whether the two still belong."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lbllm_cli.checkpoint import PROGRESS, STAGES, Checkpoint, complete_stages, remake
+from lbllm_cli import files
+from lbllm_cli.checkpoint import PROGRESS, Checkpoint, complete_stages, remake
 from lbllm_cli.errors import UsageError
+from lbllm_cli.log_records import read_records
+from lbllm_cli.result_records import is_measured, read_details, read_results
+from lbllm_cli.stage_record import STAGES, read_progress
 from lbllm_cli.stages.evaluate import BASE
 from lbllm_cli.stages.export import EXPORT, RECORD, content
-
-_EVAL = "lbllm eval --recipe ..."
-
-
-def read_records(events: Path, kind: str) -> list[dict[str, Any]]:
-    """The last record of each block, step or phase in an events.jsonl, in order; a line that a crash cut short is passed over."""
-    found: dict[Any, dict[str, Any]] = {}
-    for line in events.read_text(encoding="utf-8").splitlines() if events.exists() else ():
-        try:
-            record = json.loads(line)
-            found[record[kind]] = record
-        except (ValueError, TypeError, KeyError):
-            continue
-    return [found[key] for key in sorted(found)]
 
 
 @dataclass(frozen=True)
@@ -51,7 +40,7 @@ class StageRecord:
     def text(self, name: str) -> str | None:
         """A file of the folder, None where it is not there."""
         path = self.folder / name
-        return path.read_text(encoding="utf-8") if path.exists() else None
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
 @dataclass(frozen=True)
@@ -82,10 +71,9 @@ class Run:
         """
         kept: dict[str, set[float]] = {}
         for path in sorted((self.output / "eval" / "measured").glob("*.json")):
-            record = _read(path, _EVAL)
-            what, value = record.get("what", {}), record.get("found", {}).get("perplexity")
+            what, value = _measured(path)
             if value is not None:
-                kept.setdefault(what.get("checkpoint") or what.get("export") or "", set()).add(round(value, 4))
+                kept.setdefault(what, set()).add(round(value, 4))
         return [
             name
             for name, result in self.results.items()
@@ -104,7 +92,7 @@ def read_run(output: Path) -> Run:
     complete = complete_stages(output)
     partial = {stage: output / f"{stage}.partial" for stage in STAGES}
     done = {
-        stage: len(_read(folder / PROGRESS, remake(stage))["files"])
+        stage: read_progress(folder / PROGRESS, f"run: {remake(stage)}").blocks_done
         for stage, folder in partial.items()
         if (folder / PROGRESS).exists()
     }
@@ -112,23 +100,30 @@ def read_run(output: Path) -> Run:
     for stage in STAGES:
         if stage in complete:
             folder, checkpoint = output / stage, Checkpoint(output, stage)
-            blocks = int(checkpoint.manifest["blocks"])
+            blocks = checkpoint.record.blocks
         elif stage in done:
             folder, checkpoint, blocks = partial[stage], None, done[stage]
         else:
             continue
-        records = {kind: read_records(folder / "events.jsonl", kind) for kind in ("block", "step", "phase")}
-        stages[stage] = StageRecord(stage, folder, checkpoint, records["block"], records["step"], records["phase"], blocks)
-    found = {name: output / "eval" / f"{name}.json" for name in ("results", "details")}
-    results, details = ({} if not path.exists() else _read(path, _EVAL) for path in found.values())
+        events = folder / "events.jsonl"
+        # A record of a block that is not there, of an unfinished run before this one, is of no weights that can be drawn.
+        there = [record for record in read_records(events, "block") if record["block"] < blocks]
+        steps, phase = read_records(events, "step"), read_records(events, "phase")
+        stages[stage] = StageRecord(stage, folder, checkpoint, there, steps, phase, blocks)
+    results, details = read_results(output / "eval" / "results.json"), read_details(output / "eval" / "details.json")
     if not stages and not results:
         raise UsageError(f"there is no run in {output}, neither a stage nor results; run: lbllm ptq --recipe ...")
     return Run(output, stages, {stage: done[stage] for stage in complete if stage in done}, results, details)
 
 
-def _read(path: Path, command: str) -> dict[str, Any]:
+def _measured(path: Path) -> tuple[str, float | None]:
+    """What a file of eval/measured is of, and the perplexity in it; None where it is of a task, or damaged."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UsageError(f"{path} is damaged; run: {command}") from None
-    return found
+        record = files.read_json(path)
+    except (UsageError, FileNotFoundError):
+        return "", None
+    values: dict[str, Any] = record if isinstance(record, dict) else {}
+    what, found = values.get("what"), values.get("found")
+    if not isinstance(what, dict) or not isinstance(found, dict) or not is_measured(found, task=False):
+        return "", None
+    return str(what.get("checkpoint") or what.get("export") or ""), found["perplexity"]

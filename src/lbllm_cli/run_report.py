@@ -4,12 +4,12 @@ from pathlib import Path
 
 import torch
 
-from lbllm_cli import data, files, page, plots, prepare, training_plots
+from lbllm_cli import data, files, interrupt, overlaps, page, plots, prepare, training_plots
 from lbllm_cli.activations import format_of
-from lbllm_cli.checkpoint import STAGES, Checkpoint, command_of
+from lbllm_cli.checkpoint import Checkpoint, command_of
 from lbllm_cli.commands import open_checkpoint, say
 from lbllm_cli.distributions import Linear, input_histograms, weight_histogram, worst_linears
-from lbllm_cli.errors import UsageError
+from lbllm_cli.errors import RunError, UsageError
 from lbllm_cli.page import Figure, Page, Section
 from lbllm_cli.plots import Image
 from lbllm_cli.prepare import Plan
@@ -17,6 +17,7 @@ from lbllm_cli.recipe import Recipe
 from lbllm_cli.recipe_file import dump_recipe
 from lbllm_cli.run_records import Run, read_run
 from lbllm_cli.run_tables import linears_table, outcome, ratios, results_table, stages_table
+from lbllm_cli.stage_record import STAGES
 from lbllm_cli.stages.evaluate import BASE
 
 _WORST = 4
@@ -27,7 +28,8 @@ _TOKENS = 256
 @torch.no_grad()
 def report(recipe: Recipe) -> None:
     """`lbllm report`."""
-    output = Path(recipe.output.dir).expanduser()
+    output = prepare.output_folder(recipe)
+    _check_own(output)
     run = read_run(output)
     plan: Plan | None = None
     try:
@@ -37,9 +39,23 @@ def report(recipe: Recipe) -> None:
         missing = str(error)
     sections = [_results(run), _stages(run, plan), *_worst(run, plan, missing), _settings(run, recipe)]
     whole = Page(f"Run {output.resolve().name}", _facts(run, recipe), sections)
-    files.write_text(output / "report.html", page.to_html(whole))
-    files.write_text(output / "report.md", page.to_markdown(whole))
+    pages = {"html": page.to_html(whole), "md": page.to_markdown(whole)}
+    with interrupt.graceful():
+        for kind, text in pages.items():
+            # A recipe or a path may hold half a surrogate pair, which no encoding has.
+            files.write_text(output / f"report.{kind}", text.encode("utf-8", "replace").decode("utf-8"))
     say(f"report: {output / 'report.html'}, {(output / 'report.html').stat().st_size:,} bytes, and report.md beside it")
+
+
+def _check_own(output: Path) -> None:
+    """Raises UsageError where the files to be written are there and somebody else's."""
+    overlaps.check_places(output)
+    for name, mark in (("report.html", b"<title>Run "), ("report.md", b"# Run ")):
+        path = output / name
+        if path.exists():
+            with path.open("rb") as handle:
+                if mark not in handle.read(500):
+                    raise UsageError(f"{path} is not of `lbllm report`, which writes one there; move it away")
 
 
 def _facts(run: Run, recipe: Recipe) -> list[tuple[str, str]]:
@@ -162,7 +178,7 @@ def _worst(run: Run, plan: Plan | None, missing: str) -> list[Section]:
         section.figures.append(_weights(plan, last, worst))
         if format_of(last.manifest) is not None:
             section.figures.append(_inputs(plan, last, worst))
-    except UsageError as error:
+    except (UsageError, RunError) as error:
         section.notes.append(f"Not drawn: {error}")
     return [section]
 

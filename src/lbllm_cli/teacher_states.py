@@ -4,7 +4,6 @@ Its logits follow from them by norm and head, exactly and at the cost of one mat
 likeliest few hundred logits of every position would, and lose nothing.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from lbllm_cli.checkpoint import changes, locked
 from lbllm_cli.data import tokens_hash
 from lbllm_cli.errors import UsageError
 from lbllm_cli.model import SourceModel
+from lbllm_cli.own_folders import TEACHER, foreign
 from lbllm_cli.recipe import Ptq
 from lbllm_cli.recipe_training import EndToEnd, Schedule
 from lbllm_cli.stream import HiddenStream, advance, embed_stream
@@ -26,13 +26,12 @@ if TYPE_CHECKING:
 RECORD = "lbllm_teacher.json"
 KEY = "end_to_end.teacher"
 _STATES, _WRITING, _BEGUN = "states.bin", "writing.bin", "unfinished.json"
-_OWN = re.compile(r"states\.bin|writing\.bin|entering_\d+\.bin|(unfinished|lbllm_teacher)\.json(\.tmp)?|\.lock")
 
 
 def teacher_folder(settings: Schedule | Ptq) -> Path | None:
     """The folder that a stage's section names for the teacher's states, if it does."""
     named = settings.teacher if isinstance(settings, EndToEnd) else None
-    return None if named is None else Path(named).expanduser()
+    return None if named is None else files.user_path(named, KEY)
 
 
 def states_inputs(model: SourceModel, tokens: Tensor) -> dict[str, Any]:
@@ -51,16 +50,12 @@ def check_states(folder: Path, model: SourceModel, tokens: Tensor) -> bool:
         return False
     if not folder.is_dir():
         raise UsageError(f"{KEY}: {folder} is a file; give a folder")
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        if not isinstance(record, dict):
-            raise ValueError
-    except FileNotFoundError:
-        if all(_OWN.fullmatch(entry.name) for entry in folder.iterdir()):
-            return False
-        raise UsageError(f"{KEY}: {folder} holds other files; give an empty folder, or one that lbllm made") from None
-    except ValueError:
-        raise UsageError(f"{KEY}: {folder / RECORD} is damaged; delete the folder") from None
+    record = _record(folder / RECORD)
+    if record is None:
+        # Links to folders on larger disks are what this key is for.
+        if reason := foreign(folder.resolve(), TEACHER):
+            raise UsageError(f"{KEY}: {folder} holds other files (it {reason}); give an empty folder, or one that lbllm made")
+        return False
     if changed := changes(record, states_inputs(model, tokens)):
         raise UsageError(
             f"{KEY}: {folder} holds the states of another model or text:\n{changed}\nGive another folder, or delete this one"
@@ -72,6 +67,19 @@ def check_states(folder: Path, model: SourceModel, tokens: Tensor) -> bool:
     return True
 
 
+def _record(path: Path) -> dict[str, Any] | None:
+    """What states belong to, as a file in their folder says; None where it is not there."""
+    try:
+        record = files.read_json(path)
+    except FileNotFoundError:
+        return None
+    except UsageError as error:
+        raise UsageError(f"{KEY}: {path} is damaged; delete the folder ({error})") from None
+    if not isinstance(record, dict):
+        raise UsageError(f"{KEY}: {path} is damaged; delete the folder (expected an object, got {type(record).__name__})")
+    return record
+
+
 def _bytes(model: SourceModel, tokens: Tensor) -> int:
     return tokens.numel() * int(model.config.hidden_size) * model.dtype.itemsize
 
@@ -81,17 +89,23 @@ def _entering(folder: Path, index: int) -> Path:
     return folder / f"entering_{index:03d}.bin"
 
 
+def _entered(path: Path) -> int | None:
+    """The block that the states in a file enter, None for another file."""
+    found = re.fullmatch(r"entering_(\d{3,})\.bin", path.name)
+    return None if found is None else int(found[1])
+
+
 def _resumed(folder: Path, model: SourceModel, tokens: Tensor, batch_size: int) -> tuple[HiddenStream, int]:
     """States as far as an interrupted pass brought them, and the block that they enter; else the embeddings."""
     inputs, begun = states_inputs(model, tokens), folder / _BEGUN
-    found = sorted(folder.glob("entering_*.bin"))
-    going_on = bool(found) and begun.exists() and json.loads(begun.read_text(encoding="utf-8")) == inputs
+    found = [path for path in sorted(folder.iterdir()) if (number := _entered(path)) is not None and number <= model.blocks]
+    going_on = bool(found) and _record(begun) == inputs and found[-1].stat().st_size == _bytes(model, tokens)
     last = found.pop() if going_on else None
     for path in found:
         path.unlink()
     if last is not None:
         shape = (*tokens.shape, int(model.config.hidden_size))
-        return HiddenStream(shape, model.dtype, last, create=False), int(last.stem.rpartition("_")[2])
+        return HiddenStream(shape, model.dtype, last, create=False), _entered(last) or 0
     stream = embed_stream(model, tokens, folder / _WRITING, batch_size)
     files.write_json(begun, inputs)
     stream.move(_entering(folder, 0))

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lbllm_cli.log_records import read_records
 from lbllm_cli.plots import DEPTH, LIGHT, MARKERS, Image, draw, legend, log_scale, whole_numbers
-from lbllm_cli.run_records import read_records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -3,13 +3,14 @@
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lbllm_cli import files
+from lbllm_cli.errors import UsageError
 
 _FILE = "training.safetensors"
 
@@ -37,14 +38,29 @@ class TrainingState:
         self._last = time.monotonic()
 
     def load(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What was kept of block `index`, or None. The file of an earlier block, left by a crash, counts as nothing."""
+        """What was kept of block `index`, or None. The file of an earlier block, left by a crash, counts as nothing.
+
+        Raises UsageError for a file that lbllm did not write.
+        """
         if not self.path.exists():
             return None
-        with safe_open(self.path, "pt") as file:
-            facts: dict[str, Any] = json.loads(file.metadata()["facts"])
-            if facts["block"] != index:
-                return None
-            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 (not a dict)
+        files.check_regular(self.path)
+        try:
+            with safe_open(self.path, "pt") as file:
+                facts: Any = json.loads((file.metadata() or {})["facts"])
+                if not isinstance(facts, dict) or type(facts.get("block")) is not int:
+                    self.refuse("its header does not say of which block it is")
+                if facts["block"] != index:
+                    return None
+                return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 (not a dict)
+        except (SafetensorError, ValueError, KeyError, RecursionError) as error:
+            self.refuse(f"{type(error).__name__}: {error}")
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Raises UsageError: what was kept cannot be gone on from."""
+        raise UsageError(
+            f"{self.path} is damaged ({reason}); delete it and run the same command again: only the training in it is lost"
+        )
 
     def clear(self) -> None:
         """Forgets the training of a block that is committed."""

@@ -8,12 +8,13 @@ from rich.console import Console
 from rich.table import Table
 
 from lbllm_cli import forecast, forecast_training, prepare
-from lbllm_cli.checkpoint import STAGES, command_of, complete_stages
+from lbllm_cli.checkpoint import command_of, complete_stages
 from lbllm_cli.commands import Last, say
 from lbllm_cli.errors import UsageError
 from lbllm_cli.forecast import Need
 from lbllm_cli.recipe import Recipe
 from lbllm_cli.report import GIB
+from lbllm_cli.stage_record import STAGES
 from lbllm_cli.teacher_states import teacher_folder
 
 _KINDS = ("device", "ram", "disk", "teacher", "streams")

@@ -12,7 +12,6 @@ from torch.nn import Module, Sequential
 
 from lbllm_cli.activations import ActivationFormat, format_of
 from lbllm_cli.checkpoint import Checkpoint
-from lbllm_cli.errors import RunError
 from lbllm_cli.model import FINAL_NORM, SourceModel
 from lbllm_cli.ops.agreement import POSITIONS, Agreement, log_probabilities
 from lbllm_cli.ops.metrics import BlockError
@@ -85,11 +84,13 @@ class Evaluation:
         self.folder = folder
         self._streams: dict[tuple[str, str], HiddenStream] = {}
 
-    def run(self, sets: dict[str, Tensor], wanted: dict[str, list[str]], reporter: Reporter) -> dict[tuple[str, str], Measured]:
-        """Measured by checkpoint and text.
+    def run(
+        self, sets: dict[str, Tensor], wanted: dict[str, list[str]], reporter: Reporter
+    ) -> dict[tuple[str, str], Measured | None]:
+        """Measured by checkpoint and text; None where a prediction, or the base model's beside it, is not finite.
 
         sets: text -> tokens int64 [segments, length]; the first token of a segment is not predicted. wanted: text -> names of
-        checkpoints to measure on it; the base model is always measured. Raises RunError where a prediction is not finite.
+        checkpoints to measure on it; the base model is always measured.
         """
         names = {text: [BASE, *(name for name in wanted[text] if name != BASE)] for text in sets}
         blocks: dict[tuple[str, str], list[BlockError]] = {(name, text): [] for text in sets for name in names[text]}
@@ -148,7 +149,7 @@ class Evaluation:
         tokens: Tensor,
         names: list[str],
         blocks: dict[tuple[str, str], list[BlockError]],
-    ) -> Iterator[tuple[tuple[str, str], Measured]]:
+    ) -> Iterator[tuple[tuple[str, str], Measured | None]]:
         found = {name: Agreement(tokens.shape[1]) for name in names}
         for rows in batches(0, tokens.shape[0], 1):
             wanted = tokens[rows][0, 1:].to(self.model.device)
@@ -160,13 +161,14 @@ class Evaluation:
                     student = teacher if name == BASE else log_probabilities(heads[name](hidden[name][piece]))
                     found[name].add(start, teacher, student, wanted[piece])
         for name in names:
-            if not found[name].finite:
-                raise RunError(f"{name}: a prediction on {text} is NaN or infinity; try model.dtype: float32")
-            yield (name, text), Measured(found[name], blocks[name, text])
+            yield (name, text), Measured(found[name], blocks[name, text]) if found[name].finite else None
 
 
-def whole_perplexity(model: Module, tokens: Tensor, device: torch.device) -> float:
-    """Perplexity of a model that is whole in memory, as transformers runs it. tokens: int64 [segments, length]."""
+def whole_perplexity(model: Module, tokens: Tensor, device: torch.device) -> float | None:
+    """Perplexity of a model that is whole in memory, as transformers runs it; None where a prediction is not finite.
+
+    tokens: int64 [segments, length].
+    """
     found = Agreement(tokens.shape[1])
     for rows in batches(0, tokens.shape[0], 1):
         row = tokens[rows].to(device)
@@ -174,7 +176,7 @@ def whole_perplexity(model: Module, tokens: Tensor, device: torch.device) -> flo
         for start in range(0, len(logits), POSITIONS):
             student = log_probabilities(logits[start : start + POSITIONS])
             found.add(start, student, student, row[0, 1:][start : start + POSITIONS])
-    return found.perplexity
+    return found.perplexity if found.finite else None
 
 
 def result(sizes: Sizes, activations: ActivationFormat | None, texts: dict[str, dict[str, Any]]) -> dict[str, Any]:

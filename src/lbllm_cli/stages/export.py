@@ -1,11 +1,11 @@
 """Export: a packed folder that transformers loads through `lbllm_cli.hf`, or a dense one that anything loads."""
 
-import json
-import shutil
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -13,7 +13,10 @@ from lbllm_cli import __version__, files, interrupt, source
 from lbllm_cli.activations import format_of
 from lbllm_cli.checkpoint import Checkpoint, fingerprint
 from lbllm_cli.errors import UsageError
+from lbllm_cli.markdown import literal
 from lbllm_cli.model import LINEARS, SourceModel
+from lbllm_cli.own_folders import EXPORT_FOLDER, check_own, remove_own
+from lbllm_cli.stage_record import Sha256, describe
 from lbllm_cli.stream import binarized_weights
 
 # 1: weights alone. 2: with quantizers of activations, which a reader of 1 would leave out without a word.
@@ -39,32 +42,43 @@ def quantization_config(group_size: int, stage: str, activations: dict[str, Any]
 def export(model: SourceModel, checkpoint: Checkpoint, target: Path, dense: bool, shard_bytes: int) -> None:
     """Writes the model folder `target`, replacing an earlier export of lbllm as a whole.
 
-    One shard is held in memory at a time. Raises UsageError when `target` is something else than an export, or when a block
-    file was changed since its stage finished.
+    One shard is held in memory at a time. Raises UsageError as `check_target`, or when a block file was changed since its stage
+    finished.
     """
-    if target.exists() and not (target / RECORD).exists():
-        raise UsageError(f"{target} exists and is not an export of lbllm; move it away")
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    check_target(target)
+    partial, replaced = (target.with_name(target.name + tail) for tail in (".partial", ".replaced"))
+    remove_own(partial, EXPORT_FOLDER)
     partial.mkdir(parents=True)
+    inputs = export_inputs(checkpoint, dense, shard_bytes)
+    # An unfinished export must be known for one as well, or nobody could delete it.
+    files.write_json(partial / RECORD, inputs)
     source.copy_metadata(model.folder, partial)
-    group_size = int(checkpoint.manifest["group_size"])
-    config = source.read_config(model.folder)
+    config = model.exported_config()
+    group_size = checkpoint.record.group_size
     if not dense:
         config["quantization_config"] = quantization_config(group_size, checkpoint.stage, checkpoint.manifest.get("activations"))
     files.write_json(partial / "config.json", config)
     _write_shards(_tensors(model, checkpoint, dense), partial, shard_bytes)
     files.write_text(partial / "README.md", _card(model, checkpoint, dense, group_size))
     written = [partial / "config.json", *sorted(partial.glob("*.safetensors"))]
-    hashes = {"files": {file.name: files.sha256(file) for file in written}}
-    files.write_json(partial / RECORD, export_inputs(checkpoint, dense, shard_bytes) | hashes)
-    replaced = target.with_name(target.name + ".replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
+    files.write_json(partial / RECORD, inputs | {"files": {file.name: files.sha256(file) for file in written}})
     if target.exists():
+        check_target(target)
+        remove_own(replaced, EXPORT_FOLDER)
         target.rename(replaced)
     partial.rename(target)
     files.sync_folder(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    remove_own(replaced, EXPORT_FOLDER)
+
+
+def check_target(target: Path) -> None:
+    """Whether `target`, and the folders beside it that an export passes through, are exports of lbllm's or not there.
+
+    An export that was killed while it replaced another leaves that one under another name, which is deleted here. Raises
+    UsageError naming the folder and what does not belong in it.
+    """
+    for tail in ("", ".partial", ".replaced"):
+        check_own(target.with_name(target.name + tail), EXPORT_FOLDER)
 
 
 def export_inputs(checkpoint: Checkpoint, dense: bool, shard_bytes: int) -> dict[str, Any]:
@@ -77,9 +91,10 @@ def export_inputs(checkpoint: Checkpoint, dense: bool, shard_bytes: int) -> dict
 def up_to_date(target: Path, inputs: dict[str, Any]) -> bool:
     """Whether `target` is a finished and unchanged export of the same inputs."""
     try:
-        record = json.loads((target / RECORD).read_text(encoding="utf-8"))
-        return {key: record[key] for key in inputs} == inputs and not _changed(target, record["files"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        record = files.read_json(target / RECORD)
+        same = isinstance(record, dict) and {key: record.get(key) for key in inputs} == inputs
+        return same and not _changed(target, _hashes(target))
+    except (UsageError, FileNotFoundError):
         return False
 
 
@@ -88,14 +103,28 @@ def _changed(target: Path, hashes: dict[str, str]) -> list[str]:
     return [name for name, found in hashes.items() if not (target / name).exists() or files.sha256(target / name) != found]
 
 
+_FileName = Annotated[str, Field(pattern=r"^(config\.json|model[-0-9of]*\.safetensors)$")]
+
+
+class _Record(BaseModel):
+    """What is checked of an export's record. files: hashes of its config and weight files by name."""
+
+    model_config = ConfigDict(strict=True)
+
+    files: Annotated[dict[_FileName, Sha256], Field(min_length=2)]
+
+
 def _hashes(target: Path) -> dict[str, str]:
     """Hashes of an export's config and weight files by name, as its record has them."""
     try:
-        found: dict[str, str] = dict(json.loads((target / RECORD).read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        remedy = "run: lbllm export --recipe ... --force"
-        raise UsageError(f"{target / RECORD} does not say what the export holds; {remedy}") from None
-    return found
+        return _Record.model_validate(files.read_json(target / RECORD)).files
+    except ValidationError as error:
+        reason = describe(error)
+    except FileNotFoundError:
+        reason = "it is not there"
+    except UsageError as error:
+        reason = str(error)
+    raise UsageError(f"{target / RECORD} does not say what the export holds; run: lbllm export --recipe ... --force ({reason})")
 
 
 def content(target: Path) -> str:
@@ -161,7 +190,7 @@ def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_byt
 
 def _card(model: SourceModel, checkpoint: Checkpoint, dense: bool, group_size: int) -> str:
     """Model card: what this is and how to load it."""
-    name = model.folder.name
+    name = literal(Path(os.path.abspath(model.folder)).name)
     layout = None if dense else format_of(checkpoint.manifest)
     lines = [f"# {name}, W(1+1){f'A{layout.bits}KV{layout.kv_bits}' if layout else ''}, {checkpoint.stage}", ""]
     lines.append(
