@@ -1,5 +1,15 @@
-"""`python -m lbllm_cli`."""
+"""`lbllm`, and `python -m lbllm_cli`: signals are answered before anything else is imported, which takes seconds."""
 
-from lbllm_cli.cli import app
+from lbllm_cli import interrupt
 
-app()
+
+def main() -> None:
+    """The command line in a process of its own."""
+    interrupt.end_at_once()
+    from lbllm_cli.cli import app
+
+    app()
+
+
+if __name__ == "__main__":
+    main()

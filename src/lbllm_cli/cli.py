@@ -1,5 +1,6 @@
 """The command line: load recipe -> stage -> exit code. torch is imported only inside commands, `--help` answers at once."""
 
+import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,11 +58,15 @@ def _main(
     _set_library_environment()
 
 
+# Ends of a run: what happens to disks and folders while it runs, a file that is deleted under it among them.
+_MACHINES = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOENT}
+# Names and folders as somebody has made them.
+_USERS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENOTEMPTY}
+
+
 @contextmanager
 def _exit_codes() -> Iterator[None]:
     """Turns what went wrong into one message on stderr and the exit code; a traceback is left for bugs of lbllm."""
-    import errno
-
     from lbllm_cli.errors import LbllmError
 
     try:
@@ -73,11 +78,11 @@ def _exit_codes() -> Iterator[None]:
         typer.echo("lbllm: interrupted; run the same command again to resume", err=True)
         raise typer.Exit(130) from None
     except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO}:
+        if error.errno not in _MACHINES | _USERS:
             raise
-        place = f" ({error.filename})" if error.filename else ""
+        place = f" ({str(error.filename)[:300]})" if error.filename else ""
         typer.echo(f"lbllm: {error.strerror}{place}; mend it and run the same command again to resume", err=True)
-        raise typer.Exit(1) from None
+        raise typer.Exit(1 if error.errno in _MACHINES else 2) from None
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
             keys = "runtime.batch_size or micro_batch_size, or set ptq.sequential: true or ptq.asymmetric: 0"

@@ -1,13 +1,33 @@
-"""SIGINT and SIGTERM end a stage between two steps instead of in the middle of one."""
+"""SIGINT and SIGTERM end a command at once while it has nothing to lose, and a stage between two steps."""
 
+import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from lbllm_cli.errors import Interrupted
 
 _received: list[int] = []
+
+
+def end_at_once() -> None:
+    """From now on SIGINT and SIGTERM end the process with a line and exit code 130, wherever it is; see `graceful` for the rest.
+
+    Not by an exception: one that is raised in an import, a destructor or a callback of a library is swallowed there, or leaves a
+    traceback. What is on disk is whole at every moment, as it has to be for a kill.
+    """
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        # A progress bar hides the cursor of a terminal.
+        shown = b"\x1b[?25h" if os.isatty(2) else b""
+        with suppress(OSError):
+            os.write(2, shown + b"lbllm: interrupted; run the same command again to resume\n")
+        os._exit(130)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # a job in the background ignores the terminal's
+            signal.signal(signum, end)
 
 
 @contextmanager
