@@ -1,11 +1,13 @@
 """Reading a recipe: strict YAML, every mistake at once, variables, overrides, defaults."""
 
 import ast
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 import yaml
 from pydantic import BaseModel, ValidationError
 
@@ -84,7 +86,7 @@ export: {shard_gb: -1, format: 3}
         "data.calibration.sequences: input should be a valid integer, got '32'",
         "data.calibration.lenght: unknown key; did you mean `length`?",
         "data.calibration.source[0].weigth: unknown key; did you mean `weight`?",
-        "data.calibration.source[1].weight: input should be greater than 0, got 0",
+        "data.calibration.source[1].weight: input should be greater than or equal to 0.000000001, got 0",
         "data.evaluation[1].name: string should match pattern '^[A-Za-z0-9._-]+$', got 'b c'",
         "data.evaluation[1].source[0].text_kye: unknown key; did you mean `text_key`?",
         "data.evaluation[1].length: input should be greater than or equal to 8, got 4",
@@ -97,7 +99,7 @@ export: {shard_gb: -1, format: 3}
         "importance, levels, refit, rounds, sequential",
         "eval.checkpoints[1]: input should be 'base', 'ptq', 'distill', 'distill-e2e', 'act-calib', "
         "'act-calib-e2e' or 'export', got 'pqt'",
-        "export.shard_gb: input should be greater than 0, got -1",
+        "export.shard_gb: input should be greater than or equal to 0.000001, got -1",
         "export.format: input should be 'packed' or 'dense', got 3",
     }
 
@@ -199,11 +201,144 @@ def test_a_file_that_is_not_a_mapping_is_refused(load, text, kind):
 def test_files_that_cannot_be_read_are_refused(tmp_path):
     with pytest.raises(UsageError, match=r"recipe .*nowhere\.yaml does not exist"):
         load_recipe(tmp_path / "nowhere.yaml")
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match="is a folder; expected a file"):
         load_recipe(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"model: {path: \xe9}\n")
-    with pytest.raises(UsageError, match=r"latin\.yaml cannot be read"):
+    with pytest.raises(UsageError, match=r"latin\.yaml is not UTF-8 text: byte 14 cannot be decoded"):
         load_recipe(tmp_path / "latin.yaml")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(UsageError, match=r"pipe\.yaml is a pipe; expected a file"):
+        load_recipe(tmp_path / "pipe.yaml")
+    with pytest.raises(UsageError, match=r"latin\.yaml/r\.yaml cannot be read: Not a directory"):
+        load_recipe(tmp_path / "latin.yaml" / "r.yaml")
+    with pytest.raises(UsageError, match=r"--recipe 'a{80}\.\.\. \(9000 characters\)' is not a path: File name too long"):
+        load_recipe(Path("a" * 9000))
+    with (tmp_path / "large.yaml").open("wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(UsageError, match=r"large\.yaml has 1,073,741,824 bytes; at most 1,048,576 are read"):
+        load_recipe(tmp_path / "large.yaml")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path):
+    (tmp_path / "r.yaml").write_text(BASE, encoding="utf-8-sig")
+    assert load_recipe(tmp_path / "r.yaml").model.path == "some/model"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("ptq: " + "[" * 33, "line 3: nested more than 32 levels deep"),
+        ("ptq: " + "[" * 100_000, "line 3: nested more than 32 levels deep"),
+        ("ptq: " + "{a: " * 600 + "}" * 600, "line 3: nested more than 32 levels deep"),
+        ("ptq:\n" + "".join(" " * i + "- \n" for i in range(1, 600)), "nested more than 32 levels"),
+        ("ptq: [" + "1," * 30_000 + "]", "line 3: more than 10,000 values, aliases unfolded"),
+        ("a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40)), "than 10,000 values"),
+        ("a: &a [*a]", "line 3: the alias *a stands within what it names"),
+        ("a: &a {b: {c: *a}}", "line 3: the alias *a stands within what it names"),
+        ("a: *nothing", "found undefined alias 'nothing'"),
+        ("a: &x {rounds: 1}\nptq: {<<: *x}", "line 4: merge keys (<<) are not read; write the keys out"),
+        ("--- {}\n--- {}", "is not valid YAML: expected a single document"),
+        ("a: !!bool 7", "'7' is read as bool and is none; put quotes around text"),
+        ("a: !!timestamp ''", "'' is read as timestamp and is none"),
+        ("a: !!int x", "'x' is read as int and is none"),
+        ("a: !!int ''", "'' is read as int and is none"),
+        ("a: !!float x", "'x' is read as float and is none"),
+        ("a: !!binary é", "failed to convert base64"),
+        ("a: !!map 7", "'7' is read as map and is none"),
+        ("a: !!seq 7", "expected a sequence node"),
+        ("a: !!omap [1]", "expected a mapping of length 1"),
+        ("a: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        ("a: " + "9" * 5000, "is read as int and is none"),
+        ("!!binary YQ==: 1", "line 3: key b'a' is read as bytes; put quotes around it"),
+        ("? {a: 1}\n: 2", "line 3: key {'a': 1} is read as dict"),
+        ("a: \x07", "special characters are not allowed"),
+    ],
+)
+def test_yaml_that_no_recipe_is(load, text, expected):
+    with pytest.raises(UsageError) as caught:
+        load(text)
+    assert expected in str(caught.value)
+    assert len(str(caught.value)) < 600
+    for override in ("model=" + text.partition(": ")[2], "model=&a [*a]"):
+        if "\n" not in text:
+            with pytest.raises(UsageError):
+                load("", override)
+
+
+def test_an_alias_stands_for_what_it_names(load):
+    recipe = load("data:\n  calibration: {source: &mix [a.txt, {source: b.txt, weight: 2}]}\n  training: {source: *mix}")
+    assert recipe.data.training.source == recipe.data.calibration.source
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1e999"])
+def test_numbers_are_finite(mistakes, value):
+    for section in _sections(Recipe):
+        for key, field in section.model_fields.items():
+            if float in (field.annotation, *get_args(field.annotation)):
+                with pytest.raises(ValidationError, match="finite number"):
+                    section.model_validate({key: yaml.safe_load(value) if "e9" not in value else float(value)})
+    for key in ("runtime.save_minutes", "ptq.damping", "distill.clip"):
+        (found,) = mistakes("", f"{key}={value}")
+        assert "input should be a finite number" in found
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (f"runtime.seed={2**63}", "runtime.seed: integers of at most 64 bits are read, got one of 65 bits"),
+        ("runtime.seed=0x" + "f" * 6000, "runtime.seed: integers of at most 64 bits are read, got one of 24001 bits"),
+        (f"ptq=[{10**100}]", "ptq[0]: integers of at most 64 bits"),
+        ("data.evaluation=[{name: a, source: a, segments: 100000000000000000000000000000}]", "segments: integers of at most 64"),
+        ("data.evaluation=[{name: a, source: a, segments: 1e29}]", "segments: input should be a valid integer, got 1e+29"),
+        (f"data.training.sequences={10**18}", "training.sequences: input should be less than or equal to 2147483647"),
+        (f"data.training.length={10**18}", "training.length: input should be less than or equal to 16777216"),
+        ("data.training={sequences: 1000000000, length: 1000}", "data.training: sequences: 1000000000 of 1000 tokens are"),
+        ("data.evaluation=[{name: a, source: a, segments: 9999999, length: 9999}]", "evaluation[0]: segments: 9999999 of 9999"),
+        ("distill.end_to_end={sequences: 2000000000}", "distill.end_to_end.sequences: 2000000000 of 512 tokens are 1,024,000,"),
+        ("data.training.source={source: a, weight: 5e-324}", "weight: input should be greater than or equal to 0.000000001"),
+        ("data.training.source={source: a, weight: 1e308}", "weight: input should be less than or equal to 1000000000"),
+        ("data.training.source={source: 'generate:', temperature: 5e-324}", "temperature: input should be greater than or"),
+        ("export.shard_gb=1e300", "export.shard_gb: input should be less than or equal to 1000000"),
+        (f"data.evaluation=[{{name: {'a' * 300}, source: a}}]", "name: string should have at most 100 characters"),
+        ('model.path="\\ud800"', "model.path: the text is no Unicode text: character 0 is half a pair"),
+        (f"model.path={'a' * 99_990}", "override `model.path=aaa"),
+        (f"ptq={'a' * 5000}", "ptq: input should be a valid dictionary"),
+    ],
+)
+def test_numbers_and_text_beyond_all_bounds(load, override, expected):
+    with pytest.raises(UsageError) as caught:
+        load("", override)
+    assert expected in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_the_largest_seed(load):
+    seed = load("", f"runtime.seed={2**63 - 1}").runtime.seed
+    for index in (0, 1, 1000, 2 << 20):
+        torch.Generator().manual_seed(seed + index)
+
+
+def test_variables_of_any_size_and_kind(load, mistakes, monkeypatch):
+    monkeypatch.setenv("LONG", "a" * 60_000)
+    monkeypatch.setenv("BOMB", "[" * 1000)
+    monkeypatch.setenv("NUMBER", "9" * 30)
+    monkeypatch.setenv("BYTES", os.fsdecode(b"caf\xe9"))
+    (found,) = mistakes("model: {path: '" + "${env:LONG}" * 1000 + "'}", base="output: {dir: a}\n")
+    assert found.startswith("model.path: text of at most 100,000 characters is read, got ")
+    assert load("model: {path: '${env:BOMB}'}", base="output: {dir: a}\n").model.path == "[" * 1000
+    (found,) = mistakes("runtime: {seed: '${env:NUMBER}'}")
+    assert found == "runtime.seed: integers of at most 64 bits are read, got one of 101 bits"
+    (found,) = mistakes("model: {path: '${env:BYTES}'}", base="output: {dir: a}\n")
+    assert found.startswith("model.path: the text is no Unicode text: character 3")
+
+
+def test_a_message_of_a_thousand_mistakes_has_an_end(load):
+    with pytest.raises(UsageError) as caught:
+        load("ptq:\n" + "".join(f"  key{number}: 1\n" for number in range(1000)) + f"  {'k' * 900}: 1\n")
+    lines = str(caught.value).splitlines()
+    assert lines[0].endswith(": 1001 mistakes")
+    assert lines[-1] == "  and 951 more"
+    assert len(lines) == 52
 
 
 def test_environment_variables(load, monkeypatch):
@@ -293,7 +428,10 @@ def test_overrides_are_checked_as_the_file_is(mistakes, override, expected):
     assert mistakes("", override) == [expected]
 
 
-@pytest.mark.parametrize("override", ["ptq.rounds", "=3", "ptq..rounds=3", "ptq.=3", "ptq rounds=3", "ptq[0]=3"])
+@pytest.mark.parametrize(
+    "override",
+    ["ptq.rounds", "=3", "", "ptq..rounds=3", "ptq.=3", ".ptq=3", "ptq rounds=3", "ptq[0]=3", "--ptq=3", "a" + ".a" * 13 + "=1"],
+)
 def test_malformed_overrides_are_refused(load, override):
     with pytest.raises(UsageError) as caught:
         load("", override)

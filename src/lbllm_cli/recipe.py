@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lbllm_cli.held_out import held_out_rows
-from lbllm_cli.recipe_base import Name, Positive, Section, Source, Sources
+from lbllm_cli.recipe_base import LENGTH, TOKENS, Name, Positive, Section, Source, Sources
 from lbllm_cli.recipe_training import ActCalib, Distill, Schedule
 
 
@@ -32,12 +32,17 @@ class Runtime(Section):
     """How to run; none of it changes what a checkpoint is, except `seed`."""
 
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: the first GPU, else the CPU")
-    seed: int = Field(0, ge=0, description="chooses calibration windows and samples text")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="chooses calibration windows and samples text")
     streams: Literal["auto", "ram", "disk"] = Field(
         "auto", description="hidden states between blocks; auto: RAM while they need less than half of what is free"
     )
     batch_size: Positive = Field(4, description="sequences in one forward pass of a block")
-    save_minutes: float = Field(10, ge=0, description="a block's unfinished training is saved this often")
+    save_minutes: float = Field(10, ge=0, le=1e6, description="a block's unfinished training is saved this often")
+
+
+def _check_size(key: str, count: int, length: int) -> None:
+    if count * length > TOKENS:
+        raise ValueError(f"{key}: {count} of {length} tokens are {count * length:,}; at most {TOKENS:,} are read; lower one")
 
 
 class TokenSet(Section):
@@ -45,8 +50,13 @@ class TokenSet(Section):
 
     source: Sources = Field([Source(source="builtin:calibration")], description="one source or a mixture")
     sequences: Positive = Field(32, description="sequences of `length` tokens")
-    length: int = Field(512, ge=8, description="tokens in a sequence")
+    length: int = Field(512, ge=8, le=LENGTH, description="tokens in a sequence")
     bos: bool = Field(False, description="start every sequence with the tokenizer's BOS")
+
+    @model_validator(mode="after")
+    def _fits_memory(self) -> "TokenSet":
+        _check_size("sequences", self.sequences, self.length)
+        return self
 
 
 class EvaluationSet(Section):
@@ -54,9 +64,14 @@ class EvaluationSet(Section):
 
     name: Name
     source: Sources
-    length: int = Field(1024, ge=8, description="tokens in a segment")
+    length: int = Field(1024, ge=8, le=LENGTH, description="tokens in a segment")
     segments: Positive | None = Field(None, description="segments from the start of the text; default all")
     bos: bool = Field(False, description="start every segment with the tokenizer's BOS")
+
+    @model_validator(mode="after")
+    def _fits_memory(self) -> "EvaluationSet":
+        _check_size("segments", self.segments or 1, self.length)
+        return self
 
 
 def _builtin_evaluation() -> list[EvaluationSet]:
@@ -124,7 +139,7 @@ class Eval(Section):
     num_fewshot: int | None = Field(
         None, ge=0, le=100, description="examples in context; default commonsense 0, mmlu 5, gsm8k 5, others the task's own"
     )
-    limit: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | None = Field(
+    limit: Positive | Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="documents of each task, below 1 a share of them; default all"
     )
     batch_size: Positive = Field(8, description="sequences in one forward pass of a task")
@@ -137,7 +152,7 @@ class Export(Section):
         "latest", description="latest: the last complete stage"
     )
     format: Literal["packed", "dense"] = Field("packed", description="packed: 2-bit codes; dense: a plain folder")
-    shard_gb: float = Field(5.0, gt=0, description="largest weight file, in units of 10^9 bytes; held in RAM once")
+    shard_gb: float = Field(5.0, ge=1e-6, le=1e6, description="largest weight file, in units of 10^9 bytes; held in RAM once")
 
 
 class Recipe(Section):
@@ -176,6 +191,7 @@ class Recipe(Section):
         for section, last in (("distill", self.distill.end_to_end), ("act_calib", self.act_calib.end_to_end)):
             if last is not None:
                 phases.append((f"{section}.end_to_end", last, last.sequences))
+                _check_size(f"{section}.end_to_end.sequences", last.sequences, self.data.training.length)
         for section, settings, count in phases:
             left = count - held_out_rows(count, settings.held_out)
             if settings.batch_size > left:

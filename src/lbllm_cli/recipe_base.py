@@ -4,27 +4,30 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-Positive = Annotated[int, Field(ge=1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+COUNT = 2**31 - 1  # the largest of any number of things
+LENGTH = 2**24  # of tokens in a sequence
+TOKENS = 2**34  # of a set: 128 GiB in memory
+Positive = Annotated[int, Field(ge=1, le=COUNT)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=100)]
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are errors, numbers are not read from strings, nothing changes later."""
+    """Base of every section: unknown keys are errors, numbers are finite and not read from strings, nothing changes later."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Source(Section):
     """One source of text or tokens; `source` alone may be written as a plain string."""
 
     source: str = Field(min_length=1, description="builtin:..., generate:, hub:NAME, a preset, or a path")
-    weight: float = Field(1.0, gt=0, description="share of the sequences when several sources are mixed")
+    weight: float = Field(1.0, ge=1e-9, le=1e9, description="share of the sequences when several sources are mixed")
     text_key: str = Field("text", description="field of a record that holds the text")
     messages_key: str | None = Field(None, description="field that holds chat messages; the chat template renders them")
     split: str | None = Field(None, description="split of a dataset; default train, for evaluation test")
     config: str | None = Field(None, description="configuration name of a hub dataset")
     path: str | None = Field(None, description="local file with a preset's schema, instead of the hub")
-    temperature: float = Field(1.0, gt=0, le=2, description="generate: sampling temperature")
+    temperature: float = Field(1.0, ge=0.01, le=2, description="generate: sampling temperature")
 
 
 def _as_sources(value: object) -> object:

@@ -11,53 +11,19 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from lbllm_cli import files
 from lbllm_cli.errors import UsageError
 from lbllm_cli.recipe import Recipe
+from lbllm_cli.strict_yaml import StrictDumper, parse_yaml
 
 _ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and reads 1e-5 as a number, which YAML 1.1 takes for a string."""
-
-
-class _StrictDumper(yaml.SafeDumper):
-    """SafeDumper that puts quotes around strings that _StrictLoader would read as numbers."""
-
-
-for _tool in (_StrictLoader, _StrictDumper):
-    _tool.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
-    )
-
-
-def _mapping(loader: _StrictLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-    seen: dict[Any, int] = {}
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        line = key_node.start_mark.line + 1
-        if not isinstance(key, str):
-            raise UsageError(f"line {line}: key {key!r} is read as {type(key).__name__}; put quotes around it")
-        if key in seen:
-            raise UsageError(f"line {line}: duplicate key `{key}`, first on line {seen[key]}; remove one of them")
-        seen[key] = line
-    return {loader.construct_object(k, deep=True): loader.construct_object(v, deep=True) for k, v in node.value}
-
-
-_StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """YAML text to plain values.
-
-    Raises UsageError naming `where` and the line when the text is not YAML or repeats a key.
-    """
-    try:
-        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a subclass of SafeLoader
-    except UsageError as error:
-        raise UsageError(f"{where}: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: looks like a date or number and is none, as 2020-13-45
-        raise UsageError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+_BYTES = 1 << 20  # of a recipe file
+_CHARACTERS = 100_000  # of a value
+_SHOWN = 200  # characters of a value or key in a message
+_LINES = 50  # of mistakes in a message
+_LEVELS = 12  # of an override's key; a recipe has seven
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
@@ -66,19 +32,18 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     overrides: `key.sub=value`, the value in YAML; lists are replaced whole.
     Raises UsageError with every mistake, each with its key path and, for unknown keys, the nearest valid name.
     """
+    path = files.user_path(str(path), "--recipe")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = files.read_text(path, _BYTES)
     except FileNotFoundError:
         raise UsageError(f"recipe {path} does not exist; give an existing file to --recipe") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"recipe {path} cannot be read: {error}") from None
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise UsageError(f"{path}: expected a mapping with recipe_version, model, output, got {type(values).__name__}")
     for override in overrides or []:
         _override(values, override)
     problems: dict[str, list[str]] = defaultdict(list)
-    values = _expand(values, "", problems, path.resolve().parent)
+    values = _bound(_expand(values, "", problems, path.resolve().parent), "", problems)
     unset = set(problems)
     try:
         recipe = Recipe.model_validate(values)
@@ -88,20 +53,24 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
             if key not in unset:
                 problems[key].append(message)
     if problems:
-        listed = "\n".join(f"  {key}: {'; '.join(messages)}" if key else f"  {messages[0]}" for key, messages in problems.items())
-        raise UsageError(f"{path}: {len(problems)} mistake{'s' if len(problems) > 1 else ''}\n{listed}")
+        lines = [f"  {_shown(key)}: {'; '.join(messages)}" if key else f"  {messages[0]}" for key, messages in problems.items()]
+        lines[_LINES:] = [f"  and {len(lines) - _LINES:,} more"] if len(lines) > _LINES else []
+        raise UsageError("\n".join([f"{path}: {len(problems)} mistake{'s' if len(problems) > 1 else ''}", *lines]))
     return recipe
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, defaults included."""
-    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_StrictDumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=StrictDumper, sort_keys=False, allow_unicode=True)
 
 
 def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", key):
-        raise UsageError(f"override `{override}`: expected key.sub=value, for example ptq.group_size=64")
+    what = f"override `{_shown(override)}`"
+    if not equals or not re.fullmatch(rf"[A-Za-z_]\w*(\.[A-Za-z_]\w*){{0,{_LEVELS}}}", key):
+        raise UsageError(f"{what}: expected key.sub=value, for example ptq.group_size=64")
+    if len(override) > _CHARACTERS:
+        raise UsageError(f"{what} has {len(override):,} characters; at most {_CHARACTERS:,} are read: write it into the file")
     *parents, last = key.split(".")
     for parent in parents:
         below = values.get(parent)
@@ -111,9 +80,9 @@ def _override(values: dict[str, Any], override: str) -> None:
             # `data.calibration.source` may be a plain string: overriding below it starts a mapping.
             below = values[parent] = {"source": below}
         if not isinstance(below, dict):
-            raise UsageError(f"override `{override}`: `{parent}` is a {type(below).__name__}, replace it whole")
+            raise UsageError(f"{what}: `{parent}` is a {type(below).__name__}, replace it whole")
         values = below
-    value = parse_yaml(text, f"override `{override}`")
+    value = parse_yaml(text, what)
     # A shell takes the quotes off `"generate:"`, and what is left is a mapping in YAML.
     values[last] = text if value == {text.removesuffix(":"): None} else value
 
@@ -124,16 +93,19 @@ def _expand(value: Any, path: str, problems: dict[str, list[str]], recipe_dir: P
         return {k: _expand(v, f"{path}.{k}" if path else k, problems, recipe_dir) for k, v in value.items()}
     if isinstance(value, list):
         return [_expand(v, f"{path}[{i}]", problems, recipe_dir) for i, v in enumerate(value)]
-    if not isinstance(value, str):
+    if not isinstance(value, str) or len(value) > _CHARACTERS:
         return value
+    size = 0
 
     def lookup(match: re.Match[str]) -> str:
+        nonlocal size
         name, default = match.groups()
         found = os.environ.get(name, default)
         if found is None:
             problems[path].append(f"environment variable {name} is not set; set it or write ${{env:{name}:-default}}")
             return match.group(0)
-        return found
+        size += len(found)
+        return found if size <= _CHARACTERS else "." * _CHARACTERS  # too long already; `_bound` refuses it
 
     expanded = _ENV.sub(lookup, value.replace("${recipe_dir}", str(recipe_dir)))
     if expanded == value or not _ENV.fullmatch(value):
@@ -147,6 +119,26 @@ def _expand(value: Any, path: str, problems: dict[str, list[str]], recipe_dir: P
     return expanded if isinstance(parsed, str) else parsed
 
 
+def _bound(value: Any, path: str, problems: dict[str, list[str]]) -> Any:
+    """Notes what no key may have: integers beyond 64 bits, text that is none or too long. Something short takes its place."""
+    if isinstance(value, dict):
+        return {k: _bound(v, f"{path}.{k}" if path else k, problems) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_bound(v, f"{path}[{i}]", problems) for i, v in enumerate(value)]
+    if isinstance(value, int) and value.bit_length() > 63:
+        problems[path].append(f"integers of at most 64 bits are read, got one of {value.bit_length() + 1} bits")
+        return 0
+    if isinstance(value, str):
+        try:
+            if len(value) > _CHARACTERS:
+                raise UsageError(f"text of at most {_CHARACTERS:,} characters is read, got {len(value):,}")
+            files.check_unicode(value, "the text")
+        except UsageError as error:
+            problems[path].append(str(error))
+            return ""
+    return value
+
+
 def _describe(error: Any) -> tuple[str, str]:
     """Key path and message for one pydantic error."""
     # Pydantic puts the member of a union that it tried into the path: `asymmetric.constrained-float`.
@@ -154,14 +146,18 @@ def _describe(error: Any) -> tuple[str, str]:
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     if error["type"] == "extra_forbidden":
         key, valid = str(location[-1]), sorted(_fields_at(location[:-1]))
-        near = difflib.get_close_matches(key, valid, n=1)
+        near = difflib.get_close_matches(key[:_SHOWN], valid, n=1)
         return path, "unknown key" + (f"; did you mean `{near[0]}`?" if near else f"; valid: {', '.join(valid)}")
     if error["type"] == "missing":
         return path, "missing; this key has no default"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":  # written in recipe.py, with what it got
         return path, message
-    return path, f"{message[:1].lower()}{message[1:]}, got {error.get('input')!r}"
+    return path, f"{message[:1].lower()}{message[1:]}, got {_shown(repr(error.get('input')))}"
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text):,} characters)"
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

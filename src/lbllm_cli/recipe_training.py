@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lbllm_cli.recipe_base import Positive, Section, Sources
+from lbllm_cli.recipe_base import COUNT, Positive, Section, Sources
 
-SoftKnee = Annotated[list[Annotated[float, Field(gt=0, le=10)]], Field(min_length=2, max_length=2)]
+SoftKnee = Annotated[list[Annotated[float, Field(ge=1e-4, le=10)]], Field(min_length=2, max_length=2)]
 
 
 class Schedule(Section):
@@ -19,9 +19,9 @@ class Schedule(Section):
         4, description="most sequences in one forward and backward pass; gradients add up to a step"
     )
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which rates rise; then they fall as a cosine")
-    clip: float = Field(2.0, gt=0, description="largest gradient norm, in units of its running mean")
+    clip: float = Field(2.0, ge=1e-6, le=1e6, description="largest gradient norm, in units of its running mean")
     held_out: float = Field(0.0625, gt=0, lt=1, description="share of the sequences that choose the best epoch")
-    max_skipped: int = Field(10, ge=0, description="steps that may be skipped for not being finite, of a block or a phase")
+    max_skipped: int = Field(10, ge=0, le=COUNT, description="steps of a block or a phase that may be skipped, not being finite")
     train: Sequence[str] | None
 
     @property
@@ -63,8 +63,8 @@ class EndToEnd(Schedule):
         None,
         description="text; default that of data.training, of which sequences are taken that it does not hold",
     )
-    sequences: Annotated[int, Field(ge=2)] = Field(128, description="sequences of data.training.length tokens")
-    skip: Annotated[int, Field(ge=0)] | None = Field(
+    sequences: Annotated[int, Field(ge=2, le=COUNT)] = Field(128, description="sequences of data.training.length tokens")
+    skip: Annotated[int, Field(ge=0, le=COUNT)] | None = Field(
         None,
         description="sequences of the sources to leave out, sampled text aside; default those that data.training and a phase "
         "before it hold of the same sources",
@@ -76,7 +76,7 @@ class EndToEnd(Schedule):
     batch_size: Positive = Field(1, description="sequences in an optimizer step")
     lr_levels: float = Field(1e-3, gt=0, le=1, description="AdamW rate of levels and scales, relative to the RMS of the weights")
     lr_norms: float = Field(1e-3, gt=0, le=1, description="AdamW rate of norm weights, relative to their RMS")
-    temperature: float = Field(1.0, gt=0, le=10, description="of both distributions in the KL divergence")
+    temperature: float = Field(1.0, ge=0.01, le=10, description="of both distributions in the KL divergence")
     next_token: float = Field(0.0, ge=0, le=1, description="share of the next-token loss; the rest is KL divergence")
     recompute: Literal["auto", "always", "never"] = Field(
         "auto",
@@ -126,7 +126,7 @@ class Distill(Training):
         None, min_length=1, description="what is trained; default everything the parametrisation has"
     )
     lr_bitmap: float = Field(1e-2, gt=0, le=1, description="AdamW rate of the relaxed bitmap, which lies in [0, 1]")
-    polarise: float = Field(0.01, ge=0, description="lambda of the regulariser 1 - |2 G - 1|^beta; grows from 0 to this")
+    polarise: float = Field(0.01, ge=0, le=1e6, description="lambda of the regulariser 1 - |2 G - 1|^beta; grows from 0 to this")
     polarise_beta: Annotated[list[Annotated[float, Field(ge=1, le=100)]], Field(min_length=2, max_length=2)] = Field(
         [2.0, 2.0], description="beta at the first and at the last step"
     )
@@ -155,7 +155,7 @@ class ActCalib(Training):
         None,
         description="checkpoint to go on from; default the last phase of distill that the recipe has; ptq: stage 2 is skipped",
     )
-    sequences: Annotated[int, Field(ge=2)] | None = Field(
+    sequences: Annotated[int, Field(ge=2, le=COUNT)] | None = Field(
         None, description="sequences of data.training to use, spread evenly over them; default all"
     )
     bits: Bits = Field(4, description="bits of an activation")
