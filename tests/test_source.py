@@ -84,8 +84,23 @@ def test_a_header_gives_dtypes_shapes_and_sizes(single):
         (_raw({"a": _entry(data_offsets=[0])}, bytes(8)), "has a corrupt safetensors header"),
         (_raw({"a": _entry(shape=None)}, bytes(8)), "has a corrupt safetensors header"),
         (_raw({"a": _entry(dtype="F8_E4M3")}, bytes(8)), "holds tensors of dtype F8_E4M3; expected float32, bfloat16"),
+        (_raw({"a": _entry(dtype=7)}, bytes(8)), "has a corrupt safetensors header"),
+        (_raw({"a": _entry(dtype=["F32"])}, bytes(8)), "has a corrupt safetensors header"),
+        (_raw({"a": _entry(shape=[-1, -2])}, bytes(8)), "has a corrupt safetensors header"),
+        (_raw({"a": _entry(shape=[2.0])}, bytes(8)), "has a corrupt safetensors header"),
+        (_raw({"a": _entry(shape=[True, 2])}, bytes(8)), "has a corrupt safetensors header"),
+        (_raw({"a": _entry(shape=[3])}, bytes(8)), "has a corrupt safetensors header"),
+        (_raw({"a": _entry(data_offsets=[8, 0])}, bytes(8)), "has a corrupt safetensors header"),
+        (_raw({"a": _entry(data_offsets=[8, 16])}, bytes(16)), "tensors overlap or leave a gap at 8"),
+        (_raw({"a": _entry(), "b": _entry(data_offsets=[4, 12])}, bytes(12)), "tensors overlap or leave a gap at 4"),
+        (_raw({"a": _entry(), "b": _entry(data_offsets=[8, 16])}, bytes(8)), "is truncated or padded"),
+        (_raw(b'{"a": {"dtype":"F32","shape":[2],"data_offsets":[0,8]}, "a": 1}', bytes(8)), "has a corrupt safetensors header"),
+        (_raw({"a": _entry(), "__metadata__": 5}, bytes(8)), "has a corrupt safetensors header"),
+        (_raw({"a": _entry(), "__metadata__": {"b": 5}}, bytes(8)), "has a corrupt safetensors header"),
+        (_raw(b"[" * 100_000), "has a corrupt safetensors header"),
+        (_raw(b'{"a":' * 100_000), "has a corrupt safetensors header"),
     ],
-    ids=range(14),
+    ids=range(29),
 )
 def test_damaged_headers_are_refused(tmp_path, content, message):
     file = tmp_path / "w.safetensors"
@@ -138,11 +153,45 @@ def test_an_index_that_names_absent_tensors(sharded):
         source.read_folder(sharded)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": ["a"]}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", "7", '{"weight_map": 3}', '{"weight_map": ["a"]}', '{"weight_map": {}}', '{"weight_map": {"a.weight": 3}}',
+     '{"weight_map": {"a.weight": null}}', '{"weight_map": {"a.weight": ["model-1.safetensors"]}}', "[" * 100_000],
+    ids=range(11),
+)  # fmt: skip
 def test_a_damaged_index_is_refused(sharded, text):
     (sharded / source.INDEX).write_text(text, encoding="utf-8")
-    with pytest.raises(UsageError, match=r"index\.json is not a safetensors index"):
+    with pytest.raises(UsageError, match=r"index\.json (is not a safetensors index|cannot be read as JSON)"):
         source.read_folder(sharded)
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "a/../../outside.safetensors", "{absolute}", "", ".", "a\0b", "a" * 300]
+)
+def test_an_index_names_files_of_its_folder(sharded, name):
+    outside = sharded.parent / "outside.safetensors"
+    save_file(_tensors(), outside)
+    index = {"weight_map": dict.fromkeys(_tensors(), name.format(absolute=outside))}
+    (sharded / source.INDEX).write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"index\.json names .*; expected the names of files in"):
+        source.read_folder(sharded)
+
+
+def test_shards_that_are_links_are_followed(sharded, tmp_path):
+    (sharded / "model-1.safetensors").rename(tmp_path / "blob")
+    (sharded / "model-1.safetensors").symlink_to(tmp_path / "blob")
+    assert source.read_folder(sharded).keys() == _tensors().keys()
+
+
+def test_a_tensor_in_two_shards(sharded):
+    save_file({"c.bias": torch.zeros(3), "a.weight": torch.ones(2), "b.weight": torch.ones(2)}, sharded / "model-1.safetensors")
+    with pytest.raises(UsageError, match=r"c\.bias is in model-1\.safetensors and in model-2\.safetensors"):
+        source.read_folder(sharded)
+
+
+def test_one_file_goes_before_an_index_as_in_transformers(single, sharded):
+    save_file({"only.weight": torch.ones(2)}, sharded / source.SINGLE)
+    assert set(source.read_folder(sharded)) == {"only.weight"}
 
 
 def test_folders_without_safetensors(tmp_path):
@@ -161,6 +210,22 @@ def test_a_weight_that_is_not_finite_is_named(sharded, value):
     with pytest.raises(RunError, match=r"a\.weight in .*model-1\.safetensors holds NaN or infinity"):
         source.read_tensors(entries, ["b.weight", "a.weight"], CPU)
     assert set(source.read_tensors(entries, ["b.weight"], CPU)) == {"b.weight"}
+
+
+def test_tensors_are_checked_and_compared_piece_by_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "PIECE", 7)
+    tensors = {"a": torch.arange(40.0).view(10, 4), "scalar": torch.tensor(1.0), "none": torch.empty(0, 3)}
+    tensors |= {"half": tensors["a"].half(), "other": tensors["a"].clone(), "spoiled": tensors["a"].clone()}
+    tensors["other"][9, 3] += 1
+    tensors["spoiled"][8, 1] = torch.inf
+    save_file(tensors, tmp_path / "w.safetensors")
+    entries = source.read_header(tmp_path / "w.safetensors")
+    source.check_finite(entries, ["a", "scalar", "none"])
+    with pytest.raises(RunError, match=r"spoiled in .* holds NaN or infinity"):
+        source.check_finite(entries, ["a", "spoiled"])
+    assert source.equal(entries, "a", "half", torch.float32)
+    assert not source.equal(entries, "a", "other", torch.float32)
+    assert not source.equal(entries, "a", "scalar", torch.float32)
 
 
 def _identity(folder) -> str:

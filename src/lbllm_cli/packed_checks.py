@@ -98,7 +98,7 @@ def refusing(folder: Path) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except (ValueError, RuntimeError, ImportError, OSError, SafetensorError) as error:
         raise UsageError(f"{folder} cannot be loaded: {reason(error)}") from None
 
 

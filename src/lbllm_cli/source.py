@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lbllm_cli import files
@@ -26,6 +26,8 @@ _METADATA_FILES = (
 )  # fmt: skip
 _DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _HEADER_LIMIT = 100_000_000
+# Values that are looked at together where a tensor is not kept.
+PIECE = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def _entry(path: Path, item: Any) -> tuple[TensorEntry, int, int]:
     """A tensor of a header, and where its data begin and end. Raises ValueError or TypeError for what describes none."""
     dtype, shape, (begin, end) = item["dtype"], item["shape"], item["data_offsets"]
     whole = isinstance(dtype, str) and isinstance(shape, list)
-    if not whole or any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+    if not whole or any(type(number) is not int or not 0 <= number < 1 << 63 for number in (*shape, begin, end)):
         raise ValueError
     entry = TensorEntry(path, dtype, tuple(shape))
     if dtype in _DTYPES and end - begin != entry.nbytes:
@@ -97,7 +99,11 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     unknown = sorted({entry.dtype for entry, _, _ in found.values()} - set(_DTYPES))
     if unknown:
         raise UsageError(f"{path} holds tensors of dtype {', '.join(unknown)}; expected float32, bfloat16 or float16")
-    return {name: entry for name, (entry, _, _) in found.items()}
+    try:
+        with safe_open(path, framework="pt"):  # it has rules of its own for texts and metadata
+            return {name: entry for name, (entry, _, _) in found.items()}
+    except SafetensorError as error:
+        raise UsageError(f"{path} has a corrupt safetensors header: {reason(error)}; {again}") from None
 
 
 def _shards(index: Path) -> dict[str, str]:
@@ -179,13 +185,13 @@ def _not_finite(entries: dict[str, TensorEntry], name: str) -> RunError:
 
 
 def _pieces(entry: TensorEntry, name: str) -> Iterator[Tensor]:
-    """A tensor by its rows, on the CPU, about 16 million values at a time."""
+    """A tensor by its rows, on the CPU, about PIECE values at a time."""
     with safe_open(entry.file, framework="pt") as handle:
         if not entry.shape:
             yield handle.get_tensor(name)
             return
         rows = handle.get_slice(name)
-        step = max(1, (16 << 20) // max(1, math.prod(entry.shape[1:])))
+        step = max(1, PIECE // max(1, math.prod(entry.shape[1:])))
         for start in range(0, entry.shape[0], step):
             yield rows[start : start + step]
 
