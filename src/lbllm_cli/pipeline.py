@@ -53,6 +53,7 @@ def run_stage(stage: Stage, force: bool, work: Work) -> None:
             reporter.note(f"up to date, {writer.final}")
             return
         writer.verify(model.blocks)
+        model.check_outer()  # the head is read last: it would be found spoiled after days
         share = f"{model.binarized_share:.1%} of {model.count(list(model.shapes)):,} parameters are binarized"
         reporter.note(f"{model.blocks} blocks, {share}, group size {recipe.ptq.group_size}")
         files.write_text(writer.path / "recipe.resolved.yaml", dump_recipe(recipe))

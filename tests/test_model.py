@@ -1,0 +1,151 @@
+"""A source model whose files and configuration disagree: as transformers reads it, or refused by name."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_toy, write_recipe
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from lbllm_cli.errors import RunError, UsageError
+from lbllm_cli.model import EMBEDDING, FINAL_NORM, HEAD, SourceModel, open_model
+from lbllm_cli.recipe import Model
+from lbllm_cli.recipe_file import load_recipe
+
+CPU = torch.device("cpu")
+
+
+def edit(folder: Path, **changes: torch.Tensor | None) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in changes.items():
+        tensors[name] = tensor
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file, metadata={"format": "pt"})
+
+
+def configure(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def opened(folder: Path) -> SourceModel:
+    return open_model(Model(path=str(folder)), CPU)
+
+
+@torch.no_grad()
+def test_a_head_beside_tied_embeddings_is_used_as_transformers_uses_it(ok, toy, recipe, tmp_path):
+    from lbllm_cli.prepare import prepare
+
+    head = torch.randn(1024, 80, generator=torch.Generator().manual_seed(3)) * 0.1
+    edit(toy, **{HEAD: head})
+    assert torch.equal(opened(toy).head()[1].weight, head)
+    run = tmp_path / "run"
+    ok("ptq", "--recipe", recipe, "ptq.rounds=0")
+    ok("export", "--recipe", recipe, "ptq.rounds=0")
+    found = json.loads(ok("eval", "--recipe", recipe, "ptq.rounds=0", "eval.checkpoints=[base, ptq, export]", "--json").stdout)
+    tokens = prepare(load_recipe(recipe, []), evaluate=True).evaluation()["novels"]
+    for name, folder in (("base", toy), ("ptq", run / "export"), ("export", run / "export")):
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        assert torch.equal(model.get_output_embeddings().weight, head)
+        predicted = torch.log_softmax(model(tokens).logits[:, :-1].double(), -1)
+        perplexity = float((-predicted.gather(-1, tokens[:, 1:, None]).mean()).exp())
+        assert found[name]["perplexity"]["novels"] == pytest.approx(perplexity, rel=1e-5), name
+
+
+def test_a_head_that_equals_tied_embeddings_is_the_embedding(toy):
+    embedding = load_file(toy / "model.safetensors")[EMBEDDING]
+    edit(toy, **{HEAD: embedding.clone()})
+    model = opened(toy)
+    assert model.config.tie_word_embeddings
+    assert HEAD not in model.shapes
+    assert model.exported_config() == json.loads((toy / "config.json").read_text())
+
+
+def test_a_head_of_another_width_is_refused(toy):
+    edit(toy, **{HEAD: torch.ones(1024, 8)})
+    with pytest.raises(UsageError, match=r"lm_head\.weight has shape \[1024, 8\], config\.json says \[1024, 80\]"):
+        opened(toy)
+
+
+@pytest.mark.parametrize(("family", "name"), [("llama-tied", EMBEDDING), ("llama-tied", FINAL_NORM), ("llama-untied", HEAD)])
+def test_values_outside_the_blocks_are_checked_where_a_stage_starts(lbllm, tmp_path, family, name):
+    folder = save_toy(tmp_path / "model", family)
+    opened(folder).check_outer()
+    spoiled = load_file(folder / "model.safetensors")[name]
+    spoiled.view(-1)[-1] = torch.nan
+    edit(folder, **{name: spoiled})
+    with pytest.raises(RunError, match=f"{name} in .* holds NaN or infinity"):
+        opened(folder).check_outer()
+    recipe = write_recipe(tmp_path / "r.yaml", folder, tmp_path / "run")
+    result = lbllm("ptq", "--recipe", recipe)
+    assert result.exit_code == 1
+    assert f"{name} in" in result.stderr
+    assert not list((tmp_path / "run").rglob("block_*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 2}, "holds 9 tensors that config.json does not name, first model.layers.2."),
+        ({"num_hidden_layers": 4}, "lacks 9 tensors, first model.layers.3."),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: expected at most 1,024, got 1,000,000,000"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers: expected a positive integer, got 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads: expected a positive integer, got 0"),
+        ({"hidden_size": "wide"}, "hidden_size: expected a positive integer, got wide"),
+        ({"hidden_act": 7}, "config.json cannot be used: "),
+        ({"rope_scaling": {"type": "linear", "factor": "x"}, "rope_parameters": None}, "config.json"),
+        ({"rope_parameters": {"rope_theta": float("nan"), "rope_type": "default"}}, "rotary embeddings that are not finite"),
+        ({"model_type": {}}, "model_type {} is not supported"),
+        ({"quantization_config": "4 bits"}, "is already quantized (4 bits)"),
+        ({"layer_types": 5}, "config.json cannot be used: "),
+        ({"max_position_embeddings": -1}, "max_position_embeddings: expected a positive integer"),
+        ({"sliding_window": [4]}, "sliding_window: expected a positive integer or null, got [4]"),
+    ],
+    ids=range(14),
+)
+def test_configurations_are_refused_before_a_stage_starts(lbllm, toy, recipe, tmp_path, changes, message):
+    configure(toy, **changes)
+    for command in ("ptq", "validate"):
+        result = lbllm(command, "--recipe", recipe)
+        assert result.exit_code == 2, result.stderr
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_the_configuration_for_a_forecast(lbllm, toy, recipe):
+    (toy / "model.safetensors").unlink()
+    configure(toy, num_key_value_heads=3)
+    assert "num_attention_heads 4 is not a multiple of num_key_value_heads 3" in lbllm("validate", "--recipe", recipe).stderr
+
+
+def test_code_of_a_folder_is_not_run_for_a_family_that_is_known(ok, toy, recipe, tmp_path):
+    (toy / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    configure(toy, auto_map={"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.Mine"})
+    ok("ptq", "--recipe", recipe, "ptq.rounds=0")
+    ok("generate", "--model", toy, "--prompt", "the sea", "--max-new-tokens", "1")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_model_that_is_not_here_yet(lbllm, recipe, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    result = lbllm("ptq", "--recipe", recipe, "model.path=nobody/nothing-here")
+    assert result.exit_code == 2
+    assert "model.path nobody/nothing-here: no such folder, and it cannot be fetched from the Hugging Face hub" in result.stderr
+    assert "there is no such user" in lbllm("ptq", "--recipe", recipe, "model.path=~nosuchuser").stderr
+
+
+def test_an_odd_tokenizer(lbllm, toy, recipe):
+    shutil.copyfile(toy / "tokenizer.json", toy / "kept")
+    for text, message in (("{}", "cannot be loaded"), ("[" * 100_000, "cannot be loaded"), ("7", "cannot be loaded")):
+        (toy / "tokenizer.json").write_text(text)
+        result = lbllm("validate", "--recipe", recipe)
+        assert result.exit_code == 2, text[:9]
+        assert f"the tokenizer {message}" in result.stderr
+    shutil.move(toy / "kept", toy / "tokenizer.json")
+    (toy / "tokenizer_config.json").write_text("[]")
+    assert "tokenizer" in lbllm("validate", "--recipe", recipe).stderr
