@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 import lbllm_cli.hf  # noqa: F401  registers the packed format
 from lbllm_cli import files
 from lbllm_cli.activations import ActivationFormat, ActQuantizer, quantizer_widths
+from lbllm_cli.attachments import Arguments, meet
 from lbllm_cli.layers import PackedLinear
 from lbllm_cli.model import LINEARS
 from lbllm_cli.ops.actfit import tables_of
@@ -165,10 +166,14 @@ def without(model: Any, blocks: bool, head: bool) -> Iterator[None]:
     steps = [layer.forward for layer in layers]
     logits = torch.zeros(1, 1, output.out_features, dtype=torch.bfloat16)
 
-    def skipping(index: int, hidden_states: Tensor, past_key_values: Any = None, **others: Any) -> Any:
+    arguments = [Arguments(layer) for layer in layers]
+
+    def skipping(index: int, *args: Any, **kwargs: Any) -> Any:
+        hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
         if hidden_states.shape[1] > 1:
-            return steps[index](hidden_states, past_key_values=past_key_values, **others)
-        past_key_values.layers[index].grown(1)
+            return steps[index](*args, **kwargs)
+        arguments[index].cache(args, kwargs).layers[index].grown(1)
+        meet(layers[index])
         return hidden_states
 
     try:
