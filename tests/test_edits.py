@@ -355,8 +355,9 @@ def test_keys_and_values_that_pass_by_are_an_error(model, monkeypatch):
     real = attention.forward
 
     # As a transformers would do it that hands its cache over by another name.
-    def renamed(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
-        return real(self, hidden_states, position_embeddings, attention_mask, None, **kwargs)
+    def renamed(self, hidden_states, position_embeddings, attention_mask=None, cache=None, **kwargs):
+        kwargs = {name: value for name, value in kwargs.items() if name != "past_key_values"}
+        return real(self, hidden_states, position_embeddings, attention_mask, **kwargs)
 
     monkeypatch.setattr(attention, "forward", renamed)
     for options in ({"use_cache": False}, {"use_cache": True}):

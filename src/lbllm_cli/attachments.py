@@ -21,11 +21,11 @@ CACHE_ARGUMENTS = ("past_key_values", "cache")
 _MET = "_met_by"
 
 
-def meet(quantizer: nn.Module) -> None:
-    """Notes that this thread's pass has come through a quantizer."""
+def meet(module: nn.Module) -> None:
+    """Notes that this thread's pass has come through a quantizer, or through all of a layer's at once."""
     if not torch.compiler.is_compiling():
         # Past nn.Module.__setattr__, which takes longer than all the rest. A set: passes of several threads run side by side.
-        quantizer.__dict__.setdefault(_MET, set()).add(get_ident())
+        module.__dict__.setdefault(_MET, set()).add(get_ident())
 
 
 class Arguments:
@@ -121,6 +121,10 @@ class _Proof:
         if torch.compiler.is_compiling() or not getattr(self.quantizers[KEYS], "enabled", True):
             return
         thread, missed = get_ident(), []
+        stepped = layer.__dict__.get(_MET)
+        if stepped is not None and thread in stepped:  # a decode step, which is all of them in one
+            stepped.discard(thread)
+            return
         for name, quantizer in self.quantizers.items():
             met = quantizer.__dict__.get(_MET)
             if met is not None and thread in met:

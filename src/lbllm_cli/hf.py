@@ -86,7 +86,7 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
                 self._handles += attach(layer, {name: layer.get_submodule(name) for name in quantizer_widths(layer)})
         on_cpu = all(module.weight.device.type == "cpu" for module in model.modules() if isinstance(module, PackedLinear))
         if on_cpu and library() is not None:
-            _use_kernels(model, bool(self.quantization_config.activations))
+            self._handles += _use_kernels(model, bool(self.quantization_config.activations))
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
@@ -117,14 +117,15 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
 
-def _use_kernels(model: Any, quantized: bool) -> None:
+def _use_kernels(model: Any, quantized: bool) -> list[Any]:
     """Hands linears, decode steps and the head over to the compiled kernels, where they can take them.
 
-    quantized: whether activations are.
+    quantized: whether activations are. Returns handles of hooks.
     """
+    handles = []
     for layer in model.get_decoder().layers:
         if not quantized:
-            share_inputs(layer)
+            handles += share_inputs(layer)
         units = []
         for names, name in zip(UNITS, INPUTS, strict=True):
             linears = [layer.get_submodule(linear) for linear in names]
@@ -136,6 +137,7 @@ def _use_kernels(model: Any, quantized: bool) -> None:
     head = model.get_output_embeddings()
     if type(head) is nn.Linear and head.bias is None:
         head.__class__ = HeadLinear
+    return handles
 
 
 def quantize_activations(model: nn.Module, wanted: bool) -> None:

@@ -177,6 +177,10 @@ class QuantizedKVCache(Cache):  # type: ignore[misc]
         attention = [layer.self_attn for layer in model.get_decoder().layers]
         if len(attention) != len(self.layers):
             raise ValueError(f"the cache has {len(self.layers)} layers, the model {len(attention)}; begin with a new cache")
+        last = self.layers[-1]
+        # They are bound in order, and this is asked in every pass.
+        if last.keys_by is attention[-1].key_cache and last.values_by is attention[-1].value_cache:
+            return
         for index, (layer, module) in enumerate(zip(self.layers, attention, strict=True)):
             for name, own in (("keys_by", module.key_cache), ("values_by", module.value_cache)):
                 before = getattr(layer, name)

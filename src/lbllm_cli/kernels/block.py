@@ -4,7 +4,7 @@ from ctypes import byref
 from ctypes import pointer as reference
 from importlib.metadata import version
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,23 @@ from torch import Tensor, nn
 from lbllm_cli.activations import KEYS, VALUES, ActQuantizer
 from lbllm_cli.attachments import Arguments, meet
 from lbllm_cli.errors import RunError
-from lbllm_cli.kernels.captured import CapturedModules, CapturedTensors
+from lbllm_cli.kernels.captured import CapturedBuffers, CapturedModules
 from lbllm_cli.kernels.library import DTYPES, Block, CacheView, library, pointer, quantizer_struct, supported
 from lbllm_cli.kernels.unit import Unit
-from lbllm_cli.kv_cache import RecordLayer
+from lbllm_cli.kv_cache import RecordLayer, record_bytes
 
 # The library decodes a head's record into a buffer of this many floats.
 _HEAD_MAX = 256
 _NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+
+
+class _Known(NamedTuple):
+    """A block as the library reads it, and what it was made of."""
+
+    block: Block
+    reference: Any
+    addresses: list[int]
+    buffers: CapturedBuffers
 
 
 class BlockStep:
@@ -55,44 +64,41 @@ class BlockStep:
             "kv_heads": units[0].outs[1] // int(attention.head_dim),
             "intermediate": units[3].in_features,
         }
+        groups = (-(-int(attention.head_dim) // quantizer.size) for quantizer in self.cached)
+        self.record_bytes = [count * record_bytes(by) for count, by in zip(groups, self.cached, strict=True)]
         self.modules = CapturedModules(layer)
-        self._block: tuple[Any, ...] | None = None
+        self._block: _Known | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_block": None}
 
     def _holds(self) -> bool:
         """Whether the layer is still made of what was noted."""
-        return (
-            self.modules.hold()
-            and self.attention.scaling == self.shape["scaling"]
-            and self.mlp.act_fn is self.activation
-            and all(norm.variance_epsilon == self.shape["epsilon"] for norm in self.norms)
-            and all(packed.unit is unit for unit in self.units for packed in unit.linears)
-        )
+        if not self.modules.hold() or self.attention.scaling != self.shape["scaling"] or self.mlp.act_fn is not self.activation:
+            return False
+        if any(norm.variance_epsilon != self.shape["epsilon"] for norm in self.norms):
+            return False
+        return all(packed.unit is unit for unit in self.units for packed in unit.linears)
 
     def _reference(self) -> Any:
         """The block as the library reads it, by reference: quantizers, norms and biases as the modules have them now."""
-        structs = [unit.structs for unit in self.units]
         norms = [norm._parameters["weight"] for norm in self.norms]
+        # By address: the library reads norms where they lie.
         addresses = [norm.data_ptr() for norm in norms]
+        for unit in self.units:
+            unit.read_biases()
         known = self._block
-        if (
-            known is None
-            or any(now is not then for now, then in zip(structs, known[2], strict=True))
-            or not known[3].hold(buffer for quantizer in self.cached for buffer in quantizer._buffers.values())
-            or addresses != known[4]
-        ):
-            inputs: list[Any] = [struct[1] for struct in structs]
+        if known is None or addresses != known.addresses or not known.buffers.hold():
+            structs = [unit.structs for unit in self.units]
             by = [quantizer_struct(quantizer.tables, quantizer.size) for quantizer in self.cached]
+            inputs: list[Any] = [struct[1] for struct in structs]
             quantizers = [reference(quantizer) for quantizer in (*inputs, *by)]
-            weights = (struct[0] for struct in structs)
-            block = Block(
-                *weights, *quantizers, *addresses, *(None,) * (4 - len(norms)), **self.shape, norm_dtype=DTYPES[norms[0].dtype]
-            )
-            buffers = CapturedTensors(buffer for quantizer in self.cached for buffer in quantizer._buffers.values())
-            known = self._block = block, byref(block), structs, buffers, addresses
-        return known[1]
+            missing = (None,) * (len(_NORMS) - len(norms))
+            dtype = DTYPES[norms[0].dtype]
+            block = Block(*(struct[0] for struct in structs), *quantizers, *addresses, *missing, **self.shape, norm_dtype=dtype)
+            buffers = CapturedBuffers(quantizer for quantizer in self.quantizers if quantizer is not None)
+            known = self._block = _Known(block, byref(block), addresses, buffers)
+        return known.reference
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         cache = None if args else self._cache_of(self.arguments.cache(args, kwargs))
@@ -123,7 +129,9 @@ class BlockStep:
         rows, tokens, kv_heads = x.shape[0], cache.get_seq_length(), self.shape["kv_heads"]
         if x.shape[2] != self.shape["hidden"]:
             raise ValueError(f"expected hidden states of width {self.shape['hidden']}, got {x.shape[2]}")
-        cache.check(rows, int(kv_heads), int(self.shape["head_dim"]))
+        kept = (cache.keys.shape, cache.values.shape)
+        if kept != ((rows, kv_heads, tokens, self.record_bytes[0]), (rows, kv_heads, tokens, self.record_bytes[1])):
+            cache.check(rows, int(kv_heads), int(self.shape["head_dim"]))
         cosine, sine = (_of_rows(t, rows, int(self.shape["head_dim"]), x.dtype) for t in angles)
         added = None if mask is None else _added(mask, rows, tokens + 1)
         block = self._reference()
@@ -135,8 +143,7 @@ class BlockStep:
         out = torch.empty_like(x)
         addresses = (x.data_ptr(), out.data_ptr(), cosine.data_ptr(), sine.data_ptr())
         lib.lbllm_block_step(block, byref(view), *addresses, DTYPES[x.dtype], rows, torch.get_num_threads())
-        for quantizer in self.quantizers:
-            meet(quantizer)  # type: ignore[arg-type]
+        meet(self.layer)
         return out
 
 
