@@ -243,6 +243,11 @@ def _scale_data(model) -> None:
     model.model.layers[1].post_attention_layernorm.weight.data.mul_(3)
 
 
+def _stride_norm(model) -> None:
+    twice = torch.stack([torch.full((80,), 2.5), torch.zeros(80)], 1)
+    model.model.layers[1].post_attention_layernorm.weight = nn.Parameter(twice.flatten()[::2], requires_grad=False)
+
+
 def _epsilon(model) -> None:
     model.model.layers[1].input_layernorm.variance_epsilon = 10.0
 
@@ -264,7 +269,10 @@ def _clip(model) -> None:
     model.model.layers[1].mlp.down_proj.input.act_clip.floor_divide_(8)
 
 
-_EDITS = [_wrap, _replace_norm, _replace_weight, _scale_norm, _scale_data, _epsilon, _scaling, _activation, _method, _clip]
+_EDITS = [
+    _wrap, _replace_norm, _replace_weight, _scale_norm, _scale_data, _stride_norm, _epsilon, _scaling,
+    _activation, _method, _clip,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("edit", _EDITS)
@@ -301,6 +309,22 @@ def test_biases_are_read_as_they_are(export_of):  # noqa: F811
     assert difference(whole, before) > TIPPED
     last = model(tokens[:, 21:], past_key_values=prefilled(model, tokens[:, :21])).logits[:, -1]
     assert difference(last, whole) < TIPPED
+
+
+def test_a_norm_of_another_width_is_refused_and_not_read_beyond(stepping):
+    tokens = ids(1, 21)
+    cache = prefilled(stepping, tokens[:, :20])
+    norm = stepping.model.layers[1].input_layernorm
+    norm.weight = nn.Parameter(norm.weight[:3].clone(), requires_grad=False)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        stepping(tokens[:, 20:], past_key_values=cache)
+
+
+def test_a_head_of_fewer_rows_is_read_no_further(export_of):  # noqa: F811
+    model = load(export_of("llama-untied"), dtype=torch.bfloat16)
+    whole = model(ids(1, 3)).logits
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight[:5].clone(), requires_grad=False)
+    torch.testing.assert_close(model(ids(1, 3)).logits, whole[..., :5])
 
 
 # Copies
@@ -369,5 +393,5 @@ def test_an_attention_that_takes_no_known_cache_is_refused_by_name(model, monkey
     attention = type(model.model.layers[0].self_attn)
     monkeypatch.setattr(attention, "forward", lambda self, hidden_states, memory=None: None)
     layer = model.model.layers[0]
-    with pytest.raises(RunError, match="LlamaAttention .* takes no cache by a known name: .* got hidden_states, memory"):
+    with pytest.raises(RunError, match=r"LlamaAttention .* takes no cache by a known name: .* got hidden_states, memory"):
         attach(layer, {name: module for name, module in layer.named_modules() if isinstance(module, ActQuantizer)})

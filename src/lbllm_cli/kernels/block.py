@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lbllm_cli.activations import KEYS, VALUES, ActQuantizer
 from lbllm_cli.attachments import Arguments, meet
 from lbllm_cli.errors import RunError
-from lbllm_cli.kernels.captured import CapturedBuffers, CapturedModules
+from lbllm_cli.kernels.captured import CapturedModules, CapturedQuantizers
 from lbllm_cli.kernels.library import DTYPES, Block, CacheView, library, pointer, quantizer_struct, supported
 from lbllm_cli.kernels.unit import Unit
 from lbllm_cli.kv_cache import RecordLayer, record_bytes
@@ -28,7 +28,7 @@ class _Known(NamedTuple):
     block: Block
     reference: Any
     addresses: list[int]
-    buffers: CapturedBuffers
+    buffers: CapturedQuantizers
 
 
 class BlockStep:
@@ -52,7 +52,7 @@ class BlockStep:
         attention: Any = layer.self_attn
         found: dict[str, Any] = dict(layer.named_modules())
         self.norms = [found[name] for name in _NORMS if name in found]
-        self.attention, self.mlp, self.activation = attention, found["mlp"], found["mlp"].act_fn
+        self.attention = attention
         self.cached: list[ActQuantizer] = [found[name] for name in (KEYS, VALUES)]
         self.quantizers = [*(unit.quantizer for unit in units), *self.cached]
         self.shape = {
@@ -64,6 +64,7 @@ class BlockStep:
             "kv_heads": units[0].outs[1] // int(attention.head_dim),
             "intermediate": units[3].in_features,
         }
+        self.widths = [self.units[0].in_features] * 2 + [int(attention.head_dim)] * (len(self.norms) - 2)
         groups = (-(-int(attention.head_dim) // quantizer.size) for quantizer in self.cached)
         self.record_bytes = [count * record_bytes(by) for count, by in zip(groups, self.cached, strict=True)]
         self.modules = CapturedModules(layer)
@@ -74,7 +75,8 @@ class BlockStep:
 
     def _holds(self) -> bool:
         """Whether the layer is still made of what was noted."""
-        if not self.modules.hold() or self.attention.scaling != self.shape["scaling"] or self.mlp.act_fn is not self.activation:
+        attention = self.attention
+        if not self.modules.hold() or attention.scaling != self.shape["scaling"] or attention.head_dim != self.shape["head_dim"]:
             return False
         if any(norm.variance_epsilon != self.shape["epsilon"] for norm in self.norms):
             return False
@@ -96,7 +98,7 @@ class BlockStep:
             missing = (None,) * (len(_NORMS) - len(norms))
             dtype = DTYPES[norms[0].dtype]
             block = Block(*(struct[0] for struct in structs), *quantizers, *addresses, *missing, **self.shape, norm_dtype=dtype)
-            buffers = CapturedBuffers(quantizer for quantizer in self.quantizers if quantizer is not None)
+            buffers = CapturedQuantizers(quantizer for quantizer in self.quantizers if quantizer is not None)
             known = self._block = _Known(block, byref(block), addresses, buffers)
         return known.reference
 
@@ -120,8 +122,14 @@ class BlockStep:
         fits = x.dim() == 3 and x.shape[1] == 1 and x.dtype in DTYPES and x.device.type == "cpu" and not torch.is_grad_enabled()
         if not fits or not self._holds():
             return False
-        dtypes = {norm._parameters["weight"].dtype for norm in self.norms}
-        return len(dtypes) == 1 and dtypes <= DTYPES.keys() and all(q is not None and q.enabled for q in self.quantizers)
+        first = self.norms[0]._parameters["weight"]
+        for norm, width in zip(self.norms, self.widths, strict=True):
+            weight = norm._parameters["weight"]
+            # The library reads it where it lies.
+            here = weight is not None and weight.dtype is first.dtype and weight.device.type == "cpu" and weight.is_contiguous()
+            if not here or weight.shape != (width,):
+                return False
+        return first.dtype in DTYPES and all(q is not None and q.enabled for q in self.quantizers)
 
     def _step(self, x: Tensor, mask: Tensor | None, cache: RecordLayer, angles: tuple[Tensor, Tensor]) -> Tensor:
         lib = library()

@@ -8,24 +8,28 @@ from collections.abc import Iterable
 from torch import nn
 from torch.nn.modules import module as nn_module
 
+from lbllm_cli.activations import ActQuantizer
 
-class CapturedBuffers:
-    """Buffers of modules that were read once. A change in place is counted by torch, but for one through `.data`."""
 
-    def __init__(self, modules: Iterable[nn.Module]):
+class CapturedQuantizers:
+    """Quantizers that were read once. A change of a buffer in place is counted by torch, but for one through `.data`."""
+
+    def __init__(self, quantizers: Iterable[ActQuantizer]):
+        found = list(quantizers)
         # A tensor of inference mode counts no changes, and refuses changes outside of it.
         self.known = [
-            (module._buffers, name, tensor, None if tensor is None or tensor.is_inference() else tensor._version)
-            for module in modules
-            for name, tensor in module._buffers.items()
+            (quantizer._buffers, name, tensor, None if tensor is None or tensor.is_inference() else tensor._version)
+            for quantizer in found
+            for name, tensor in quantizer._buffers.items()
         ]
+        self.sizes = [(quantizer.__dict__, quantizer.size) for quantizer in found]
 
     def hold(self) -> bool:
         """Whether these are still the same, unchanged."""
         for buffers, name, tensor, version in self.known:
             if buffers.get(name) is not tensor or (version is not None and tensor._version != version):  # type: ignore[union-attr]
                 return False
-        return True
+        return all(values["size"] == size for values, size in self.sizes)
 
 
 class CapturedModules:

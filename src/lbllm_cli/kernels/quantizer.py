@@ -50,19 +50,25 @@ def quantized(x: Tensor, tables: Tables, step_dtype: torch.dtype = torch.float32
 def native_gradients(
     x: Tensor, tables: Tables, found: Quantized, gradient: Tensor, inputs: bool, sums: bool
 ) -> tuple[Tensor | None, Tensor | None] | None:
-    """`ops.act_ste.gradients` by the library; None where it does not have the quantizer."""
+    """`ops.act_ste.gradients` by the library; None where it does not have the quantizer. Raises ValueError for other shapes."""
     lib = _library(x, tables)
     if lib is None:
         return None
+    groups = x.shape[:-1]
+    shapes = [tuple(part.shape) for part in (gradient, *found)]
+    expected = [tuple(x.shape)] * 2 + [tuple(groups)] * 3
+    if shapes != expected:
+        raise ValueError(f"expected gradient, values, steps, zeros and tables of shapes {expected}, got {shapes}")
     x, gradient, size = _readable(x), gradient.float().contiguous(), x.shape[-1]
     passed = torch.empty(x.shape) if inputs else None
-    parts = torch.empty(*x.shape[:-1], 3) if sums else None
+    sums_of = torch.empty(*groups, 3) if sums else None
     # A list: the library reads them after they are all made.
-    before = [part if part.dtype == torch.float32 else part.to(torch.int32) for part in found]
-    pointers = map(pointer, (*before, gradient, passed, parts))
+    floats = [part.float().contiguous() for part in (found.values, found.step)]
+    before = [*floats, *(part.to(torch.int32).contiguous() for part in (found.zero, found.table))]
+    pointers = map(pointer, (*before, gradient, passed, sums_of))
     struct, threads = byref(quantizer_struct(tables, size)), torch.get_num_threads()
-    lib.lbllm_quantize_backward(struct, pointer(x), DTYPES[x.dtype], x.numel() // size, *pointers, threads)
-    return passed, parts
+    lib.lbllm_quantize_backward(struct, pointer(x), DTYPES[x.dtype], groups.numel(), *pointers, threads)
+    return passed, sums_of
 
 
 def _library(x: Tensor, tables: Tables) -> Any | None:

@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 from lbllm_cli.activations import ActQuantizer
 from lbllm_cli.attachments import meet
-from lbllm_cli.kernels.captured import CapturedBuffers
+from lbllm_cli.kernels.captured import CapturedQuantizers
 from lbllm_cli.kernels.library import DTYPES, GROUP_MAX, Quantizer, Weights, library, pointer, quantizer_struct, supported
 from lbllm_cli.layers import PackedLinear
 from lbllm_cli.ops.binarize import LEVELS, decode, group_count
@@ -41,7 +41,7 @@ class Unit:
         self.quantizer = quantizer
         self.tiles = _repacked(linears)
         self.bias = torch.zeros(self.ends[-1]) if any(x.bias is not None for x in linears) else None
-        self._structs: tuple[tuple[Weights, Quantizer | None], CapturedBuffers] | None = None
+        self._structs: tuple[tuple[Weights, Quantizer | None], CapturedQuantizers] | None = None
         for slot, packed in enumerate(linears):
             packed.repacked(self, slot)
         _UNITS[id(self)] = self
@@ -63,7 +63,7 @@ class Unit:
             by = self.quantizer
             weights = Weights(pointer(self.tiles), pointer(self.bias), self.in_features, self.ends[-1], self.group_size)
             struct = None if by is None else quantizer_struct(by.tables, by.size)
-            self._structs = (weights, struct), CapturedBuffers([] if by is None else [by])
+            self._structs = (weights, struct), CapturedQuantizers([] if by is None else [by])
         return self._structs[0]
 
     def read_biases(self) -> None:
