@@ -1,6 +1,7 @@
 """Exported folders, packed and dense, that `generate` and `eval` read."""
 
 import random
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,28 @@ _EVAL = ("work/run/eval", "work/run/eval/*")
 EXPORTS = ("run/export", "weights-only", "dense", "sharded")
 
 
-def _case(kind: str, rng: random.Random, folder: str, outcome: Any = "any") -> Case:
-    if folder == "run/export" and rng.random() < 0.3:
+def _case(work: Path, kind: str, rng: random.Random, folder: str, outcome: Any = "any") -> Case:
+    if folder == "run/export" and rng.random() < 0.4:
+        if rng.random() < 0.7:
+            _record(work / folder)
+            kind += ", recorded"
         line = ["eval", "--recipe", RECIPE, "eval.checkpoints=[export]"]
         return Case(f"eval: {kind}", line, (*LOCK, *_EVAL), outcome)
     options = rng.choice([[], [], ["--full-activations"], ["--raw"], ["--temperature", "1"]])
     line = ["generate", "--model", folder, "--prompt", "The sea", "--max-new-tokens", "4", *options]
     return Case(f"{' '.join(line[:3])}: {kind}", line, (), outcome)
+
+
+def _record(folder: Path) -> None:
+    """Lets the record of an export say that its files are as they should be: what reads them must see what is wrong."""
+    try:
+        record = load_json(folder / "lbllm_export.json")
+        # A pipe is not read: nobody writes to it.
+        paths = {name: folder / name for name in record["files"] if (folder / name).is_file()}
+        record["files"] |= {name: sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}
+        dump_json(record, folder / "lbllm_export.json")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # one of them is what was mutated
 
 
 def _weights(work: Path, name: str, rng: random.Random) -> Path:
@@ -30,7 +46,7 @@ def _weights(work: Path, name: str, rng: random.Random) -> Path:
 
 def _harmed(work: Path, rng: random.Random) -> Case:
     name = rng.choice(EXPORTS)
-    return _case(harm_tensor(_weights(work, name, rng), rng), rng, name, "refused")
+    return _case(work, harm_tensor(_weights(work, name, rng), rng), rng, name, "refused")
 
 
 def _harmed_outside(work: Path, rng: random.Random) -> Case:
@@ -40,7 +56,7 @@ def _harmed_outside(work: Path, rng: random.Random) -> Case:
     from safetensors.torch import load_file
 
     outside = [key for key in load_file(file) if "norm" in key or "embed" in key] or [None]
-    return _case(harm_tensor(file, rng, rng.choice(sorted(outside, key=str))), rng, name, "refused")
+    return _case(work, harm_tensor(file, rng, rng.choice(sorted(outside, key=str))), rng, name, "refused")
 
 
 # Values of a quantizer or linear that have no meaning: (ending of the name, how it is changed).
@@ -69,7 +85,7 @@ def _meaningless(work: Path, rng: random.Random) -> Case:
         tensors[said] = change(tensors[said]).contiguous()
 
     edit_tensors(file, spoil)
-    return _case(f"{said} without meaning", rng, "run/export", "refused")
+    return _case(work, f"{said} without meaning", rng, "run/export", "refused")
 
 
 def _config(work: Path, rng: random.Random) -> Case:
@@ -82,7 +98,7 @@ def _config(work: Path, rng: random.Random) -> Case:
     key = rng.choice(list(part))
     part[key] = rng.choice([*ODD, [part[key]], {"x": part[key]}, str(part[key]), 3, 4, 8, 32, 64, "token", "uniform"])
     dump_json(values, file)
-    return _case(f"config {key} = {str(part[key])[:40]!r}", rng, name)
+    return _case(work, f"config {key} = {str(part[key])[:40]!r}", rng, name)
 
 
 def _config_harmful(work: Path, rng: random.Random) -> Case:
@@ -110,7 +126,7 @@ def _config_harmful(work: Path, rng: random.Random) -> Case:
     )  # fmt: skip
     owner[key] = value
     dump_json(values, file)
-    return _case(f"config: {how} is {value}", rng, "run/export", "refused")
+    return _case(work, f"config: {how} is {value}", rng, "run/export", "refused")
 
 
 def _config_tree(work: Path, rng: random.Random) -> Case:
@@ -119,35 +135,35 @@ def _config_tree(work: Path, rng: random.Random) -> Case:
     values = load_json(file) if file.exists() else {"temperature": 1.0}
     what = mutate_tree(values, rng)
     dump_json(values, file)
-    return _case(f"{file.name}: {what}", rng, name)
+    return _case(work, f"{file.name}: {what}", rng, name)
 
 
 def _header(work: Path, rng: random.Random) -> Case:
     name = rng.choice(EXPORTS)
-    return _case(spoil_header(_weights(work, name, rng), rng), rng, name)
+    return _case(work, spoil_header(_weights(work, name, rng), rng), rng, name)
 
 
 def _data(work: Path, rng: random.Random) -> Case:
     name = rng.choice(EXPORTS)
-    return _case(spoil_data(_weights(work, name, rng), rng), rng, name)
+    return _case(work, spoil_data(_weights(work, name, rng), rng), rng, name)
 
 
 def _spoiled(work: Path, rng: random.Random) -> Case:
     name = rng.choice(EXPORTS)
     file = rng.choice(sorted(path for path in (work / name).iterdir() if path.is_file()))
-    return _case(spoil_file(file, rng), rng, name)
+    return _case(work, spoil_file(file, rng), rng, name)
 
 
 def _index(work: Path, rng: random.Random) -> Case:
     shard = sorted((work / "sharded").glob("*.safetensors"))[0]
     (work / "outside.safetensors").write_bytes(shard.read_bytes())
-    return _case(spoil_index(work / "sharded", rng), rng, "sharded")
+    return _case(work, spoil_index(work / "sharded", rng), rng, "sharded")
 
 
 def _empty(work: Path, rng: random.Random) -> Case:
     name = rng.choice(EXPORTS)
     _weights(work, name, rng).write_bytes(rng.choice([b"", (2).to_bytes(8, "little") + b"{}", b"\0" * 8, b"x"]))
-    return _case("a weight file that holds nothing", rng, name, "refused")
+    return _case(work, "a weight file that holds nothing", rng, name, "refused")
 
 
 def _code(work: Path, rng: random.Random) -> Case:
@@ -164,7 +180,7 @@ def _code(work: Path, rng: random.Random) -> Case:
         values["auto_map"]["AutoTokenizer"] = ["evil.X", None]
         values["tokenizer_class"] = "X"
     dump_json(values, file)
-    case = _case(f"code in {file.name}", rng, name)
+    case = _case(work, f"code in {file.name}", rng, name)
     return Case(case.kind, case.arguments, case.writes, case.outcome, stdin="y\n" * 5)
 
 

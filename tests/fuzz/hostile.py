@@ -21,14 +21,26 @@ from lbllm_cli.errors import LbllmError
 REFUSALS = (ValueError, RuntimeError, IndexError, LbllmError)
 # Mean difference of outputs, relative to their mean size: inputs between two levels may tip either way.
 CLOSE = 0.1
+# What torch refuses for its types alone, and records whose marks are no table's: any value is as good as another.
+LENIENT = {
+    "layer_mask_of_integers",
+    "layer_hidden_of_doubles",
+    "bias_of_doubles",
+    "random_records",
+    "records_of_large_marks",
+    "head complex",
+    "head integers",
+}
 
 
-def compare(got: Any, expected: Any) -> str:
-    """`right`, `refused`, or what is wrong, of two outcomes: tensors or exceptions."""
+def compare(name: str, got: Any, expected: Any) -> str:
+    """`right`, `refused`, or what is wrong, of two outcomes of a case: tensors or exceptions."""
     if isinstance(got, Exception):
         shown = f"{type(got).__name__}: {str(got).splitlines()[0] if str(got) else ''}"[:150]
         return f"refused, {shown}" if isinstance(got, REFUSALS) else f"WRONG: raised {shown}"
     if isinstance(expected, Exception):
+        if name in LENIENT:
+            return "computed, which torch does not"
         return f"WRONG: torch raises {type(expected).__name__}: {str(expected)[:120]}, the kernels computed {tuple(got.shape)}"
     if got.shape != expected.shape:
         return f"WRONG: shape {tuple(got.shape)}, torch gives {tuple(expected.shape)}"
@@ -50,17 +62,22 @@ def outcome(function: Callable[[Any], Any], subject: Any) -> Any:
         return error
 
 
-def isolated(name: str, work: Callable[[], str]) -> None:
-    """Prints what `work` says, in a child whose death is a result too."""
+def isolated(name: str, function: Callable[[Any], Any], subject: Any, reference: Any, judge: Callable[..., str]) -> None:
+    """Prints what `judge` says of a case, in a child whose death is a result too."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
         signal.alarm(60)
-        print(f"{name}: {work()}", flush=True)
+        print(f"{name}: {judge(name, outcome(function, subject), outcome(function, reference))}", flush=True)
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if status:
         print(f"{name}: WRONG: ended with {status}", flush=True)
+
+
+def alive(*_: Any) -> str:
+    """Of a case that has only to come back."""
+    return "came back"
 
 
 def load(folder: Path, library: Path | None) -> Any:
@@ -87,9 +104,11 @@ def main(library: Path, export: Path) -> None:
 
     print(f"tier {tier(loaded())}")
     for name, function in hostile_models.MODEL.items():
-        isolated(name, lambda function=function: compare(outcome(function, model), outcome(function, reference)))  # type: ignore[misc]
+        isolated(name, function, model, reference, compare)
+    for name, function in hostile_models.MODEL_NUMBERS.items():
+        isolated(name, function, model, reference, alive)
     for name, function in hostile_parts.cases(model).items():
-        isolated(name, lambda function=function: compare(outcome(function, True), outcome(function, False)))  # type: ignore[misc]
+        isolated(name, function, True, False, compare)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,15 @@
-"""Which cases run."""
+"""Which cases run, and what the processes of a test run share."""
 
+import fcntl
 import os
-from typing import Any
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
+
+Made = TypeVar("Made")
 
 
 def seeds(normal: int, every: int) -> list[Any]:
@@ -16,3 +22,15 @@ def seeds(normal: int, every: int) -> list[Any]:
         start = int(first or 0)
         return list(range(start, start + int(count or normal)))
     return [pytest.param(seed, marks=[] if seed < normal else pytest.mark.slow) for seed in range(every)]
+
+
+def shared(root: Path, name: str, make: Callable[[Path], Made]) -> Made:
+    """`make(folder)`, once for all processes of a test run. root: the base of this one's temporary folders."""
+    place = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder, kept = place / name, place / f"{name}.made"
+    with (place / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            kept.write_bytes(pickle.dumps(make(folder)))
+        made: Made = pickle.loads(kept.read_bytes())
+        return made

@@ -14,7 +14,7 @@ import pytest
 from bases import LOCK, RECIPE, copied, model, stage_writes
 from promise import Case, broken, snapshot
 from runner import Kill, Server
-from seeds import seeds
+from seeds import seeds, shared
 
 # What tells how a run went, and how long it took.
 _OF_THE_RUN = {"events.jsonl", "environment.json", "loss.png", ".lock"}
@@ -75,10 +75,8 @@ def server(tmp_path_factory) -> Iterator[Server]:
     running.close()
 
 
-@pytest.fixture(scope="module")
-def wholes(server, tmp_path_factory) -> dict[str, Whole]:
+def whole_run(server: Server, place: Path) -> dict[str, Whole]:
     """Every step of one run, and the folder before it."""
-    place = tmp_path_factory.mktemp("kills")
     before, found = model(place / "0"), {}
     for number, (name, step) in enumerate(STEPS.items(), 1):
         folder = place / str(number)
@@ -88,6 +86,11 @@ def wholes(server, tmp_path_factory) -> dict[str, Whole]:
         found[name] = Whole(before, hashes(folder / "work" / "run"), result.operations, result.seconds)
         before = folder
     return found
+
+
+@pytest.fixture(scope="module")
+def wholes(server, tmp_path_factory) -> dict[str, Whole]:
+    return shared(tmp_path_factory.getbasetemp(), "kills", lambda place: whole_run(server, place))
 
 
 def _point(whole: Whole, signum: int, rng: random.Random) -> Kill:

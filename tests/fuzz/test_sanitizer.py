@@ -29,11 +29,13 @@ pytestmark = pytest.mark.slow
 
 
 def _runtime() -> str | None:
-    """The sanitizer's library, which must be loaded before everything else."""
+    """Libraries to load before everything else: the sanitizer's, and that of exceptions, which it looks up at once."""
     if COMPILER is None:
         return None
-    found = subprocess.run([COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True, check=False).stdout.strip()
-    return found if os.path.isabs(found) else None
+    names = ("libasan.so", "libstdc++.so.6")
+    commands = ([COMPILER, f"-print-file-name={name}"] for name in names)
+    found = [subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() for command in commands]
+    return ":".join(found) if all(map(os.path.isabs, found)) else None
 
 
 def _compiled(source: Path, folder: Path, *flags: str) -> Path:
