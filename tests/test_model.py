@@ -102,9 +102,11 @@ def test_values_outside_the_blocks_are_checked_where_a_stage_starts(lbllm, tmp_p
         ({"quantization_config": "4 bits"}, "is already quantized (4 bits)"),
         ({"layer_types": 5}, "config.json cannot be used: "),
         ({"max_position_embeddings": -1}, "max_position_embeddings: expected a positive integer"),
+        ({"text_config": "llama"}, "the configuration of the model inside (text_config, decoder) is no mapping"),
+        ({"is_encoder_decoder": [1]}, "is_encoder_decoder: expected false, llama has no encoder"),
         ({"sliding_window": [4]}, "sliding_window: expected a positive integer or null, got [4]"),
     ],
-    ids=range(14),
+    ids=range(16),
 )
 def test_configurations_are_refused_before_a_stage_starts(lbllm, toy, recipe, tmp_path, changes, message):
     configure(toy, **changes)
@@ -114,6 +116,12 @@ def test_configurations_are_refused_before_a_stage_starts(lbllm, toy, recipe, tm
         assert message in result.stderr
         assert "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_configuration_says_about_outputs_is_not_what_stages_read(ok, toy, recipe):
+    configure(toy, return_dict=False, output_hidden_states={"a": 1}, output_attentions=True)
+    ok("ptq", "--recipe", recipe, "ptq.rounds=0")
+    ok("generate", "--model", toy, "--prompt", "the sea", "--max-new-tokens", "2")
 
 
 def test_only_the_configuration_for_a_forecast(lbllm, toy, recipe):

@@ -156,8 +156,9 @@ def test_an_index_that_names_absent_tensors(sharded):
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "{}", "7", '{"weight_map": 3}', '{"weight_map": ["a"]}', '{"weight_map": {}}', '{"weight_map": {"a.weight": 3}}',
-     '{"weight_map": {"a.weight": null}}', '{"weight_map": {"a.weight": ["model-1.safetensors"]}}', "[" * 100_000],
-    ids=range(11),
+     '{"weight_map": {"a.weight": null}}', '{"metadata": 1, "weight_map": {"a.weight": "model-1.safetensors"}}',
+     '{"weight_map": {"a.weight": ["model-1.safetensors"]}}', "[" * 100_000],
+    ids=range(12),
 )  # fmt: skip
 def test_a_damaged_index_is_refused(sharded, text):
     (sharded / source.INDEX).write_text(text, encoding="utf-8")

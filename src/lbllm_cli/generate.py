@@ -32,7 +32,7 @@ def sample_tokens(model: SourceModel, tokenizer: Any, rows: int, length: int, se
     Starts from the tokenizer's BOS, or where it has none from single tokens drawn at random. Needs the whole model in memory.
     """
     # A family's own classes are always there, whatever code the folder brings.
-    network = load_folder(model.folder, False, dtype=model.dtype).to(model.device)
+    network = load_folder(model.folder, model.config, False, dtype=model.dtype).to(model.device)
     generator = torch.Generator(device=model.device).manual_seed(seed)
     pieces = []
     for start in range(0, rows, ROWS_AT_ONCE):
@@ -165,7 +165,7 @@ def stream_text(
     tokenizer = read_tokenizer(folder, trust_remote_code)
     inputs = _encode(tokenizer, prompt, raw)
     room = _room(config, inputs["input_ids"], max_new_tokens)
-    model = load_folder(folder, trust_remote_code, device_map={"": device})
+    model = load_folder(folder, config, trust_remote_code, device_map={"": device})
     if settings is not None:
         model.generation_config = settings
     lbllm_cli.hf.quantize_activations(model, not full_activations)

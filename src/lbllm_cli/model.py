@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from lbllm_cli import files, source
 from lbllm_cli.errors import UsageError
-from lbllm_cli.model_config import DISK_DTYPES, FAMILIES, code_hint, layers, mismatch, one_block, read_configuration
+from lbllm_cli.model_config import DISK_DTYPES, FAMILIES, code_hint, layers, mismatch, one_block, read_configuration, understood
 from lbllm_cli.source import TensorEntry
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class SourceModel:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor that is read, from the configuration; tied embeddings appear once."""
-        with torch.device("meta"):
+        with understood(self.folder / "config.json"), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         if self.config.tie_word_embeddings:

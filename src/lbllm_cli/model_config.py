@@ -66,7 +66,13 @@ def read_configuration(folder: Path, trust_remote_code: bool) -> PretrainedConfi
         raise UsageError(f"{file}: quantization_config: expected a mapping, got {type(quantized).__name__}")
     with understood(file, code_hint(values, trust_remote_code)):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if not isinstance(config.get_text_config(), PretrainedConfig):
+            raise UsageError(f"{file}: the configuration of the model inside (text_config, decoder) is no mapping")
+    # What a model returns, not what it computes: others' code reads the outputs by name.
+    config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
     if kind in FAMILIES:
+        if values.get("is_encoder_decoder"):
+            raise UsageError(f"{file}: is_encoder_decoder: expected false, {kind} has no encoder")
         if values.get("per_layer_config"):
             raise UsageError(f"{file}: per_layer_config: blocks of different shapes are not supported")
         _check_family(file, config)

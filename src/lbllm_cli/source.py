@@ -109,9 +109,12 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 def _shards(index: Path) -> dict[str, str]:
     """The index's map from tensor to file. Raises UsageError for one that names files elsewhere: they are not the model's."""
     values = files.read_json(index)
-    weight_map = values.get("weight_map") if isinstance(values, dict) else None
+    parts = values if isinstance(values, dict) else {}
+    weight_map, metadata = parts.get("weight_map"), parts.get("metadata", {})
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
         raise UsageError(f"{index} is not a safetensors index: it has no weight_map of tensors and files; download it again")
+    if not isinstance(metadata, dict):  # transformers writes into it
+        raise UsageError(f"{index} is not a safetensors index: metadata is {type(metadata).__name__}; download it again")
     for name in sorted(set(weight_map.values())):
         place = PurePosixPath(name)
         if not place.name or place.is_absolute() or ".." in place.parts or not name.isprintable() or len(name) > 255:

@@ -46,8 +46,8 @@ def _check_quantization(folder: Path, values: dict[str, Any]) -> None:
         raise UsageError(f"{folder / 'config.json'}: quant_method: this transformers knows no {str(method)[:40]!r}")
 
 
-def load_folder(folder: Path, trust_remote_code: bool, **options: Any) -> Any:
-    """The model of a folder that `check_folder` has seen, in evaluation mode. options: for from_pretrained.
+def load_folder(folder: Path, config: PretrainedConfig, trust_remote_code: bool, **options: Any) -> Any:
+    """The model of a folder in evaluation mode. config: as `check_folder` gives it. options: for from_pretrained.
 
     Raises UsageError where a tensor is absent, which transformers fills with random values, or holds NaN or infinity.
     """
@@ -55,7 +55,7 @@ def load_folder(folder: Path, trust_remote_code: bool, **options: Any) -> Any:
 
     with refusing(folder):
         model, found = AutoModelForCausalLM.from_pretrained(
-            folder, output_loading_info=True, trust_remote_code=trust_remote_code, **options
+            folder, config=config, output_loading_info=True, trust_remote_code=trust_remote_code, **options
         )
     if missing := sorted(found["missing_keys"]):
         raise UsageError(f"{folder}: lacks {len(missing)} tensors, first {missing[0]}; download the model again")
