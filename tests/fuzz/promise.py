@@ -68,8 +68,7 @@ def snapshot(folder: Path) -> Snapshot:
 
 def _messages(stderr: str) -> int:
     """Messages of failure: ours, or the option parser's."""
-    lines = stderr.splitlines()
-    return sum(line.startswith("lbllm: ") for line in lines) + sum(line.startswith(("Usage: ", " Usage: ")) for line in lines)
+    return sum(line.startswith(("lbllm: ", "Error: ", "╭─ Error")) for line in stderr.splitlines())
 
 
 def broken(case: Case, before: Snapshot, after: Snapshot, result: Result) -> list[str]:

@@ -1,7 +1,6 @@
 """Whatever a user puts in: one message and an exit code, nothing lost, nothing that hangs. See `promise.py`."""
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -10,11 +9,12 @@ import export_cases
 import model_cases
 import pytest
 import recipe_cases
+import session
 import stage_cases
 from bases import LOCK, RECIPE, build, copied, stage_writes
 from promise import Case, broken, check, prepare, snapshot
 from runner import Result, Server
-from seeds import seeds, shared
+from session import seeds, shared
 
 CLASSES: dict[str, ModuleType] = {
     "recipes": recipe_cases,
@@ -32,11 +32,9 @@ def folder_of(server: Server, name: str, tmp_path_factory: pytest.TempPathFactor
     return shared(tmp_path_factory.getbasetemp(), f"base-{name}", lambda folder: build(server, folder, name))
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[Server]:
-    running = Server(tmp_path_factory.mktemp("server") / "home")
-    yield running
-    running.close()
+@pytest.fixture
+def server(tmp_path_factory) -> Server:
+    return session.server(tmp_path_factory.getbasetemp())
 
 
 @pytest.mark.parametrize("seed", seeds(NORMAL, ALL))

@@ -5,16 +5,16 @@ A point is the n-th change of a file or a moment; moments are as random as the m
 
 import random
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import session
 from bases import LOCK, RECIPE, copied, model, stage_writes
 from promise import Case, broken, snapshot
 from runner import Kill, Server
-from seeds import seeds, shared
+from session import seeds, shared
 
 # What tells how a run went, and how long it took.
 _OF_THE_RUN = {"events.jsonl", "environment.json", "loss.png", ".lock"}
@@ -68,11 +68,9 @@ def hashes(run: Path) -> dict[str, str]:
     return {str(path.relative_to(run)): sha256(path.read_bytes()).hexdigest() for path in kept}
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[Server]:
-    running = Server(tmp_path_factory.mktemp("server") / "home")
-    yield running
-    running.close()
+@pytest.fixture
+def server(tmp_path_factory) -> Server:
+    return session.server(tmp_path_factory.getbasetemp())
 
 
 def whole_run(server: Server, place: Path) -> dict[str, Whole]:
@@ -88,7 +86,7 @@ def whole_run(server: Server, place: Path) -> dict[str, Whole]:
     return found
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def wholes(server, tmp_path_factory) -> dict[str, Whole]:
     return shared(tmp_path_factory.getbasetemp(), "kills", lambda place: whole_run(server, place))
 

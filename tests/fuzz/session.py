@@ -1,5 +1,6 @@
 """Which cases run, and what the processes of a test run share."""
 
+import atexit
 import fcntl
 import os
 import pickle
@@ -8,8 +9,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from runner import Server
 
 Made = TypeVar("Made")
+_servers: list[Server] = []
 
 
 def seeds(normal: int, every: int) -> list[Any]:
@@ -24,6 +27,14 @@ def seeds(normal: int, every: int) -> list[Any]:
     return [pytest.param(seed, marks=[] if seed < normal else pytest.mark.slow) for seed in range(every)]
 
 
+def server(root: Path) -> Server:
+    """The server of this process, started when it is first asked for. root: the base of its temporary folders."""
+    if not _servers:
+        _servers.append(Server(root / "server"))
+        atexit.register(_servers[0].close)
+    return _servers[0]
+
+
 def shared(root: Path, name: str, make: Callable[[Path], Made]) -> Made:
     """`make(folder)`, once for all processes of a test run. root: the base of this one's temporary folders."""
     place = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
@@ -33,4 +44,4 @@ def shared(root: Path, name: str, make: Callable[[Path], Made]) -> Made:
         if not kept.exists():
             kept.write_bytes(pickle.dumps(make(folder)))
         made: Made = pickle.loads(kept.read_bytes())
-        return made
+    return made
