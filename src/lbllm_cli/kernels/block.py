@@ -29,6 +29,7 @@ class _Known(NamedTuple):
     reference: Any
     addresses: list[int]
     buffers: CapturedQuantizers
+    record_bytes: list[int]
 
 
 class BlockStep:
@@ -65,8 +66,6 @@ class BlockStep:
             "intermediate": units[3].in_features,
         }
         self.widths = [self.units[0].in_features] * 2 + [int(attention.head_dim)] * (len(self.norms) - 2)
-        groups = (-(-int(attention.head_dim) // quantizer.size) for quantizer in self.cached)
-        self.record_bytes = [count * record_bytes(by) for count, by in zip(groups, self.cached, strict=True)]
         self.modules = CapturedModules(layer)
         self._block: _Known | None = None
 
@@ -82,8 +81,10 @@ class BlockStep:
             return False
         return all(packed.unit is unit for unit in self.units for packed in unit.linears)
 
-    def _reference(self) -> Any:
-        """The block as the library reads it, by reference: quantizers, norms and biases as the modules have them now."""
+    def _known(self) -> _Known | None:
+        """The block as the library reads it: quantizers, norms and biases as the modules have them now. None where a quantizer
+        became one that it does not have.
+        """
         norms = [norm._parameters["weight"] for norm in self.norms]
         # By address: the library reads norms where they lie.
         addresses = [norm.data_ptr() for norm in norms]
@@ -91,6 +92,8 @@ class BlockStep:
             unit.read_biases()
         known = self._block
         if known is None or addresses != known.addresses or not known.buffers.hold():
+            if not all(supported(quantizer.tables, cached=True) for quantizer in self.cached):
+                return None
             structs = [unit.structs for unit in self.units]
             by = [quantizer_struct(quantizer.tables, quantizer.size) for quantizer in self.cached]
             inputs: list[Any] = [struct[1] for struct in structs]
@@ -99,15 +102,19 @@ class BlockStep:
             dtype = DTYPES[norms[0].dtype]
             block = Block(*(struct[0] for struct in structs), *quantizers, *addresses, *missing, **self.shape, norm_dtype=dtype)
             buffers = CapturedQuantizers(quantizer for quantizer in self.quantizers if quantizer is not None)
-            known = self._block = _Known(block, byref(block), addresses, buffers)
-        return known.reference
+            groups = (-(-int(self.attention.head_dim) // quantizer.size) for quantizer in self.cached)
+            sizes = [count * record_bytes(quantizer) for count, quantizer in zip(groups, self.cached, strict=True)]
+            known = self._block = _Known(block, byref(block), addresses, buffers, sizes)
+        return known
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         cache = None if args else self._cache_of(self.arguments.cache(args, kwargs))
         angles = kwargs.get("position_embeddings")
-        if cache is None or angles is None or not self._runs(hidden_states):
+        runs = cache is not None and angles is not None and self._runs(hidden_states)
+        known = self._known() if runs else None
+        if known is None or cache is None or angles is None:
             return type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)
-        return self._step(hidden_states, kwargs.get("attention_mask"), cache, angles)
+        return self._step(known, hidden_states, kwargs.get("attention_mask"), cache, angles)
 
     def _cache_of(self, cache: Any) -> RecordLayer | None:
         """This layer's part of a 4-bit cache that holds tokens already."""
@@ -131,18 +138,19 @@ class BlockStep:
                 return False
         return first.dtype in DTYPES and all(q is not None and q.enabled for q in self.quantizers)
 
-    def _step(self, x: Tensor, mask: Tensor | None, cache: RecordLayer, angles: tuple[Tensor, Tensor]) -> Tensor:
+    def _step(
+        self, known: _Known, x: Tensor, mask: Tensor | None, cache: RecordLayer, angles: tuple[Tensor, Tensor]
+    ) -> Tensor:
         lib = library()
         assert lib is not None
         rows, tokens, kv_heads = x.shape[0], cache.get_seq_length(), self.shape["kv_heads"]
         if x.shape[2] != self.shape["hidden"]:
             raise ValueError(f"expected hidden states of width {self.shape['hidden']}, got {x.shape[2]}")
         kept = (cache.keys.shape, cache.values.shape)
-        if kept != ((rows, kv_heads, tokens, self.record_bytes[0]), (rows, kv_heads, tokens, self.record_bytes[1])):
+        if kept != tuple((rows, kv_heads, tokens, size) for size in known.record_bytes):
             cache.check(rows, int(kv_heads), int(self.shape["head_dim"]))
         cosine, sine = (_of_rows(t, rows, int(self.shape["head_dim"]), x.dtype) for t in angles)
         added = None if mask is None else _added(mask, rows, tokens + 1)
-        block = self._reference()
         keys, values = cache.grown(1)
         strides = (*keys.stride()[:2], *values.stride()[:2])
         sizes = (rows, keys.shape[1], keys.shape[3], values.shape[3])
@@ -150,7 +158,7 @@ class BlockStep:
         x = x.contiguous()
         out = torch.empty_like(x)
         addresses = (x.data_ptr(), out.data_ptr(), cosine.data_ptr(), sine.data_ptr())
-        lib.lbllm_block_step(block, byref(view), *addresses, DTYPES[x.dtype], rows, torch.get_num_threads())
+        lib.lbllm_block_step(known.reference, byref(view), *addresses, DTYPES[x.dtype], rows, torch.get_num_threads())
         meet(self.layer)
         return out
 

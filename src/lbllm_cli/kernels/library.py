@@ -147,7 +147,9 @@ def supported(tables: Tables, cached: bool = False) -> bool:
 
 
 def quantizer_struct(tables: Tables, size: int) -> Quantizer:
-    """A quantizer with its lookups worked out. size: values that share a step."""
+    """A quantizer with its lookups worked out. size: values that share a step. Raises ValueError where it is not `supported`."""
+    if not supported(tables):
+        raise ValueError(f"the compiled kernels have tables up to {LATTICE_MAX}, this one reaches {int(tables.levels.max())}")
     struct = Quantizer(tables=0 if tables.zero is None else len(tables.zero), size=size)
     for t, (levels, clip) in enumerate(zip(tables.levels, tables.clip, strict=True)):
         zero = 0 if tables.zero is None else int(tables.zero[t])
