@@ -144,7 +144,7 @@ def run_in_pieces(lbllm, monkeypatch, folder: Path, *command, calls: int = 3) ->
         left.clear()
         stopped += 1
         assert stopped < 20, result.stderr
-    assert result.exit_code == 0
+    assert result.exit_code == 0, result.stderr
     return stopped
 
 

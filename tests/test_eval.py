@@ -8,7 +8,8 @@ from conftest import save_toy, write_recipe
 from transformers import AutoModelForCausalLM
 
 import lbllm_cli.hf  # noqa: F401 - packed folders
-from lbllm_cli import files
+from lbllm_cli import files, plots
+from lbllm_cli.checkpoint import Checkpoint
 from lbllm_cli.errors import UsageError
 from lbllm_cli.kernels.library import VARIABLE, library
 from lbllm_cli.recipe_file import load_recipe
@@ -175,3 +176,77 @@ def test_export_must_be_there_to_be_measured(lbllm, recipe):
     result = lbllm("eval", "--recipe", recipe, "eval.checkpoints=[base, export]")
     assert result.exit_code == 2
     assert "run: lbllm export" in result.stderr
+
+
+def test_a_stage_that_overflows_leaves_the_others_and_what_was_measured(ok, lbllm, finished, tmp_path, monkeypatch):
+    """base and ptq are measured, then the predictions of one of them are not finite on a text that is added."""
+    first = json.loads(ok("eval", "--recipe", finished, "--json").stdout)
+    text = '{"name":"more","source":"builtin:evaluation/modern","length":32,"segments":2}'
+    both = f'data.evaluation=[{{"name":"novels","source":"builtin:evaluation/novels","length":32,"segments":4}},{text}]'
+    run = evaluation.Evaluation.run
+
+    def overflowing(self, *given):
+        read = Checkpoint.read_block
+
+        def infinite(checkpoint, index):
+            stored = read(checkpoint, index)
+            scale = next(name for name in stored if name.endswith(".scale"))
+            return {**stored, scale: torch.full_like(stored[scale], torch.inf)}
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Checkpoint, "read_block", infinite)
+            return run(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation.Evaluation, "run", overflowing)
+        result = lbllm("eval", "--recipe", finished, both, "--json")
+    assert result.exit_code == 1
+    assert "ptq: a prediction on more is NaN or infinity" in result.stderr
+    assert "base" not in result.stderr.partition("lbllm: ")[2]
+    kept = json.loads((tmp_path / "run/eval/results.json").read_text())
+    assert json.loads(result.stdout) == kept
+    assert kept["ptq"]["perplexity"] == first["ptq"]["perplexity"]
+    assert kept["base"]["perplexity"].keys() == {"novels", "more"}
+    seen = []
+    monkeypatch.setattr(evaluation.Evaluation, "run", lambda self, *a: seen.append(a[1]) or run(self, *a))
+    again = json.loads(ok("eval", "--recipe", finished, both, "--json").stdout)
+    assert seen == [{"novels": [], "more": ["ptq"]}]
+    assert again["ptq"]["perplexity"].keys() == {"novels", "more"}
+    monkeypatch.setattr(plots, "draw", lambda alt, paint, height=0: plots.Image(alt, "", ""))
+    ok("report", "--recipe", finished)
+
+
+def test_an_export_that_overflows_is_named(lbllm, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "whole_perplexity", lambda model, tokens, device: None)
+    result = lbllm("eval", "--recipe", finished, "eval.checkpoints=[base, export]")
+    assert result.exit_code == 1
+    assert "export: a prediction on novels is NaN or infinity" in result.stderr
+    assert list(json.loads((tmp_path / "run/eval/results.json").read_text())["base"]["perplexity"]) == ["novels"]
+
+
+@pytest.mark.parametrize(
+    "found",
+    [None, 7, [], {}, {"perplexity": "x"}, {"perplexity": None}, {"perplexity": 0.5}, {"perplexity": 9.0, "blocks": 3},
+     {"perplexity": 9.0, "positions": [{"first": "1"}]}, {"perplexity": 9.0, "kl": [1]}],
+    ids=str,
+)  # fmt: skip
+def test_a_measurement_of_another_kind_is_made_again(ok, finished, tmp_path, found, monkeypatch):
+    monkeypatch.setattr(plots, "draw", lambda alt, paint, height=0: plots.Image(alt, "", ""))
+    first = ok("eval", "--recipe", finished, "--json").stdout
+    for file in (tmp_path / "run/eval/measured").glob("*.json"):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "found": found}))
+    ok("report", "--recipe", finished)
+    assert ok("eval", "--recipe", finished, "--json").stdout == first
+
+
+@pytest.mark.parametrize(
+    "record", ["[]", "7", "null", '{"files": []}', '{"files": {"../../x": "0"}}', '{"files": {"a": 1}}', "[" * 9999], ids=range(7)
+)
+def test_the_record_of_an_export_with_values_of_other_kinds(lbllm, ok, finished, tmp_path, record):
+    file = tmp_path / "run/export/lbllm_export.json"
+    file.write_text(record)
+    result = lbllm("eval", "--recipe", finished, "eval.checkpoints=[base, export]")
+    assert result.exit_code == 2
+    assert f"{file} does not say what the export holds; run: lbllm export" in result.stderr
+    ok("export", "--recipe", finished)
+    ok("eval", "--recipe", finished, "eval.checkpoints=[base, export]")

@@ -217,3 +217,64 @@ def test_average_of_a_group():
         "acc": pytest.approx(0.25), "acc_stderr": pytest.approx(0.01 / 6**0.5), "samples": 60,
     }  # fmt: skip
     assert list(found) == ["commonsense"]
+
+
+@pytest.mark.parametrize("name", ["../../x", "/tmp/x", "", ".", "..", "a/b", "a b", ["a", "b"], 7, None, {"task": "x"}, "x" * 200, "[/red]"])
+@pytest.mark.parametrize("key", ["task", "group"])
+def test_a_task_is_no_path(lbllm, recipe, tmp_path, name, key):
+    task = write_task(tmp_path / "tasks", "stories", **{"task": ["stories"] if key == "group" else "stories", key: name})
+    for command in ("eval", "validate"):
+        result = lbllm(command, "--recipe", recipe, f"eval.tasks=[{task}]")
+        assert result.exit_code == 2
+        assert f"{task}: `{key}` is" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "cannot be read"),
+        ("- a", "cannot be read"),
+        ("{a: b}", "names no task"),
+        ("task: x\ndataset_kwargs: [1]", "dataset_kwargs is list"),
+        ("task: x\ndataset_kwargs: {data_files: {test: 7}}", "data_files holds '7'"),
+        ("task: !function a.b", "cannot be read"),
+        ("task: " + "[" * 3000, "cannot be read"),
+        ("task: x\ninclude: nothing.yaml", "cannot be read"),
+    ],
+    ids=range(8),
+)
+def test_task_files_that_are_none(lbllm, recipe, tmp_path, text, expected):
+    (tmp_path / "t.yaml").write_text(text)
+    for command in ("eval", "validate"):
+        result = lbllm(command, "--recipe", recipe, f"eval.tasks=[{tmp_path / 't.yaml'}]")
+        assert result.exit_code == 2
+        assert expected in result.stderr
+
+
+def test_validate_looks_at_tasks(ok, lbllm, recipe, tmp_path):
+    result = lbllm("validate", "--recipe", recipe, "eval.tasks=[builtin:nothing]")
+    assert result.exit_code == 2
+    assert "eval.tasks: builtin:nothing does not exist" in result.stderr
+    task = write_task(tmp_path / "tasks", "stories")
+    without = json.loads(ok("validate", "--recipe", recipe, "--json").stdout)["forecast_bytes"]["eval"]
+    found = json.loads(ok("validate", "--recipe", recipe, f"eval.tasks=[{task}]", "--json").stdout)["forecast_bytes"]["eval"]
+    # A stage is written as an export for them.
+    assert found["disk"] > without["disk"]
+
+
+def test_data_files_by_a_pattern_are_known_by_their_content(tmp_path):
+    task = write_task(tmp_path / "tasks", "stories", dataset_kwargs={"data_files": {"test": "stor*.jsonl"}})
+    before = lm_tasks.plan_tasks([str(task)], None)[0].identity
+    assert lm_tasks.plan_tasks([str(task)], None)[0].identity == before
+    write_task(tmp_path / "tasks", "stories", items=11, dataset_kwargs={"data_files": {"test": "stor*.jsonl"}})
+    assert lm_tasks.plan_tasks([str(task)], None)[0].identity != before
+
+
+def test_names_of_metrics_are_no_markup_of_the_table(ok, recipe, tmp_path, monkeypatch):
+    task = write_task(tmp_path / "tasks", "stories")
+    odd = {"[/b]": 0.5, "[red]acc": 0.25}
+    monkeypatch.setattr(lm_tasks, "scores", lambda found, name: {name: {**odd, "samples": 12}})
+    table = ok("eval", "--recipe", recipe, f"eval.tasks=[{task}]").stdout
+    assert "stories, [/b]" in table
+    assert "stories, [red]acc" in table

@@ -1,12 +1,17 @@
 """A killed and resumed run equals the uninterrupted one, file hash by file hash, wherever it was killed."""
 
 import hashlib
+import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import write_recipe
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from lbllm_cli import stream
 from lbllm_cli.checkpoint import StageWriter
@@ -159,3 +164,113 @@ def test_devices_logging_and_eval_do_not_change_the_fingerprint(setting, tmp_pat
     ok("ptq", "--recipe", recipe)
     again = ok("ptq", "--recipe", recipe, "runtime.streams=disk", "runtime.device=cpu", "eval.checkpoints=[base]")
     assert "up to date" in again.stderr
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A distillation that a signal stopped in the middle of its second block: folder and command."""
+    from conftest import save_toy
+
+    folder = tmp_path_factory.mktemp("stopped")
+    short = {"epochs": 1, "batch_size": 4}
+    recipe = write_recipe(folder / "r.yaml", save_toy(folder / "model"), folder / "run", distill=short)
+    assert run_in_child(["ptq", "--recipe", str(recipe)]) == 0
+    command = ["distill", "--recipe", str(recipe)]
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        from lbllm_cli.block_training import Trainer
+
+        pause, calls = Trainer._pause, []
+
+        def stop(self):
+            calls.append(1)
+            if len(calls) == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            pause(self)
+
+        Trainer._pause = stop
+        from lbllm_cli.cli import app
+
+        try:
+            app(command, standalone_mode=True)
+        except SystemExit as end:
+            os._exit(int(end.code or 0))
+        os._exit(99)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    assert (folder / "run" / "distill.partial" / "training.safetensors").exists()
+    return folder, command
+
+
+def _facts(change):
+    """Changes what the header of a kept training says."""
+
+    def spoil(tensors, facts):
+        return tensors, change(facts)
+
+    return spoil
+
+
+def _first(tensors: dict) -> str:
+    return next(name for name in sorted(tensors) if name.endswith("exp_avg"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (_facts(lambda facts: None), "its header does not say"),
+        (_facts(lambda facts: [1]), "its header does not say"),
+        (_facts(lambda facts: {**facts, "block": "1"}), "its header does not say"),
+        (_facts(lambda facts: {**facts, "epoch": [1]}), "epoch: input should be a valid integer"),
+        (_facts(lambda facts: {**facts, "epoch": 7}), "epoch 7"),
+        (_facts(lambda facts: {**facts, "step": -1}), "step -1"),
+        (_facts(lambda facts: {**facts, "start": {}}), "the errors of its start are missing"),
+        (_facts(lambda facts: {**facts, "epochs": [{}, {}]}), "2 records of 0 epochs"),
+        (_facts(lambda facts: {**facts, "colour": 1}), "colour is of no training"),
+        (lambda tensors, facts: ({k: v for k, v in tensors.items() if k != _first(tensors)}, facts), "exp_avg is missing"),
+        (lambda tensors, facts: ({**tensors, "9.9/value": torch.zeros(1)}, facts), "9.9/value is of no training"),
+        (lambda tensors, facts: ({**tensors, _first(tensors): torch.zeros(3)}, facts), "exp_avg is torch.float32 [3], expected"),
+        (lambda tensors, facts: ({**tensors, _first(tensors): tensors[_first(tensors)].double()}, facts), "is torch.float64"),
+    ],
+    ids=range(13),
+)
+def test_a_kept_training_that_is_of_another_is_refused(stopped, lbllm, spoil, reason):
+    folder, command = stopped
+    file = folder / "run" / "distill.partial" / "training.safetensors"
+    before = file.read_bytes()
+    with safe_open(file, "pt") as handle:
+        facts = json.loads(handle.metadata()["facts"])
+    tensors, facts = spoil(load_file(file), facts)
+    try:
+        save_file(tensors, file, metadata={"facts": json.dumps(facts)})
+        result = lbllm(*command)
+    finally:
+        file.write_bytes(before)
+    assert result.exit_code == 2
+    assert f"{file} is damaged (" in result.stderr
+    assert reason in result.stderr
+    assert "delete it and run the same command again" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"x" * 100, (8).to_bytes(8, "little") + b"{}      ", (5).to_bytes(8, "little") + b"[1,2]"], ids=range(4)
+)
+def test_a_kept_training_that_is_no_such_file(stopped, lbllm, content):
+    folder, command = stopped
+    file = folder / "run" / "distill.partial" / "training.safetensors"
+    before = file.read_bytes()
+    try:
+        file.write_bytes(content)
+        result = lbllm(*command)
+    finally:
+        file.write_bytes(before)
+    assert result.exit_code == 2
+    assert f"{file} is damaged (" in result.stderr
+
+
+def test_deleting_a_damaged_training_costs_only_itself(stopped, ok, tmp_path):
+    folder, command = stopped
+    shutil.copytree(folder / "run", tmp_path / "run")
+    (tmp_path / "run" / "distill.partial" / "training.safetensors").unlink()
+    result = ok(*command, f"output.dir={tmp_path / 'run'}")
+    assert "resuming after block 1 of 3" in result.stderr

@@ -26,6 +26,8 @@ class Trainer(TrainingLoop):
     goes.
     """
 
+    errors = ("error", "error_ordinary", "per_token", "per_token_ordinary", "per_token_robust")
+
     def __init__(
         self,
         task: BlockTask,

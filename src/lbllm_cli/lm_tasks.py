@@ -4,8 +4,10 @@ lm-eval is imported inside functions: it takes seconds.
 """
 
 import difflib
+import glob
 import json
 import math
+import re
 import sys
 import warnings
 from collections import Counter
@@ -26,6 +28,8 @@ from lbllm_cli.packed_checks import refusing
 from lbllm_cli.whole_folder import check_folder, check_loaded
 
 BUILTIN = "builtin:"
+# lm-eval's own names have brackets among them, and no slashes.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+()-]{0,149}")
 # Groups of tasks as papers on low-bit models report them, with the examples in context that they use.
 GROUPS: dict[str, tuple[tuple[str, ...], int]] = {
     "commonsense": (("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande"), 0),
@@ -100,7 +104,17 @@ def _plan_task(name: str, shots: int | None, fixed: int | None) -> Task:
         if fixed and task.get_config("num_fewshot") == 0:
             raise UsageError(f"eval.num_fewshot: {fixed} examples, but {task.config.task} is a task without any; leave it out")
     identity = {leaf: _identity(task) for leaf, task in sorted(loaded.items())}
-    return Task(str(spec.get("group", spec["task"])) if isinstance(spec, dict) else name, spec, shots, identity)
+    return Task(_name_of(spec, name) if isinstance(spec, dict) else name, spec, shots, identity)
+
+
+def _name_of(spec: dict[str, Any], name: str) -> str:
+    """What a task's YAML calls it: files are named after it."""
+    key = "group" if "group" in spec else "task"
+    found = spec[key]
+    if not isinstance(found, str) or not _NAME.fullmatch(found):
+        expected = "a name of letters, digits and ._+()- that begins with a letter or digit, of at most 150 characters"
+        raise UsageError(f"eval.tasks: {name}: `{key}` is {str(found)[:100]!r}; expected {expected}")
+    return found
 
 
 def _local_spec(name: str) -> dict[str, Any]:
@@ -112,17 +126,23 @@ def _local_spec(name: str) -> dict[str, Any]:
             raise UsageError(f"eval.tasks: {name} does not exist; there are {', '.join(builtin_tasks())}")
         path = Path(str(resources.files("lbllm_cli") / "tasks" / f"{name.removeprefix(BUILTIN)}.yaml"))
     else:
-        path = Path(name).expanduser()
+        path = files.user_path(name, "eval.tasks")
     if not path.is_file():
         raise UsageError(f"eval.tasks: {path} is not a file")
     try:
         spec = load_yaml(path)
     except Exception as error:  # YAML's errors, and those of functions that it names
-        raise UsageError(f"eval.tasks: {path} cannot be read: {str(error).splitlines()[0]}") from None
-    if "task" not in spec:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"eval.tasks: {path} cannot be read: {reason}") from None
+    if not isinstance(spec, dict) or "task" not in spec:
         raise UsageError(f"eval.tasks: {path} names no task; expected a key `task`")
+    _name_of(spec, name)
     keywords = spec.get("dataset_kwargs") or {}
+    if not isinstance(keywords, dict):
+        raise UsageError(f"eval.tasks: {path}: dataset_kwargs is {type(keywords).__name__}, expected a mapping")
     if "data_files" in keywords:
+        if strange := [leaf for leaf in _leaves(keywords["data_files"]) if not isinstance(leaf, str)]:
+            raise UsageError(f"eval.tasks: {path}: data_files holds {str(strange[0])[:100]!r}, expected paths")
         spec["dataset_kwargs"] = {**keywords, "data_files": _absolute(keywords["data_files"], path.absolute().parent)}
     return spec
 
@@ -132,7 +152,7 @@ def _absolute(data_files: Any, folder: Path) -> Any:
         return {key: _absolute(value, folder) for key, value in data_files.items()}
     if isinstance(data_files, list):
         return [_absolute(value, folder) for value in data_files]
-    return data_files if "://" in data_files else str(folder / data_files)
+    return data_files if data_files is None or "://" in data_files else str(folder / data_files)
 
 
 def _unreadable(name: str, manager: Any, error: Exception) -> str:
@@ -155,9 +175,15 @@ def _identity(task: Any) -> str:
     config = task.dump_config()
     config.pop("metadata", None)  # where its YAML lies, and its version
     keywords = dict(config.pop("dataset_kwargs", None) or {})
-    hashes = [files.sha256(Path(file)) for file in _leaves(keywords.pop("data_files", None)) if Path(file).is_file()]
+    read = [file for pattern in _leaves(keywords.pop("data_files", None)) for file in _matching(str(pattern))]
+    hashes = [files.sha256(Path(file)) for file in read if Path(file).is_file()]
     whole = {"config": config, "keywords": keywords, "files": hashes, "version": task.VERSION}
     return fingerprint(json.loads(json.dumps(whole, default=handle_non_serializable)))
+
+
+def _matching(pattern: str) -> list[str]:
+    """Local files that one of `data_files` stands for: a path, or a pattern as `datasets` reads them."""
+    return [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -1,6 +1,6 @@
 """What training asks of others: the student, who is told how it goes, where unfinished work is kept."""
 
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from torch import Tensor
 
@@ -59,6 +59,9 @@ class StateKeeper(Protocol):
 
     def load(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What was kept of block `index`, if anything."""
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Raises UsageError: what was kept is not what can be gone on from."""
 
     def due(self) -> bool:
         """Whether enough time has passed since the last save."""

@@ -8,8 +8,8 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from lbllm_cli import interrupt
 from lbllm_cli.errors import Interrupted, RunError
 from lbllm_cli.held_out import held_out_rows
 from lbllm_cli.protocols import Monitor, StateKeeper, Trained
+from lbllm_cli.training_progress import Progress, check_kept, kept_progress
 
 if TYPE_CHECKING:
     from lbllm_cli.recipe_training import Schedule
@@ -39,38 +40,15 @@ def rate_factor(step: int, steps: int, warmup: float) -> float:
     return _LAST_RATE + (1 - _LAST_RATE) * (1 + math.cos(math.pi * share)) / 2
 
 
-@dataclass
-class Progress:
-    """How far a training is: everything a resumed run needs beside the tensors.
-
-    recent, recent_seconds: losses of the steps that are not yet in a record, and what these took.
-    """
-
-    block: int
-    epoch: int = 0
-    step: int = 0
-    skipped: int = 0
-    taken: int = 0
-    loss_sum: float = 0.0
-    norm_sum: float = 0.0
-    norm_max: float = 0.0
-    usual_norm: float = 0.0
-    seconds: float = 0.0
-    best: int = 0
-    best_loss: float = 1.0
-    recent: list[float] = field(default_factory=list)
-    recent_seconds: float = 0.0
-    start: dict[str, float] = field(default_factory=dict)
-    epochs: list[dict[str, Any]] = field(default_factory=list)
-
-
 class TrainingLoop(ABC):
     """Steps, schedule, selection of the best epoch, resume; what is trained towards what is a subclass's.
 
     student: what is trained. settings: of the recipe's `section`. rows: sequences. length: tokens in one. index: a number that
     the seed of the data order and the kept state carry. where: the index in words. keeper: unfinished training. monitor: told
-    how it goes.
+    how it goes. errors: names of the held-out errors that `measure_start` finds.
     """
+
+    errors: ClassVar[tuple[str, ...]]
 
     def __init__(
         self,
@@ -276,11 +254,15 @@ class TrainingLoop(ABC):
         if kept is None:
             return
         tensors, facts = kept
-        self.progress = Progress(**facts)
         found: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             owner, _, name = key.partition("/")
             found.setdefault(owner, {})[name] = tensor.to(self.device)
+        try:
+            self.progress = kept_progress(facts, self.settings.epochs, self.steps, self.errors)
+            check_kept(found, self._parameters(), self.trained.followers(), self.trained.snapshot())
+        except ValueError as error:
+            self.keeper.refuse(str(error))
         self.best = found.get("best")
         for name, parameter in self._parameters().items():
             with torch.no_grad():

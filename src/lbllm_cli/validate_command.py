@@ -7,11 +7,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lbllm_cli import forecast, forecast_training, prepare
-from lbllm_cli.checkpoint import command_of, complete_stages
+from lbllm_cli import forecast, forecast_training, lm_tasks, prepare
+from lbllm_cli.checkpoint import check_stage, command_of, complete_stages
 from lbllm_cli.commands import Last, say
 from lbllm_cli.errors import UsageError
 from lbllm_cli.forecast import Need
+from lbllm_cli.model import SourceModel
 from lbllm_cli.recipe import Recipe
 from lbllm_cli.report import GIB
 from lbllm_cli.stage_record import STAGES
@@ -37,18 +38,25 @@ def validate(recipe: Recipe, as_json: bool) -> None:
             segments = {name: rows.shape[0] for name, rows in plan.evaluation().items()}
         except UsageError as error:
             problems.append(str(error))
+    try:
+        tasks = lm_tasks.plan_tasks(recipe.eval.tasks, recipe.eval.num_fewshot)
+    except UsageError as error:
+        tasks = []
+        problems.append(str(error))
     needs = [
         forecast.ptq_need(recipe, model),
         forecast_training.distill_need(recipe, model),
         forecast_training.act_calib_need(recipe, model),
         *(forecast_training.end_to_end_need(recipe, model, last, stage) for stage, last in _last_phases(recipe).items()),
-        forecast.eval_need(recipe, model, segments, 1 + len(_stages(recipe))),
+        _eval_need(recipe, model, segments, bool(tasks)),
         forecast.export_need(recipe, model),
     ]
     warnings = []
     complete = complete_stages(plan.output)
     for need in needs:
         try:
+            if need.stage in STAGES:
+                check_stage(plan.output, need.stage, force=False)
             warnings += [f"{need.stage}: {warning}" for warning in forecast.memory_warnings(need, model.device)]
             if need.stage not in complete:
                 forecast.check_disk(
@@ -76,6 +84,12 @@ def validate(recipe: Recipe, as_json: bool) -> None:
         print(json.dumps(facts, indent=2))
     else:
         _print_validation(facts, needs)
+
+
+def _eval_need(recipe: Recipe, model: SourceModel, segments: dict[str, int], tasks: bool) -> Need:
+    need = forecast.eval_need(recipe, model, segments, 1 + len(_stages(recipe)))
+    whole = tasks or "export" in (recipe.eval.checkpoints or [])
+    return forecast.whole_model_need(recipe, model, need) if whole else need
 
 
 def _last_phases(recipe: Recipe) -> dict[str, Last]:

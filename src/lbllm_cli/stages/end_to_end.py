@@ -35,6 +35,8 @@ class EndToEndTrainer(TrainingLoop):
     tokens: int64 [rows, length]. states: the teacher's last hidden states on them. section: of the recipe, for messages.
     """
 
+    errors = ("error", "kl", "top1", "perplexity")
+
     def __init__(
         self,
         student: WholeStudent,
