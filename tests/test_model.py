@@ -118,6 +118,14 @@ def test_configurations_are_refused_before_a_stage_starts(lbllm, toy, recipe, tm
     assert not (tmp_path / "run").exists()
 
 
+def test_a_weight_file_without_tensors(lbllm, toy, recipe):
+    (toy / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    for command in ("ptq", "validate", "eval"):
+        result = lbllm(command, "--recipe", recipe)
+        assert result.exit_code == 2
+        assert "lacks 29 tensors, first model.embed_tokens.weight" in result.stderr
+
+
 def test_what_a_configuration_says_about_outputs_is_not_what_stages_read(ok, toy, recipe):
     configure(toy, return_dict=False, output_hidden_states={"a": 1}, output_attentions=True)
     ok("ptq", "--recipe", recipe, "ptq.rounds=0")

@@ -84,6 +84,7 @@ def test_a_header_gives_dtypes_shapes_and_sizes(single):
         (_raw({"a": _entry(data_offsets=[0])}, bytes(8)), "has a corrupt safetensors header"),
         (_raw({"a": _entry(shape=None)}, bytes(8)), "has a corrupt safetensors header"),
         (_raw({"a": _entry(dtype="F8_E4M3")}, bytes(8)), "holds tensors of dtype F8_E4M3; expected float32, bfloat16"),
+        (_raw({"a": _entry(dtype="F" * 9999)}, bytes(8)), "holds tensors of dtype F{80}; expected float32"),
         (_raw({"a": _entry(dtype=7)}, bytes(8)), "has a corrupt safetensors header"),
         (_raw({"a": _entry(dtype=["F32"])}, bytes(8)), "has a corrupt safetensors header"),
         (_raw({"a": _entry(shape=[-1, -2])}, bytes(8)), "has a corrupt safetensors header"),
@@ -100,7 +101,7 @@ def test_a_header_gives_dtypes_shapes_and_sizes(single):
         (_raw(b"[" * 100_000), "has a corrupt safetensors header"),
         (_raw(b'{"a":' * 100_000), "has a corrupt safetensors header"),
     ],
-    ids=range(29),
+    ids=range(30),
 )
 def test_damaged_headers_are_refused(tmp_path, content, message):
     file = tmp_path / "w.safetensors"

@@ -256,12 +256,13 @@ def open_model(recipe: "Model", device: torch.device, weights: bool = True) -> S
     """
     folder = source.resolve(recipe.path, recipe.revision, weights)
     config = load_config(folder)
-    entries = source.read_folder(folder) if weights or source.has_weights(folder) else {}
+    stored = weights or source.has_weights(folder)
+    entries = source.read_folder(folder) if stored else {}
     dtype = _compute_dtype(recipe, config, entries, device)
     if config.tie_word_embeddings and {EMBEDDING, HEAD} <= set(entries):
         config.tie_word_embeddings = source.equal(entries, EMBEDDING, HEAD, dtype)
     model = SourceModel(folder, config, entries, device, dtype)
-    if entries:
+    if stored:
         model.check_tensors()
     return model
 

@@ -30,7 +30,7 @@ _LIMITS = {
 _OTHER_NAMES = {
     "n_layer": _LAYERS, "n_layers": _LAYERS, "num_layers": _LAYERS, "encoder_layers": _LAYERS, "decoder_layers": _LAYERS,
     "num_decoder_layers": _LAYERS, "n_embd": _WIDTH, "d_model": _WIDTH, "d_ff": _WIDTH, "ffn_dim": _WIDTH, "n_head": _HEADS,
-    "num_experts": _HEADS, "num_local_experts": _HEADS, "n_routed_experts": _HEADS, "n_positions": 1 << 31,
+    "num_labels": 1 << 20, "num_experts": _HEADS, "num_local_experts": _HEADS, "n_routed_experts": _HEADS, "n_positions": 1 << 31,
 }  # fmt: skip
 # Configurations are copied level by level, and Python's stack has an end.
 _DEPTH = 32
@@ -164,7 +164,7 @@ def mismatch(entries: dict[str, TensorEntry], shapes: dict[str, tuple[int, ...]]
     # Old checkpoints hold the frequencies of rotary embeddings, which are computed.
     extra = [name for name in entries if name not in shapes and name not in optional and not name.endswith("rotary_emb.inv_freq")]
     if extra:
-        return f"holds {len(extra)} tensors that config.json does not name, first {extra[0]}"
+        return f"holds {len(extra)} tensors that config.json does not name, first {extra[0][:200]}"
     for name, shape in shapes.items():
         if entries[name].shape != shape:
             return f"{name} has shape {list(entries[name].shape)}, config.json says {list(shape)}"

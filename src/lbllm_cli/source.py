@@ -98,7 +98,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raise UsageError(f"{path} is truncated or padded: expected {8 + length + expected} bytes, got {size}; {again}")
     unknown = sorted({entry.dtype for entry, _, _ in found.values()} - set(_DTYPES))
     if unknown:
-        raise UsageError(f"{path} holds tensors of dtype {', '.join(unknown)}; expected float32, bfloat16 or float16")
+        raise UsageError(f"{path} holds tensors of dtype {', '.join(unknown)[:80]}; expected float32, bfloat16 or float16")
     try:
         with safe_open(path, framework="pt"):  # it has rules of its own for texts and metadata
             return {name: entry for name, (entry, _, _) in found.items()}
@@ -141,11 +141,13 @@ def read_folder(folder: Path) -> dict[str, TensorEntry]:
         for shard in shards:
             found = read_header(folder / shard)
             if twice := sorted(entries.keys() & found.keys()):
-                raise UsageError(f"{folder}: {twice[0]} is in {entries[twice[0]].file.name} and in {shard}; download both again")
+                first = entries[twice[0]].file.name
+                raise UsageError(f"{folder}: {twice[0][:200]} is in {first} and in {shard}; download both again")
             entries |= found
         lost = sorted(set(weight_map) - set(entries))
         if lost:
-            raise UsageError(f"{index} names {len(lost)} tensors that no shard holds, first {lost[0]}; download the model again")
+            first = lost[0][:200]
+            raise UsageError(f"{index} names {len(lost)} tensors that no shard holds, first {first}; download the model again")
         return entries
     other = sorted(path.name for pattern in ("*.bin", "*.pth", "*.gguf", "*.safetensors") for path in folder.glob(pattern))
     got = f"found {', '.join(other[:3])}" if other else "found no weight file"
