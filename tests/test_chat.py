@@ -17,9 +17,9 @@ USER = [{"role": "user", "content": "hello"}]
 
 @pytest.fixture
 def render(monkeypatch):
-    """render(template, messages): the text; the time is one second."""
+    """render(template, messages): the text."""
     tokenizer = AutoTokenizer.from_pretrained(TOY)
-    monkeypatch.setattr(chat, "SECONDS", 1)
+    monkeypatch.setattr(chat, "SECONDS", 60)
 
     def text(template=PLAIN, messages=USER, **options):
         tokenizer.chat_template = template
@@ -104,12 +104,13 @@ def test_long_text(render):
 
 
 @pytest.mark.parametrize("body", ["", "{{ [i, j]|join }}"])
-def test_templates_without_an_end(render, body):
+def test_templates_without_an_end(render, monkeypatch, body):
+    monkeypatch.setattr(chat, "SECONDS", 1)
     loop = "{% for i in range(100000) %}{% for j in range(100000) %}" + body + "{% endfor %}{% endfor %}"
     start = time.monotonic()
     with pytest.raises(UsageError, match=r"a\.jsonl, record 3: the chat template (was stopped after 1 s|needs more than)"):
         render(loop)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20
     assert render() == "[user] hello\n", "the alarm is off again"
 
 

@@ -103,5 +103,14 @@ def test_no_more_than_a_piece_is_tokenized_at_once(tokenizers, pieces):
             return tokenizer(text, **options)
 
     list(encode.batches(iter([BOOK, *(BOOK[i : i + 1500] for i in range(0, 30_000, 1500))]), Watched(), "a.jsonl"))
-    assert len(sizes) > 8
-    assert max(sizes) <= 1 << 12
+    assert len(sizes) > 4
+    assert max(sizes) <= encode._AT_ONCE << 12
+
+
+def test_no_more_is_tokenized_than_is_needed(tokenizers, pieces):
+    whole = tokenizers["bytes"](BOOK, add_special_tokens=False, verbose=False)["input_ids"]
+    for enough in (1, 1500, 4000):
+        found = encode.encode(BOOK, tokenizers["bytes"], "a.txt", enough).tolist()
+        assert enough <= len(found) <= enough + 1600
+        assert found == whole[: len(found)]
+    assert encode.encode(BOOK, tokenizers["bytes"], "a.txt", len(whole) + 1).tolist() == whole

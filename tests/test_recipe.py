@@ -328,6 +328,7 @@ def test_variables_of_any_size_and_kind(load, mistakes, monkeypatch):
     assert load("model: {path: '${env:BOMB}'}", base="output: {dir: a}\n").model.path == "[" * 1000
     (found,) = mistakes("runtime: {seed: '${env:NUMBER}'}")
     assert found == "runtime.seed: integers of at most 64 bits are read, got one of 101 bits"
+    assert len(mistakes("data: {evaluation: '" + "${env:GONE}" * 900 + "'}")[0]) < 200
     (found,) = mistakes("model: {path: '${env:BYTES}'}", base="output: {dir: a}\n")
     assert found.startswith("model.path: the text is no Unicode text: character 3")
 

@@ -228,8 +228,8 @@ def _evaluation_ids(item: Source, tokenizer: Any, needed: int | None, key: str) 
     preset = text_sources.PRESETS.get(item.source)
     if preset is not None:
         joined = preset.evaluation_joiner.join(islice(texts, preset.evaluation_records))
-        return encode(joined, tokenizer, where)[: preset.evaluation_tokens]
-    return _read(batches((text + "\n\n" for text in texts), tokenizer, where), needed)
+        return encode(joined, tokenizer, where, needed)[: preset.evaluation_tokens]
+    return _read(batches((text + "\n\n" for text in texts), tokenizer, where, needed), needed)
 
 
 def _finish(rows: Tensor, bos: bool, tokenizer: Any, vocab: int, where: str) -> Tensor:

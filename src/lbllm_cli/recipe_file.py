@@ -53,7 +53,9 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
             if key not in unset:
                 problems[key].append(message)
     if problems:
-        lines = [f"  {_shown(key)}: {'; '.join(messages)}" if key else f"  {messages[0]}" for key, messages in problems.items()]
+        lines = [
+            f"  {_shown(key)}: {'; '.join(messages[:_LINES])}" if key else f"  {messages[0]}" for key, messages in problems.items()
+        ]
         lines[_LINES:] = [f"  and {len(lines) - _LINES:,} more"] if len(lines) > _LINES else []
         raise UsageError("\n".join([f"{path}: {len(problems)} mistake{'s' if len(problems) > 1 else ''}", *lines]))
     return recipe
@@ -102,7 +104,9 @@ def _expand(value: Any, path: str, problems: dict[str, list[str]], recipe_dir: P
         name, default = match.groups()
         found = os.environ.get(name, default)
         if found is None:
-            problems[path].append(f"environment variable {name} is not set; set it or write ${{env:{name}:-default}}")
+            message = f"environment variable {name} is not set; set it or write ${{env:{name}:-default}}"
+            if message not in problems[path]:
+                problems[path].append(message)
             return match.group(0)
         size += len(found)
         return found if size <= _CHARACTERS else "." * _CHARACTERS  # too long already; `_bound` refuses it
