@@ -1,6 +1,8 @@
 """The command line itself: help, version, dry runs, progress, streams of output."""
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -176,3 +178,33 @@ def test_generated_calibration_text_is_cached_and_reproducible(ok, tmp_path, rec
     cache.unlink()
     assert "up to date" in ok(*command).stderr
     assert cache.read_bytes() == first
+
+
+def test_messages_are_bounded_and_can_be_written(lbllm, tmp_path, recipe, monkeypatch):
+    from lbllm_cli import commands
+    from lbllm_cli.errors import UsageError
+
+    def refuse(*_: object, **options: object) -> None:
+        raise UsageError("half a pair: \ud800 " + "x" * 100_000)
+
+    monkeypatch.setattr(commands, "ptq", refuse)
+    result = lbllm("ptq", "--recipe", recipe)
+    assert result.exit_code == 2
+    assert "half a pair: \\ud800 xxx" in result.stderr
+    assert len(result.stderr) < 10_000
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(errno.ENOENT, 1), (errno.EPERM, 1), *((n, 2) for n in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP))],
+)
+def test_errors_of_the_system_are_one_message(lbllm, recipe, monkeypatch, number, code):
+    from lbllm_cli import commands
+
+    def refuse(*_: object, **options: object) -> None:
+        raise OSError(number, os.strerror(number), "run/ptq")
+
+    monkeypatch.setattr(commands, "ptq", refuse)
+    result = lbllm("ptq", "--recipe", recipe)
+    assert result.exit_code == code
+    assert result.stderr.startswith(f"lbllm: {os.strerror(number)} (run/ptq); mend it")

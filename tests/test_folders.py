@@ -210,6 +210,18 @@ def test_a_teachers_folder_where_others_are(lbllm, finished, tmp_path, run, plac
     assert "overlaps with" in message or "is output.dir" in message
 
 
+@pytest.mark.parametrize("name", ["ptq", "distill.partial", "export", "report.html", ".lock", "eval"])
+def test_a_link_that_leads_to_itself(lbllm, tmp_path, recipe, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "run" / name)
+    for command in ("ptq", "eval", "validate"):
+        assert f"{tmp_path / 'run' / name} is no " in refused(lbllm, tmp_path, command, "--recipe", recipe)
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for key in ("model.path", "data.calibration.source", "output.dir"):
+        assert str(loop) in refused(lbllm, tmp_path, "ptq", "--recipe", recipe, f"{key}={loop}")
+
+
 FOLDERS = ("ptq", "ptq.partial", "ptq.replaced", "act-calib-e2e", "export", "export.partial", "generated", "eval", "eval/streams")
 FILES = (".lock", "report.html", "report.md", "eval/results.json", "eval/details.json")
 

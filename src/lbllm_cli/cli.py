@@ -63,6 +63,16 @@ _MACHINES = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS,
 # Names and folders as somebody has made them.
 _USERS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENOTEMPTY}
 
+_LONGEST = 8000
+
+
+def _tell(message: str) -> None:
+    """A message on stderr, of a bounded length: it repeats what is in a file, which may be anything."""
+    if len(message) > _LONGEST:
+        message = f"{message[:_LONGEST]}... ({len(message):,} characters)"
+    # Half a surrogate pair has no bytes in any encoding.
+    typer.echo(f"lbllm: {message.encode('utf-8', 'backslashreplace').decode()}", err=True)
+
 
 @contextmanager
 def _exit_codes() -> Iterator[None]:
@@ -72,24 +82,24 @@ def _exit_codes() -> Iterator[None]:
     try:
         yield
     except LbllmError as error:
-        typer.echo(f"lbllm: {error}", err=True)
+        _tell(str(error))
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        typer.echo("lbllm: interrupted; run the same command again to resume", err=True)
+        _tell("interrupted; run the same command again to resume")
         raise typer.Exit(130) from None
     except OSError as error:
         if error.errno not in _MACHINES | _USERS:
             raise
         place = f" ({str(error.filename)[:300]})" if error.filename else ""
-        typer.echo(f"lbllm: {error.strerror}{place}; mend it and run the same command again to resume", err=True)
+        _tell(f"{error.strerror}{place}; mend it and run the same command again to resume")
         raise typer.Exit(1 if error.errno in _MACHINES else 2) from None
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
             keys = "runtime.batch_size or micro_batch_size, or set ptq.sequential: true or ptq.asymmetric: 0"
-            typer.echo(f"lbllm: out of device memory; lower {keys}, and run the same command again to resume", err=True)
+            _tell(f"out of device memory; lower {keys}, and run the same command again to resume")
             raise typer.Exit(1) from None
         if type(error).__name__ == "SafetensorError" and "No space left" in str(error):
-            typer.echo("lbllm: no space left on the disk; free some and run the same command again to resume", err=True)
+            _tell("no space left on the disk; free some and run the same command again to resume")
             raise typer.Exit(1) from None
         raise
 

@@ -1,5 +1,6 @@
 """What a run reads must not lie where it writes: a stage or an export that is replaced would take its own source with it."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,8 +38,8 @@ def check_overlaps(recipe: Recipe, output: Path, model: Path | None) -> None:
     """
     teachers = dict(_teachers(recipe))
     stages = {output / name: "output.dir" for name in (*_replaced_folders(), "eval", *_REPORTS)}
-    writes = {written: (written.resolve(), key) for written, key in stages.items()}
-    also = {folder: (folder.resolve(), key) for key, folder in teachers.items()}
+    writes = {written: (_real(written), key) for written, key in stages.items()}
+    also = {folder: (_real(folder), key) for key, folder in teachers.items()}
     for key, path in (*_reads(recipe, model), *teachers.items()):
         for place in sorted(_places(path)):
             for written, (resolved, owner) in {**writes, **({} if key in teachers else also)}.items():
@@ -46,14 +47,19 @@ def check_overlaps(recipe: Recipe, output: Path, model: Path | None) -> None:
                     remedy = f"move it, or choose another {owner}"
                     raise UsageError(f"{key} {path} overlaps with {written}, where lbllm writes; {remedy}")
     for folder, (resolved, key) in also.items():
-        if resolved == output.resolve():
+        if resolved == _real(output):
             raise UsageError(f"{key} {folder} is output.dir; give a folder of its own, for example {output / 'teacher'}")
+
+
+def _real(path: Path) -> Path:
+    """The place behind all links; of a link that leads to itself the link: Path.resolve has an error for that one."""
+    return Path(os.path.realpath(path))
 
 
 def _places(path: Path) -> set[Path]:
     """Where a file or folder lies, and where the links in a folder lead."""
     links = [entry for entry in path.iterdir() if entry.is_symlink()] if path.is_dir() else []
-    return {path.resolve(), *(link.resolve() for link in links)}
+    return {_real(path), *map(_real, links)}
 
 
 def _teachers(recipe: Recipe) -> Iterator[tuple[str, Path]]:

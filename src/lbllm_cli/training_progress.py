@@ -1,7 +1,7 @@
 """How far a training is, and whether what was kept of one fits the training that goes on from it."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -61,7 +61,7 @@ def kept_progress(facts: dict[str, Any], epochs: int, steps: int, errors: Collec
 
 
 def check_kept(
-    found: Mapping[str, Mapping[str, Tensor]], parameters: Mapping[str, Tensor], followers: list[Tensor], whole: Mapping[str, Tensor]
+    found: dict[str, dict[str, Tensor]], parameters: dict[str, Tensor], followers: list[Tensor], whole: dict[str, Tensor]
 ) -> None:
     """Whether the tensors that were kept are those of a training.
 
