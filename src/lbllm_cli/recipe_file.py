@@ -53,9 +53,8 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
             if key not in unset:
                 problems[key].append(message)
     if problems:
-        lines = [
-            f"  {_shown(key)}: {'; '.join(messages[:_LINES])}" if key else f"  {messages[0]}" for key, messages in problems.items()
-        ]
+        shown = [(_shown(key), "; ".join(messages[:_LINES])) for key, messages in problems.items()]
+        lines = [f"  {key}: {message}" if key else f"  {message}" for key, message in shown]
         lines[_LINES:] = [f"  and {len(lines) - _LINES:,} more"] if len(lines) > _LINES else []
         raise UsageError("\n".join([f"{path}: {len(problems)} mistake{'s' if len(problems) > 1 else ''}", *lines]))
     return recipe
