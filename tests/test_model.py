@@ -101,12 +101,14 @@ def test_values_outside_the_blocks_are_checked_where_a_stage_starts(lbllm, tmp_p
         ({"model_type": {}}, "model_type {} is not supported"),
         ({"quantization_config": "4 bits"}, "is already quantized (4 bits)"),
         ({"layer_types": 5}, "config.json cannot be used: "),
+        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "sliding_attention with a sliding_window"),
+        ({"layer_types": ["linear_attention"] * 3}, "layer_types: expected full_attention"),
         ({"max_position_embeddings": -1}, "max_position_embeddings: expected a positive integer"),
         ({"text_config": "llama"}, "the configuration of the model inside (text_config, decoder) is no mapping"),
         ({"is_encoder_decoder": [1]}, "is_encoder_decoder: expected false, llama has no encoder"),
         ({"sliding_window": [4]}, "sliding_window: expected a positive integer or null, got [4]"),
     ],
-    ids=range(16),
+    ids=range(18),
 )
 def test_configurations_are_refused_before_a_stage_starts(lbllm, toy, recipe, tmp_path, changes, message):
     configure(toy, **changes)

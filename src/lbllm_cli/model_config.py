@@ -113,6 +113,9 @@ def _check_family(file: Path, config: Any) -> None:
         raise UsageError(f"{file}: head_dim: expected an even number, got {width}")
     if window is not None and (type(window) is not int or window < 1):
         raise UsageError(f"{file}: sliding_window: expected a positive integer or null, got {str(window)[:40]}")
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if kinds - {"full_attention", "sliding_attention"} or ("sliding_attention" in kinds and window is None):
+        raise UsageError(f"{file}: layer_types: expected full_attention, or sliding_attention with a sliding_window")
     if not math.isfinite(eps) or eps < 0:
         raise UsageError(f"{file}: rms_norm_eps: expected a number from 0, got {eps}")
     with understood(file):
