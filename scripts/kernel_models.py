@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 import lbllm_cli.hf  # noqa: F401  registers the packed format
 from lbllm_cli import files
 from lbllm_cli.activations import ActivationFormat, ActQuantizer, quantizer_widths
-from lbllm_cli.attachments import Arguments, meet
+from lbllm_cli.attachments import Arguments
 from lbllm_cli.layers import PackedLinear
 from lbllm_cli.model import LINEARS
 from lbllm_cli.ops.actfit import tables_of
@@ -173,7 +173,6 @@ def without(model: Any, blocks: bool, head: bool) -> Iterator[None]:
         if hidden_states.shape[1] > 1:
             return steps[index](*args, **kwargs)
         arguments[index].cache(args, kwargs).layers[index].grown(1)
-        meet(layers[index])
         return hidden_states
 
     try:

@@ -21,11 +21,11 @@ CACHE_ARGUMENTS = ("past_key_values", "cache")
 _MET = "_met_by"
 
 
-def meet(module: nn.Module) -> None:
-    """Notes that this thread's pass has come through a quantizer, or through all of a layer's at once."""
+def meet(quantizer: nn.Module) -> None:
+    """Notes that this thread's pass has come through a quantizer."""
     if not torch.compiler.is_compiling():
         # Past nn.Module.__setattr__, which takes longer than all the rest. A set: passes of several threads run side by side.
-        module.__dict__.setdefault(_MET, set()).add(get_ident())
+        quantizer.__dict__.setdefault(_MET, set()).add(get_ident())
 
 
 class Arguments:
@@ -45,6 +45,9 @@ class Arguments:
         """The cache of a call, None where there is none."""
         if len(args) > self.place:
             return args[self.place]
+        found = kwargs.get(self.name)
+        if found is not None:
+            return found
         # A caller may use the name of another version, which transformers then exchanges.
         return next((kwargs[name] for name in CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
 
@@ -105,7 +108,7 @@ class _Sharing:
         return args, kwargs if name is None else {**kwargs, name: SharedInput.of(kwargs[name])}
 
 
-class _Proof:
+class Proof:
     """After a decoder layer: the pass has met every quantizer that is switched on.
 
     A transformers that calls its modules in another way would otherwise run on, in full precision and without a word. An
@@ -121,10 +124,6 @@ class _Proof:
         if torch.compiler.is_compiling() or not getattr(self.quantizers[KEYS], "enabled", True):
             return
         thread, missed = get_ident(), []
-        stepped = layer.__dict__.get(_MET)
-        if stepped is not None and thread in stepped:  # a decode step, which is all of them in one
-            stepped.discard(thread)
-            return
         for name, quantizer in self.quantizers.items():
             met = quantizer.__dict__.get(_MET)
             if met is not None and thread in met:
@@ -138,6 +137,18 @@ class _Proof:
                 f"out. lbllm-cli was not tested with transformers {version('transformers')}, or the block was changed: see "
                 "docs/compatibility.md for versions, or switch quantization of activations off"
             )
+
+
+def taken_proof(layer: nn.Module) -> Proof | None:
+    """The proof that hangs on a layer, taken off it, for whoever stands for the layer's forward and asks it himself.
+
+    A layer with a hook takes torch's slow way through `__call__`, in decode steps too, which need no proof.
+    """
+    for key, hook in list(layer._forward_hooks.items()):
+        if isinstance(hook, Proof):
+            del layer._forward_hooks[key]
+            return hook
+    return None
 
 
 def share_inputs(layer: nn.Module) -> list[Any]:
@@ -159,4 +170,4 @@ def attach(layer: nn.Module, quantizers: dict[str, nn.Module]) -> list[Any]:
     attention = layer.get_submodule("self_attn")
     without_cache = _WithoutCache(attention, Passing(quantizers[KEYS], quantizers[VALUES]))
     handles.append(attention.register_forward_pre_hook(without_cache, with_kwargs=True))
-    return [*handles, layer.register_forward_hook(_Proof(quantizers))]
+    return [*handles, layer.register_forward_hook(Proof(quantizers))]

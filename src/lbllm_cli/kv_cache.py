@@ -111,12 +111,11 @@ class _Records:
 
 def _grown(kept: Tensor, room: Tensor | None, tokens: int) -> tuple[Tensor, Tensor]:
     """`kept` [rows, heads, n, bytes] with `tokens` more behind it, and the larger tensor that it is the beginning of."""
-    rows, held = kept.shape[0], kept.shape[2]
+    rows, heads, held, size = kept.shape
     begins = room is not None and kept.data_ptr() == room.data_ptr() and kept.stride() == room.stride()
-    same = room is not None and (room.shape[0], room.shape[1], room.shape[3]) == (rows, kept.shape[1], kept.shape[3])
-    if room is None or not begins or not same or room.shape[2] < held + tokens:
+    if room is None or not begins or room.shape[2] < held + tokens or room.shape != (rows, heads, room.shape[2], size):
         # Half as much again: to copy everything for each token costs as much as the attention over it.
-        room = kept.new_empty(rows, kept.shape[1], max(256, held + tokens + held // 2), kept.shape[3])
+        room = kept.new_empty(rows, heads, max(256, held + tokens + held // 2), size)
         room[:, :, :held] = kept
     return room.narrow(2, 0, held + tokens), room
 
@@ -174,13 +173,14 @@ class QuantizedKVCache(Cache):  # type: ignore[misc]
 
         Raises ValueError where the cache belongs to a model with other tables, or with another number of blocks.
         """
-        attention = [layer.self_attn for layer in model.get_decoder().layers]
+        layers, last = model.get_decoder().layers, self.layers[-1]
+        # They are bound in order, and this is asked in every pass.
+        own = layers[-1].self_attn
+        if last.keys_by is own.key_cache and last.values_by is own.value_cache and len(layers) == len(self.layers):
+            return
+        attention = [layer.self_attn for layer in layers]
         if len(attention) != len(self.layers):
             raise ValueError(f"the cache has {len(self.layers)} layers, the model {len(attention)}; begin with a new cache")
-        last = self.layers[-1]
-        # They are bound in order, and this is asked in every pass.
-        if last.keys_by is attention[-1].key_cache and last.values_by is attention[-1].value_cache:
-            return
         for index, (layer, module) in enumerate(zip(self.layers, attention, strict=True)):
             for name, own in (("keys_by", module.key_cache), ("values_by", module.value_cache)):
                 before = getattr(layer, name)

@@ -4,13 +4,14 @@ from ctypes import byref
 from ctypes import pointer as reference
 from importlib.metadata import version
 from inspect import signature
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lbllm_cli.activations import KEYS, VALUES, ActQuantizer
-from lbllm_cli.attachments import Arguments, meet
+from lbllm_cli.attachments import Arguments, taken_proof
 from lbllm_cli.errors import RunError
 from lbllm_cli.kernels.captured import CapturedModules, CapturedQuantizers
 from lbllm_cli.kernels.library import DTYPES, Block, CacheView, library, pointer, quantizer_struct, supported
@@ -28,6 +29,7 @@ class _Known(NamedTuple):
     block: Block
     reference: Any
     addresses: list[int]
+    norms: list[Tensor]
     buffers: CapturedQuantizers
     record_bytes: list[int]
 
@@ -55,7 +57,8 @@ class BlockStep:
         self.norms = [found[name] for name in _NORMS if name in found]
         self.attention = attention
         self.cached: list[ActQuantizer] = [found[name] for name in (KEYS, VALUES)]
-        self.quantizers = [*(unit.quantizer for unit in units), *self.cached]
+        self.quantizers = [*(unit.quantizer for unit in units if unit.quantizer is not None), *self.cached]
+        self.proof = taken_proof(layer)
         self.shape = {
             "epsilon": float(self.norms[0].variance_epsilon),
             "scaling": float(attention.scaling),
@@ -66,6 +69,8 @@ class BlockStep:
             "intermediate": units[3].in_features,
         }
         self.widths = [self.units[0].in_features] * 2 + [int(attention.head_dim)] * (len(self.norms) - 2)
+        self.linears = [packed for unit in units for packed in unit.linears]
+        self.linear_units = [packed.unit for packed in self.linears]
         self.modules = CapturedModules(layer)
         self._block: _Known | None = None
 
@@ -77,17 +82,18 @@ class BlockStep:
         attention = self.attention
         if not self.modules.hold() or attention.scaling != self.shape["scaling"] or attention.head_dim != self.shape["head_dim"]:
             return False
-        if any(norm.variance_epsilon != self.shape["epsilon"] for norm in self.norms):
-            return False
-        return all(packed.unit is unit for unit in self.units for packed in unit.linears)
+        for norm in self.norms:
+            if norm.variance_epsilon != self.shape["epsilon"]:
+                return False
+        return [packed.unit for packed in self.linears] == self.linear_units
 
     def _known(self) -> _Known | None:
-        """The block as the library reads it: quantizers, norms and biases as the modules have them now. None where a quantizer
-        became one that it does not have.
+        """The block as the library reads it: quantizers, norms and biases as the modules have them now. None where a quantizer or
+        a norm became one that it does not have.
         """
-        norms = [norm._parameters["weight"] for norm in self.norms]
-        # By address: the library reads norms where they lie.
-        addresses = [norm.data_ptr() for norm in norms]
+        addresses = self._addresses()
+        if addresses is None:
+            return None
         for unit in self.units:
             unit.read_biases()
         known = self._block
@@ -98,13 +104,14 @@ class BlockStep:
             by = [quantizer_struct(quantizer.tables, quantizer.size) for quantizer in self.cached]
             inputs: list[Any] = [struct[1] for struct in structs]
             quantizers = [reference(quantizer) for quantizer in (*inputs, *by)]
+            norms = [norm._parameters["weight"] for norm in self.norms]
             missing = (None,) * (len(_NORMS) - len(norms))
             dtype = DTYPES[norms[0].dtype]
             block = Block(*(struct[0] for struct in structs), *quantizers, *addresses, *missing, **self.shape, norm_dtype=dtype)
-            buffers = CapturedQuantizers(quantizer for quantizer in self.quantizers if quantizer is not None)
+            buffers = CapturedQuantizers(self.quantizers)
             groups = (-(-int(self.attention.head_dim) // quantizer.size) for quantizer in self.cached)
             sizes = [count * record_bytes(quantizer) for count, quantizer in zip(groups, self.cached, strict=True)]
-            known = self._block = _Known(block, byref(block), addresses, buffers, sizes)
+            known = self._block = _Known(block, byref(block), addresses, norms, buffers, sizes)
         return known
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -113,7 +120,10 @@ class BlockStep:
         runs = cache is not None and angles is not None and self._runs(hidden_states)
         known = self._known() if runs else None
         if known is None or cache is None or angles is None:
-            return type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)
+            output = type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)
+            if self.proof is not None:
+                self.proof(self.layer, hidden_states, output)
+            return output
         return self._step(known, hidden_states, kwargs.get("attention_mask"), cache, angles)
 
     def _cache_of(self, cache: Any) -> RecordLayer | None:
@@ -129,14 +139,21 @@ class BlockStep:
         fits = x.dim() == 3 and x.shape[1] == 1 and x.dtype in DTYPES and x.device.type == "cpu" and not torch.is_grad_enabled()
         if not fits or not self._holds():
             return False
-        first = self.norms[0]._parameters["weight"]
-        for norm, width in zip(self.norms, self.widths, strict=True):
-            weight = norm._parameters["weight"]
-            # The library reads it where it lies.
-            here = weight is not None and weight.dtype is first.dtype and weight.device.type == "cpu" and weight.is_contiguous()
-            if not here or weight.shape != (width,):
-                return False
-        return first.dtype in DTYPES and all(q is not None and q.enabled for q in self.quantizers)
+        return False not in [quantizer.enabled for quantizer in self.quantizers]
+
+    def _addresses(self) -> list[int] | None:
+        """Where the library reads the norms' weights as they lie; None where it cannot."""
+        weights = [norm._parameters["weight"] for norm in self.norms]
+        addresses = [0 if weight is None else weight.data_ptr() for weight in weights]
+        known = self._block
+        if known is not None and addresses == known.addresses and all(map(is_, weights, known.norms)):
+            return addresses
+        dtypes = {weight.dtype for weight in weights if weight is not None}
+        fit = all(
+            weight is not None and weight.device.type == "cpu" and weight.is_contiguous() and weight.shape == (width,)
+            for weight, width in zip(weights, self.widths, strict=True)
+        )
+        return addresses if fit and len(dtypes) == 1 and dtypes <= DTYPES.keys() else None
 
     def _step(
         self, known: _Known, x: Tensor, mask: Tensor | None, cache: RecordLayer, angles: tuple[Tensor, Tensor]
@@ -144,10 +161,10 @@ class BlockStep:
         lib = library()
         assert lib is not None
         rows, tokens, kv_heads = x.shape[0], cache.get_seq_length(), self.shape["kv_heads"]
+        own = known.record_bytes
         if x.shape[2] != self.shape["hidden"]:
             raise ValueError(f"expected hidden states of width {self.shape['hidden']}, got {x.shape[2]}")
-        kept = (cache.keys.shape, cache.values.shape)
-        if kept != tuple((rows, kv_heads, tokens, size) for size in known.record_bytes):
+        if [*cache.keys.shape, *cache.values.shape] != [rows, kv_heads, tokens, own[0], rows, kv_heads, tokens, own[1]]:
             cache.check(rows, int(kv_heads), int(self.shape["head_dim"]))
         cosine, sine = (_of_rows(t, rows, int(self.shape["head_dim"]), x.dtype) for t in angles)
         added = None if mask is None else _added(mask, rows, tokens + 1)
@@ -159,7 +176,6 @@ class BlockStep:
         out = torch.empty_like(x)
         addresses = (x.data_ptr(), out.data_ptr(), cosine.data_ptr(), sine.data_ptr())
         lib.lbllm_block_step(known.reference, byref(view), *addresses, DTYPES[x.dtype], rows, torch.get_num_threads())
-        meet(self.layer)
         return out
 
 
