@@ -16,7 +16,7 @@ from kernel_harness import CHUNK, TABLES, WEIGHT_RMS, Bench, Record, medians
 from kernel_linears import random_packed, stored_bytes
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 import lbllm_cli.hf  # noqa: F401  registers the packed format
 from lbllm_cli import files
@@ -122,11 +122,12 @@ def prefill(model: Any, prompt: Tensor) -> float:
 @torch.no_grad()
 def decode(model: Any, prompt: Tensor) -> float:
     """Seconds per greedy token after the prompt, in a plain loop."""
-    out = model(prompt, use_cache=True, logits_to_keep=1)
+    kept = {Arguments(model).name: DynamicCache(config=model.config)}
+    out = model(prompt, use_cache=True, logits_to_keep=1, **kept)
     began = perf_counter()
     for _ in range(NEW):
         token = out.logits[:, -1:].argmax(-1)
-        out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        out = model(token, use_cache=True, **kept)
     return (perf_counter() - began) / NEW
 
 

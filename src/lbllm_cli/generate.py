@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PretrainedConfig, TextIteratorStreamer
+from transformers import DynamicCache, PretrainedConfig, TextIteratorStreamer
 
 from lbllm_cli import chat, files, interrupt, source
+from lbllm_cli.attachments import Arguments
 from lbllm_cli.errors import RunError, UsageError
 from lbllm_cli.generation_settings import read_settings
 from lbllm_cli.model import SourceModel, read_tokenizer
@@ -33,6 +34,7 @@ def sample_tokens(model: SourceModel, tokenizer: Any, rows: int, length: int, se
     """
     # A family's own classes are always there, whatever code the folder brings.
     network = load_folder(model.folder, model.config, False, dtype=model.dtype).to(model.device)
+    name = Arguments(network).name
     generator = torch.Generator(device=model.device).manual_seed(seed)
     pieces = []
     for start in range(0, rows, ROWS_AT_ONCE):
@@ -42,11 +44,10 @@ def sample_tokens(model: SourceModel, tokenizer: Any, rows: int, length: int, se
         else:
             vocab = int(model.config.vocab_size)
             token = torch.randint(vocab, (count, 1), generator=generator, device=model.device)
-        cache, sampled = None, []
+        cache, sampled = DynamicCache(config=network.config), []
         for _ in range(length):
             interrupt.check()
-            out = network(token, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = network(token, use_cache=True, **{name: cache})
             chances = torch.softmax(out.logits[:, -1].float() / temperature, dim=-1)
             token = torch.multinomial(chances, 1, generator=generator)
             sampled.append(token.cpu())
