@@ -8,7 +8,10 @@ def main() -> None:
     interrupt.end_at_once()
     from lbllm_cli.cli import app
 
-    app()
+    try:
+        app()
+    finally:
+        interrupt.ignore()
 
 
 if __name__ == "__main__":

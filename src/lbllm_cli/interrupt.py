@@ -30,6 +30,14 @@ def end_at_once() -> None:
             signal.signal(signum, end)
 
 
+def ignore() -> None:
+    """After a command: what is done is done. Python takes its handlers back some time before it ends, which it takes a second
+    for with torch in it, and a signal there would be a death by that signal.
+    """
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+
+
 @contextmanager
 def graceful() -> Iterator[None]:
     """Until the end of the block, the first SIGINT or SIGTERM only makes `check` raise; a second one ends the process."""
