@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import save_toy, write_recipe
+from safetensors.torch import load_file, save_file
 
 from lbllm_cli import lm_tasks
+from lbllm_cli.errors import UsageError
 from lbllm_cli.stages import export as exporting
 
 # Its command line twice in one process, since importing lm-eval takes longer than the task: for the model as it is, then for
@@ -278,3 +281,14 @@ def test_names_of_metrics_are_no_markup_of_the_table(ok, recipe, tmp_path, monke
     table = ok("eval", "--recipe", recipe, f"eval.tasks=[{task}]").stdout
     assert "stories, [/b]" in table
     assert "stories, [red]acc" in table
+
+
+@pytest.mark.parametrize(("spoil", "message"), [("missing", "lacks 1 tensors, first model.norm.weight"), ("nan", "holds NaN")])
+def test_a_dense_folder_with_spoiled_tensors_is_not_opened(toy, spoil, message):
+    tensors = load_file(toy / "model.safetensors")
+    norm = tensors.pop("model.norm.weight")
+    if spoil == "nan":
+        tensors["model.norm.weight"] = norm * torch.nan
+    save_file(tensors, toy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match=message):
+        lm_tasks.open_lm(toy, torch.float32, torch.device("cpu"), 1, False)

@@ -54,10 +54,10 @@ def load_config(folder: Path) -> PretrainedConfig:
             reason = " (a mixture of experts: most of its weights are outside the linears that are binarized)"
         elif family in ["gpt2", "openai-gpt"]:
             reason = " (its layers are Conv1D, not linear)"
-        raise UsageError(f"{folder}: model_type {family!r} is not supported{reason}; supported: {supported}")
+        raise UsageError(f"{folder}: model_type {str(family)[:40]!r} is not supported{reason}; supported: {supported}")
     if method := values.get("quantization_config"):
         method = method.get("quant_method") if isinstance(method, dict) else method
-        raise UsageError(f"{folder} is already quantized ({method}); give the full-precision model")
+        raise UsageError(f"{folder} is already quantized ({str(method)[:40]}); give the full-precision model")
     # A family's own classes are always there, whatever code the folder brings.
     config = read_configuration(folder, trust_remote_code=False)
     with torch.device("meta"):
