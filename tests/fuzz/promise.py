@@ -23,13 +23,15 @@ class Case:
     """A command line over the files of a folder.
 
     kind: name of the mutation. writes: patterns of paths, relative to the folder, that the command may make, change or delete.
-    outcome: `refused` where it must not end with 0, `done` where it must.
+    outcome: `refused` where it must not end with 0, `done` where it must. ends_as: patterns of files that hold, after an exit
+    code of 0, what they held before the mutation.
     """
 
     kind: str
     arguments: list[str]
     writes: tuple[str, ...] = ()
     outcome: Literal["any", "refused", "done"] = "any"
+    ends_as: tuple[str, ...] = ()
     stdin: str = ""
     env: dict[str, str] = field(default_factory=dict)
 
@@ -71,8 +73,8 @@ def _messages(stderr: str) -> int:
     return sum(line.startswith(("lbllm: ", "Error: ", "╭─ Error")) for line in stderr.splitlines())
 
 
-def broken(case: Case, before: Snapshot, after: Snapshot, result: Result) -> list[str]:
-    """What of the promise the command has not kept."""
+def broken(case: Case, before: Snapshot, after: Snapshot, result: Result, original: Snapshot | None = None) -> list[str]:
+    """What of the promise the command has not kept. original: the folder before the mutation."""
     wrong = []
     if result.late:
         wrong.append(f"ran longer than {SECONDS} s")
@@ -94,11 +96,16 @@ def broken(case: Case, before: Snapshot, after: Snapshot, result: Result) -> lis
     for key in touched:
         if not any(fnmatch.fnmatchcase(key, pattern) for pattern in case.writes):
             wrong.append(f"touched {key}: {'deleted' if key not in after else 'made' if key not in before else 'changed'}")
+    for key, facts in (original or {}).items():
+        # Kind, size, time, hash: files are made at other times.
+        same = facts[3:] == after.get(key, ())[3:]
+        if result.code == 0 and not same and any(fnmatch.fnmatchcase(key, pattern) for pattern in case.ends_as):
+            wrong.append(f"exit code 0, and {key} is not what it was before the mutation")
     return wrong
 
 
-def check(server: Server, folder: Path, case: Case) -> tuple[list[str], Result]:
-    """Runs a case in its prepared folder: what is broken, and what came out."""
+def check(server: Server, folder: Path, case: Case, original: Snapshot | None = None) -> tuple[list[str], Result]:
+    """Runs a case in its prepared folder: what is broken, and what came out. original: the folder before the mutation."""
     before = snapshot(folder)
     result = server.run(case.arguments, folder, case.stdin, case.env)
-    return broken(case, before, snapshot(folder), result), result
+    return broken(case, before, snapshot(folder), result, original), result

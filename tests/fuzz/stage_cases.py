@@ -18,10 +18,13 @@ _EXPORT = tuple(f"work/run/export{tail}" for tail in ("", "/*", ".partial", ".pa
 _REPORT = ("work/run/report.*",)
 
 
+# What a command that ended with 0 must have left, whatever lay there before.
+_MADE = {"ptq": "ptq/block_*", "distill": "distill/block_*", "export": "export/*.safetensors", "act-calib": "act-calib/block_*"}
+
+
 def _command(rng: random.Random, stage: str = "") -> tuple[list[str], tuple[str, ...]]:
     """A command that reads the run, or goes on from `stage`, and what it may write."""
     choices: list[tuple[list[str], tuple[str, ...]]] = [
-        (["report"], _REPORT),
         (["report"], _REPORT),
         (["eval"], _EVAL),
         (["export"], _EXPORT),
@@ -41,7 +44,10 @@ def _command(rng: random.Random, stage: str = "") -> tuple[list[str], tuple[str,
 
 def _case(kind: str, rng: random.Random, stage: str = "", outcome: Any = "any") -> Case:
     line, writes = _command(rng, stage)
-    return Case(f"{line[0]}: {kind}", line, writes, outcome)
+    name = "distill-e2e" if "end-to-end" in line else line[0]
+    made = _MADE.get(name, f"{name}/block_*")
+    checked = () if "--dry-run" in line or line[0] in ("report", "eval", "validate") else (f"work/run/{made}",)
+    return Case(f"{line[0]}: {kind}", line, writes, outcome, checked)
 
 
 def _folder(work: Path, rng: random.Random) -> Path:
@@ -158,7 +164,8 @@ def _weights(work: Path, rng: random.Random) -> Case:
     file = rng.choice(sorted((work / "run" / stage).glob("*.safetensors")))
     what = rng.choice([spoil_data, spoil_header, harm_tensor])(file, rng)
     line, writes = rng.choice([(["eval"], _EVAL), (["export", f"export.checkpoint={stage}"], _EXPORT)])
-    return Case(f"{line[0]}: {stage}/{file.name}: {what}", [line[0], "--recipe", RECIPE, *line[1:]], (*LOCK, *writes))
+    line = [line[0], "--recipe", RECIPE, *line[1:]]
+    return Case(f"{line[0]}: {stage}/{file.name}: {what}", line, (*LOCK, *writes), "refused")
 
 
 def _weights_stopped(work: Path, rng: random.Random) -> Case:
@@ -167,7 +174,8 @@ def _weights_stopped(work: Path, rng: random.Random) -> Case:
     file = rng.choice(sorted(folder.rglob("*.safetensors")))
     what = rng.choice([spoil_data, spoil_header, harm_tensor])(file, rng)
     line = ["distill", "--only", "blocks", "--recipe", RECIPE]
-    return Case(f"distill: {folder.name}/{file.name}: {what}", line, stage_writes("distill"))
+    kind = f"distill: {folder.name}/{file.name}: {what}"
+    return Case(kind, line, stage_writes("distill"), ends_as=(f"work/run/{_MADE['distill']}",))
 
 
 def _foreign(work: Path, rng: random.Random) -> Case:

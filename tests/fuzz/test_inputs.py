@@ -40,11 +40,11 @@ def server(tmp_path_factory) -> Server:
 @pytest.mark.parametrize("seed", seeds(NORMAL, ALL))
 @pytest.mark.parametrize("name", CLASSES)
 def test_inputs(name, seed, server, tmp_path, tmp_path_factory):
-    folder = tmp_path / "case"
-    work = copied(folder_of(server, name, tmp_path_factory), folder)
+    folder, base = tmp_path / "case", folder_of(server, name, tmp_path_factory)
+    work = copied(base, folder)
     kinds, rng = CLASSES[name].KINDS, random.Random(f"{name} {seed}")
     case = kinds[seed % len(kinds)](work, rng)
-    wrong, result = check(server, folder, case)
+    wrong, result = check(server, folder, case, snapshot(base) if case.ends_as else None)
     if wrong:
         again = f"LBLLM_FUZZ_SEED={seed} LBLLM_FUZZ_CASES=1 python -m pytest tests/fuzz/test_inputs.py -k {name}"
         shown = "\n".join(result.stderr.splitlines()[-12:])[-3000:]
