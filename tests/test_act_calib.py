@@ -21,9 +21,9 @@ from lbllm_cli.activations import (
     VALUES,
     ActivationFormat,
     ActQuantizer,
-    attach,
     read_quantizers,
 )
+from lbllm_cli.attachments import attach
 from lbllm_cli.block_training import Trainer
 from lbllm_cli.checkpoint import Checkpoint
 from lbllm_cli.model import LINEARS, UNITS, block_prefix, open_model
@@ -132,8 +132,12 @@ def test_a_part_of_the_sequences(ok, run, tmp_path):
 def test_joint_training_moves_codes(ok, run, tmp_path):
     ok("act-calib", "--recipe", run(parent="ptq", train=["weights", "levels", "clip_factors", "knees"]), MORE)
     before, after = (packed(tmp_path / "run" / stage) for stage in ("ptq", "act-calib"))
+    moved = []
     for old, new in zip(before, after, strict=True):
-        assert any(not torch.equal(old[name], new[name]) for name in old if name.endswith(".weight"))
+        moved.append(any(not torch.equal(old[name], new[name]) for name in old if name.endswith(".weight")))
+    # A block that gains little may stay as fitted: which one does depends on the rounding of torch's version.
+    assert moved == [record["best_epoch"] > 0 for record in events(tmp_path / "run" / "act-calib")]
+    assert any(moved)
 
 
 @pytest.mark.parametrize("form", ["knee", "uniform"])
@@ -143,6 +147,9 @@ def test_what_is_reported_is_what_is_stored(ok, run, tmp_path, form, monkeypatch
 
     def check(self):
         best = real(self)
+        if best is None:  # no epoch was better than what was fitted
+            again.append(None)
+            return best
         layout = activation_format(self.settings, 32)
         self.student.block = stored_block(open_model(Model(path=str(toy)), CPU), self.progress.block, best, layout)
         again.append(self._held_out(self.progress.start["per_token_ordinary"]))
@@ -153,7 +160,8 @@ def test_what_is_reported_is_what_is_stored(ok, run, tmp_path, form, monkeypatch
     monkeypatch.setattr(Trainer, "run", check)
     ok("act-calib", "--recipe", recipe, MORE)
     for record, held in zip(events(tmp_path / "run" / "act-calib"), again, strict=True):
-        assert record["after"] == held
+        assert held is None if record["best_epoch"] == 0 else record["after"] == held
+    assert None not in again[:2]
 
 
 @pytest.mark.parametrize("streams", ["ram", "disk"])
