@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from conftest import save_toy, write_recipe
+from safetensors.torch import save_file
 
 COMMANDS = ("ptq", "distill", "act-calib", "eval", "report", "export", "generate", "validate", "config")
 
@@ -178,6 +179,29 @@ def test_generated_calibration_text_is_cached_and_reproducible(ok, tmp_path, rec
     cache.unlink()
     assert "up to date" in ok(*command).stderr
     assert cache.read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"x" * 50, {"other": torch.zeros(6, 32, dtype=torch.int64)}, {"input_ids": torch.zeros(6, 31, dtype=torch.int64)},
+     {"input_ids": torch.zeros(6, 32)}, {"input_ids": torch.full((6, 32), 1024)}, {"input_ids": torch.full((6, 32), -1)}],
+    ids=range(7),
+)  # fmt: skip
+def test_sampled_text_that_is_damaged_is_refused(lbllm, ok, tmp_path, recipe, content):
+    from lbllm_cli.generate import cached_sample
+    from lbllm_cli.prepare import prepare
+    from lbllm_cli.recipe_base import Source
+    from lbllm_cli.recipe_file import load_recipe
+
+    command = ("ptq", "--recipe", recipe, "data.calibration.source=generate:")
+    plan = prepare(load_recipe(recipe))
+    cached_sample(plan.model, plan.tokenizer, tmp_path / "run", Source(source="generate:"), 6, 32, 0)
+    (cache,) = (tmp_path / "run" / "generated").iterdir()
+    save_file(content, cache) if isinstance(content, dict) else cache.write_bytes(content)
+    result = lbllm(*command)
+    assert result.exit_code == 2
+    assert f"{cache} is damaged" in result.stderr
+    assert "delete it" in result.stderr
 
 
 def test_messages_are_bounded_and_can_be_written(lbllm, tmp_path, recipe, monkeypatch):

@@ -274,3 +274,21 @@ def test_deleting_a_damaged_training_costs_only_itself(stopped, ok, tmp_path):
     (tmp_path / "run" / "distill.partial" / "training.safetensors").unlink()
     result = ok(*command, f"output.dir={tmp_path / 'run'}")
     assert "resuming after block 1 of 3" in result.stderr
+
+
+@pytest.mark.parametrize("change", [lambda it: it[:-100], lambda it: it + b"\0" * 4, lambda it: b""], ids=range(3))
+def test_a_stream_of_another_length_is_not_gone_on_from(setting, tmp_path, lbllm, change):
+    toy, expected = setting
+    recipe = write_recipe(tmp_path / "r.yaml", toy, tmp_path / "run", runtime={"streams": "disk"})
+    command = ["ptq", "--recipe", str(recipe)]
+    assert run_in_child(command, "after commit", 1) == -signal.SIGKILL
+    streams = tmp_path / "run" / "ptq.partial" / "streams"
+    file = streams / "quantized_002.bin"
+    file.write_bytes(change(file.read_bytes()))
+    result = lbllm(*command)
+    assert result.exit_code == 2
+    assert f"{file} is damaged" in result.stderr
+    assert f"delete {streams} and run the same command again" in result.stderr
+    shutil.rmtree(streams)
+    assert run_in_child(command) == 0
+    assert {k: v for k, v in hashes(tmp_path / "run" / "ptq").items() if k != "recipe.resolved.yaml"} == expected["disk"]

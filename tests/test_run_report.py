@@ -226,6 +226,54 @@ def test_text_of_a_run_is_not_markup():
     assert len(re.findall(r"(?<!\\)\|", row)) == 3
 
 
+NASTY = (
+    "x\n\n<script>alert(1)</script>",
+    "`x\n\n<script>alert(1)</script>`",
+    "x`\n\n<script>alert(1)</script>",
+    "``x\n\n<script>1</script>``",
+    "a`b`\n\n<script>`\n\n<script>`",
+    "x\n```\n\n<script>1</script>\n",
+    "</summary></details>\n\n<script>",
+    "a | b\n| <script>",
+    "\u2028\u2028<script>\x85\x85<script>",
+)
+
+
+def live_html(markdown):
+    """HTML that a renderer of Markdown hands on, beside that of folded parts."""
+    from markdown_it import MarkdownIt
+
+    tokens = MarkdownIt("commonmark").enable("table").parse(markdown)
+    pieces = [token.content for token in tokens if token.type == "html_block"]
+    pieces += [child.content for token in tokens for child in token.children or [] if child.type == "html_inline"]
+    folded = r"</?(details|summary)>"
+    return [piece for piece in pieces if re.search(r"<", re.sub(folded, "", piece))]
+
+
+@pytest.mark.parametrize("nasty", NASTY)
+def test_no_text_of_a_run_is_live_in_markdown(nasty):
+    notes = [nasty, f"Not drawn: model.path {nasty} is not there; run `lbllm ptq --recipe {nasty}`"]
+    table = Table([nasty, "b"], [(nasty, [nasty, nasty])], nasty)
+    page = Page(nasty, [(nasty, nasty)], [Section(nasty, notes, table, notes, [], [(nasty, f"path: {nasty}\n")])])
+    markdown = to_markdown(page)
+    assert not live_html(markdown)
+    assert not Checked(to_html(page)).all("script")
+
+
+def test_a_models_name_is_not_live_in_its_card(ok, tmp_path):
+    name = "a`b` _c_ [d](http:x) <script>1<"
+    recipe = write_recipe(tmp_path / "recipe.yaml", save_toy(tmp_path / name), tmp_path / "run")
+    ok("ptq", "--recipe", recipe, "ptq.rounds=0")
+    ok("export", "--recipe", recipe)
+    card = (tmp_path / "run" / "export" / "README.md").read_text(encoding="utf-8")
+    assert not live_html(card)
+    from markdown_it import MarkdownIt
+
+    heading = MarkdownIt("commonmark").render(card).splitlines()[0]
+    assert "a`b` _c_ [d](http:x) &lt;script&gt;1&lt;" in heading
+    assert "<a " not in heading
+
+
 def test_a_path_with_markup_is_escaped(ok, tmp_path, ptq_alone, undrawn):
     ok("report", "--recipe", ptq_alone(tmp_path / "a<b>c"))
     page = Checked((tmp_path / "a<b>c" / "report.html").read_text(encoding="utf-8"))
@@ -286,3 +334,49 @@ def test_histograms_of_inputs_are_of_what_the_quantizers_see(calibrated):
         assert int((table.density > 0).sum()) > 3 * len(table.levels)  # the values before they are quantized
     zeros = sum(table.share * float(table.codes[table.levels.tolist().index(0)]) for table in seen[1].tables)
     assert zeros == pytest.approx(float((given == 0).double().mean()), abs=1e-9)
+
+
+DAMAGED = [
+    "[]", "7", '{"base": 1}', '{"base": {}}', '{"other": {"perplexity": {}}}', '{"base": {"perplexity": {"$\\\\frac$": 9.0}}}',
+    '{"base": {"perplexity": {"novels": "9"}}}', '{"base": {"perplexity": {"novels": 0}}}', "[" * 9999, "\xff", '{"ptq": null}',
+    '{"base": {"perplexity": {"novels": 9.0}, "tasks": {"t": {"acc": "x"}}}}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", DAMAGED, ids=range(len(DAMAGED)))
+def test_damaged_results_are_named_with_the_command(lbllm, tmp_path, ptq_alone, text):
+    recipe, file = ptq_alone(), tmp_path / "run" / "eval" / "results.json"
+    file.parent.mkdir()
+    file.write_bytes(text.encode("latin-1"))
+    result = lbllm("report", "--recipe", recipe)
+    assert result.exit_code == 2
+    assert f"{file} is damaged; run: lbllm eval --recipe ..." in result.stderr
+
+
+LINES = [
+    "[]", "7", "null", '{"block": "0"}', '{"block": [0]}', '{"block": {}}', '{"block": -1}', '{"block": 99}', '{"block": 1e400}',
+    '{"block": 0, "seconds": "x"}', '{"block": 0, "seconds": NaN}', '{"block": 0, "before": {}}', '{"block": 0, "epochs": 7}',
+    '{"block": 0, "linears": {"x": {"error": 1}}}', '{"block": 0, "linears": [1]}', '{"block": 0, "peak_ram_bytes": 1e300}',
+    '{"step": 0}',
+    '{"step": 0, "tokens": 1, "loss": "x"}', '{"phase": 1}', '{"phase": "x", "before": {"kl": 1}}', "[" * 9999, "\xff",
+]  # fmt: skip
+
+
+def test_damaged_lines_of_a_log_do_not_stop_a_report(ok, tmp_path, ptq_alone, undrawn):
+    recipe = ptq_alone()
+    ok("report", "--recipe", recipe)
+    before = (tmp_path / "run" / "report.md").read_bytes()
+    with (tmp_path / "run" / "ptq" / "events.jsonl").open("ab") as handle:
+        handle.write("\n".join(LINES).encode("latin-1"))
+    ok("report", "--recipe", recipe)
+    assert (tmp_path / "run" / "report.md").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "environment.json", "recipe.resolved.yaml"])
+def test_what_is_no_file_or_no_text_is_left_out_of_a_report(ok, tmp_path, ptq_alone, undrawn, name):
+    recipe, file = ptq_alone(), tmp_path / "run" / "ptq" / name
+    file.write_bytes(b"\xff\xfe" * 100)
+    ok("report", "--recipe", recipe)
+    file.unlink()
+    file.mkdir()
+    ok("report", "--recipe", recipe)

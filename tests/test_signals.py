@@ -57,7 +57,8 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path, recipe):
 
 def test_a_signal_after_the_end_changes_nothing(tmp_path):
     """In the time that Python takes to take itself apart."""
-    late = "import atexit, os, signal; atexit.register(lambda: [os.kill(os.getpid(), n) for n in (signal.SIGINT, signal.SIGTERM)])"
-    code = f"{late}\nimport sys\nfrom lbllm_cli.__main__ import main\nsys.argv = ['lbllm', '--version']\nmain()"
+    late = "atexit.register(lambda: [os.kill(os.getpid(), n) for n in (signal.SIGINT, signal.SIGTERM)])"
+    command = "from lbllm_cli.__main__ import main\nsys.argv = ['lbllm', '--version']\nmain()"
+    code = f"import atexit, os, signal, sys\n{late}\n{command}"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")

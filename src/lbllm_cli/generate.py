@@ -8,6 +8,7 @@ from threading import Event, Thread
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig, TextIteratorStreamer
@@ -63,7 +64,21 @@ def cached_sample(model: SourceModel, tokenizer: Any, output: Path, item: Source
         path.parent.mkdir(parents=True, exist_ok=True)
         tokens = sample_tokens(model, tokenizer, rows, length, seed, item.temperature)
         files.write_atomic(path, lambda temporary: save_file({"input_ids": tokens}, temporary))
-    return load_file(path)["input_ids"]
+    return _sampled(path, (rows, length), int(model.config.vocab_size))
+
+
+def _sampled(path: Path, shape: tuple[int, int], vocab: int) -> Tensor:
+    """Text that was sampled before. Raises UsageError where it is not what the file's name says."""
+    files.check_regular(path)
+    try:
+        tokens = load_file(path).get("input_ids")
+    except SafetensorError as error:
+        raise UsageError(f"{path} is damaged ({error}); delete it: it is sampled again") from None
+    usable = tokens is not None and tokens.dtype == torch.int64 and tokens.shape == shape
+    if tokens is None or not usable or not bool(((tokens >= 0) & (tokens < vocab)).all()):
+        expected = f"input_ids {list(shape)} of token numbers below {vocab}"
+        raise UsageError(f"{path} is damaged (expected {expected}); delete it: it is sampled again")
+    return tokens
 
 
 class _TimedStreamer(TextIteratorStreamer):  # type: ignore[misc]

@@ -19,7 +19,7 @@ from lbllm_cli import files, interrupt
 from lbllm_cli.activations import ActivationFormat, read_quantizers
 from lbllm_cli.attachments import attach
 from lbllm_cli.checkpoint import Checkpoint, StageWriter
-from lbllm_cli.errors import RunError
+from lbllm_cli.errors import RunError, UsageError
 from lbllm_cli.linears import whole_tensors
 from lbllm_cli.model import Block, SourceModel
 from lbllm_cli.ops.binarize import decode
@@ -43,6 +43,10 @@ class HiddenStream:
             with path.open("wb") as handle:
                 # Reserves the blocks now: a sparse file would meet a full disk as SIGBUS in the middle of a store.
                 os.posix_fallocate(handle.fileno(), 0, size * dtype.itemsize)
+        elif path.stat().st_size != size * dtype.itemsize:
+            # A shorter file would be filled up with zeros.
+            got = f"expected {size * dtype.itemsize} bytes, got {path.stat().st_size}"
+            raise UsageError(f"{path} is damaged ({got}); delete {path.parent} and run the same command again to resume")
         self.data = torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
 
     @property
