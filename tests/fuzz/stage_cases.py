@@ -11,6 +11,8 @@ from mutate import ODD, dump_json, load_json, mutate_bytes, mutate_tree, nested,
 from promise import Case
 from weight_files import harm_tensor, spoil_data, spoil_header
 
+from lbllm_cli.recipe_training import ActCalib, ActEndToEnd, Distill, DistillEndToEnd
+
 # Stages of the base, all of them complete, and one that was stopped after its first block.
 _STOPPED = ("distill.partial",)
 _EVAL = ("work/run/eval", "work/run/eval/*")
@@ -245,8 +247,39 @@ def _other_files(work: Path, rng: random.Random) -> Case:
     return _case(f"{name} is a {how}", rng, name)
 
 
+# Values that the recipe allows, at the ends of what it does.
+_KEYS: dict[str, list[Any]] = {
+    "batch_size": [1, 4], "micro_batch_size": [1, 100], "epochs": [0, 1, 3], "warmup": [0, 0.99], "clip": [1e-30, 1e30],
+    "held_out": [0.01, 0.8],
+    "lr_levels": [1e-30, 1], "max_skipped": [0], "sequences": [2, 3], "lr_weights": [1e-30, 1], "loss": ["plain", "mixed"],
+    "latent_margin": [0, 1], "dampening": [0, 0.99], "parametrisation": ["bitmap"], "polarise": [0, 1e30],
+    "polarise_beta": [[1, 100]],
+    "bits": [3, 5, 8], "kv_bits": [3, 5, 8], "granularity": ["token"], "form": ["uniform"], "kv_form": ["uniform"], "tables": [1],
+    "lr_clip_factors": [1e-30, 1], "lr_knees": [1e-30, 1], "soft": [0, 0.99], "temperature": [[1e-30, 10], [10, 1e-30], 1e-3, 10],
+    "lr_norms": [1e-30, 1], "next_token": [1], "recompute": ["always", "never"], "skip": [0, 7, 10**6],
+    "source": ["generate:", "chapter.txt"],
+    "train": [["levels"], ["weights", "levels"], ["scales"], ["norms"], ["clip_factors", "knees"], ["weights"]],
+    "soft_knee": [[1e-30, 10]], "lr_bitmap": [1e-30, 1], "teacher": ["states", "model", "run", "chapter.txt", "run/distill"],
+    "parent": ["ptq", "distill", "distill-e2e"],
+}  # fmt: skip
+
+
+def _keys(work: Path, rng: random.Random) -> Case:
+    """A stage made anew with other keys, which train a toy into the ground or cannot be: any end but a traceback is one."""
+    section, phase = rng.choice(["distill", "act_calib"]), rng.choice(["blocks", "end-to-end"])
+    prefix = f"{section}.end_to_end" if phase == "end-to-end" else section
+    kinds = {"distill": (Distill, DistillEndToEnd), "act_calib": (ActCalib, ActEndToEnd)}[section]
+    known = kinds[phase == "end-to-end"].model_fields
+    chosen = rng.sample(sorted(_KEYS.keys() & known), rng.choice([1, 2, 4]))
+    words = [f"{prefix}.{key}={json.dumps(rng.choice(_KEYS[key]))}" for key in chosen]
+    command = section.replace("_", "-")
+    stage = command if phase == "blocks" else f"{command}-e2e"
+    line = [command, "--only", phase, "--force", "--recipe", RECIPE, *words]
+    writes = (*stage_writes(stage), "work/run/generated*", "work/states*")
+    return Case(f"{stage}: {' '.join(words)}", line, writes)
+
+
 KINDS = (
-    _manifest_top, _events, _json_file, _spoiled, _file_names, _weights, _foreign, _manifest, _weights_stopped, _other_files,
-    _lock, _spoiled,
-    _json_file, _manifest_top,
+    _manifest_top, _keys, _events, _json_file, _spoiled, _file_names, _weights, _foreign, _manifest, _weights_stopped,
+    _other_files, _lock, _spoiled, _json_file, _manifest_top, _keys,
 )  # fmt: skip
