@@ -491,6 +491,12 @@ def test_what_is_refused(lbllm, run, tmp_path, settings, message):
     assert message in refused(lbllm, tmp_path / "run", "distill", "--recipe", run(distill=settings))
 
 
+def test_too_little_text_is_refused_before_the_blocks_are_trained(lbllm, run, tmp_path):
+    shutil.rmtree(tmp_path / "run" / "distill")
+    message = refused(lbllm, tmp_path / "run", "distill", "--recipe", run(distill={"sequences": 4000}))
+    assert "distill.end_to_end: " in message
+
+
 class TestTeacher:
     """The folder that keeps the teacher's last hidden states."""
 

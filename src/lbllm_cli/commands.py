@@ -63,7 +63,7 @@ def ptq(recipe: Recipe, dry_run: bool, force: bool) -> None:
 def distill(recipe: Recipe, dry_run: bool, force: bool, only: Phase | None = None) -> None:
     """`lbllm distill`. only: one of its phases; default those that the recipe has."""
     plan = prepare.prepare(recipe, calibrate=True, train=True)
-    last = _last_phase(recipe.distill.end_to_end, "distill", only)
+    last = _last_phase(plan, recipe.distill.end_to_end, "distill-e2e", only)
     if only != "end-to-end":
         fit = partial(fit_distill, settings=recipe.distill, seed=recipe.runtime.seed)
         work = by_blocks(lambda reporter: partial(fit, monitor=reporter))
@@ -76,7 +76,7 @@ def distill(recipe: Recipe, dry_run: bool, force: bool, only: Phase | None = Non
 def act_calib(recipe: Recipe, dry_run: bool, force: bool, only: Phase | None = None) -> None:
     """`lbllm act-calib`. only: one of its phases; default those that the recipe has."""
     plan = prepare.prepare(recipe, calibrate=True, train=True)
-    last = _last_phase(recipe.act_calib.end_to_end, "act_calib", only)
+    last = _last_phase(plan, recipe.act_calib.end_to_end, "act-calib-e2e", only)
     if only != "end-to-end":
         tokens = (recipe.act_calib.sequences or recipe.data.training.sequences) * recipe.data.training.length
         if tokens < MIN_TOKENS:
@@ -93,11 +93,15 @@ def act_calib(recipe: Recipe, dry_run: bool, force: bool, only: Phase | None = N
         _run_last(plan, last, "act-calib-e2e", dry_run, force)
 
 
-def _last_phase(settings: Last | None, section: str, only: Phase | None) -> Last | None:
-    """Settings of the end-to-end phase where it is to run."""
+def _last_phase(plan: Plan, settings: Last | None, stage: str, only: Phase | None) -> Last | None:
+    """Settings of the end-to-end phase where it is to run. Its text is read now: too little is not found after all blocks."""
     if only == "end-to-end" and settings is None:
-        raise UsageError(f"--only end-to-end: the recipe has no {section}.end_to_end; add it, for example sequences: 128")
-    return None if only == "blocks" else settings
+        raise UsageError(f"--only end-to-end: the recipe has no {prepare.DATA[stage]}; add it, for example sequences: 128")
+    if only == "blocks" or settings is None:
+        return None
+    if not plan.generates(stage):
+        plan.stage_tokens(stage)
+    return settings
 
 
 def _run_last(plan: Plan, settings: EndToEnd, stage: str, dry_run: bool, force: bool) -> None:
