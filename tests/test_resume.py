@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lbllm_cli import stream
 from lbllm_cli.checkpoint import StageWriter
+from lbllm_cli.training_state import TrainingState
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -242,7 +243,7 @@ def test_a_kept_training_that_is_of_another_is_refused(stopped, lbllm, spoil, re
         facts = json.loads(handle.metadata()["facts"])
     tensors, facts = spoil(load_file(file), facts)
     try:
-        save_file(tensors, file, metadata={"facts": json.dumps(facts)})
+        TrainingState(file.parent, 1).save(tensors, facts)
         result = lbllm(*command)
     finally:
         file.write_bytes(before)
@@ -266,6 +267,22 @@ def test_a_kept_training_that_is_no_such_file(stopped, lbllm, content):
         file.write_bytes(before)
     assert result.exit_code == 2
     assert f"{file} is damaged (" in result.stderr
+
+
+def test_values_of_a_kept_training_that_were_changed(stopped, lbllm):
+    folder, command = stopped
+    file = folder / "run" / "distill.partial" / "training.safetensors"
+    before = file.read_bytes()
+    with safe_open(file, "pt") as handle:
+        metadata = handle.metadata()
+    changed = {name: tensor * 1.01 if tensor.is_floating_point() else tensor for name, tensor in load_file(file).items()}
+    try:
+        save_file(changed, file, metadata=metadata)
+        result = lbllm(*command)
+    finally:
+        file.write_bytes(before)
+    assert result.exit_code == 2
+    assert f"{file} is damaged (it was changed since it was written); delete it" in result.stderr
 
 
 def test_deleting_a_damaged_training_costs_only_itself(stopped, ok, tmp_path):

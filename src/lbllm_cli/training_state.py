@@ -1,10 +1,12 @@
 """Unfinished training, kept so that a stopped stage goes on in the middle."""
 
+import hashlib
 import json
 import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -13,6 +15,15 @@ from lbllm_cli import files
 from lbllm_cli.errors import UsageError
 
 _FILE = "training.safetensors"
+
+
+def _digest(tensors: dict[str, Tensor], facts: str) -> str:
+    """Hash of everything that a training goes on from."""
+    digest = hashlib.sha256(facts.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 class TrainingState:
@@ -33,7 +44,8 @@ class TrainingState:
     def save(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Replaces what was kept. facts: must hold `block`."""
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        metadata = {"facts": json.dumps(facts)}
+        said = json.dumps(facts)
+        metadata = {"facts": said, "sha256": _digest(contiguous, said)}
         files.write_atomic(self.path, lambda temporary: save_file(contiguous, temporary, metadata=metadata))
         self._last = time.monotonic()
 
@@ -47,12 +59,16 @@ class TrainingState:
         files.check_regular(self.path)
         try:
             with safe_open(self.path, "pt") as file:
-                facts: Any = json.loads((file.metadata() or {})["facts"])
+                metadata = file.metadata() or {}
+                facts: Any = json.loads(metadata["facts"])
                 if not isinstance(facts, dict) or type(facts.get("block")) is not int:
                     self.refuse("its header does not say of which block it is")
                 if facts["block"] != index:
                     return None
-                return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 (not a dict)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            if _digest(tensors, metadata["facts"]) != metadata["sha256"]:
+                self.refuse("it was changed since it was written")
+            return tensors, facts
         except (SafetensorError, ValueError, KeyError, RecursionError) as error:
             self.refuse(f"{type(error).__name__}: {error}")
 
