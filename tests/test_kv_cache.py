@@ -176,7 +176,7 @@ def test_a_cache_of_full_precision_is_refused(export):
     lbllm_cli.hf.quantize_activations(model, True)
     with pytest.raises(ValueError, match="keeps keys and values in 4 bits"):
         model(tokens, past_key_values=cache)
-    with pytest.raises(ValueError, match="leave (past_key_values|cache) and cache_implementation out"):
+    with pytest.raises(ValueError, match=r"leave (past_key_values|cache) and cache_implementation out"):
         model.generate(tokens, cache_implementation="static", max_new_tokens=2, pad_token_id=0)
 
 

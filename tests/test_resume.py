@@ -285,6 +285,16 @@ def test_values_of_a_kept_training_that_were_changed(stopped, lbllm):
     assert f"{file} is damaged (it was changed since it was written); delete it" in result.stderr
 
 
+def test_training_kept_by_a_version_without_hashes_is_gone_on_from(stopped, ok, tmp_path):
+    folder, command = stopped
+    shutil.copytree(folder / "run", tmp_path / "run")
+    file = tmp_path / "run" / "distill.partial" / "training.safetensors"
+    with safe_open(file, "pt") as handle:
+        facts = handle.metadata()["facts"]
+    save_file(load_file(file), file, metadata={"facts": facts})
+    ok(*command, f"output.dir={tmp_path / 'run'}")
+
+
 def test_deleting_a_damaged_training_costs_only_itself(stopped, ok, tmp_path):
     folder, command = stopped
     shutil.copytree(folder / "run", tmp_path / "run")
