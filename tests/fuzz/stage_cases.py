@@ -9,7 +9,7 @@ from typing import Any
 from bases import LOCK, RECIPE, STAGES, stage_writes
 from mutate import ODD, dump_json, load_json, mutate_bytes, mutate_tree, nested, spoil_file
 from promise import Case
-from weight_files import harm_tensor, spoil_data, spoil_header
+from weight_files import harm_tensor, scale_values, spoil_data, spoil_header
 
 from lbllm_cli.recipe_training import ActCalib, ActEndToEnd, Distill, DistillEndToEnd
 
@@ -174,7 +174,7 @@ def _weights_stopped(work: Path, rng: random.Random) -> Case:
     """What an unfinished stage goes on from."""
     folder = work / "run" / rng.choice(_STOPPED)
     file = rng.choice(sorted(folder.rglob("*.safetensors")))
-    what = rng.choice([spoil_data, spoil_header, harm_tensor])(file, rng)
+    what = rng.choice([spoil_data, spoil_header, harm_tensor, scale_values])(file, rng)
     line = ["distill", "--only", "blocks", "--recipe", RECIPE]
     kind = f"distill: {folder.name}/{file.name}: {what}"
     return Case(kind, line, stage_writes("distill"), ends_as=(f"work/run/{_MADE['distill']}",))

@@ -150,6 +150,14 @@ def harm_tensor(path: Path, rng: random.Random, name: str | None = None) -> str:
     return said
 
 
+def scale_values(path: Path, rng: random.Random) -> str:
+    """All values are other ones, the header as it was; says so."""
+    header, tensors = split(path)[0], load_file(path)
+    scaled = {name: (tensor * 1.01).to(tensor.dtype) for name, tensor in tensors.items()}
+    save_file(scaled, path, metadata=header.get("__metadata__"))
+    return "values scaled"
+
+
 def spoil_index(folder: Path, rng: random.Random) -> str:
     """The index of a sharded folder says something else; says what."""
     index = folder / "model.safetensors.index.json"
