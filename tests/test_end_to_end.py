@@ -491,6 +491,17 @@ def test_what_is_refused(lbllm, run, tmp_path, settings, message):
     assert message in refused(lbllm, tmp_path / "run", "distill", "--recipe", run(distill=settings))
 
 
+def test_a_manifest_that_leaves_out_the_trained_norms_is_refused(ok, lbllm, run, tmp_path):
+    recipe = run(distill={"epochs": 2})
+    ok("distill", "--recipe", recipe, "--only", "end-to-end")
+    file = tmp_path / "run" / "distill-e2e" / "lbllm_stage.json"
+    manifest = json.loads(file.read_text())
+    del manifest["files"][OUTER]
+    file.write_text(json.dumps(manifest))
+    message = refused(lbllm, tmp_path / "run", "export", "--recipe", recipe, "export.checkpoint=distill-e2e")
+    assert f"{file} is damaged (it does not name {OUTER})" in message
+
+
 def test_too_little_text_is_refused_before_the_blocks_are_trained(lbllm, run, tmp_path):
     shutil.rmtree(tmp_path / "run" / "distill")
     message = refused(lbllm, tmp_path / "run", "distill", "--recipe", run(distill={"sequences": 4000}))

@@ -245,13 +245,18 @@ def test_a_task_is_no_path(lbllm, recipe, tmp_path, name, key):
         ("task: x\ndataset_kwargs: [1]", "dataset_kwargs is list"),
         ("task: x\ndataset_kwargs: {data_files: {test: 7}}", "data_files holds '7'"),
         ("task: !function a.b", "cannot be read"),
-        ("task: " + "[" * 3000, "cannot be read"),
+        ("task: " + "[" * 100_000, "line 1: nested more than 32 levels deep"),
+        ("task: x\ninclude: deep.yaml", "deep.yaml: line 1: nested more than 32 levels deep"),
+        ("task: x\ninclude: [t.yaml, deep.yaml]", "deep.yaml: line 1: nested more than 32 levels deep"),
+        ("task: x\ninclude: a_pipe", "a_pipe is a pipe; expected a file"),
         ("task: x\ninclude: nothing.yaml", "cannot be read"),
     ],
-    ids=range(8),
+    ids=range(11),
 )
 def test_task_files_that_are_none(lbllm, recipe, tmp_path, text, expected):
     (tmp_path / "t.yaml").write_text(text)
+    (tmp_path / "deep.yaml").write_text("[" * 100_000)
+    os.mkfifo(tmp_path / "a_pipe")
     for command in ("eval", "validate"):
         result = lbllm(command, "--recipe", recipe, f"eval.tasks=[{tmp_path / 't.yaml'}]")
         assert result.exit_code == 2

@@ -130,10 +130,13 @@ class Checkpoint:
     def verify(self) -> None:
         """Compares every weight file with the manifest.
 
-        Raises UsageError naming the first file that is missing or was changed since.
+        Raises UsageError naming the first file that is missing, was changed since, or is there and not in the manifest: norms
+        that were trained would otherwise be left out.
         """
         for name, expected in self.hashes.items():
             self._verify(name, expected)
+        if (self.path / OUTER).exists() and OUTER not in self.hashes:
+            raise UsageError(f"{self.path / MANIFEST} is damaged (it does not name {OUTER}); run: {remake(self.stage)}")
 
     def _verify(self, name: str, expected: str) -> None:
         file = self.path / name

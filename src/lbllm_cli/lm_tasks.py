@@ -20,14 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
-from lbllm_cli import files
+from lbllm_cli import files, strict_yaml
 from lbllm_cli.checkpoint import fingerprint
 from lbllm_cli.errors import UsageError
 from lbllm_cli.packed_checks import refusing
 from lbllm_cli.whole_folder import check_folder, check_loaded
 
 BUILTIN = "builtin:"
+# A task's YAML of this many bytes is none.
+_TASK_BYTES = 1 << 20
 # lm-eval's own names have brackets among them, and no slashes.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+()-]{0,149}")
 # Groups of tasks as papers on low-bit models report them, with the examples in context that they use.
@@ -129,6 +132,7 @@ def _local_spec(name: str) -> dict[str, Any]:
         path = files.user_path(name, "eval.tasks")
     if not path.is_file():
         raise UsageError(f"eval.tasks: {path} is not a file")
+    _check_files(path)
     try:
         spec = load_yaml(path)
     except Exception as error:  # YAML's errors, and those of functions that it names
@@ -145,6 +149,22 @@ def _local_spec(name: str) -> dict[str, Any]:
             raise UsageError(f"eval.tasks: {path}: data_files holds {str(strange[0])[:100]!r}, expected paths")
         spec["dataset_kwargs"] = {**keywords, "data_files": _absolute(keywords["data_files"], path.absolute().parent)}
     return spec
+
+
+def _check_files(path: Path) -> None:
+    """Reads a task's YAML, and those that it includes, as far as lm-eval's reader needs it. Raises UsageError naming the file."""
+    left, seen = [path], set[Path]()
+    while left:
+        file = left.pop()
+        if file in seen:
+            continue
+        seen.add(file)
+        node = strict_yaml.outline(files.read_text(file, _TASK_BYTES), str(file))
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
+            if key.value == "include":
+                names = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                included = (file.parent / name.value for name in names if isinstance(name, yaml.ScalarNode))
+                left += [other for other in included if other.exists()]
 
 
 def _absolute(data_files: Any, folder: Path) -> Any:

@@ -87,6 +87,25 @@ def _mapping(loader: _StrictLoader, node: yaml.MappingNode, deep: bool = False) 
 _StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
+def outline(text: str, where: str) -> yaml.Node | None:
+    """Nodes of YAML that somebody else will read, with tags of his own, of which no object is made here.
+
+    The compiled reader follows brackets by recursion, and ends the process where they are a hundred thousand deep; events come
+    without. Raises UsageError naming `where` for what is not YAML, or nested more than DEPTH levels deep.
+    """
+    depth = 0
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEPTH:
+                line = event.start_mark.line + 1 if event.start_mark else 0
+                raise UsageError(f"{where}: line {line}: nested more than {DEPTH} levels deep")
+        node: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
+        return node
+    except yaml.YAMLError as error:
+        raise UsageError(f"{where} is not valid YAML: {' '.join(str(error).split())[:500]}") from None
+
+
 def parse_yaml(text: str, where: str) -> Any:
     """YAML text to plain values.
 
