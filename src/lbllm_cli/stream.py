@@ -18,7 +18,6 @@ from torch import Tensor
 from lbllm_cli import files, interrupt
 from lbllm_cli.activations import ActivationFormat, read_quantizers
 from lbllm_cli.attachments import attach
-from lbllm_cli.checkpoint import Checkpoint, StageWriter
 from lbllm_cli.errors import RunError, UsageError
 from lbllm_cli.linears import whole_tensors
 from lbllm_cli.model import Block, SourceModel
@@ -27,6 +26,7 @@ from lbllm_cli.ops.metrics import BlockError
 from lbllm_cli.training_state import TrainingState
 
 if TYPE_CHECKING:
+    from lbllm_cli.checkpoint import Checkpoint, StageWriter
     from lbllm_cli.report import Reporter
 
 
@@ -199,10 +199,10 @@ class BlockLoop:
     def __init__(
         self,
         model: SourceModel,
-        writer: StageWriter,
+        writer: "StageWriter",
         batch_size: int,
         folder: Path | None,
-        parent: Checkpoint | None = None,
+        parent: "Checkpoint | None" = None,
         keeper: TrainingState | None = None,
         activations: ActivationFormat | None = None,
     ):

@@ -5,10 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
-
-from lbllm_cli.stage_record import describe
 
 
 @dataclass
@@ -36,16 +33,18 @@ class Progress:
     epochs: list[dict[str, Any]] = field(default_factory=list)
 
 
-_PROGRESS = TypeAdapter(Progress)
-
-
 def kept_progress(facts: dict[str, Any], epochs: int, steps: int, errors: Collection[str]) -> Progress:
     """Progress out of what was kept of it. epochs, steps of each: of the training. errors: names of held-out errors.
 
     Raises ValueError with the reason where it is that of no such training.
     """
+    # Here alone: a training step is measured where there is no pydantic.
+    from pydantic import TypeAdapter, ValidationError
+
+    from lbllm_cli.stage_record import describe
+
     try:
-        _PROGRESS.validate_json(json.dumps(facts), strict=True)
+        TypeAdapter(Progress).validate_json(json.dumps(facts), strict=True)
     except ValidationError as error:
         raise ValueError(describe(error)) from None
     if unknown := facts.keys() - {item.name for item in fields(Progress)}:
