@@ -27,8 +27,8 @@ def waits_for(child: subprocess.Popen, signum: int) -> None:
         ("report", 0.0, signal.SIGTERM),
         ("ptq", 0.1, signal.SIGTERM),
         ("validate", 0.5, signal.SIGTERM),
-        ("report", 1.0, signal.SIGINT),
-        ("generate", 1.5, signal.SIGTERM),
+        ("report", 0.3, signal.SIGINT),
+        ("generate", 0.8, signal.SIGTERM),
     ],
 )
 def test_a_signal_while_a_command_starts(tmp_path, toy, recipe, command, seconds, signum):
