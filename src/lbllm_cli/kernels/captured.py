@@ -39,7 +39,8 @@ class CapturedModules:
 
     def __init__(self, root: nn.Module):
         self.children = [(parent._modules, list(parent._modules.values())) for parent in root.modules() if parent._modules]
-        self.inner = [module for module in root.modules() if module is not root]
+        # A quantizer's forward is not called in a full pass of the library either: who listens to it hears nothing anyway.
+        self.inner = [module for module in root.modules() if module is not root and not isinstance(module, ActQuantizer)]
         self.kinds = [module.__class__ for module in self.inner]
         self.hooks = [hooks for module in self.inner for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self.own_hooks = sum(map(len, self.hooks))
