@@ -64,7 +64,7 @@ def test_messages_that_are_none(render, messages, expected):
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
-        ("{{ raise_exception('roles must\nalternate') }}", "cannot render the messages: roles must; mend"),
+        ("{{ raise_exception('roles must\nalternate') }}", "cannot render the messages: roles must alternate; mend"),
         ("{{ messages[7].content }}", "cannot render the messages: list object has no element 7"),
         ("{{ nothing.at.all }}", "'nothing' is undefined"),
         ("{% for m in messages %}", "Unexpected end of template"),

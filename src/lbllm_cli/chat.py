@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lbllm_cli.errors import UsageError
+from lbllm_cli.errors import UsageError, reason
 
 # Of one conversation. Templates take milliseconds and kilobytes.
 SECONDS = 10
@@ -39,10 +39,8 @@ def render(tokenizer: Any, messages: Any, where: str, **options: Any) -> str:
     except MemoryError:
         raise UsageError(f"{where}: the chat template needs more than {MEMORY >> 20} MiB; mend chat_template") from None
     except Exception as error:  # a template is a program: it raises what it likes, RecursionError and TypeError among others
-        reason = next(iter(str(error).splitlines()), "")[:200] or type(error).__name__
-        raise UsageError(
-            f"{where}: the tokenizer's chat template cannot render the messages: {reason}; mend them or chat_template"
-        ) from None
+        what = f"{where}: the tokenizer's chat template cannot render the messages"
+        raise UsageError(f"{what}: {reason(error)}; mend them or chat_template") from None
     if len(text) > CHARACTERS:
         raise UsageError(
             f"{where}: the chat template makes {len(text):,} characters of one conversation; at most {CHARACTERS:,} are read"

@@ -21,3 +21,8 @@ class Interrupted(LbllmError):
     """SIGINT or SIGTERM arrived; the same command resumes. Exit code 130."""
 
     exit_code = 130
+
+
+def reason(error: BaseException) -> str:
+    """A library's own words for what it could not do, in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig, TextIteratorStreamer
 
-from lbllm_cli import chat, files, interrupt, source
+from lbllm_cli import chat, files, interrupt
 from lbllm_cli.attachments import Arguments
-from lbllm_cli.errors import RunError, UsageError
+from lbllm_cli.errors import RunError, UsageError, reason
 from lbllm_cli.generation_settings import read_settings
 from lbllm_cli.model import SourceModel, read_tokenizer
 from lbllm_cli.model_config import positions
@@ -117,7 +117,7 @@ def _encode(tokenizer: Any, prompt: str, raw: bool) -> dict[str, Tensor]:
         found = tokenizer(prompt, add_special_tokens=not templated, return_tensors="pt")
         inputs = {name: found[name].long() for name in ("input_ids", "attention_mask")}
     except Exception as error:  # of any kind, by a tokenizer that does not fit its files
-        raise UsageError(f"{tokenizer.name_or_path}: the tokenizer cannot encode --prompt: {source.reason(error)}") from None
+        raise UsageError(f"{tokenizer.name_or_path}: the tokenizer cannot encode --prompt: {reason(error)}") from None
     if not inputs["input_ids"].numel():
         raise UsageError("--prompt is empty, and the tokenizer has nothing that it begins with; give some text")
     return inputs

@@ -24,7 +24,7 @@ import yaml
 
 from lbllm_cli import files, strict_yaml
 from lbllm_cli.checkpoint import fingerprint
-from lbllm_cli.errors import UsageError
+from lbllm_cli.errors import UsageError, reason
 from lbllm_cli.packed_checks import refusing
 from lbllm_cli.whole_folder import check_folder, check_loaded
 
@@ -136,8 +136,7 @@ def _local_spec(name: str) -> dict[str, Any]:
     try:
         spec = load_yaml(path)
     except Exception as error:  # YAML's errors, and those of functions that it names
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"eval.tasks: {path} cannot be read: {reason}") from None
+        raise UsageError(f"eval.tasks: {path} cannot be read: {reason(error)}") from None
     if not isinstance(spec, dict) or "task" not in spec:
         raise UsageError(f"eval.tasks: {path} names no task; expected a key `task`")
     _name_of(spec, name)
@@ -176,13 +175,12 @@ def _absolute(data_files: Any, folder: Path) -> Any:
 
 
 def _unreadable(name: str, manager: Any, error: Exception) -> str:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
     if _is_local(name):
-        return f"eval.tasks: {name} cannot be loaded: {reason}"
+        return f"eval.tasks: {name} cannot be loaded: {reason(error)}"
     entry = manager.task_index[name]
     dataset = (entry.cfg or {}).get("dataset_path", "its dataset")
     return (
-        f"eval.tasks: the data of {name} cannot be read: {reason}. lm-eval takes {dataset} from the Hugging Face hub;\n"
+        f"eval.tasks: the data of {name} cannot be read: {reason(error)}. lm-eval takes {dataset} from the Hugging Face hub;\n"
         "load it once where there is a network (it stays in HF_HOME), or give a YAML file that says `include:` and the task's\n"
         "own YAML, and names local data_files"
     )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from lbllm_cli import files, source
-from lbllm_cli.errors import UsageError
+from lbllm_cli.errors import UsageError, reason
 from lbllm_cli.model_config import DISK_DTYPES, FAMILIES, code_hint, layers, mismatch, one_block, read_configuration, understood
 from lbllm_cli.source import TensorEntry
 
@@ -295,7 +295,7 @@ def read_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds here; all mean that the files are unusable
-        raise UsageError(f"{folder}: the tokenizer cannot be loaded: {source.reason(error)}{hint}") from None
+        raise UsageError(f"{folder}: the tokenizer cannot be loaded: {reason(error)}{hint}") from None
     if not isinstance(tokenizer.model_max_length, int | float):
         raise UsageError(f"{settings}: model_max_length: expected a number, got {str(tokenizer.model_max_length)[:40]}")
     return tokenizer

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from lbllm_cli import source
-from lbllm_cli.errors import UsageError
+from lbllm_cli.errors import UsageError, reason
 from lbllm_cli.source import TensorEntry
 
 FAMILIES = {"llama": "Llama 1, 2, 3 and SmolLM", "mistral": "Mistral", "qwen2": "Qwen2 and Qwen2.5", "qwen3": "Qwen3"}
@@ -47,7 +47,7 @@ def understood(file: Path, hint: str = "") -> Iterator[None]:
     except (UsageError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of any kind: configuration classes divide, look up and import with what they are given
-        raise UsageError(f"{file} cannot be used: {source.reason(error)}{hint}") from None
+        raise UsageError(f"{file} cannot be used: {reason(error)}{hint}") from None
 
 
 def read_configuration(folder: Path, trust_remote_code: bool) -> PretrainedConfig:

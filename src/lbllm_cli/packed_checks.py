@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from lbllm_cli.activations import CLIP_UNIT, ActQuantizer
-from lbllm_cli.errors import LbllmError, UsageError
+from lbllm_cli.errors import LbllmError, UsageError, reason
 from lbllm_cli.layers import PackedLinear
 from lbllm_cli.model import LINEARS
 from lbllm_cli.model_config import mismatch
 from lbllm_cli.ops.actquant import LATTICE_MAX
-from lbllm_cli.source import TensorEntry, finite, read_header, reason
+from lbllm_cli.source import TensorEntry, finite, read_header
 from lbllm_cli.stages.export import FORMAT_VERSION
 from lbllm_cli.trainable_act import CLIP_RANGE
 

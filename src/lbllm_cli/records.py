@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from urllib.parse import urlparse
 
 from lbllm_cli import files
-from lbllm_cli.errors import UsageError
+from lbllm_cli.errors import UsageError, reason
 
 # Characters of one record. More is no text to train on, but a file that lacks its line ends, or zeros that gzip unfolds.
 RECORD_LIMIT = 64 << 20
@@ -34,11 +34,7 @@ def local_records(path: Path, split: str) -> Iterator[Any]:
     except UsageError:
         raise
     except Exception as error:  # OSError, EOFError, zlib.error, and what pyarrow and datasets raise has no common base
-        raise UsageError(f"{path} cannot be read: {_reason(error)}") from None
-
-
-def _reason(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")[:300] or type(error).__name__
+        raise UsageError(f"{path} cannot be read: {reason(error)}") from None
 
 
 def _folder_records(path: Path, split: str) -> Iterator[Any]:
@@ -162,7 +158,7 @@ def hub_records(repository: str, config: str | None, split: str, file: str | Non
         yield from datasets.load_dataset(repository, config, split=split, streaming=True, **options)
     except Exception as error:  # hub, network and builder errors have no common base
         raise UsageError(
-            f"dataset {repository} cannot be read from the Hugging Face hub: {_reason(error)}. "
+            f"dataset {repository} cannot be read from the Hugging Face hub: {reason(error)}. "
             "Without a network give a local file, or `path:` with the preset's schema"
         ) from None
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lbllm_cli import files
-from lbllm_cli.errors import RunError, UsageError
+from lbllm_cli.errors import RunError, UsageError, reason
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -286,11 +286,6 @@ def resolve(path: str, revision: str | None, weights: bool, key: str = "model.pa
             f"{key} {path}: no such folder, and it cannot be fetched from the Hugging Face hub ({reason(error)}). "
             "Give a local folder, or run once with a network"
         ) from None
-
-
-def reason(error: BaseException) -> str:
-    """A library's own words for what it could not do, in one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def read_config(folder: Path) -> dict[str, Any]:

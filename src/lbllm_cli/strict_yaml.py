@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from lbllm_cli.errors import UsageError
+from lbllm_cli.errors import UsageError, reason
 
 # The deepest key of a recipe lies seven levels down, and a long recipe has a thousand values.
 DEPTH = 32
@@ -103,7 +103,7 @@ def outline(text: str, where: str) -> yaml.Node | None:
         node: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
         return node
     except yaml.YAMLError as error:
-        raise UsageError(f"{where} is not valid YAML: {' '.join(str(error).split())[:500]}") from None
+        raise UsageError(f"{where} is not valid YAML: {reason(error)}") from None
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -116,4 +116,4 @@ def parse_yaml(text: str, where: str) -> Any:
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
     except yaml.YAMLError as error:
-        raise UsageError(f"{where} is not valid YAML: {' '.join(str(error).split())[:500]}") from None
+        raise UsageError(f"{where} is not valid YAML: {reason(error)}") from None
