@@ -222,7 +222,7 @@ def test_average_of_a_group():
     assert list(found) == ["commonsense"]
 
 
-_ODD = ["../../x", "/tmp/x", "", ".", "..", "a/b", "a b", ["a", "b"], 7, None, {"task": "x"}, "x" * 200, "[/red]"]
+_ODD = ["../../x", "/absent/x", "", ".", "..", "a/b", "a b", ["a", "b"], 7, None, {"task": "x"}, "x" * 200, "[/red]"]
 
 
 @pytest.mark.parametrize("name", _ODD)

@@ -128,10 +128,15 @@ def test_a_weight_file_without_tensors(lbllm, toy, recipe):
         assert "lacks 29 tensors, first model.embed_tokens.weight" in result.stderr
 
 
-def test_what_a_configuration_says_about_outputs_is_not_what_stages_read(ok, toy, recipe):
+def test_what_a_configuration_says_about_outputs_is_not_what_stages_read(ok, toy, recipe, tmp_path):
+    run = tmp_path / "run"
+    ok("ptq", "--recipe", recipe, "ptq.rounds=0", f"output.dir={tmp_path / 'plain'}")
+    said = ok("generate", "--model", toy, "--prompt", "the sea", "--max-new-tokens", "2").stdout
     configure(toy, return_dict=False, output_hidden_states={"a": 1}, output_attentions=True)
     ok("ptq", "--recipe", recipe, "ptq.rounds=0")
-    ok("generate", "--model", toy, "--prompt", "the sea", "--max-new-tokens", "2")
+    for block in (run / "ptq").glob("block_*.safetensors"):
+        assert block.read_bytes() == (tmp_path / "plain" / "ptq" / block.name).read_bytes()
+    assert ok("generate", "--model", toy, "--prompt", "the sea", "--max-new-tokens", "2").stdout == said
 
 
 def test_only_the_configuration_for_a_forecast(lbllm, toy, recipe):

@@ -315,7 +315,7 @@ def test_numbers_and_text_beyond_all_bounds(load, override, expected):
 def test_the_largest_seed(load):
     seed = load("", f"runtime.seed={2**63 - 1}").runtime.seed
     for index in (0, 1, 1000, 2 << 20):
-        torch.Generator().manual_seed(seed + index)
+        assert torch.Generator().manual_seed(seed + index).initial_seed() == seed + index
 
 
 def test_variables_of_any_size_and_kind(load, mistakes, monkeypatch):

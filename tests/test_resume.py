@@ -292,6 +292,9 @@ def test_training_kept_by_a_version_without_hashes_is_gone_on_from(stopped, ok, 
     with safe_open(file, "pt") as handle:
         facts = handle.metadata()["facts"]
     save_file(load_file(file), file, metadata={"facts": facts})
+    kept = TrainingState(file.parent, 1).load(1)
+    assert kept is not None
+    assert kept[1] == json.loads(facts)
     ok(*command, f"output.dir={tmp_path / 'run'}")
 
 

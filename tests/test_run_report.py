@@ -376,7 +376,11 @@ def test_damaged_lines_of_a_log_do_not_stop_a_report(ok, tmp_path, ptq_alone, un
 def test_what_is_no_file_or_no_text_is_left_out_of_a_report(ok, tmp_path, ptq_alone, undrawn, name):
     recipe, file = ptq_alone(), tmp_path / "run" / "ptq" / name
     file.write_bytes(b"\xff\xfe" * 100)
-    ok("report", "--recipe", recipe)
-    file.unlink()
-    file.mkdir()
-    ok("report", "--recipe", recipe)
+    page = tmp_path / "run" / "report.md"
+    for spoil in (lambda: None, lambda: (file.unlink(), file.mkdir())):
+        spoil()
+        page.unlink(missing_ok=True)
+        ok("report", "--recipe", recipe)
+        text = page.read_text(encoding="utf-8")
+        assert "| ptq |" in text
+        assert "\ufffd" not in text

@@ -38,9 +38,11 @@ class StageRecord:
         return max((record[key] for record in (*self.blocks, *self.steps) if record.get(key) is not None), default=None)
 
     def text(self, name: str) -> str | None:
-        """A file of the folder, None where it is not there."""
-        path = self.folder / name
-        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+        """A file of the folder, None where it is not there or no text."""
+        try:
+            return files.read_text(self.folder / name)
+        except (FileNotFoundError, UsageError):
+            return None
 
 
 @dataclass(frozen=True)

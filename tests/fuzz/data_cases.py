@@ -251,7 +251,7 @@ def _task(work: Path, rng: random.Random) -> Case:
     what = "a name that is a path"
     if how == 0:
         values["task"] = rng.choice(
-            ["../../x", "/tmp/x", "..", "", "a/b", "x" * 300, "\x00", None, 7, [], "a\nb", LONE, ".", "~"]
+            ["../../x", "/absent/x", "..", "", "a/b", "x" * 300, "\x00", None, 7, [], "a\nb", LONE, ".", "~"]
         )
         what = f"name {str(values['task'])[:20]!r}"
     elif how == 1:

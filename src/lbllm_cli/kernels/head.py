@@ -13,6 +13,7 @@ class HeadLinear(nn.Linear):
     """A linear without bias, in bfloat16; takes over a head by `head.__class__ = HeadLinear`."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """[..., in] -> [..., out]; as torch computes it, where the library cannot."""
         rows = input.numel() // self.in_features
         lib = library()
         runs = lib is not None and rows <= ROWS_MAX and self.weight.dtype == torch.bfloat16 and self.weight.is_contiguous()
