@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from lbllm_cli.activations import CLIP_UNIT, ActQuantizer
@@ -15,19 +16,11 @@ from lbllm_cli.model import LINEARS
 from lbllm_cli.model_config import mismatch
 from lbllm_cli.ops.actquant import LATTICE_MAX
 from lbllm_cli.source import TensorEntry, finite, read_header
+from lbllm_cli.stage_record import Activations, describe
 from lbllm_cli.stages.export import FORMAT_VERSION
 from lbllm_cli.trainable_act import CLIP_RANGE
 
 _DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16", torch.int32: "I32"}
-_FORMS = ("knee", "uniform")
-_ACTIVATIONS: dict[str, tuple[Any, ...]] = {
-    "bits": tuple(range(3, 9)),
-    "kv_bits": tuple(range(3, 9)),
-    "granularity": ("group", "token"),
-    "form": _FORMS,
-    "kv_form": _FORMS,
-    "tables": (1, 2),
-}
 
 
 def check_settings(values: dict[str, Any]) -> None:
@@ -50,10 +43,10 @@ def check_settings(values: dict[str, Any]) -> None:
         return
     check("activations", isinstance(layout, dict), "a mapping", layout)
     check("format_version", version == FORMAT_VERSION, f"{FORMAT_VERSION} where there are activations", version)
-    check("activations", layout.keys() == _ACTIVATIONS.keys() | {"group_size"}, f"{', '.join(_ACTIVATIONS)}, group_size", layout)
-    for key, known in _ACTIVATIONS.items():
-        good = any(type(layout[key]) is type(value) and layout[key] == value for value in known)
-        check(f"activations.{key}", good, f"one of {', '.join(map(str, known))}", layout[key])
+    try:
+        Activations.model_validate(layout)
+    except ValidationError as error:
+        raise ValueError(f"quantization_config.activations.{describe(error)}; export it again") from None
     check("activations.group_size", layout["group_size"] == size, f"that of the weights, {size}", layout["group_size"])
 
 
