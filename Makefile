@@ -18,7 +18,7 @@ TESTS ?=
 .DELETE_ON_ERROR:
 
 # What the editable install was made from: Python sources are read where they lie, the C++ library is built into it.
-INSTALLED := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/lbllm_cli/kernels/native/*)
+INSTALLED := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/lbllm_cli/runtime/cpu/native/*)
 
 $(VENV)/.installed: $(INSTALLED)
 	$(PYTHON) -m venv $(VENV)

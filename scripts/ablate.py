@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lbllm_cli.recipe_file import load_recipe
+from lbllm_cli.recipe.load import load_recipe
 
 PTQ: dict[str, list[str]] = {
     "default": [],

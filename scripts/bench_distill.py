@@ -38,15 +38,15 @@ import transformers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lbllm_cli.block_training import Trainer
-from lbllm_cli.errors import UsageError
-from lbllm_cli.linears import named
-from lbllm_cli.model import LINEARS, Block, block_prefix, choose_device
-from lbllm_cli.ops import binarize
-from lbllm_cli.ops.em import quantile_levels
-from lbllm_cli.ops.ste import nearest_ranks
-from lbllm_cli.stages.distill import BinarizedStudent
-from lbllm_cli.stream import BlockTask, HiddenStream
+from lbllm_cli.core.errors import UsageError
+from lbllm_cli.distill.fit import BinarizedStudent
+from lbllm_cli.format import weights as binarize
+from lbllm_cli.models.model import LINEARS, Block, block_prefix, choose_device
+from lbllm_cli.pipeline.block_loop import BlockTask, HiddenStream
+from lbllm_cli.ptq.em import quantile_levels
+from lbllm_cli.training.block import Trainer
+from lbllm_cli.training.block_linears import named
+from lbllm_cli.training.ste import nearest_ranks
 
 SHAPES = {
     "toy": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1},

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lbllm_cli.text_sources import STYLES, builtin_records
+from lbllm_cli.data.sources import STYLES, builtin_records
 
-OUTPUT = Path(__file__).resolve().parent.parent / "src" / "lbllm_cli" / "tasks"
+OUTPUT = Path(__file__).resolve().parent.parent / "src" / "lbllm_cli" / "data" / "tasks"
 SEED = 0
 ITEMS = 100  # of each style, for each task; a multiple of the number of choices
 LEAST, MOST = 50, 120  # words of a context

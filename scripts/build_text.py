@@ -1,7 +1,7 @@
 """Build the calibration and evaluation text that ships inside the package.
 
 No project gives text to both parts, so that a score on the evaluation part says nothing about a text that
-calibration has seen; src/lbllm_cli/text/sources.toml lists projects, pages and sizes.  On Debian 12:
+calibration has seen; src/lbllm_cli/data/text/sources.toml lists projects, pages and sizes.  On Debian 12:
 
     mkdir packages && cd packages
     apt-get download $(python ../scripts/build_text.py --list)
@@ -26,7 +26,7 @@ from html.parser import HTMLParser
 from itertools import accumulate
 from pathlib import Path
 
-OUTPUT = Path(__file__).resolve().parent.parent / "src" / "lbllm_cli" / "text"
+OUTPUT = Path(__file__).resolve().parent.parent / "src" / "lbllm_cli" / "data" / "text"
 EVALUATION, NOVELS = "evaluation", "novels"
 MOST_OF_ONE_PAGE = 24_000  # characters: so that no single page stands for its whole project
 LEAST_OF_ONE_PAGE = 900  # shorter pages are stubs and lists of links

@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 import lbllm_cli.hf  # noqa: F401  registers the packed format
-from lbllm_cli import files
-from lbllm_cli.activations import ActivationFormat, ActQuantizer, quantizer_widths
-from lbllm_cli.attachments import Arguments
-from lbllm_cli.layers import PackedLinear
-from lbllm_cli.model import LINEARS
-from lbllm_cli.ops.actfit import tables_of
-from lbllm_cli.stages.export import quantization_config
+from lbllm_cli.act_calib.search import tables_of
+from lbllm_cli.core import files
+from lbllm_cli.export.writer import quantization_config
+from lbllm_cli.models.model import LINEARS
+from lbllm_cli.runtime.attachments import Arguments
+from lbllm_cli.runtime.linear import PackedLinear
+from lbllm_cli.runtime.quantizer import ActivationFormat, ActQuantizer, quantizer_widths
 
 WORK = ("prefill", "decode", "generate")
 # Tokens of a prefill, of the prompt before a decode, and decoded.

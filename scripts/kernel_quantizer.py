@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from kernel_harness import TABLES, Bench, Record, Walk, medians
 
-from lbllm_cli.kernels.quantizer import native_gradients, quantized
-from lbllm_cli.ops.act_ste import gradients
-from lbllm_cli.ops.actfit import tables_of
-from lbllm_cli.ops.actquant import dequantize, quantize, split_groups
+from lbllm_cli.act_calib.search import tables_of
+from lbllm_cli.format.activations import dequantize, quantize, split_groups
+from lbllm_cli.runtime.cpu.quantizer import native_gradients, quantized
+from lbllm_cli.training.act_ste import gradients
 
 _CALLS = 3
 

@@ -16,10 +16,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lbllm_cli.hf  # noqa: F401  registers the packed format
-from lbllm_cli.data import evaluation_tokens
-from lbllm_cli.kernels.library import library, tier
-from lbllm_cli.recipe import EvaluationSet
-from lbllm_cli.stages.evaluate import whole_perplexity
+from lbllm_cli.data.tokens import evaluation_tokens
+from lbllm_cli.evaluation.perplexity import whole_perplexity
+from lbllm_cli.recipe.schema import EvaluationSet
+from lbllm_cli.runtime.cpu.library import library, tier
 
 NOISE = 1e-6
 

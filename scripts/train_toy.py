@@ -137,7 +137,7 @@ def report_perplexity(folder: Path, evaluation: Path) -> None:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Return the options of the command line."""
-    text = ROOT / "src" / "lbllm_cli" / "text"
+    text = ROOT / "src" / "lbllm_cli" / "data" / "text"
     parser = argparse.ArgumentParser(
         description="Train the toy Llama of the tests.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

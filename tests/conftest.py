@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from lbllm_cli.text_sources import builtin_records
+from lbllm_cli.data.sources import builtin_records
 
 ASSETS = Path(__file__).parent / "assets"
 TOY = ASSETS / "toy"
@@ -99,7 +99,7 @@ def recipe(tmp_path: Path, toy: Path) -> Path:
 @pytest.fixture
 def lbllm():
     """Runs the command line in this process: lbllm("ptq", "--recipe", path) -> result with exit_code, stdout, stderr."""
-    from lbllm_cli.cli import app
+    from lbllm_cli.cli.app import app
 
     def run(*arguments):
         return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
@@ -122,7 +122,7 @@ def ok(lbllm):
 @pytest.fixture
 def in_torch(monkeypatch) -> Iterator[None]:
     """Packed models run in plain torch: bit for bit what the decoded weights give."""
-    from lbllm_cli.kernels.library import library
+    from lbllm_cli.runtime.cpu.library import library
 
     monkeypatch.setenv("LBLLM_KERNELS", "off")
     library.cache_clear()

@@ -11,8 +11,8 @@ import yaml
 from conftest import save_toy, write_recipe
 from typer.testing import CliRunner
 
-from lbllm_cli.cli import app
-from lbllm_cli.recipe_file import dump_recipe, load_recipe
+from lbllm_cli.cli.app import app
+from lbllm_cli.recipe.load import dump_recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]
 SPEC = spec_from_file_location("ablate", ROOT / "scripts" / "ablate.py")

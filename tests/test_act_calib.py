@@ -13,7 +13,14 @@ from test_distill import BLOCKS, block_bytes, events, promised, run_in_pieces
 from transformers import AutoModelForCausalLM
 
 import lbllm_cli.hf  # noqa: F401 - registers the packed format
-from lbllm_cli.activations import (
+from lbllm_cli.act_calib.fit import activation_format, fitted, sample_inputs
+from lbllm_cli.format.activations import split_groups
+from lbllm_cli.models.model import LINEARS, UNITS, block_prefix, open_model
+from lbllm_cli.pipeline.block_loop import stored_block
+from lbllm_cli.pipeline.checkpoint import Checkpoint
+from lbllm_cli.recipe.schema import Model
+from lbllm_cli.runtime.attachments import attach
+from lbllm_cli.runtime.quantizer import (
     CLIP_UNIT,
     INPUTS,
     KEYS,
@@ -23,14 +30,7 @@ from lbllm_cli.activations import (
     ActQuantizer,
     read_quantizers,
 )
-from lbllm_cli.attachments import attach
-from lbllm_cli.block_training import Trainer
-from lbllm_cli.checkpoint import Checkpoint
-from lbllm_cli.model import LINEARS, UNITS, block_prefix, open_model
-from lbllm_cli.ops.actquant import split_groups
-from lbllm_cli.recipe import Model
-from lbllm_cli.stages.act_calib import activation_format, fitted, sample_inputs
-from lbllm_cli.stream import stored_block
+from lbllm_cli.training.block import Trainer
 
 CPU = torch.device("cpu")
 MORE = "data.training.sequences=64"
@@ -41,7 +41,7 @@ def parent(tmp_path_factory):
     """Toy model and an output folder that holds its finished ptq and distill stages."""
     from typer.testing import CliRunner
 
-    from lbllm_cli.cli import app
+    from lbllm_cli.cli.app import app
 
     base = tmp_path_factory.mktemp("parent")
     toy = save_toy(base / "model")

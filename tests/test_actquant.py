@@ -6,10 +6,8 @@ import math
 import pytest
 import torch
 
-from lbllm_cli.kernels.quantizer import quantized
-from lbllm_cli.ops.act_ste import fake_quantize, soft_quantize
-from lbllm_cli.ops.actfit import Shape, fit_knee, grid, tables_of
-from lbllm_cli.ops.actquant import (
+from lbllm_cli.act_calib.search import Shape, fit_knee, grid, tables_of
+from lbllm_cli.format.activations import (
     LATTICE_MAX,
     Tables,
     dequantize,
@@ -21,6 +19,8 @@ from lbllm_cli.ops.actquant import (
     split_groups,
     uniform_levels,
 )
+from lbllm_cli.runtime.cpu.quantizer import quantized
+from lbllm_cli.training.act_ste import fake_quantize, soft_quantize
 
 ONE = Shape(4, 5, 3, 3, 3, 3)
 TWO = Shape(7, 6, 1, 1, 14, 17)
@@ -166,7 +166,7 @@ def test_packed_codes_come_back_and_are_dense(bits):
     codes = torch.randint(2**bits, (3, 5, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
     packed = pack_bits(codes, bits)
     assert packed.shape == (3, 5, 24 * bits // 8)
-    from lbllm_cli.ops.actquant import unpack_bits
+    from lbllm_cli.format.activations import unpack_bits
 
     assert torch.equal(unpack_bits(packed, bits), codes)
     stream = [(int(byte) >> k) & 1 for byte in packed[0, 0] for k in range(8)]

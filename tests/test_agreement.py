@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lbllm_cli.ops.agreement import Agreement, log_probabilities, octaves, perplexity
+from lbllm_cli.training.agreement import Agreement, log_probabilities, octaves, perplexity
 
 
 def logits(seed: int, *shape: int) -> torch.Tensor:

@@ -165,7 +165,7 @@ def test_disk_too_small(lbllm, tmp_path, recipe, monkeypatch):
 
 
 def test_full_disk_in_the_middle_is_resumable(lbllm, ok, tmp_path, recipe, monkeypatch):
-    from lbllm_cli import checkpoint
+    from lbllm_cli.pipeline import checkpoint
 
     real, calls = checkpoint.save_file, []
 
@@ -204,7 +204,7 @@ def test_missing_stage_names_the_command(lbllm, tmp_path, recipe):
 
 def test_second_process_on_one_folder_is_refused(lbllm, tmp_path, recipe):
     code = (
-        "import sys, pathlib, lbllm_cli.checkpoint as c\n"
+        "import sys, pathlib, lbllm_cli.pipeline.checkpoint as c\n"
         "with c.locked(pathlib.Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(

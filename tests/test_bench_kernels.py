@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lbllm_cli.kernels.library import library
+from lbllm_cli.runtime.cpu.library import library
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_kernels.py"
 KERNEL = {"tier", "group_size", "granularity", "us", "gb_s", "bandwidth_share", "times_bfloat16", "times_float32"}

@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from lbllm_cli.ops.binarize import (
+from lbllm_cli.format.weights import (
     codes_from_ranks,
     decode,
     dequantize,
@@ -17,7 +17,7 @@ from lbllm_cli.ops.binarize import (
     project_levels,
     unpack_codes,
 )
-from lbllm_cli.stages.ptq import expected_bits
+from lbllm_cli.ptq.fit import expected_bits
 
 SHAPES = [(3, 576, 128), (2, 100, 48), (5, 16, 16), (1, 1, 16), (4, 33, 16), (2, 128, 128)]
 # Every finite float16 from zero up, in order.

@@ -14,10 +14,10 @@ import pytest
 import yaml
 from jinja2 import Template
 
-from lbllm_cli.text_sources import PARTS, STYLES, builtin_records
+from lbllm_cli.data.sources import PARTS, STYLES, builtin_records
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "build_tasks.py"
-TASKS = files("lbllm_cli") / "tasks"
+TASKS = files("lbllm_cli.data") / "tasks"
 NAMES = ("continuation", "last_word")
 RUN = 12  # words in a row that no two texts have by accident
 

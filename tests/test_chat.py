@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from lbllm_cli import chat
-from lbllm_cli.errors import UsageError
+from lbllm_cli.core.errors import UsageError
+from lbllm_cli.models import chat
 
 TOY = Path(__file__).parent / "assets" / "toy"
 PLAIN = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"

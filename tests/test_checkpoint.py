@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lbllm_cli import checkpoint, files, interrupt, own_folders
-from lbllm_cli.checkpoint import MANIFEST, PROGRESS, Checkpoint, StageWriter, block_file, locked
-from lbllm_cli.errors import Interrupted, UsageError
+from lbllm_cli.core import files, interrupt, own_folders
+from lbllm_cli.core.errors import Interrupted, UsageError
+from lbllm_cli.pipeline import checkpoint
+from lbllm_cli.pipeline.checkpoint import MANIFEST, PROGRESS, Checkpoint, StageWriter, block_file, locked
 
 INPUTS = {"stage": "ptq", "runtime.seed": 0, "ptq.group_size": 128}
 OTHER = {"stage": "ptq", "runtime.seed": 1, "ptq.rounds": 2, "ptq.group_size": 128}

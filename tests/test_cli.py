@@ -19,7 +19,8 @@ COMMANDS = ("ptq", "distill", "act-calib", "eval", "report", "export", "generate
 
 
 def test_help_lists_every_command_and_imports_no_torch():
-    code = "import sys\nfrom lbllm_cli.cli import app\ntry:\n    app(['--help'])\nfinally:\n    assert 'torch' not in sys.modules"
+    code = "import sys\nfrom lbllm_cli.cli.app import app\ntry:\n    app(['--help'])\n"
+    code += "finally:\n    assert 'torch' not in sys.modules"
     began = time.monotonic()
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert time.monotonic() - began < 5  # measured 0.4 s; a torch import alone takes longer than a slow machine's whole answer
@@ -123,7 +124,7 @@ def test_forecast_of_ram_covers_what_a_run_uses(ok, tmp_path):
     folder = save_toy(tmp_path / "model", hidden_size=512, intermediate_size=1024, head_dim=64, num_attention_heads=8)
     recipe = write_recipe(tmp_path / "r.yaml", folder, tmp_path / "run")
     forecast = json.loads(ok("validate", "--recipe", recipe, "--json").stdout)["forecast_bytes"]["ptq"]["ram"]
-    code = "import sys\nfrom lbllm_cli.cli import app\napp(sys.argv[1:])"
+    code = "import sys\nfrom lbllm_cli.cli.app import app\napp(sys.argv[1:])"
     command = [sys.executable, "-c", code, "ptq", "--recipe", str(recipe), "ptq.rounds=0"]
     subprocess.run(command, check=True, capture_output=True)
     events = (tmp_path / "run" / "ptq" / "events.jsonl").read_text().splitlines()
@@ -141,7 +142,7 @@ def test_generate_is_deterministic_at_temperature_zero(ok, recipe, tmp_path):
 
 
 def test_generate_stops_when_its_reader_does(ok, recipe, tmp_path):
-    from lbllm_cli.generate import stream_text
+    from lbllm_cli.models.sampling import stream_text
 
     ok("ptq", "--recipe", recipe)
     ok("export", "--recipe", recipe)
@@ -188,10 +189,10 @@ def test_generated_calibration_text_is_cached_and_reproducible(ok, tmp_path, rec
     ids=range(7),
 )  # fmt: skip
 def test_sampled_text_that_is_damaged_is_refused(lbllm, ok, tmp_path, recipe, content):
-    from lbllm_cli.generate import cached_sample
-    from lbllm_cli.prepare import prepare
-    from lbllm_cli.recipe_base import Source
-    from lbllm_cli.recipe_file import load_recipe
+    from lbllm_cli.models.sampling import cached_sample
+    from lbllm_cli.pipeline.plan import prepare
+    from lbllm_cli.recipe.base import Source
+    from lbllm_cli.recipe.load import load_recipe
 
     command = ("ptq", "--recipe", recipe, "data.calibration.source=generate:")
     plan = prepare(load_recipe(recipe))
@@ -205,8 +206,8 @@ def test_sampled_text_that_is_damaged_is_refused(lbllm, ok, tmp_path, recipe, co
 
 
 def test_messages_are_bounded_and_can_be_written(lbllm, tmp_path, recipe, monkeypatch):
-    from lbllm_cli import commands
-    from lbllm_cli.errors import UsageError
+    from lbllm_cli.core.errors import UsageError
+    from lbllm_cli.pipeline import commands
 
     def refuse(*_: object, **options: object) -> None:
         raise UsageError("half a pair: \ud800 " + "x" * 100_000)
@@ -223,7 +224,7 @@ def test_messages_are_bounded_and_can_be_written(lbllm, tmp_path, recipe, monkey
     [(errno.ENOENT, 1), (errno.EPERM, 1), *((n, 2) for n in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP))],
 )
 def test_errors_of_the_system_are_one_message(lbllm, recipe, monkeypatch, number, code):
-    from lbllm_cli import commands
+    from lbllm_cli.pipeline import commands
 
     def refuse(*_: object, **options: object) -> None:
         raise OSError(number, os.strerror(number), "run/ptq")

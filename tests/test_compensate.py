@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from lbllm_cli.ops.binarize import level_values, project_levels
-from lbllm_cli.ops.compensate import RankFit, compensate
-from lbllm_cli.ops.em import fit_levels
-from lbllm_cli.ops.hessian import inverse_factor
-from lbllm_cli.ops.refine import output_error, values_of
+from lbllm_cli.format.weights import level_values, project_levels
+from lbllm_cli.ptq.compensate import RankFit, compensate
+from lbllm_cli.ptq.em import fit_levels
+from lbllm_cli.ptq.moments import inverse_factor
+from lbllm_cli.ptq.refine import output_error, values_of
 
 
 def _case(out, inn, seed, damping=0.01):

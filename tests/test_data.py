@@ -17,11 +17,13 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from lbllm_cli import data, encode, records, text_sources
-from lbllm_cli.errors import UsageError
-from lbllm_cli.recipe import EvaluationSet, TokenSet
-from lbllm_cli.recipe_base import Source
-from lbllm_cli.text_sources import PRESETS, STYLES, builtin_records
+from lbllm_cli.core.errors import UsageError
+from lbllm_cli.data import encode, records
+from lbllm_cli.data import sources as text_sources
+from lbllm_cli.data import tokens as data
+from lbllm_cli.data.sources import PRESETS, STYLES, builtin_records
+from lbllm_cli.recipe.base import Source
+from lbllm_cli.recipe.schema import EvaluationSet, TokenSet
 
 SENTENCE = "the river bank note seven under table glass moves slowly between old stones and we measured its height again"
 VOCAB = 100_000

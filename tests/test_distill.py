@@ -12,14 +12,15 @@ from safetensors.torch import load_file
 from test_bad_input import refused
 from test_resume import hashes
 
-from lbllm_cli import interrupt, training
-from lbllm_cli.block_training import Trainer
-from lbllm_cli.checkpoint import Checkpoint
-from lbllm_cli.errors import Interrupted
-from lbllm_cli.model import LINEARS, block_prefix
-from lbllm_cli.ops.binarize import decode
-from lbllm_cli.training import rate_factor
-from lbllm_cli.training_state import TrainingState
+from lbllm_cli.core import interrupt
+from lbllm_cli.core.errors import Interrupted
+from lbllm_cli.format.weights import decode
+from lbllm_cli.models.model import LINEARS, block_prefix
+from lbllm_cli.pipeline.checkpoint import Checkpoint
+from lbllm_cli.training import loop as training
+from lbllm_cli.training.block import Trainer
+from lbllm_cli.training.loop import rate_factor
+from lbllm_cli.training.state import TrainingState
 
 # Enough text for training to pay; the recipe's own 9 sequences are for what is about something else.
 MORE = "data.training.sequences=160"
@@ -31,7 +32,7 @@ def parent(tmp_path_factory):
     """Toy model and an output folder that holds its finished ptq stage."""
     from typer.testing import CliRunner
 
-    from lbllm_cli.cli import app
+    from lbllm_cli.cli.app import app
 
     base = tmp_path_factory.mktemp("parent")
     toy = save_toy(base / "model")
@@ -109,8 +110,8 @@ def test_what_is_reported_is_what_is_stored(ok, run, tmp_path, monkeypatch):
 
 def test_the_start_keeps_the_advantage_of_compensated_codes(parent):
     """Latents equal to the source weights would throw it away: their first step begins above the ptq error."""
-    from lbllm_cli.ops.binarize import grouped, level_values, ranks_from_codes, unpack_codes
-    from lbllm_cli.ops.ste import nearest_ranks
+    from lbllm_cli.format.weights import grouped, level_values, ranks_from_codes, unpack_codes
+    from lbllm_cli.training.ste import nearest_ranks
 
     toy, output = parent
     weights = load_file(toy / "model.safetensors")
@@ -356,7 +357,7 @@ def test_a_disk_that_the_stage_itself_has_filled_is_large_enough(lbllm, ok, run,
 
 
 def test_full_disk_in_the_middle_of_a_block_is_resumable(lbllm, ok, run, tmp_path, monkeypatch):
-    from lbllm_cli import training_state
+    from lbllm_cli.training import state as training_state
 
     recipe = run()
     ok("distill", "--recipe", recipe)

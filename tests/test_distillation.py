@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, linear, log_softmax
 
-from lbllm_cli.ops import distillation
-from lbllm_cli.ops.distillation import distillation_loss
-from lbllm_cli.ops.ste import rounded
+from lbllm_cli.end_to_end import loss as distillation
+from lbllm_cli.end_to_end.loss import distillation_loss
+from lbllm_cli.training.ste import rounded
 
 POSITIONS, HIDDEN, VOCAB = 13, 8, 37
 

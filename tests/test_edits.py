@@ -11,13 +11,13 @@ from torch import nn
 from transformers import DynamicCache
 
 import lbllm_cli.hf
-from lbllm_cli.activations import ActQuantizer
-from lbllm_cli.attachments import attach
-from lbllm_cli.errors import RunError
-from lbllm_cli.kernels import block as kernel_block
-from lbllm_cli.kernels.unit import Unit
-from lbllm_cli.kv_cache import QuantizedKVCache
-from lbllm_cli.ops.actfit import Shape, tables_of
+from lbllm_cli.act_calib.search import Shape, tables_of
+from lbllm_cli.core.errors import RunError
+from lbllm_cli.runtime.attachments import attach
+from lbllm_cli.runtime.cpu import block as kernel_block
+from lbllm_cli.runtime.cpu.unit import Unit
+from lbllm_cli.runtime.kv_cache import QuantizedKVCache
+from lbllm_cli.runtime.quantizer import ActQuantizer
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

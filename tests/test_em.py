@@ -5,7 +5,7 @@ from itertools import combinations, pairwise
 import pytest
 import torch
 
-from lbllm_cli.ops.em import fit_levels, nearest_rank, quantile_levels
+from lbllm_cli.ptq.em import fit_levels, nearest_rank, quantile_levels
 
 
 def _generator(seed):

@@ -8,9 +8,9 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lbllm_cli import encode
-from lbllm_cli.errors import UsageError
-from lbllm_cli.text_sources import builtin_records
+from lbllm_cli.core.errors import UsageError
+from lbllm_cli.data import encode
+from lbllm_cli.data.sources import builtin_records
 
 TOY = Path(__file__).parent / "assets" / "toy"
 BOOK = next(builtin_records("evaluation", "novels"))["text"][:60_000]

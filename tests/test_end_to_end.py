@@ -18,23 +18,27 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
 import lbllm_cli.hf  # noqa: F401 - packed folders
-from lbllm_cli import forecast, interrupt, pipeline, stream, teacher_states
-from lbllm_cli.checkpoint import OUTER, Checkpoint, locked
-from lbllm_cli.data import training_tokens
-from lbllm_cli.errors import Interrupted
-from lbllm_cli.forecast_training import KEPT_DEPLOYED, KEPT_SOFT
-from lbllm_cli.linears import BlockLinears
-from lbllm_cli.model import FINAL_NORM, open_model
-from lbllm_cli.ops.actfit import Shape
-from lbllm_cli.ops.distillation import distillation_loss
-from lbllm_cli.prepare import prepare
-from lbllm_cli.recipe import Model
-from lbllm_cli.recipe_file import load_recipe
-from lbllm_cli.recipe_training import ActEndToEnd, DistillEndToEnd
-from lbllm_cli.stages import end_to_end
-from lbllm_cli.stages.end_to_end import EndToEndTrainer
-from lbllm_cli.training_state import TrainingState
-from lbllm_cli.whole_model import WholeStudent
+from lbllm_cli.act_calib.search import Shape
+from lbllm_cli.core import interrupt
+from lbllm_cli.core.errors import Interrupted
+from lbllm_cli.data.tokens import training_tokens
+from lbllm_cli.end_to_end import teacher as teacher_states
+from lbllm_cli.end_to_end import trainer as end_to_end
+from lbllm_cli.end_to_end.loss import distillation_loss
+from lbllm_cli.end_to_end.student import WholeStudent
+from lbllm_cli.end_to_end.trainer import EndToEndTrainer
+from lbllm_cli.models.model import FINAL_NORM, open_model
+from lbllm_cli.pipeline import block_loop as stream
+from lbllm_cli.pipeline import forecast
+from lbllm_cli.pipeline import runner as pipeline
+from lbllm_cli.pipeline.checkpoint import OUTER, Checkpoint, locked
+from lbllm_cli.pipeline.plan import prepare
+from lbllm_cli.recipe.load import load_recipe
+from lbllm_cli.recipe.schema import Model
+from lbllm_cli.recipe.training import ActEndToEnd, DistillEndToEnd
+from lbllm_cli.training.block_linears import BlockLinears
+from lbllm_cli.training.forecast import KEPT_DEPLOYED, KEPT_SOFT
+from lbllm_cli.training.state import TrainingState
 
 PHASE = {"sequences": 24, "epochs": 1, "batch_size": 2}
 CPU = torch.device("cpu")
@@ -44,7 +48,7 @@ def through(base: Path, name: str) -> tuple[Path, Path]:
     """A toy of a family and an output folder that holds its finished ptq, distill and act-calib stages."""
     from typer.testing import CliRunner
 
-    from lbllm_cli.cli import app
+    from lbllm_cli.cli.app import app
 
     toy = save_toy(base / "model", name)
     recipe = write_recipe(base / "r.yaml", toy, base / "run", distill={"epochs": 1}, act_calib={"epochs": 1})

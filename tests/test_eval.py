@@ -8,12 +8,13 @@ from conftest import save_toy, write_recipe
 from transformers import AutoModelForCausalLM
 
 import lbllm_cli.hf  # noqa: F401 - packed folders
-from lbllm_cli import files, plots
-from lbllm_cli.checkpoint import Checkpoint
-from lbllm_cli.errors import UsageError
-from lbllm_cli.kernels.library import VARIABLE, library
-from lbllm_cli.recipe_file import load_recipe
-from lbllm_cli.stages import evaluate as evaluation
+from lbllm_cli.core import files
+from lbllm_cli.core.errors import UsageError
+from lbllm_cli.evaluation import perplexity as evaluation
+from lbllm_cli.pipeline.checkpoint import Checkpoint
+from lbllm_cli.recipe.load import load_recipe
+from lbllm_cli.report import figures as plots
+from lbllm_cli.runtime.cpu.library import VARIABLE, library
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_an_export_is_known_by_its_weights(ok, lbllm, finished, tmp_path):
 
 
 def test_exports_of_equal_codes_are_measured_anew(ok, finished, tmp_path):
-    from lbllm_cli.stages import export as exporting
+    from lbllm_cli.export import writer as exporting
 
     folder = tmp_path / "run" / "export"
     before = exporting.content(folder)
@@ -64,7 +65,7 @@ def test_exports_of_equal_codes_are_measured_anew(ok, finished, tmp_path):
 
 @torch.no_grad()
 def test_streamed_equals_whole_models_in_memory(ok, finished, tmp_path):
-    from lbllm_cli.prepare import prepare
+    from lbllm_cli.pipeline.plan import prepare
 
     results = json.loads(ok("eval", "--recipe", finished, "eval.checkpoints=[base, ptq, export]", "--json").stdout)
     tokens = prepare(load_recipe(finished, []), evaluate=True).evaluation()["novels"]
@@ -81,7 +82,7 @@ def test_streamed_equals_whole_models_in_memory(ok, finished, tmp_path):
 
 @torch.no_grad()
 def test_errors_along_the_depth_are_those_of_the_hidden_states(ok, finished, tmp_path):
-    from lbllm_cli.prepare import prepare
+    from lbllm_cli.pipeline.plan import prepare
 
     ok("eval", "--recipe", finished)
     details = json.loads((tmp_path / "run/eval/details.json").read_text())

@@ -11,8 +11,8 @@ import yaml
 from conftest import save_toy, write_recipe
 from typer.testing import CliRunner
 
-from lbllm_cli import plots
-from lbllm_cli.cli import app
+from lbllm_cli.cli.app import app
+from lbllm_cli.report import figures as plots
 
 STAGES = ("ptq", "distill", "distill-e2e", "act-calib", "act-calib-e2e")
 LAST = {"sequences": 6, "held_out": 0.2, "epochs": 0}

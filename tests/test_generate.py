@@ -15,10 +15,10 @@ from conftest import save_toy
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from lbllm_cli.cli import app
-from lbllm_cli.errors import RunError, UsageError
-from lbllm_cli.model import choose_device
-from lbllm_cli.model_config import positions
+from lbllm_cli.cli.app import app
+from lbllm_cli.core.errors import RunError, UsageError
+from lbllm_cli.models.config import positions
+from lbllm_cli.models.model import choose_device
 
 NORM = "model.norm.weight"
 CONFIG, SETTINGS = "config.json", "generation_config.json"
@@ -291,7 +291,7 @@ def test_code_that_comes_with_a_model_runs_only_where_it_is_trusted(folder, lbll
 
 
 def test_predictions_that_are_not_finite_end_the_text(folder):
-    from lbllm_cli.generate import stream_text
+    from lbllm_cli.models.sampling import stream_text
 
     # Finite weights whose products are not.
     edit(folder, **{NORM: lambda t: torch.full_like(t, 3e38)})
@@ -300,7 +300,7 @@ def test_predictions_that_are_not_finite_end_the_text(folder):
 
 
 def test_a_hub_id_without_a_network_is_refused_in_time(tmp_path):
-    code = "from lbllm_cli.cli import app; app()"
+    code = "from lbllm_cli.cli.app import app; app()"
     settings = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     settings |= {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
     command = [sys.executable, "-c", code, "generate", "--model", "org/name", "--prompt", "x"]

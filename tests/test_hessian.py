@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lbllm_cli.ops.hessian import CHOLESKY_RETRIES, InputMoments, damped, inverse_factor
+from lbllm_cli.ptq.moments import CHOLESKY_RETRIES, InputMoments, damped, inverse_factor
 
 CPU = torch.device("cpu")
 

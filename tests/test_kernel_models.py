@@ -15,16 +15,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import lbllm_cli.hf
-from lbllm_cli.cli import app
-from lbllm_cli.kernels.block import BlockStep
-from lbllm_cli.kernels.head import HeadLinear
-from lbllm_cli.kernels.library import VARIABLE, library
-from lbllm_cli.kernels.location import library_path
-from lbllm_cli.kv_cache import QuantizedKVCache, RecordLayer
-from lbllm_cli.layers import PackedLinear
-from lbllm_cli.ops.actfit import Shape
-from lbllm_cli.stages import act_calib
-from lbllm_cli.text_sources import builtin_records
+from lbllm_cli.act_calib import fit as act_calib
+from lbllm_cli.act_calib.search import Shape
+from lbllm_cli.cli.app import app
+from lbllm_cli.data.sources import builtin_records
+from lbllm_cli.runtime.cpu.block import BlockStep
+from lbllm_cli.runtime.cpu.head import HeadLinear
+from lbllm_cli.runtime.cpu.library import VARIABLE, library
+from lbllm_cli.runtime.cpu.location import library_path
+from lbllm_cli.runtime.kv_cache import QuantizedKVCache, RecordLayer
+from lbllm_cli.runtime.linear import PackedLinear
 
 if library_path() is None:
     pytest.skip("this installation has no compiled kernels", allow_module_level=True)

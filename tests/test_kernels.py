@@ -10,20 +10,20 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from lbllm_cli.activations import ActQuantizer, stored_clip
-from lbllm_cli.errors import UsageError
-from lbllm_cli.kernels import library as kernels
-from lbllm_cli.kernels.head import ROWS_MAX, HeadLinear
-from lbllm_cli.kernels.library import DTYPES, TIERS, VARIABLE, library, pointer, quantizer_struct, tier
-from lbllm_cli.kernels.location import library_path
-from lbllm_cli.kernels.quantizer import native_gradients
-from lbllm_cli.kernels.quantizer import quantized as quantized_groups
-from lbllm_cli.kernels.unit import Unit, usable
-from lbllm_cli.layers import PackedLinear
-from lbllm_cli.ops.act_ste import gradients
-from lbllm_cli.ops.actfit import Shape, tables_of
-from lbllm_cli.ops.actquant import Tables, dequantize, places, quantize, split_groups, uniform_levels
-from lbllm_cli.ops.binarize import decode, group_count, pack_codes
+from lbllm_cli.act_calib.search import Shape, tables_of
+from lbllm_cli.core.errors import UsageError
+from lbllm_cli.format.activations import Tables, dequantize, places, quantize, split_groups, uniform_levels
+from lbllm_cli.format.weights import decode, group_count, pack_codes
+from lbllm_cli.runtime.cpu import library as kernels
+from lbllm_cli.runtime.cpu.head import ROWS_MAX, HeadLinear
+from lbllm_cli.runtime.cpu.library import DTYPES, TIERS, VARIABLE, library, pointer, quantizer_struct, tier
+from lbllm_cli.runtime.cpu.location import library_path
+from lbllm_cli.runtime.cpu.quantizer import native_gradients
+from lbllm_cli.runtime.cpu.quantizer import quantized as quantized_groups
+from lbllm_cli.runtime.cpu.unit import Unit, usable
+from lbllm_cli.runtime.linear import PackedLinear
+from lbllm_cli.runtime.quantizer import ActQuantizer, stored_clip
+from lbllm_cli.training.act_ste import gradients
 
 if library_path() is None:
     pytest.skip("this installation has no compiled kernels", allow_module_level=True)

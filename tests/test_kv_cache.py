@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from typer.testing import CliRunner
 
 import lbllm_cli.hf
-from lbllm_cli.activations import KEYS, ActivationFormat
-from lbllm_cli.cli import app
-from lbllm_cli.kv_cache import QuantizedKVCache, read_record, record_bytes, write_record
-from lbllm_cli.ops.actfit import fit_knee, tables_of
-from lbllm_cli.ops.actquant import uniform_levels
-from lbllm_cli.text_sources import builtin_records
+from lbllm_cli.act_calib.search import fit_knee, tables_of
+from lbllm_cli.cli.app import app
+from lbllm_cli.data.sources import builtin_records
+from lbllm_cli.format.activations import uniform_levels
+from lbllm_cli.runtime.kv_cache import QuantizedKVCache, read_record, record_bytes, write_record
+from lbllm_cli.runtime.quantizer import KEYS, ActivationFormat
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from lbllm_cli.layers import PackedLinear
-from lbllm_cli.ops.binarize import decode
+from lbllm_cli.format.weights import decode
+from lbllm_cli.runtime.linear import PackedLinear
 
 SHAPES = [(576, 5, 128), (100, 7, 48), (16, 3, 16)]
 

@@ -12,9 +12,9 @@ import torch
 from conftest import save_toy, write_recipe
 from safetensors.torch import load_file, save_file
 
-from lbllm_cli import lm_tasks
-from lbllm_cli.errors import UsageError
-from lbllm_cli.stages import export as exporting
+from lbllm_cli.core.errors import UsageError
+from lbllm_cli.evaluation import tasks as lm_tasks
+from lbllm_cli.export import writer as exporting
 
 # Its command line twice in one process, since importing lm-eval takes longer than the task: for the model as it is, then for
 # its packed export with the plugin.
@@ -177,8 +177,9 @@ def test_refused_before_a_weight_is_read(lbllm, recipe, tmp_path, monkeypatch):
 
 
 def test_forecast_counts_the_whole_model_that_tasks_need(recipe):
-    from lbllm_cli import forecast, prepare
-    from lbllm_cli.recipe_file import load_recipe
+    from lbllm_cli.pipeline import forecast
+    from lbllm_cli.pipeline import plan as prepare
+    from lbllm_cli.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, [])
     model = prepare.prepare(loaded).model

@@ -9,9 +9,9 @@ from conftest import save_toy, write_recipe
 RUN = (
     "import sys, torch\n"
     "torch.set_num_threads(1)\n"
-    "from lbllm_cli.cli import app\n"
+    "from lbllm_cli.cli.app import app\n"
     "app(sys.argv[1:], standalone_mode=False)\n"
-    "from lbllm_cli.report import peak_ram\n"
+    "from lbllm_cli.pipeline.reporter import peak_ram\n"
     "print('peak', peak_ram())\n"
 )
 SIZES = {"hidden_size": 384, "intermediate_size": 768, "head_dim": 48, "num_attention_heads": 8}

@@ -6,7 +6,7 @@ import statistics
 import pytest
 import torch
 
-from lbllm_cli.ops.metrics import BlockError, massive_tokens, robust_error
+from lbllm_cli.pipeline.metrics import BlockError, massive_tokens, robust_error
 
 
 def _hidden(seed, shape=(3, 7, 16)):

@@ -10,10 +10,10 @@ from conftest import save_toy, write_recipe
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lbllm_cli.errors import RunError, UsageError
-from lbllm_cli.model import EMBEDDING, FINAL_NORM, HEAD, SourceModel, open_model
-from lbllm_cli.recipe import Model
-from lbllm_cli.recipe_file import load_recipe
+from lbllm_cli.core.errors import RunError, UsageError
+from lbllm_cli.models.model import EMBEDDING, FINAL_NORM, HEAD, SourceModel, open_model
+from lbllm_cli.recipe.load import load_recipe
+from lbllm_cli.recipe.schema import Model
 
 CPU = torch.device("cpu")
 
@@ -37,7 +37,7 @@ def opened(folder: Path) -> SourceModel:
 
 @torch.no_grad()
 def test_a_head_beside_tied_embeddings_is_used_as_transformers_uses_it(ok, toy, recipe, tmp_path):
-    from lbllm_cli.prepare import prepare
+    from lbllm_cli.pipeline.plan import prepare
 
     head = torch.randn(1024, 80, generator=torch.Generator().manual_seed(3)) * 0.1
     edit(toy, **{HEAD: head})

@@ -10,11 +10,11 @@ from zipfile import ZipFile
 
 import pytest
 
-from lbllm_cli.kernels.location import library_path
+from lbllm_cli.runtime.cpu.location import library_path
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "src"
-LIBRARY = "lbllm_cli/kernels/liblbllm_kernels"
+LIBRARY = "lbllm_cli/runtime/cpu/liblbllm_kernels"
 
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")), reason="no C++ compiler"

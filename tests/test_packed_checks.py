@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import lbllm_cli.hf  # noqa: F401 - registers the packed format
-from lbllm_cli.cli import app
+from lbllm_cli.cli.app import app
 
 DOWN = "model.layers.1.mlp.down_proj"
 INPUT = "model.layers.0.self_attn.q_proj.input"

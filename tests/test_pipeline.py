@@ -14,12 +14,12 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lbllm_cli.hf  # noqa: F401 - registers the packed format
-from lbllm_cli.checkpoint import Checkpoint
-from lbllm_cli.model import LINEARS, open_model
-from lbllm_cli.ops.binarize import decode
-from lbllm_cli.recipe import Model
-from lbllm_cli.stream import binarized_weights
-from lbllm_cli.text_sources import builtin_records
+from lbllm_cli.data.sources import builtin_records
+from lbllm_cli.format.weights import decode
+from lbllm_cli.models.model import LINEARS, open_model
+from lbllm_cli.pipeline.block_loop import binarized_weights
+from lbllm_cli.pipeline.checkpoint import Checkpoint
+from lbllm_cli.recipe.schema import Model
 
 CPU = torch.device("cpu")
 # Kernels add in another order than torch; here logits are compared bit for bit.

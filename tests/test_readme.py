@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import save_toy, write_recipe
 
-from lbllm_cli.recipe_file import load_recipe
+from lbllm_cli.recipe.load import load_recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -12,9 +12,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 import lbllm_cli
-from lbllm_cli.errors import UsageError
-from lbllm_cli.recipe import EvaluationSet, Recipe, Source
-from lbllm_cli.recipe_file import dump_recipe, load_recipe
+from lbllm_cli.core.errors import UsageError
+from lbllm_cli.recipe.load import dump_recipe, load_recipe
+from lbllm_cli.recipe.schema import EvaluationSet, Recipe, Source
 
 ROOT = Path(__file__).parents[1]
 BASE = "model: {path: some/model}\noutput: {dir: runs/a}\n"

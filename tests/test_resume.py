@@ -13,9 +13,9 @@ from conftest import write_recipe
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lbllm_cli import stream
-from lbllm_cli.checkpoint import StageWriter
-from lbllm_cli.training_state import TrainingState
+from lbllm_cli.pipeline import block_loop as stream
+from lbllm_cli.pipeline.checkpoint import StageWriter
+from lbllm_cli.training.state import TrainingState
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -54,7 +54,7 @@ def run_in_child(arguments: list[str], where: str = "", block: int = 0) -> int:
     child = os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        from lbllm_cli.cli import app
+        from lbllm_cli.cli.app import app
 
         if where:
             die_in(where, block)
@@ -133,7 +133,7 @@ def test_signals_end_with_130_and_resume(setting, tmp_path, signum):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         commit = StageWriter.commit
         StageWriter.commit = lambda self, index: (commit(self, index), os.kill(os.getpid(), signum) if index == 1 else None)
-        from lbllm_cli.cli import app
+        from lbllm_cli.cli.app import app
 
         try:
             app(command, standalone_mode=True)
@@ -180,7 +180,7 @@ def stopped(tmp_path_factory):
     child = os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        from lbllm_cli.block_training import Trainer
+        from lbllm_cli.training.block import Trainer
 
         pause, calls = Trainer._pause, []
 
@@ -191,7 +191,7 @@ def stopped(tmp_path_factory):
             pause(self)
 
         Trainer._pause = stop
-        from lbllm_cli.cli import app
+        from lbllm_cli.cli.app import app
 
         try:
             app(command, standalone_mode=True)

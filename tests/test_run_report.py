@@ -11,16 +11,16 @@ import torch
 from conftest import save_toy, write_recipe
 from typer.testing import CliRunner
 
-from lbllm_cli import plots
-from lbllm_cli.activations import INPUTS, format_of, read_quantizers
-from lbllm_cli.checkpoint import Checkpoint
-from lbllm_cli.cli import app
-from lbllm_cli.distributions import Linear, input_histograms, weight_histogram, worst_linears
-from lbllm_cli.log_records import read_records
-from lbllm_cli.page import Page, Section, Table, to_html, to_markdown
-from lbllm_cli.prepare import prepare
-from lbllm_cli.recipe_file import load_recipe
-from lbllm_cli.stream import stored_block
+from lbllm_cli.cli.app import app
+from lbllm_cli.pipeline.block_loop import stored_block
+from lbllm_cli.pipeline.checkpoint import Checkpoint
+from lbllm_cli.pipeline.plan import prepare
+from lbllm_cli.recipe.load import load_recipe
+from lbllm_cli.report import figures as plots
+from lbllm_cli.report.distributions import Linear, input_histograms, weight_histogram, worst_linears
+from lbllm_cli.report.page import Page, Section, Table, to_html, to_markdown
+from lbllm_cli.runtime.quantizer import INPUTS, format_of, read_quantizers
+from lbllm_cli.training.log_records import read_records
 
 VOID = {"meta", "img", "source", "br", "link", "hr"}
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lbllm_cli import source
-from lbllm_cli.errors import RunError, UsageError
+from lbllm_cli.core.errors import RunError, UsageError
+from lbllm_cli.models import folder as source
 
 CPU = torch.device("cpu")
 

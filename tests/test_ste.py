@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lbllm_cli.ops.binarize import codes_from_ranks, dequantize, level_values, project_levels, ranks_from_codes
-from lbllm_cli.ops.ste import (
+from lbllm_cli.format.weights import codes_from_ranks, dequantize, level_values, project_levels, ranks_from_codes
+from lbllm_cli.training.ste import (
     BitmapLevel,
     NearestLevel,
     StoredLevels,

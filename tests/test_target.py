@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lbllm_cli.ops.hessian import InputMoments, inverse_factor
-from lbllm_cli.ops.target import step_length, target_step
+from lbllm_cli.ptq.moments import InputMoments, inverse_factor
+from lbllm_cli.ptq.target import step_length, target_step
 
 OUT, IN, TOKENS = 5, 9, 40
 

@@ -5,8 +5,8 @@ from importlib.resources import files
 
 import pytest
 
-from lbllm_cli.recipe_base import Source
-from lbllm_cli.text_sources import PARTS, STYLES, builtin_records, documents
+from lbllm_cli.data.sources import PARTS, STYLES, builtin_records, documents
+from lbllm_cli.recipe.base import Source
 
 CHARACTERS_PER_TOKEN = 4.5
 
@@ -64,7 +64,7 @@ def test_sources_by_name_give_the_text(records):
 
 
 def test_the_notice_ships_and_names_every_project(records):
-    notice = (files("lbllm_cli") / "text" / "NOTICE.md").read_text(encoding="utf-8")
+    notice = (files("lbllm_cli.data") / "text" / "NOTICE.md").read_text(encoding="utf-8")
     for (part, style), found in records.items():
         for project in {record["document"].split("/")[0] for record in found}:
             assert f"| {part} | {style} | {project} |" in notice

@@ -6,7 +6,7 @@ import pytest
 from conftest import TOY, write_recipe
 from typer.testing import CliRunner
 
-from lbllm_cli.cli import app
+from lbllm_cli.cli.app import app
 
 EVALUATION = [
     {"name": style, "source": f"builtin:evaluation/{style}", "length": 256, "segments": 12} for style in ("novels", "technical")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lbllm_cli.ops.binarize import (
+from lbllm_cli.format.weights import (
     codes_from_ranks,
     decode,
     grouped,
@@ -13,9 +13,9 @@ from lbllm_cli.ops.binarize import (
     ranks_from_codes,
     unpack_codes,
 )
-from lbllm_cli.ops.latent import bitmap_latents, nearest_latents
-from lbllm_cli.ops.ste import bitmap_codes, nearest_ranks
-from lbllm_cli.trainable import BITMAP, LEVELS, PARAMETRISATIONS, WEIGHTS, Bitmap, Nearest
+from lbllm_cli.training.latent import bitmap_latents, nearest_latents
+from lbllm_cli.training.ste import bitmap_codes, nearest_ranks
+from lbllm_cli.training.weights import BITMAP, LEVELS, PARAMETRISATIONS, WEIGHTS, Bitmap, Nearest
 
 SHAPES = [(5, 64, 16), (7, 72, 32), (3, 48, 16)]
 MARGINS = [0, 0.1, 0.5, 1]

@@ -16,16 +16,16 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lbllm_cli.activations import INPUTS, ActQuantizer, format_of, quantizer_widths
-from lbllm_cli.attachments import attach, share_inputs
-from lbllm_cli.kernels.block import BlockStep, steppable
-from lbllm_cli.kernels.head import HeadLinear
-from lbllm_cli.kernels.library import library
-from lbllm_cli.kernels.unit import Unit, usable
-from lbllm_cli.kv_cache import keep_quantized
-from lbllm_cli.layers import PackedLinear
-from lbllm_cli.model import UNITS
-from lbllm_cli.packed_checks import check_files, check_settings, check_values
+from lbllm_cli.models.model import UNITS
+from lbllm_cli.runtime.attachments import attach, share_inputs
+from lbllm_cli.runtime.checks import check_files, check_settings, check_values
+from lbllm_cli.runtime.cpu.block import BlockStep, steppable
+from lbllm_cli.runtime.cpu.head import HeadLinear
+from lbllm_cli.runtime.cpu.library import library
+from lbllm_cli.runtime.cpu.unit import Unit, usable
+from lbllm_cli.runtime.kv_cache import keep_quantized
+from lbllm_cli.runtime.linear import PackedLinear
+from lbllm_cli.runtime.quantizer import INPUTS, ActQuantizer, format_of, quantizer_widths
 
 METHOD = "lbllm"
 

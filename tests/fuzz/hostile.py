@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lbllm_cli.errors import LbllmError
+from lbllm_cli.core.errors import LbllmError
 
 # A refusal: ours, or torch's own of shapes that do not fit. What else is raised is a wrapper that has tripped.
 REFUSALS = (ValueError, RuntimeError, IndexError, LbllmError)
@@ -85,7 +85,7 @@ def load(folder: Path, library: Path | None) -> Any:
     from transformers import AutoModelForCausalLM
 
     import lbllm_cli.hf  # noqa: F401 - registers the packed format
-    from lbllm_cli.kernels import library as loading
+    from lbllm_cli.runtime.cpu import library as loading
 
     loading.library.cache_clear()
     loading.library_path = lambda: library  # type: ignore[assignment]
@@ -99,8 +99,8 @@ def main(library: Path, export: Path) -> None:
 
     torch.set_num_threads(1)
     reference, model = load(export, None), load(export, library)
-    from lbllm_cli.kernels.library import library as loaded
-    from lbllm_cli.kernels.library import tier
+    from lbllm_cli.runtime.cpu.library import library as loaded
+    from lbllm_cli.runtime.cpu.library import tier
 
     print(f"tier {tier(loaded())}")
     for name, function in hostile_models.MODEL.items():

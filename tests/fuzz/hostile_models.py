@@ -18,7 +18,7 @@ def case(function: Case) -> Case:
 
 def filled(model: Any, rows: int = 1) -> Any:
     """A cache that holds the prompt."""
-    from lbllm_cli.kv_cache import QuantizedKVCache
+    from lbllm_cli.runtime.kv_cache import QuantizedKVCache
 
     cache = QuantizedKVCache(model)
     model(PROMPT.expand(rows, -1), past_key_values=cache)

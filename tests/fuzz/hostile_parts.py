@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbllm_cli.kernels import quantizer as wrapper
-from lbllm_cli.kernels.head import HeadLinear
-from lbllm_cli.ops.act_ste import gradients
-from lbllm_cli.ops.actquant import Tables
+from lbllm_cli.format.activations import Tables
+from lbllm_cli.runtime.cpu import quantizer as wrapper
+from lbllm_cli.runtime.cpu.head import HeadLinear
+from lbllm_cli.training.act_ste import gradients
 
 Part = Callable[[bool], Any]
 INF = float("inf")

@@ -22,9 +22,10 @@ _START = 0
 # Address space beyond the server's: what asks for more fails by itself, before the machine runs out of memory.
 _ADDRESSES = 3 << 30
 _PRELOADED = (
-    "lbllm_cli.__main__", "lbllm_cli.commands", "lbllm_cli.eval_command", "lbllm_cli.run_report", "lbllm_cli.validate_command",
-    "lbllm_cli.generate", "lbllm_cli.recipe_file", "lbllm_cli.hf", "lbllm_cli.plots", "lbllm_cli.training_plots", "datasets",
-    "pyarrow.parquet", "jinja2", "transformers.models.llama.modeling_llama", "transformers.models.auto.tokenization_auto",
+    "lbllm_cli.__main__", "lbllm_cli.pipeline.commands", "lbllm_cli.cli.evaluate", "lbllm_cli.report.build",
+    "lbllm_cli.cli.validate", "lbllm_cli.models.sampling", "lbllm_cli.recipe.load", "lbllm_cli.hf", "lbllm_cli.report.figures",
+    "lbllm_cli.training.plots", "datasets", "pyarrow.parquet",
+    "jinja2", "transformers.models.llama.modeling_llama", "transformers.models.auto.tokenization_auto",
 )  # fmt: skip
 
 
@@ -227,7 +228,7 @@ def _serve() -> None:
 
     torch.set_num_threads(1)
     os.environ.pop("LBLLM_KERNELS", None)
-    from lbllm_cli import cli
+    from lbllm_cli.cli.app import app as cli
 
     cli._set_library_environment()
     for name in _PRELOADED:

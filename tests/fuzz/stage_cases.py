@@ -11,7 +11,7 @@ from mutate import ODD, dump_json, load_json, mutate_bytes, mutate_tree, nested,
 from promise import Case
 from weight_files import harm_tensor, scale_values, spoil_data, spoil_header
 
-from lbllm_cli.recipe_training import ActCalib, ActEndToEnd, Distill, DistillEndToEnd
+from lbllm_cli.recipe.training import ActCalib, ActEndToEnd, Distill, DistillEndToEnd
 
 # Stages of the base, all of them complete, and one that was stopped after its first block.
 _STOPPED = ("distill.partial",)

@@ -12,7 +12,7 @@ import pytest
 from conftest import save_toy, write_recipe
 
 HOSTILE = Path(__file__).parent / "hostile.py"
-SOURCES = Path(__file__).parents[2] / "src" / "lbllm_cli" / "kernels" / "native"
+SOURCES = Path(__file__).parents[2] / "src" / "lbllm_cli" / "runtime" / "cpu" / "native"
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 TIERS = {
@@ -69,7 +69,7 @@ def export(tmp_path_factory) -> Path:
     """A packed model with fewer key than query heads, and biases."""
     from typer.testing import CliRunner
 
-    from lbllm_cli.cli import app
+    from lbllm_cli.cli.app import app
 
     base = tmp_path_factory.mktemp("export")
     sizes = {"hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -1,0 +1,1 @@
+"""Stage 3: quantizers of activations, keys and values."""

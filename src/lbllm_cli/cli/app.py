@@ -1,0 +1,234 @@
+"""The command line: load recipe -> stage -> exit code. torch is imported only inside commands, `--help` answers at once."""
+
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+app = typer.Typer(
+    name="lbllm",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Binarize a large language model to two bits per weight, W(1+1), from one GPU.\n\n"
+    "Every command reads one YAML recipe, runs one stage and writes a checkpoint that the next picks up.",
+    epilog="Example: `lbllm ptq --recipe llama2-7b.yaml`, then `lbllm eval --recipe llama2-7b.yaml`",
+)
+
+RecipeOption = Annotated[Path, typer.Option("--recipe", "-r", help="YAML recipe", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="override recipe keys", show_default=False)
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, print the plan, write nothing")]
+Only = Annotated[Literal["blocks", "end-to-end"] | None, typer.Option("--only", help="one of the two phases", show_default=False)]
+Force = Annotated[bool, typer.Option("--force", help="replace what other inputs made")]
+Json = Annotated[bool, typer.Option("--json", help="result as JSON on stdout")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from lbllm_cli import __version__
+
+        typer.echo(f"lbllm {__version__}")
+        raise typer.Exit
+
+
+def _set_library_environment() -> None:
+    """Settings that libraries read once, at their import."""
+    import os
+
+    # stderr is for one line per block.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    # Threads that spin for long while they wait starve each other on a busy machine: a toy's block took 33 s on two busy
+    # cores, 2.4 s without spinning. Not spinning at all costs an idle machine a third; a short spin costs neither much.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+) -> None:
+    _set_library_environment()
+
+
+# Ends of a run: what happens to disks and folders while it runs, a file that is deleted under it among them.
+_MACHINES = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOENT}
+# Names and folders as somebody has made them.
+_USERS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENOTEMPTY}
+
+_LONGEST = 8000
+
+
+def _tell(message: str) -> None:
+    """A message on stderr, of a bounded length: it repeats what is in a file, which may be anything."""
+    if len(message) > _LONGEST:
+        message = f"{message[:_LONGEST]}... ({len(message):,} characters)"
+    # Half a surrogate pair has no bytes in any encoding.
+    typer.echo(f"lbllm: {message.encode('utf-8', 'backslashreplace').decode()}", err=True)
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Turns what went wrong into one message on stderr and the exit code; a traceback is left for bugs of lbllm."""
+    from lbllm_cli.core.errors import LbllmError
+
+    try:
+        yield
+    except LbllmError as error:
+        _tell(str(error))
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        _tell("interrupted; run the same command again to resume")
+        raise typer.Exit(130) from None
+    except OSError as error:
+        if error.errno not in _MACHINES | _USERS:
+            raise
+        place = f" ({str(error.filename)[:300]})" if error.filename else ""
+        _tell(f"{error.strerror}{place}; mend it and run the same command again to resume")
+        raise typer.Exit(1 if error.errno in _MACHINES else 2) from None
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            keys = "runtime.batch_size or micro_batch_size, or set ptq.sequential: true or ptq.asymmetric: 0"
+            _tell(f"out of device memory; lower {keys}, and run the same command again to resume")
+            raise typer.Exit(1) from None
+        if type(error).__name__ == "SafetensorError" and "No space left" in str(error):
+            _tell("no space left on the disk; free some and run the same command again to resume")
+            raise typer.Exit(1) from None
+        raise
+
+
+def _run(command: Callable[..., None], recipe: Path, overrides: list[str] | None, **options: Any) -> None:
+    with _exit_codes():
+        from lbllm_cli.recipe.load import load_recipe
+
+        loaded = load_recipe(recipe, overrides)
+        command(loaded, **options)
+
+
+@app.command(epilog="Example: `lbllm ptq --recipe smollm2-135m.yaml ptq.group_size=64`")
+def ptq(recipe: RecipeOption, overrides: Overrides = None, dry_run: DryRun = False, force: Force = False) -> None:
+    """Stage 1: binarize block by block, Hessian-weighted EM with error compensation.
+
+    Interrupted runs resume; a finished one says "up to date".
+    """
+    from lbllm_cli.pipeline import commands
+
+    _run(commands.ptq, recipe, overrides, dry_run=dry_run, force=force)
+
+
+@app.command(epilog="Example: `lbllm distill --recipe smollm2-135m.yaml data.training.sequences=64`")
+def distill(
+    recipe: RecipeOption, overrides: Overrides = None, dry_run: DryRun = False, force: Force = False, only: Only = None
+) -> None:
+    """Stage 2: train weights, bitmaps and levels block by block against the full-precision model.
+
+    Goes on from the ptq checkpoint. With distill.end_to_end in the recipe a second phase trains levels and norms of the whole
+    model against the full-precision model's predictions, into <output.dir>/distill-e2e/. Interrupted runs resume, in the middle
+    of a block too; a finished one says "up to date".
+    """
+    from lbllm_cli.pipeline import commands
+
+    _run(commands.distill, recipe, overrides, dry_run=dry_run, force=force, only=only)
+
+
+@app.command("act-calib", epilog="Example: `lbllm act-calib --recipe smollm2-135m.yaml act_calib.granularity=token`")
+def act_calib(
+    recipe: RecipeOption, overrides: Overrides = None, dry_run: DryRun = False, force: Force = False, only: Only = None
+) -> None:
+    """Stage 3: quantize activations, keys and values to 4 bits; train the quantizers, and the levels behind them, block by block.
+
+    Goes on from the last phase of distill, or from ptq's checkpoint with act_calib.parent=ptq. With act_calib.end_to_end in the
+    recipe a second phase trains levels, norms and quantizers of the whole model, into <output.dir>/act-calib-e2e/. Interrupted
+    runs resume, in the middle of a block too; a finished one says "up to date".
+    """
+    from lbllm_cli.pipeline import commands
+
+    _run(commands.act_calib, recipe, overrides, dry_run=dry_run, force=force, only=only)
+
+
+@app.command("eval", epilog="Example: `lbllm eval --recipe smollm2-135m.yaml 'eval.tasks=[builtin:continuation]' --json`")
+def evaluate(
+    recipe: RecipeOption,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    force: Annotated[bool, typer.Option("--force", help="measure again what is known")] = False,
+    json: Json = False,
+) -> None:
+    """Measure the base model and every complete stage, side by side: perplexity, agreement, lm-eval tasks, size.
+
+    What was measured before is not measured again: a stage, a text or a task that is added costs only itself.
+    """
+    from lbllm_cli.cli import evaluate as eval_command
+
+    _run(eval_command.evaluate, recipe, overrides, dry_run=dry_run, as_json=json, force=force)
+
+
+@app.command(epilog="Example: `lbllm report --recipe smollm2-135m.yaml`")
+def report(recipe: RecipeOption, overrides: Overrides = None) -> None:
+    """Write <output.dir>/report.html and report.md: results, stages, training and distributions, from what the run has left.
+
+    Whatever is not there yet is named with the command that makes it.
+    """
+    from lbllm_cli.report import build as run_report
+
+    _run(run_report.report, recipe, overrides)
+
+
+@app.command(epilog="Example: `lbllm export --recipe smollm2-135m.yaml export.format=dense`")
+def export(recipe: RecipeOption, overrides: Overrides = None, dry_run: DryRun = False, force: Force = False) -> None:
+    """Write a model folder to <output.dir>/export/ that transformers loads, packed or dense."""
+    from lbllm_cli.pipeline import commands
+
+    _run(commands.export, recipe, overrides, dry_run=dry_run, force=force)
+
+
+@app.command(epilog='Example: `lbllm generate --model runs/smollm2-135m/export --prompt "What is a comet?"`')
+def generate(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="exported folder, any model folder, or a Hugging Face id", show_default=False)
+    ],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="user message, or the beginning of a text", show_default=False)],
+    raw: Annotated[bool, typer.Option("--raw", help="continue the prompt as it is, without the chat template")] = False,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, max=2**31, help="tokens to write at most; default 128, or as many as fit", show_default=False),
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0: always the likeliest token")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="for temperatures above 0")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    full_activations: Annotated[
+        bool, typer.Option("--full-activations", help="do not quantize activations, keys and values")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run Python code that comes with the model; read it first")
+    ] = False,
+) -> None:
+    """Stream text from a model folder to stdout; the chat template is applied where there is one."""
+    with _exit_codes():
+        from lbllm_cli.pipeline import commands
+
+        commands.generate(model, prompt, raw, max_new_tokens, temperature, seed, device, full_activations, trust_remote_code)
+
+
+@app.command(epilog="Example: `lbllm validate --recipe llama2-7b.yaml model.path=./folder-with-config-json`")
+def validate(recipe: RecipeOption, overrides: Overrides = None, json: Json = False) -> None:
+    """Check recipe, model, text and disk, and forecast memory; a folder with only config.json gives the forecast alone."""
+    from lbllm_cli.cli import validate as validate_command
+
+    _run(validate_command.validate, recipe, overrides, as_json=json)
+
+
+@app.command(epilog="Example: `lbllm config --recipe smollm2-135m.yaml ptq.group_size=64 > resolved.yaml`")
+def config(recipe: RecipeOption, overrides: Overrides = None) -> None:
+    """Print the resolved recipe, defaults and overrides included."""
+    with _exit_codes():
+        from lbllm_cli.recipe.load import dump_recipe, load_recipe
+
+        typer.echo(dump_recipe(load_recipe(recipe, overrides)), nl=False)

@@ -1,0 +1,1 @@
+"""What everything else stands on: errors, files, signals. Knows nothing of models."""

@@ -1,0 +1,122 @@
+"""Folders that lbllm makes and later replaces or deletes: what they may hold, and that they are deleted only when they hold no
+more.
+
+A folder is recognised by its name, by the names of everything in it, and by a file that only lbllm writes. Whatever else is
+there is the user's: nothing is deleted or renamed then, the folder is refused with the name of what does not belong in it.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lbllm_cli.core.errors import UsageError
+
+# What a network file system makes of a file that is deleted while it is open.
+_LEFT_OPEN = re.compile(r"\.nfs[0-9a-f]+")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of folder.
+
+    name: for messages. files: pattern of the names of its files, each of which may also end in .tmp while it is written.
+    telling: pattern of those of them of which one at least tells that lbllm made the folder; None: their names do. folders: its
+    folders by name.
+    """
+
+    name: str
+    files: str
+    telling: str | None = None
+    folders: Mapping[str, "Kind"] = field(default_factory=dict)
+
+    def holds(self, entry: str) -> bool:
+        """Whether a file of this name belongs into the folder."""
+        return bool(re.fullmatch(self.files, entry.removesuffix(".tmp")))
+
+    def tells(self, entry: str) -> bool:
+        """Whether a file of this name is one that only lbllm writes."""
+        return self.telling is not None and bool(re.fullmatch(self.telling, entry))
+
+
+_TEACHER_FILES = r"(states|writing|entering_\d+)\.bin|(unfinished|lbllm_teacher)\.json|\.lock"
+# What lbllm keeps of a teacher: in a folder that the recipe names, or among a stage's streams.
+TEACHER = Kind("a teacher's states", _TEACHER_FILES, r"(unfinished|lbllm_teacher)\.json|writing\.bin")
+STREAMS = Kind("hidden states", rf"(unfinished_)?(full|quantized)_\d+\.bin|{_TEACHER_FILES}")
+_STAGE_FILES = (
+    r"block_\d{3,}\.safetensors|outer\.safetensors|training\.safetensors|lbllm_stage\.json|progress\.json|events\.jsonl"
+    r"|recipe\.resolved\.yaml|environment\.json|loss\.png"
+)
+STAGE = Kind("a stage", _STAGE_FILES, r"block_\d{3,}\.safetensors|lbllm_stage\.json", {"streams": STREAMS})
+UNFINISHED_STAGE = Kind("an unfinished stage", _STAGE_FILES, f"{STAGE.telling}|progress\\.json", STAGE.folders)
+_EXPORT_FILES = (
+    r"lbllm_export\.json|README\.md|model(-\d{5,}-of-\d{5,})?\.safetensors|part-\d{5,}|model\.safetensors\.index\.json"
+    r"|(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|vocab\.txt|merges\.txt"
+    r"|[^/]*\.model|(chat_template|LICENSE|NOTICE|USE_POLICY)[^/]*"
+)
+EXPORT_FOLDER = Kind("an export", _EXPORT_FILES, r"lbllm_export\.json")
+EVAL_STREAMS = Kind("hidden states", r"[A-Za-z0-9._-]+\.(base|ptq|distill|distill-e2e|act-calib|act-calib-e2e)\.bin")
+
+
+def foreign(folder: Path, kind: Kind) -> str | None:
+    """What speaks against `folder` being one of lbllm's, in words; None where nothing does, or there is no such folder."""
+    if not os.path.lexists(folder):
+        return None
+    if folder.is_symlink():
+        return "is a link"
+    if not folder.is_dir():
+        return "is a file"
+    entries = sorted(entry for entry in folder.iterdir() if not _LEFT_OPEN.fullmatch(entry.name))
+    for entry in entries:
+        if not entry.is_symlink() and entry.is_dir():
+            inner = kind.folders.get(entry.name)
+            if inner is None:
+                return f"holds the folder {entry.name}"
+            if reason := foreign(entry, inner):
+                return f"holds {entry.name}/, which {reason}"
+        elif not kind.holds(entry.name):
+            return f"holds {entry.name}"
+    # An empty one, or one in which the first file was being written, is nobody's loss.
+    names = [entry.name.removesuffix(".tmp") for entry in entries if entry.name != ".lock"]
+    if kind.telling and names and not any(map(kind.tells, names)):
+        return f"holds {names[0]} and nothing that only lbllm writes"
+    return None
+
+
+def check_own(folder: Path, kind: Kind) -> None:
+    """Raises UsageError where `folder` is there and holds, or is, anything else than what lbllm writes into it."""
+    if reason := foreign(folder, kind):
+        raise UsageError(
+            f"{folder} {reason}: lbllm puts {kind.name} there, and deletes nothing that it did not write; "
+            "move it away, or choose another output.dir"
+        )
+
+
+def remove_own(folder: Path, kind: Kind) -> None:
+    """Deletes a folder of lbllm's, the file that it is recognised by last. Raises UsageError as `check_own`.
+
+    What cannot be deleted stays.
+    """
+    check_own(folder, kind)
+    if not folder.exists():
+        return
+    for entry in sorted(folder.iterdir(), key=lambda entry: kind.tells(entry.name)):
+        if not entry.is_symlink() and entry.is_dir():
+            remove_own(entry, kind.folders[entry.name])
+        else:
+            with suppress(OSError):
+                os.unlink(entry)
+    with suppress(OSError):
+        os.rmdir(folder)
+
+
+def check_folders(output: Path, folders: list[str], files: list[str]) -> None:
+    """Raises UsageError where one of some names in `output` is there and of the other kind: a file for a folder, or a folder."""
+    for name in folders:
+        if os.path.lexists(output / name) and not (output / name).is_dir():
+            raise UsageError(f"{output / name} is no folder, and lbllm needs one of this name; move it away")
+    for name in files:
+        if os.path.lexists(output / name) and not (output / name).is_file():
+            raise UsageError(f"{output / name} is no file, and lbllm writes one of this name; move it away")

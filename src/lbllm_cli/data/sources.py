@@ -1,0 +1,190 @@
+"""Where text comes from: bundled text, local files, and hub datasets in the forms the quantization papers use."""
+
+import json
+import lzma
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Any
+
+from lbllm_cli.core import files
+from lbllm_cli.core.errors import UsageError
+from lbllm_cli.data.records import RECORD_LIMIT, check_hub_name, hub_records, local_records
+from lbllm_cli.models import chat
+from lbllm_cli.recipe.base import Source
+
+STYLES = ("novels", "technical", "modern")
+PARTS = ("calibration", "evaluation")
+SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A hub dataset as the quantization papers use it (the GPTQ code's loaders are the common ancestor).
+
+    joiner: text put between records before tokenizing; None: windows are cut from single records longer than a
+    sequence, a random window of each (calibration), as for the web corpora. evaluation_records: records that the evaluation
+    text is made of, evaluation_tokens: how many of its tokens count; None: all.
+    """
+
+    repository: str
+    config: str | None
+    key: str
+    joiner: str | None
+    calibration: tuple[str, str | None]
+    evaluation: tuple[str, str | None] | None
+    evaluation_joiner: str = " "
+    evaluation_records: int | None = None
+    evaluation_tokens: int | None = None
+
+
+# (split, data file) of each part. Conventions: wikitext2 joins all lines by a blank line; ptb joins sentences by a space;
+# c4 calibrates on random windows of random documents of the first training file and evaluates on the first 1,100 validation
+# documents joined by a space, cut to 256 segments of 2,048 tokens; redpajama, the LBLLM and EfficientQAT training set, draws
+# windows as c4 does and has no evaluation part.
+PRESETS = {
+    "wikitext2": Preset(
+        "Salesforce/wikitext", "wikitext-2-raw-v1", "text", "\n\n", ("train", None), ("test", None), evaluation_joiner="\n\n"
+    ),
+    "ptb": Preset("ptb-text-only/ptb_text_only", None, "sentence", " ", ("train", None), ("test", None)),
+    "c4": Preset(
+        "allenai/c4", None, "text", None,
+        ("train", "en/c4-train.00000-of-01024.json.gz"), ("validation", "en/c4-validation.00000-of-00008.json.gz"),
+        evaluation_records=1100, evaluation_tokens=256 * 2048,
+    ),
+    "redpajama": Preset("togethercomputer/RedPajama-Data-1T-Sample", None, "text", None, ("train", None), None),
+}  # fmt: skip
+
+
+def expand(sources: list[Source]) -> list[Source]:
+    """`builtin:calibration` and `builtin:evaluation` stand for their styles in equal shares, novels first."""
+    expanded: list[Source] = []
+    for item in sources:
+        if item.source in {f"builtin:{part}" for part in PARTS}:
+            share = item.weight / len(STYLES)
+            expanded += [item.model_copy(update={"source": f"{item.source}/{style}", "weight": share}) for style in STYLES]
+        else:
+            expanded.append(item)
+    return expanded
+
+
+def describe(item: Source) -> str:
+    """How messages name a source."""
+    return f"{item.source} ({item.path})" if item.path else item.source
+
+
+def check(item: Source, evaluating: bool) -> None:
+    """Everything about a source that can be checked without reading it.
+
+    Raises UsageError with the valid names.
+    """
+    name = item.source
+    _check_keys(item)
+    if name.startswith("builtin:"):
+        valid = [f"{part}{tail}" for part in PARTS for tail in ("", *(f"/{style}" for style in STYLES))]
+        if name.removeprefix("builtin:") not in valid:
+            raise UsageError(f"source {name}: no such bundled text; valid: {', '.join('builtin:' + v for v in valid)}")
+    elif name == "generate:" and evaluating:
+        raise UsageError("source generate: gives calibration text; a model cannot be evaluated on text of its own")
+    elif name in PRESETS:
+        if evaluating and PRESETS[name].evaluation is None:
+            raise UsageError(f"source {name} has no evaluation part; choose wikitext2, ptb, c4 or a path")
+        if item.path is not None:
+            _existing(item.path, "path")
+    elif name.startswith("hub:"):
+        check_hub_name(name.removeprefix("hub:"))
+    elif name != "generate:":
+        path = _existing(name, "source")
+        if path.is_dir() and not ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
+            raise UsageError(f"source {name} is a folder but not a dataset written by save_to_disk (no state.json)")
+        if not path.is_dir() and not path.name.endswith((*SUFFIXES, ".safetensors")):
+            kinds = ", ".join(SUFFIXES)
+            raise UsageError(f"source {name}: unknown kind {path.suffix!r}; expected {kinds}, .safetensors or a folder")
+
+
+def _check_keys(item: Source) -> None:
+    """Refuses keys that this kind of source does not read."""
+    name = item.source
+    if name.startswith("builtin:"):
+        read = set()
+    elif name == "generate:":
+        read = {"temperature"}
+    elif name in PRESETS:
+        read = {"path", "split"} if item.path else {"path"}
+    else:
+        read = {"text_key", "messages_key", "split", *({"config"} if name.startswith("hub:") else ())}
+    unread = [
+        key
+        for key, field in Source.model_fields.items()
+        if key not in {"source", "weight", *read} and getattr(item, key) != field.default
+    ]
+    if unread:
+        remedy = "; its parts are those of the papers, hub:NAME has others" if name in PRESETS else ""
+        raise UsageError(f"source {name} does not read {', '.join(unread)}{remedy}")
+
+
+def _existing(name: str, key: str) -> Path:
+    path = files.user_path(name, key)
+    if not os.path.exists(path):  # Path.exists raises where a folder above may not be entered
+        raise UsageError(f"source {name}: no such file; presets: {', '.join(PRESETS)}; also builtin:, generate:, hub:NAME")
+    if not path.is_dir():
+        files.check_regular(path)
+    return path
+
+
+def documents(item: Source, evaluating: bool, tokenizer: Any) -> Iterator[str]:
+    """Texts of a source, in order. Raises UsageError when a file or record is not what the recipe says."""
+    name = item.source
+    if name.startswith("builtin:"):
+        part, style = name.removeprefix("builtin:").split("/")
+        yield from (record["text"] for record in builtin_records(part, style))
+        return
+    if name in PRESETS:
+        preset = PRESETS[name]
+        place = preset.evaluation if evaluating else preset.calibration
+        assert place is not None  # `check` refused this
+        if item.path:
+            records = local_records(files.user_path(item.path, "path"), item.split or place[0])
+        else:
+            records = hub_records(preset.repository, preset.config, *place)
+        yield from _texts(records, item.model_copy(update={"text_key": preset.key}), tokenizer)
+        return
+    split = item.split or ("test" if evaluating else "train")
+    if name.startswith("hub:"):
+        yield from _texts(hub_records(name.removeprefix("hub:"), item.config, split, None), item, tokenizer)
+    elif (path := files.user_path(name, "source")).suffix == ".txt":
+        try:
+            yield files.read_text(path)
+        except FileNotFoundError:
+            raise UsageError(f"{path} is no longer there") from None
+    else:
+        yield from _texts(local_records(path, split), item, tokenizer)
+
+
+def builtin_records(part: str, style: str) -> Iterator[dict[str, str]]:
+    """Bundled documents: {"document": name, "text": ...}."""
+    resource = package_files("lbllm_cli.data") / "text" / part / f"{style}.jsonl.xz"
+    with resource.open("rb") as packed, lzma.open(packed, "rt", encoding="utf-8") as lines:
+        yield from (json.loads(line) for line in lines)
+
+
+def _texts(records: Iterator[Any], item: Source, tokenizer: Any) -> Iterator[str]:
+    key = item.messages_key or item.text_key
+    for number, record in enumerate(records):
+        where = f"{describe(item)}: record {number}"
+        if not isinstance(record, dict) or key not in record:
+            have = ", ".join(map(str, record))[:300] if isinstance(record, dict) else type(record).__name__
+            raise UsageError(f"{where} has no field `{key}`, it has: {have}; set text_key or messages_key")
+        value = record[key]
+        if item.messages_key:
+            if not tokenizer.chat_template:
+                raise UsageError(f"{describe(item)}: messages_key needs a chat template and the tokenizer has none; use text_key")
+            value = chat.render(tokenizer, value, f"{where}, field `{key}`")
+        elif not isinstance(value, str):
+            raise UsageError(f"{describe(item)}: field `{key}` of record {number} is {type(value).__name__}, expected text")
+        if len(value) > RECORD_LIMIT:
+            raise UsageError(f"{where} has {len(value):,} characters; at most {RECORD_LIMIT:,} are read; divide it into several")
+        files.check_unicode(value, f"{where}, field `{key}`")
+        yield value

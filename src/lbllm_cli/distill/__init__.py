@@ -1,0 +1,1 @@
+"""Stage 2: weights, bitmaps and levels trained block by block."""

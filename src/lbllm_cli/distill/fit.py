@@ -1,0 +1,109 @@
+"""Stage 2: weight-aware training, block by block, against the full-precision block.
+
+As in LBLLM's stage 2; rates, schedules, starting latents and the parametrisation `nearest` are ours.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lbllm_cli.format.weights import unpack_codes
+from lbllm_cli.models.model import LINEARS, Block
+from lbllm_cli.pipeline.block_loop import BlockTask
+from lbllm_cli.training.block import Trainer
+from lbllm_cli.training.block_linears import BlockLinears, packed_of
+from lbllm_cli.training.interfaces import Monitor
+from lbllm_cli.training.weights import BITMAP, LEVELS, PARAMETRISATIONS, WEIGHTS, Bitmap, Trainable
+
+if TYPE_CHECKING:
+    from lbllm_cli.recipe.training import Distill
+
+
+class BinarizedStudent:
+    """A block whose linears are in training.
+
+    teacher: the full-precision block, whose weights the latents start from. start: packed tensors by full name.
+    """
+
+    def __init__(self, teacher: Block, start: dict[str, Tensor], settings: "Distill"):
+        self.settings = settings
+        kind = PARAMETRISATIONS[settings.parametrisation]
+        linears: dict[str, Trainable] = {}
+        self.codes: dict[str, Tensor] = {}
+        for name in LINEARS:
+            weight = teacher.linear(name).weight
+            packed = packed_of(start, teacher.prefix + name, weight.device)
+            linears[name] = kind(weight, packed, settings.trained, settings.latent_margin)
+            self.codes[name] = packed[0]
+        self.weights = BlockLinears(teacher, start, linears, settings.trained)
+        self.block = self.weights.block
+        self._progress = 0.0
+
+    def groups(self) -> list[dict[str, Any]]:
+        """AdamW groups."""
+        settings = self.settings
+        return self.weights.groups({WEIGHTS: settings.lr_weights, LEVELS: settings.lr_levels, BITMAP: settings.lr_bitmap})
+
+    def begin(self, progress: float) -> None:
+        """Puts the present weights into the block."""
+        self._progress = progress
+        self.weights.begin()
+
+    def backward(self) -> None:
+        """Carries the gradients of the block's weights to the masters, and adds the regulariser's."""
+        self.weights.backward()
+        if BITMAP in self.settings.trained and self.settings.polarise:
+            begin, end = self.settings.polarise_beta
+            linears = self.weights.linears.values()
+            count = sum(linear.out_features * linear.in_features for linear in linears)
+            for linear in linears:
+                assert isinstance(linear, Bitmap)
+                linear.polarise(self.settings.polarise * self._progress, begin + (end - begin) * self._progress, count)
+
+    def constrain(self) -> None:
+        """After a step."""
+        for linear in self.weights.linears.values():
+            linear.constrain(self.settings.dampening)
+
+    def followers(self) -> list[Tensor]:
+        """Frozen latents."""
+        return self.weights.followers()
+
+    def resumed(self) -> None:
+        """Nothing is derived from the parameters before the next `begin`."""
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """The packed tensors of the block."""
+        return self.weights.packed()
+
+    def facts(self) -> dict[str, float]:
+        """Shares of signs and bitmap bits that differ from the start, and how polarised the bitmaps are."""
+        signs = bits = total = 0
+        certain = 0.0
+        for name, linear in self.weights.linears.items():
+            now, before = (unpack_codes(codes, linear.in_features) for codes in (linear.packed()[0], self.codes[name]))
+            changed = now ^ before
+            signs += int((changed & 1).sum())
+            bits += int((changed >> 1).sum())
+            total += now.numel()
+            if isinstance(linear, Bitmap):
+                certain += linear.certainty() * now.numel()
+        facts = {"flipped_signs": signs / total, "flipped_bits": bits / total}
+        return facts | ({"polarisation": certain / total} if certain else {})
+
+
+def fit_block(task: BlockTask, settings: "Distill", seed: int, monitor: Monitor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Trains the linears of one block from the parent's.
+
+    Returns the packed tensors under their full names, the parent's own where no epoch was better, and facts: the errors at the
+    start, which epoch won, and one record per epoch.
+    Raises RunError when more steps than allowed were not finite.
+    """
+    assert task.start is not None
+    assert task.keeper is not None
+    with torch.enable_grad():
+        student = BinarizedStudent(task.teacher, task.start, settings)
+        trainer = Trainer(task, student, settings, "distill", seed, task.keeper, monitor)
+        best = trainer.run()
+    return (task.start if best is None else best), trainer.facts()

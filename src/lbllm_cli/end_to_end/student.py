@@ -1,0 +1,198 @@
+"""A whole binarized model in training: every block resident as codes and decoded as it runs.
+
+Codes never change. Trained are levels, or one factor per group, norm weights, and quantizers where activations are quantized.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from lbllm_cli.models.model import FINAL_NORM, LINEARS, SourceModel
+from lbllm_cli.pipeline.block_loop import stored_block
+from lbllm_cli.pipeline.checkpoint import Checkpoint
+from lbllm_cli.runtime.attachments import attach
+from lbllm_cli.runtime.quantizer import ActQuantizer, format_of, read_quantizers
+from lbllm_cli.training.block_linears import linear_groups, named, packed_of, whole_tensors
+from lbllm_cli.training.quantizers import (
+    CLIP_FACTORS,
+    KNEES,
+    TrainableQuantizer,
+    anneal,
+    mean_clip,
+    quantizer_groups,
+    quantizer_tensors,
+)
+from lbllm_cli.training.ste import rounded
+from lbllm_cli.training.weights import LEVELS, SCALES, Fixed
+
+if TYPE_CHECKING:
+    from lbllm_cli.recipe.training import EndToEnd
+
+NORMS = "norms"
+
+
+class Norm(nn.Module):
+    """A norm's weight in training, float32 [width]; it is used as its stored dtype holds it.
+
+    weight: where to start. stored: the source model's dtype.
+    """
+
+    def __init__(self, weight: Tensor, stored: torch.dtype, train: tuple[str, ...]):
+        super().__init__()
+        self.stored = stored
+        self.rms = float(weight.float().square().mean().sqrt())
+        self.weight = nn.Parameter(weight.float().clone(), requires_grad=NORMS in train)
+
+    def forward(self) -> Tensor:
+        return rounded(self.weight, self.stored)
+
+    def packed(self) -> Tensor:
+        """As a checkpoint holds it."""
+        return self.weight.detach().to(self.stored, copy=True)
+
+
+class ResidentBlock:
+    """One block of a checkpoint, on the device: packed codes, masters of what is trained, the rest as the source has it.
+
+    Hidden states [rows, length, hidden] -> the same shape.
+    """
+
+    def __init__(self, model: SourceModel, index: int, parent: Checkpoint, train: tuple[str, ...]):
+        stored = parent.read_block(index)
+        block = stored_block(model, index, stored, None)
+        self.prefix, self.dtype = block.prefix, block.dtype
+        self.model = block.model
+        self.linears: dict[str, Fixed] = {}
+        for name in LINEARS:
+            packed = packed_of(stored, block.prefix + name, model.device)
+            self.linears[name] = Fixed(block.linear(name).weight, packed, train)
+            # Decoded anew in every pass; what was read of it is let go of.
+            block.linear(name).weight = nn.Parameter(torch.empty(0), requires_grad=False)
+        # As they are stored: the block has them in the compute dtype, which may be the shorter one.
+        norms = {**model.read(model.norm_names(index)), **whole_tensors(stored)}
+        self.norms = {
+            name.removeprefix(block.prefix).removesuffix(".weight"): Norm(
+                norms[name].to(model.device), model.stored_dtype(name), train
+            )
+            for name in model.norm_names(index)
+        }
+        self.quantizers: dict[str, TrainableQuantizer] = {}
+        if layout := format_of(parent.manifest):
+            for name, quantizer in read_quantizers(block.layer, stored, block.prefix, layout).items():
+                assert isinstance(quantizer, ActQuantizer)
+                self.quantizers[name] = TrainableQuantizer.going_on(quantizer, train).to(model.device)
+            attach(block.layer, dict(self.quantizers))
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        weights = {
+            f"layers.0.{name}.weight": part().to(self.dtype) for name, part in (*self.linears.items(), *self.norms.items())
+        }
+        inputs = {"inputs_embeds": hidden, "use_cache": False}
+        outputs: Tensor = functional_call(self.model, weights, (), inputs).last_hidden_state
+        return outputs
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """What training may have changed, under full names: all that a checkpoint holds but the codes."""
+        tensors: dict[str, Tensor] = {}
+        for name, linear in self.linears.items():
+            parts = named(self.prefix + name, linear.packed())
+            tensors |= {key: tensor for key, tensor in parts.items() if not key.endswith(".weight")}
+        tensors |= {f"{self.prefix}{name}.weight": norm.packed() for name, norm in self.norms.items()}
+        return tensors | quantizer_tensors(self.prefix, self.quantizers)
+
+
+class WholeStudent:
+    """All blocks of a checkpoint, with embedding and head, on one device.
+
+    recompute: on the way back blocks are computed again from their inputs; otherwise all that they computed is kept.
+    """
+
+    def __init__(self, model: SourceModel, parent: Checkpoint, settings: "EndToEnd", recompute: bool = True):
+        self.settings = settings
+        self.recompute = recompute
+        train = settings.trained
+        self.blocks = [ResidentBlock(model, index, parent, train) for index in range(model.blocks)]
+        head: Any = model.head()
+        self._norm: nn.Module = head[0]
+        self.head: nn.Parameter = head[1].weight
+        # What the teacher's states go through: the source's own.
+        self._source_norm: Tensor = head[0].weight
+        start = (model.read([FINAL_NORM]) | parent.read_outer())[FINAL_NORM].to(model.device)
+        self.norm = Norm(start, model.stored_dtype(FINAL_NORM), train)
+        self.embedding = model.embed()
+        if model.config.tie_word_embeddings:
+            self.embedding.weight = self.head
+        self.dtype = model.dtype
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Last hidden states after the norm: int64 [rows, length] -> [rows, length, hidden]."""
+        hidden = self.embedding(tokens)
+        for block in self.blocks:
+            if self.recompute and torch.is_grad_enabled():
+                hidden = checkpoint(block, hidden, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden = block(hidden)
+        return self._normed(hidden, self.norm().to(self.dtype))
+
+    def teacher(self, states: Tensor) -> Tensor:
+        """The teacher's hidden states after its norm."""
+        return self._normed(states, self._source_norm)
+
+    def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        normed: Tensor = functional_call(self._norm, {"weight": weight}, (hidden,))
+        return normed
+
+    def _quantizers(self) -> list[TrainableQuantizer]:
+        return [quantizer for block in self.blocks for quantizer in block.quantizers.values()]
+
+    def groups(self) -> list[dict[str, Any]]:
+        """AdamW groups, one per tensor: rates are relative to the RMS of the weights, of norms to their own."""
+        settings: Any = self.settings
+        groups = []
+        rates = {LEVELS: settings.lr_levels, SCALES: settings.lr_levels}
+        for block in self.blocks:
+            groups += linear_groups(block.linears.values(), {kind: rates[kind] for kind in rates if kind in settings.trained})
+        for norm in (*(norm for block in self.blocks for norm in block.norms.values()), self.norm):
+            if NORMS in settings.trained:
+                groups.append({"params": [norm.weight], "kind": NORMS, "top": settings.lr_norms * norm.rms, "unit": norm.rms})
+        # A phase without quantizers has no rates for them.
+        kinds = {CLIP_FACTORS, KNEES} & set(settings.trained)
+        return groups + quantizer_groups(self._quantizers(), {kind: getattr(settings, f"lr_{kind}") for kind in kinds})
+
+    def begin(self, progress: float) -> None:
+        """Knees are soft in the first part of training, where they are trained."""
+        settings: Any = self.settings
+        if KNEES in settings.trained:
+            anneal(self._quantizers(), progress, settings.soft, settings.soft_knee)
+
+    def backward(self) -> None:
+        """Autograd has carried all gradients to the parameters."""
+
+    def constrain(self) -> None:
+        """After a step."""
+        for quantizer in self._quantizers():
+            quantizer.constrain()
+
+    def followers(self) -> list[Tensor]:
+        """Codes are fixed, and all that moves is trained."""
+        return []
+
+    def resumed(self) -> None:
+        """After the parameters were replaced by saved ones."""
+        for quantizer in self._quantizers():
+            quantizer.deploy()
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """What training may have changed, of all blocks, and the final norm."""
+        tensors = {FINAL_NORM: self.norm.packed()}
+        for block in self.blocks:
+            tensors |= block.snapshot()
+        return tensors
+
+    def facts(self) -> dict[str, float]:
+        """Mean clipping factor, where there are any."""
+        quantizers = self._quantizers()
+        return {"clip_factor": mean_clip(quantizers)} if quantizers else {}

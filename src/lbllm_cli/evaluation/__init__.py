@@ -1,0 +1,1 @@
+"""Perplexity, agreement, tasks, sizes."""

@@ -1,0 +1,193 @@
+"""Perplexity of the base model and of checkpoints, and how far these are from it, for models larger than memory."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Sequential
+
+from lbllm_cli.models.folder import TensorEntry
+from lbllm_cli.models.model import FINAL_NORM, SourceModel
+from lbllm_cli.pipeline.block_loop import HiddenStream, advance, batches, embed_stream, stored_block
+from lbllm_cli.pipeline.checkpoint import Checkpoint
+from lbllm_cli.pipeline.metrics import BlockError
+from lbllm_cli.pipeline.reporter import Reporter
+from lbllm_cli.runtime.quantizer import ActivationFormat, format_of
+from lbllm_cli.training.agreement import POSITIONS, Agreement, log_probabilities
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes counted from the files.
+
+    bits_per_weight: bits of the binarized linears over their weights (16-bit source: 16). bits_per_parameter: the same for
+    the whole model, tied embeddings once. bytes: the weight files; for a stage, its block files and the rest of the model.
+    """
+
+    bits_per_weight: float
+    bits_per_parameter: float
+    bytes: int
+
+
+def measure_sizes(model: SourceModel, entries: dict[str, TensorEntry] | None, size: int) -> Sizes:
+    """Sizes of the base model, or of a checkpoint or an export with what it takes from the base model.
+
+    entries: of its tensors by name, None for the base model. size: of the files that hold them, bytes.
+    """
+    binarized = model.binarized_names
+    entries = {name: model.entries[name] for name in model.shapes} if entries is None else entries
+    owners = {name.removesuffix(".weight") for name in binarized}
+    packed = [name for name in entries if name.rpartition(".")[0] in owners and not name.endswith(".bias")]
+    stored = sum(entries[name].nbytes for name in packed)
+    rest = sum(model.entries[name].nbytes for name in model.shapes if name not in entries)
+    whole = rest + sum(entry.nbytes for entry in entries.values())
+    return Sizes(8 * stored / model.count(binarized), 8 * whole / model.count(list(model.shapes)), rest + size)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One checkpoint on one text. blocks: its errors beside the teacher's block outputs, in order; none for the base model."""
+
+    agreement: Agreement
+    blocks: list[BlockError]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the cache and the report: what one model alone has, and what it has beside the teacher."""
+        alone = {"perplexity": self.agreement.perplexity, "positions": self.agreement.by_position()}
+        if not self.blocks:
+            return alone
+        beside = {"kl": self.agreement.mean_divergence, "top1": self.agreement.top1}
+        errors = [
+            {"relative": e.relative, "relative_ordinary": e.relative_ordinary, "cosine": e.cosine, "decibels": e.decibels}
+            for e in self.blocks
+        ]
+        return {**alone, **beside, "blocks": errors}
+
+
+class Evaluation:
+    """The base model and checkpoints on the same texts, all of them block by block beside each other.
+
+    So the teacher runs once for all, and neither a model nor the logits of a text are ever whole in memory. checkpoints: by
+    name; BASE is the teacher. folder: where streams lie on disk, None for RAM.
+    """
+
+    def __init__(self, model: SourceModel, checkpoints: dict[str, Checkpoint], batch_size: int, folder: Path | None):
+        self.model = model
+        self.checkpoints = checkpoints
+        self.batch_size = batch_size
+        self.folder = folder
+        self._streams: dict[tuple[str, str], HiddenStream] = {}
+
+    def run(
+        self, sets: dict[str, Tensor], wanted: dict[str, list[str]], reporter: Reporter
+    ) -> dict[tuple[str, str], Measured | None]:
+        """Measured by checkpoint and text; None where a prediction, or the base model's beside it, is not finite.
+
+        sets: text -> tokens int64 [segments, length]; the first token of a segment is not predicted. wanted: text -> names of
+        checkpoints to measure on it; the base model is always measured.
+        """
+        names = {text: [BASE, *(name for name in wanted[text] if name != BASE)] for text in sets}
+        blocks: dict[tuple[str, str], list[BlockError]] = {(name, text): [] for text in sets for name in names[text]}
+        try:
+            for name, text in blocks:
+                path = self.folder / f"{text}.{name}.bin" if self.folder else None
+                self._streams[name, text] = embed_stream(self.model, sets[text], path, self.batch_size)
+            for index in range(self.model.blocks):
+                reporter.begin_block(index)
+                # The base model first: the others are compared with its outputs.
+                for name in (BASE, *self.checkpoints):
+                    texts = [text for text in sets if name in names[text]]
+                    self._advance(index, name, texts, blocks)
+                reporter.step(index)
+            heads = self._heads()
+            return {key: found for text in sets for key, found in self._predict(heads, text, sets[text], names[text], blocks)}
+        finally:
+            for stream in self._streams.values():
+                stream.remove()
+            self._streams.clear()
+
+    def _advance(self, index: int, name: str, texts: list[str], blocks: dict[tuple[str, str], list[BlockError]]) -> None:
+        if not texts:
+            return
+        model = self.model
+        if name == BASE:
+            block = model.block(index)
+        else:
+            checkpoint = self.checkpoints[name]
+            block = stored_block(model, index, checkpoint.read_block(index), format_of(checkpoint.manifest))
+        for text in texts:
+            stream = self._streams[name, text]
+            advance(block, stream, stream, model.device, self.batch_size)
+            if name != BASE:
+                error = BlockError()
+                for rows in batches(0, stream.rows, self.batch_size):
+                    error.add(self._streams[BASE, text].data[rows].to(model.device), stream.data[rows].to(model.device))
+                blocks[name, text].append(error)
+
+    def _heads(self) -> dict[str, Module]:
+        """Final norm and head of each: only norms differ, the matrix is one."""
+        base: Any = self.model.head()
+        heads: dict[str, Module] = {BASE: base}
+        for name, checkpoint in self.checkpoints.items():
+            own: Any = base
+            if outer := checkpoint.read_outer():
+                own = Sequential(copy.deepcopy(base[0]), base[1])
+                own[0].weight.copy_(outer[FINAL_NORM])
+            heads[name] = own
+        return heads
+
+    def _predict(
+        self,
+        heads: dict[str, Module],
+        text: str,
+        tokens: Tensor,
+        names: list[str],
+        blocks: dict[tuple[str, str], list[BlockError]],
+    ) -> Iterator[tuple[tuple[str, str], Measured | None]]:
+        found = {name: Agreement(tokens.shape[1]) for name in names}
+        for rows in batches(0, tokens.shape[0], 1):
+            wanted = tokens[rows][0, 1:].to(self.model.device)
+            hidden = {name: self._streams[name, text].data[rows][0, :-1].to(self.model.device) for name in names}
+            for start in range(0, len(wanted), POSITIONS):
+                piece = slice(start, start + POSITIONS)
+                teacher = log_probabilities(heads[BASE](hidden[BASE][piece]))
+                for name in names:
+                    student = teacher if name == BASE else log_probabilities(heads[name](hidden[name][piece]))
+                    found[name].add(start, teacher, student, wanted[piece])
+        for name in names:
+            yield (name, text), Measured(found[name], blocks[name, text]) if found[name].finite else None
+
+
+def whole_perplexity(model: Module, tokens: Tensor, device: torch.device) -> float | None:
+    """Perplexity of a model that is whole in memory, as transformers runs it; None where a prediction is not finite.
+
+    tokens: int64 [segments, length].
+    """
+    found = Agreement(tokens.shape[1])
+    for rows in batches(0, tokens.shape[0], 1):
+        row = tokens[rows].to(device)
+        logits = model(input_ids=row, use_cache=False).logits[0, :-1]
+        for start in range(0, len(logits), POSITIONS):
+            student = log_probabilities(logits[start : start + POSITIONS])
+            found.add(start, student, student, row[0, 1:][start : start + POSITIONS])
+    return found.perplexity if found.finite else None
+
+
+def result(sizes: Sizes, activations: ActivationFormat | None, texts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """One entry of results.json. texts: text -> `Measured.as_dict()`."""
+    beside = {key: {name: round(found[key], 6) for name, found in texts.items() if key in found} for key in ("kl", "top1")}
+    return {
+        "perplexity": {name: round(found["perplexity"], 4) for name, found in texts.items()},
+        **{key: values for key, values in beside.items() if values},
+        "bits_per_weight": round(sizes.bits_per_weight, 4),
+        "bits_per_parameter": round(sizes.bits_per_parameter, 4),
+        "bytes": sizes.bytes,
+        "activation_bits": activations.bits if activations else 16,
+        "kv_bits": activations.kv_bits if activations else 16,
+    }

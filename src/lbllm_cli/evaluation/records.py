@@ -1,0 +1,118 @@
+"""The files of `lbllm eval` as they may be: results.json and details.json, which a report reads, and what was measured before.
+
+They are the user's to open and to change. Names and numbers are checked before a table or a figure is made of them.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from lbllm_cli.core import files
+from lbllm_cli.core.errors import UsageError
+from lbllm_cli.pipeline.stage_record import describe
+from lbllm_cli.recipe.base import Name
+
+EVAL = "lbllm eval --recipe ..."
+_Checkpoint = Literal["base", "ptq", "distill", "distill-e2e", "act-calib", "act-calib-e2e", "export"]
+# At least 1; infinite beyond what a double holds. Rounded to four digits, and kept whole.
+_Perplexity = Annotated[float, Field(ge=0.999)]
+_Score = float | int | None
+_Tasks = dict[str, dict[str, _Score]]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+class Result(_Record):
+    """A checkpoint's entry in results.json; see `stages.evaluate.result`."""
+
+    perplexity: dict[Name, _Perplexity]
+    kl: dict[Name, float] = {}
+    top1: dict[Name, float] = {}
+    tasks: _Tasks = {}
+    bits_per_weight: float | None = None
+    bits_per_parameter: float | None = None
+    bytes: int | None = None
+    activation_bits: int | None = None
+    kv_bits: int | None = None
+
+
+class _Positions(_Record):
+    first: Annotated[int, Field(ge=1, le=2**40)]
+    last: Annotated[int, Field(ge=1, le=2**40)]
+    perplexity: _Perplexity
+
+
+class _Block(_Record):
+    relative: float
+    relative_ordinary: float
+    cosine: float
+    decibels: float | None
+
+
+class Detail(_Record):
+    """A checkpoint on one text in details.json."""
+
+    positions: Annotated[list[_Positions], Field(min_length=1)] | None = None
+    blocks: list[_Block] = []
+
+
+class MeasuredText(Detail):
+    """A checkpoint on one text, as it is kept; see `stages.evaluate.Measured.as_dict`."""
+
+    perplexity: _Perplexity
+    kl: float | None = None
+    top1: float | None = None
+
+
+class _Details(_Record):
+    texts: dict[Name, Detail]
+
+    @model_validator(mode="after")
+    def _one_depth(self) -> "_Details":
+        depths = {len(found.blocks) for found in self.texts.values() if found.blocks}
+        if len(depths) > 1:
+            raise ValueError(f"blocks: {sorted(depths)} of them, expected as many on each text")
+        return self
+
+
+_RESULTS = TypeAdapter(dict[_Checkpoint, Result])
+_DETAILS = TypeAdapter(dict[_Checkpoint, _Details])
+_TEXT = TypeAdapter(MeasuredText)
+_TASK = TypeAdapter(_Tasks)
+
+
+def read_results(path: Path) -> dict[str, dict[str, Any]]:
+    """results.json; {} where it is not there. Raises UsageError where it is not what `eval` writes."""
+    return _read(path, _RESULTS, lambda values: values)
+
+
+def read_details(path: Path) -> dict[str, dict[str, Any]]:
+    """details.json; as `read_results`."""
+    return _read(path, _DETAILS, lambda values: {name: {"texts": texts} for name, texts in values.items()})
+
+
+def _read(path: Path, kind: TypeAdapter[Any], wrapped: Any) -> dict[str, dict[str, Any]]:
+    try:
+        values = files.read_json(path)
+        if not isinstance(values, dict):
+            raise UsageError(f"expected an object, got {type(values).__name__}")
+        kind.validate_python(wrapped(values))
+    except FileNotFoundError:
+        return {}
+    except ValidationError as error:
+        raise UsageError(f"{path} is damaged; run: {EVAL} ({describe(error)})") from None
+    except UsageError as error:
+        raise UsageError(f"{path} is damaged; run: {EVAL} ({error})") from None
+    return values
+
+
+def is_measured(found: Any, task: bool) -> bool:
+    """Whether a value is what `eval` keeps of a text, or of a task."""
+    try:
+        (_TASK if task else _TEXT).validate_python(found)
+    except ValidationError:
+        return False
+    return True

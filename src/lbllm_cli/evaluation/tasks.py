@@ -1,0 +1,294 @@
+"""lm-eval tasks: which ones a recipe means, whether they can run, and their scores on a model folder.
+
+lm-eval is imported inside functions: it takes seconds.
+"""
+
+import difflib
+import glob
+import json
+import math
+import re
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from lbllm_cli.core import files, strict_yaml
+from lbllm_cli.core.errors import UsageError, reason
+from lbllm_cli.models.whole_folder import check_folder, check_loaded
+from lbllm_cli.pipeline.checkpoint import fingerprint
+from lbllm_cli.runtime.checks import refusing
+
+BUILTIN = "builtin:"
+# A task's YAML of this many bytes is none.
+_TASK_BYTES = 1 << 20
+# lm-eval's own names have brackets among them, and no slashes.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+()-]{0,149}")
+# Groups of tasks as papers on low-bit models report them, with the examples in context that they use.
+GROUPS: dict[str, tuple[tuple[str, ...], int]] = {
+    "commonsense": (("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande"), 0),
+    "mmlu": (("mmlu",), 5),
+    "gsm8k": (("gsm8k",), 5),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One lm-eval task, or group of tasks, as it will be run.
+
+    name: lm-eval's. spec: what lm-eval is given, a name or a configuration. num_fewshot: examples in context, None for the
+    task's own number. identity: what scores depend on beside the model.
+    """
+
+    name: str
+    spec: Any
+    num_fewshot: int | None
+    identity: dict[str, Any] = field(default_factory=dict)
+
+
+def builtin_tasks() -> list[str]:
+    """Tasks that come with lbllm, as a recipe writes them."""
+    names = (item.name for item in (resources.files("lbllm_cli.data") / "tasks").iterdir())
+    return sorted(BUILTIN + name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+def plan_tasks(names: list[str], num_fewshot: int | None) -> list[Task]:
+    """The tasks behind `eval.tasks`, each once, their data read: what is wrong with one is known before a model is loaded.
+
+    num_fewshot: for all of them, None for the group's or the task's own. Raises UsageError with every problem found.
+    """
+    expanded = {name: (GROUPS[key][1] if key in GROUPS else None) for key in names for name in GROUPS.get(key, ((key,),))[0]}
+    tasks, problems = [], []
+    for name, usual in expanded.items():
+        try:
+            tasks.append(_plan_task(name, usual if num_fewshot is None else num_fewshot, fixed=num_fewshot))
+        except UsageError as error:
+            problems.append(str(error))
+    counts = Counter(task.name for task in tasks)
+    problems += [f"eval.tasks: two tasks are called {name}; rename one" for name, count in counts.items() if count > 1]
+    if problems:
+        raise UsageError("\n".join(problems))
+    return tasks
+
+
+@cache
+def _manager(defaults: bool) -> Any:
+    """lm-eval's index of tasks; its own ones are in it only where one is asked for, for that takes ten seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=defaults)
+
+
+def _is_local(name: str) -> bool:
+    return name.startswith(BUILTIN) or name.endswith((".yaml", ".yml"))
+
+
+def _plan_task(name: str, shots: int | None, fixed: int | None) -> Task:
+    manager = _manager(not _is_local(name))
+    spec: Any = _local_spec(name) if _is_local(name) else name
+    if not _is_local(name) and name not in manager.all_tasks:
+        known = [*GROUPS, *builtin_tasks(), *manager.all_tasks]
+        nearest = difflib.get_close_matches(name, known, 3) or [*GROUPS, *builtin_tasks()]
+        raise UsageError(f"eval.tasks: lm-eval has no task {name}; nearest: {', '.join(nearest)}; or give a task's YAML file")
+    try:
+        loaded = manager.load([spec])["tasks"]
+    except Exception as error:  # the hub's, the network's, dataset builders' and task authors' errors have no common base
+        raise UsageError(_unreadable(name, manager, error)) from None
+    for task in loaded.values():
+        if fixed and task.get_config("num_fewshot") == 0:
+            raise UsageError(f"eval.num_fewshot: {fixed} examples, but {task.config.task} is a task without any; leave it out")
+    identity = {leaf: _identity(task) for leaf, task in sorted(loaded.items())}
+    return Task(_name_of(spec, name) if isinstance(spec, dict) else name, spec, shots, identity)
+
+
+def _name_of(spec: dict[str, Any], name: str) -> str:
+    """What a task's YAML calls it: files are named after it."""
+    key = "group" if "group" in spec else "task"
+    found = spec[key]
+    if not isinstance(found, str) or not _NAME.fullmatch(found):
+        expected = "a name of letters, digits and ._+()- that begins with a letter or digit, of at most 150 characters"
+        raise UsageError(f"eval.tasks: {name}: `{key}` is {str(found)[:100]!r}; expected {expected}")
+    return found
+
+
+def _local_spec(name: str) -> dict[str, Any]:
+    """A task's YAML with its data files beside it: lm-eval would look for them where it runs."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    if name.startswith(BUILTIN):
+        if name not in builtin_tasks():
+            raise UsageError(f"eval.tasks: {name} does not exist; there are {', '.join(builtin_tasks())}")
+        path = Path(str(resources.files("lbllm_cli.data") / "tasks" / f"{name.removeprefix(BUILTIN)}.yaml"))
+    else:
+        path = files.user_path(name, "eval.tasks")
+    if not path.is_file():
+        raise UsageError(f"eval.tasks: {path} is not a file")
+    _check_files(path)
+    try:
+        spec = load_yaml(path)
+    except Exception as error:  # YAML's errors, and those of functions that it names
+        raise UsageError(f"eval.tasks: {path} cannot be read: {reason(error)}") from None
+    if not isinstance(spec, dict) or "task" not in spec:
+        raise UsageError(f"eval.tasks: {path} names no task; expected a key `task`")
+    _name_of(spec, name)
+    keywords = spec.get("dataset_kwargs") or {}
+    if not isinstance(keywords, dict):
+        raise UsageError(f"eval.tasks: {path}: dataset_kwargs is {type(keywords).__name__}, expected a mapping")
+    if "data_files" in keywords:
+        if strange := [leaf for leaf in _leaves(keywords["data_files"]) if not isinstance(leaf, str)]:
+            raise UsageError(f"eval.tasks: {path}: data_files holds {str(strange[0])[:100]!r}, expected paths")
+        spec["dataset_kwargs"] = {**keywords, "data_files": _absolute(keywords["data_files"], path.absolute().parent)}
+    return spec
+
+
+def _check_files(path: Path) -> None:
+    """Reads a task's YAML, and those that it includes, as far as lm-eval's reader needs it. Raises UsageError naming the file."""
+    left, seen = [path], set[Path]()
+    while left:
+        file = left.pop()
+        if file in seen:
+            continue
+        seen.add(file)
+        node = strict_yaml.outline(files.read_text(file, _TASK_BYTES), str(file))
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
+            if key.value == "include":
+                names = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                included = (file.parent / name.value for name in names if isinstance(name, yaml.ScalarNode))
+                left += [other for other in included if other.exists()]
+
+
+def _absolute(data_files: Any, folder: Path) -> Any:
+    if isinstance(data_files, dict):
+        return {key: _absolute(value, folder) for key, value in data_files.items()}
+    if isinstance(data_files, list):
+        return [_absolute(value, folder) for value in data_files]
+    return data_files if data_files is None or "://" in data_files else str(folder / data_files)
+
+
+def _unreadable(name: str, manager: Any, error: Exception) -> str:
+    if _is_local(name):
+        return f"eval.tasks: {name} cannot be loaded: {reason(error)}"
+    entry = manager.task_index[name]
+    dataset = (entry.cfg or {}).get("dataset_path", "its dataset")
+    return (
+        f"eval.tasks: the data of {name} cannot be read: {reason(error)}. lm-eval takes {dataset} from the Hugging Face hub;\n"
+        "load it once where there is a network (it stays in HF_HOME), or give a YAML file that says `include:` and the task's\n"
+        "own YAML, and names local data_files"
+    )
+
+
+def _identity(task: Any) -> str:
+    """Hash of a task's configuration and of the local files that it reads."""
+    from lm_eval.utils import handle_non_serializable
+
+    config = task.dump_config()
+    config.pop("metadata", None)  # where its YAML lies, and its version
+    keywords = dict(config.pop("dataset_kwargs", None) or {})
+    read = [file for pattern in _leaves(keywords.pop("data_files", None)) for file in _matching(str(pattern))]
+    hashes = [files.sha256(Path(file)) for file in read if Path(file).is_file()]
+    whole = {"config": config, "keywords": keywords, "files": hashes, "version": task.VERSION}
+    return fingerprint(json.loads(json.dumps(whole, default=handle_non_serializable)))
+
+
+def _matching(pattern: str) -> list[str]:
+    """Local files that one of `data_files` stands for: a path, or a pattern as `datasets` reads them."""
+    return [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
+    elif value is not None:
+        yield value
+
+
+def open_lm(folder: Path, dtype: torch.dtype, device: torch.device, batch_size: int, trust_remote_code: bool) -> Any:
+    """lm-eval's own model object for a folder, packed or not, loaded as its command line loads it.
+
+    Raises UsageError for a folder that cannot be loaded.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    import lbllm_cli.hf  # noqa: F401 - packed folders
+
+    check_folder(folder, trust_remote_code)
+    name = str(dtype).removeprefix("torch.")
+    with warnings.catch_warnings(), refusing(folder):
+        # It reads a packed folder's quantization_config and passes it on, of which transformers then warns.
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+        lm = HFLM(
+            pretrained=str(folder), dtype=name, device=str(device), batch_size=batch_size, trust_remote_code=trust_remote_code
+        )
+    check_loaded(folder, lm.model)
+    return lm
+
+
+def run_task(lm: Any, task: Task, limit: float | None) -> dict[str, Any]:
+    """One task on an opened model: lm-eval's results as it would write them to its JSON.
+
+    limit: documents of each task, below 1 a share of them; None for all.
+    """
+    import lm_eval
+    from lm_eval import evaluator
+    from lm_eval.utils import handle_non_serializable
+
+    # It would ask git for the commit of the folder that the command happens to run in, and git complains outside of one.
+    evaluator.get_git_commit_hash = lambda: None
+    manager = _manager(not isinstance(task.spec, dict))
+    with redirect_stdout(sys.stderr):  # where it says that it bootstraps; stdout is for results
+        found = lm_eval.simple_evaluate(
+            model=lm, tasks=[task.spec], num_fewshot=task.num_fewshot, limit=limit, task_manager=manager, log_samples=False
+        )
+    found["config"]["batch_size"] = lm.batch_size  # it records its argument, which does not reach an opened model
+    return json.loads(json.dumps(found, default=handle_non_serializable))
+
+
+def scores(found: dict[str, Any], name: str) -> dict[str, dict[str, float]]:
+    """Flat scores of lm-eval's results: {"piqa": {"acc": 0.68, "acc_stderr": 0.01, "samples": 1838}}; of a group, its own line.
+
+    A metric keeps the name of its filter where that is not lm-eval's `none`: "exact_match,strict-match".
+    """
+    lines = found["results"]
+    leaves = {leaf: counts["effective"] for leaf, counts in found["n-samples"].items()}
+    flat: dict[str, dict[str, float]] = {}
+    for line in [name] if name in lines else lines:
+        values = {key.removesuffix(",none"): value for key, value in lines[line].items() if "," in key and _is_number(value)}
+        shots = {"num_fewshot": found["n-shot"][line]} if line in found.get("n-shot", {}) else {}
+        flat[line] = {**values, "samples": leaves[line] if line in leaves else sum(leaves.values()), **shots}
+    return flat
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def averages(names: list[str], flat: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Means over the tasks of each group asked for that has several: of `acc`, with the standard error of the mean."""
+    found = {}
+    for group in names:
+        members = [flat[task] for task in GROUPS.get(group, ((), 0))[0] if task in flat]
+        if len(members) > 1:
+            errors = [member.get("acc_stderr", 0.0) for member in members]
+            found[group] = {
+                "acc": sum(member["acc"] for member in members) / len(members),
+                "acc_stderr": math.sqrt(sum(error**2 for error in errors)) / len(members),
+                "samples": sum(member["samples"] for member in members),
+            }
+    return found
+
+
+def version() -> str:
+    """lm-eval's."""
+    return metadata.version("lm_eval")

@@ -1,1 +1,0 @@
-"""The compiled CPU kernels of the packed format, and how they are called."""

@@ -1,0 +1,176 @@
+"""config.json as transformers understands it, and whether the stored tensors are those that it names.
+
+What cannot be computed with is refused by name, before a weight is read.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig
+
+from lbllm_cli.core.errors import UsageError, reason
+from lbllm_cli.models import folder as source
+from lbllm_cli.models.folder import TensorEntry
+
+FAMILIES = {"llama": "Llama 1, 2, 3 and SmolLM", "mistral": "Mistral", "qwen2": "Qwen2 and Qwen2.5", "qwen3": "Qwen3"}
+DISK_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+# Far beyond any model: a model of 10^9 layers would be built for hours before its first tensor is missed.
+_LAYERS, _WIDTH, _HEADS = 1024, 1 << 21, 1 << 14
+_LIMITS = {
+    "vocab_size": 1 << 24, "max_position_embeddings": 1 << 31, "hidden_size": _WIDTH, "intermediate_size": _WIDTH,
+    "num_hidden_layers": _LAYERS, "num_attention_heads": _HEADS, "num_key_value_heads": _HEADS, "head_dim": _HEADS,
+}  # fmt: skip
+# The same in families that only `lbllm generate` runs.
+_OTHER_NAMES = {
+    "n_layer": _LAYERS, "n_layers": _LAYERS, "num_layers": _LAYERS, "encoder_layers": _LAYERS, "decoder_layers": _LAYERS,
+    "num_decoder_layers": _LAYERS, "n_embd": _WIDTH, "d_model": _WIDTH, "d_ff": _WIDTH, "ffn_dim": _WIDTH, "n_head": _HEADS,
+    "num_labels": 1 << 20, "num_experts": _HEADS, "num_local_experts": _HEADS, "n_routed_experts": _HEADS, "n_positions": 1 << 31,
+}  # fmt: skip
+# Configurations are copied level by level, and Python's stack has an end.
+_DEPTH = 32
+
+
+@contextmanager
+def understood(file: Path, hint: str = "") -> Iterator[None]:
+    """Around what transformers does with a file of a model folder. Raises UsageError with the library's reason.
+
+    hint: what else may be the matter.
+    """
+    try:
+        yield
+    except (UsageError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of any kind: configuration classes divide, look up and import with what they are given
+        raise UsageError(f"{file} cannot be used: {reason(error)}{hint}") from None
+
+
+def read_configuration(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+    """Configuration of a model folder, of any family.
+
+    trust_remote_code: whether code that the folder brings may run; transformers would ask on the terminal. Raises UsageError for
+    a config.json that transformers does not understand, and for sizes that no model has.
+    """
+    file, values = folder / "config.json", source.read_config(folder)
+    _check_sizes(file, values)
+    kind = values.get("model_type")
+    if kind is not None and not isinstance(kind, str):
+        raise UsageError(f"{file}: model_type: expected the name of a family, got {str(kind)[:40]}")
+    quantized = values.get("quantization_config")
+    if quantized is not None and not isinstance(quantized, dict):
+        raise UsageError(f"{file}: quantization_config: expected a mapping, got {type(quantized).__name__}")
+    with understood(file, code_hint(values, trust_remote_code)):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if not isinstance(config.get_text_config(), PretrainedConfig):
+            raise UsageError(f"{file}: the configuration of the model inside (text_config, decoder) is no mapping")
+    # What a model returns, not what it computes: others' code reads the outputs by name.
+    config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
+    if kind in FAMILIES:
+        if values.get("is_encoder_decoder"):
+            raise UsageError(f"{file}: is_encoder_decoder: expected false, {kind} has no encoder")
+        if values.get("per_layer_config"):
+            raise UsageError(f"{file}: per_layer_config: blocks of different shapes are not supported")
+        _check_family(file, config)
+    return config
+
+
+def code_hint(values: Any, trust_remote_code: bool) -> str:
+    """What to add where a file that may name code of the folder's own cannot be used without it."""
+    if trust_remote_code or not isinstance(values, dict) or not values.get("auto_map"):
+        return ""
+    return "; it names code of its own (auto_map), which runs only with --trust-remote-code or model.trust_remote_code: true"
+
+
+def _check_sizes(file: Path, values: dict[str, Any]) -> None:
+    """Raises UsageError for a size beyond any model's, and in a supported family for one that is no positive integer."""
+    strict = values.get("model_type") in list(FAMILIES)
+    level: list[Any] = [values]
+    for _ in range(_DEPTH):
+        for key, value in (item for mapping in level if isinstance(mapping, dict) for item in mapping.items()):
+            limit = _LIMITS.get(key, _OTHER_NAMES.get(key))
+            if limit is not None and type(value) is int and value > limit:
+                raise UsageError(f"{file}: {key}: expected at most {limit:,}, got {f'{value:,}'[:40]}")
+            if strict and key in _LIMITS and value is not None and (type(value) is not int or value < 1):
+                raise UsageError(f"{file}: {key}: expected a positive integer, got {str(value)[:40]}")
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)]
+        level = [inner for inner in level if isinstance(inner, dict | list)]
+    if level:
+        raise UsageError(f"{file} is nested more than {_DEPTH} levels deep; expected a model's configuration")
+
+
+def _check_family(file: Path, config: Any) -> None:
+    """What transformers' configuration classes leave unchecked, and kernels and blocks compute with."""
+    heads, shared, window = config.num_attention_heads, config.num_key_value_heads, getattr(config, "sliding_window", None)
+    width, eps = getattr(config, "head_dim", None) or config.hidden_size // heads, config.rms_norm_eps
+    if heads % shared:
+        raise UsageError(f"{file}: num_attention_heads {heads} is not a multiple of num_key_value_heads {shared}")
+    if width % 2:
+        raise UsageError(f"{file}: head_dim: expected an even number, got {width}")
+    if window is not None and (type(window) is not int or window < 1):
+        raise UsageError(f"{file}: sliding_window: expected a positive integer or null, got {str(window)[:40]}")
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if kinds - {"full_attention", "sliding_attention"} or ("sliding_attention" in kinds and window is None):
+        raise UsageError(f"{file}: layer_types: expected full_attention, or sliding_attention with a sliding_window")
+    if not math.isfinite(eps) or eps < 0:
+        raise UsageError(f"{file}: rms_norm_eps: expected a number from 0, got {eps}")
+    with understood(file):
+        with torch.device("meta"):
+            model = one_block(config, 0)
+        # With values this time: a base of rotary embeddings below 0 gives NaN at every position.
+        turns = type(model.rotary_emb)(config)(torch.zeros(1, 2, width), torch.arange(2).unsqueeze(0))
+    if any(part.shape[-1] != width or not source.finite(part) for part in turns):
+        raise UsageError(f"{file}: rope_parameters give rotary embeddings that are not finite or not of head_dim {width}")
+
+
+def one_block(config: PretrainedConfig, index: int) -> Any:
+    """The model with only block `index`: masks, rotary embedding and layer type are then transformers' own."""
+    single = copy.deepcopy(config)
+    single.num_hidden_layers = 1
+    types = getattr(config, "layer_types", None)
+    if types:
+        single.layer_types = [types[index]]
+    return AutoModel.from_config(single)
+
+
+def layers(model: Any) -> nn.ModuleList:
+    """Decoder layers of a model without head."""
+    found: nn.ModuleList = model.layers
+    return found
+
+
+def positions(config: PretrainedConfig) -> int | None:
+    """How many positions a model knows; None where it has no limit. Rotary embeddings that are stretched know more."""
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if type(limit) is not int or limit < 1:
+        return None
+    rope = getattr(text, "rope_parameters", None) or {}
+    start, factor = rope.get("original_max_position_embeddings", limit), rope.get("factor", 1)
+    stretched = start * factor if isinstance(start, int | float) and isinstance(factor, int | float) else limit
+    return max(limit, int(stretched)) if math.isfinite(stretched) else limit
+
+
+def mismatch(entries: dict[str, TensorEntry], shapes: dict[str, tuple[int, ...]], optional: set[str]) -> str | None:
+    """The first way in which stored tensors are not those of a configuration, None where there is none.
+
+    shapes: by name, of all tensors that have to be there. optional: names that may be there beside them. What transformers does
+    about any of these is to go on: with random values, without the tensor, or with others' bits.
+    """
+    missing = [name for name in shapes if name not in entries]
+    if missing:
+        return f"lacks {len(missing)} tensors, first {missing[0]}"
+    # Old checkpoints hold the frequencies of rotary embeddings, which are computed.
+    extra = [name for name in entries if name not in shapes and name not in optional and not name.endswith("rotary_emb.inv_freq")]
+    if extra:
+        return f"holds {len(extra)} tensors that config.json does not name, first {extra[0][:200]}"
+    for name, shape in shapes.items():
+        if entries[name].shape != shape:
+            return f"{name} has shape {list(entries[name].shape)}, config.json says {list(shape)}"
+        if entries[name].dtype not in DISK_DTYPES:
+            return f"{name} is {entries[name].dtype}; expected float32, bfloat16 or float16"
+    return None

@@ -1,0 +1,300 @@
+"""A model folder on disk: where it is, which tensors its safetensors files hold, and reading them by slices."""
+
+import hashlib
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lbllm_cli.core import files
+from lbllm_cli.core.errors import RunError, UsageError, reason
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_METADATA_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template*",
+    "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_HEADER_LIMIT = 100_000_000
+# Values that are looked at together where a tensor is not kept.
+PIECE = 16 << 20
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: shard file, safetensors dtype name, shape."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's data."""
+        size = _DTYPES[self.dtype]
+        for extent in self.shape:
+            size *= extent
+        return size
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a header; a name that is there twice has two meanings."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError
+    return found
+
+
+def _entry(path: Path, item: Any) -> tuple[TensorEntry, int, int]:
+    """A tensor of a header, and where its data begin and end. Raises ValueError or TypeError for what describes none."""
+    dtype, shape, (begin, end) = item["dtype"], item["shape"], item["data_offsets"]
+    whole = isinstance(dtype, str) and isinstance(shape, list)
+    if not whole or any(type(number) is not int or not 0 <= number < 1 << 63 for number in (*shape, begin, end)):
+        raise ValueError
+    entry = TensorEntry(path, dtype, tuple(shape))
+    if dtype in _DTYPES and end - begin != entry.nbytes:
+        raise ValueError
+    return entry, begin, end
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Tensor entries of one safetensors file, from its header alone; no weight is read.
+
+    Raises UsageError when the file is missing, truncated or not safetensors: tensors that overlap, leave gaps, are there twice or
+    are longer or shorter than their shapes.
+    """
+    again = f"download {path.name} again"
+    files.check_regular(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _HEADER_LIMIT):
+                raise UsageError(f"{path} is not a complete safetensors file ({size} bytes); {again}")
+            header = json.loads(file.read(length), object_pairs_hook=_unique)
+        found = {name: _entry(path, item) for name, item in header.items() if name != "__metadata__"}
+    except FileNotFoundError:
+        raise UsageError(f"{path} is missing; {again}") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise UsageError(f"{path} has a corrupt safetensors header; {again}") from None
+    expected = 0
+    for begin, end in sorted((begin, end) for _, begin, end in found.values()):
+        if begin != expected:
+            raise UsageError(f"{path} has a corrupt safetensors header: tensors overlap or leave a gap at {begin}; {again}")
+        expected = end
+    if 8 + length + expected != size:
+        raise UsageError(f"{path} is truncated or padded: expected {8 + length + expected} bytes, got {size}; {again}")
+    unknown = sorted({entry.dtype for entry, _, _ in found.values()} - set(_DTYPES))
+    if unknown:
+        raise UsageError(f"{path} holds tensors of dtype {', '.join(unknown)[:80]}; expected float32, bfloat16 or float16")
+    try:
+        with safe_open(path, framework="pt"):  # it has rules of its own for texts and metadata
+            return {name: entry for name, (entry, _, _) in found.items()}
+    except SafetensorError as error:
+        raise UsageError(f"{path} has a corrupt safetensors header: {reason(error)}; {again}") from None
+
+
+def _shards(index: Path) -> dict[str, str]:
+    """The index's map from tensor to file. Raises UsageError for one that names files elsewhere: they are not the model's."""
+    values = files.read_json(index)
+    parts = values if isinstance(values, dict) else {}
+    weight_map, metadata = parts.get("weight_map"), parts.get("metadata", {})
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UsageError(f"{index} is not a safetensors index: it has no weight_map of tensors and files; download it again")
+    if not isinstance(metadata, dict):  # transformers writes into it
+        raise UsageError(f"{index} is not a safetensors index: metadata is {type(metadata).__name__}; download it again")
+    for name in sorted(set(weight_map.values())):
+        place = PurePosixPath(name)
+        if not place.name or place.is_absolute() or ".." in place.parts or not name.isprintable() or len(name) > 255:
+            raise UsageError(f"{index} names {name[:80]!r}; expected the names of files in {index.parent}; download it again")
+    return weight_map
+
+
+def read_folder(folder: Path) -> dict[str, TensorEntry]:
+    """Tensor entries of a model folder, sharded or single.
+
+    Raises UsageError when there are no safetensors weights or a shard is missing or damaged.
+    """
+    # In the order of transformers, where both are there.
+    if (folder / SINGLE).exists():
+        return read_header(folder / SINGLE)
+    index = folder / INDEX
+    if index.exists():
+        weight_map = _shards(index)
+        shards = sorted(set(weight_map.values()))
+        missing = [name for name in shards if not (folder / name).exists()]
+        if missing:
+            raise UsageError(f"{folder}: {len(missing)} of {len(shards)} weight files are missing: {', '.join(missing)}")
+        entries: dict[str, TensorEntry] = {}
+        for shard in shards:
+            found = read_header(folder / shard)
+            if twice := sorted(entries.keys() & found.keys()):
+                first = entries[twice[0]].file.name
+                raise UsageError(f"{folder}: {twice[0][:200]} is in {first} and in {shard}; download both again")
+            entries |= found
+        lost = sorted(set(weight_map) - set(entries))
+        if lost:
+            first = lost[0][:200]
+            raise UsageError(f"{index} names {len(lost)} tensors that no shard holds, first {first}; download the model again")
+        return entries
+    other = sorted(path.name for pattern in ("*.bin", "*.pth", "*.gguf", "*.safetensors") for path in folder.glob(pattern))
+    got = f"found {', '.join(other[:3])}" if other else "found no weight file"
+    raise UsageError(
+        f"{folder} has no weights: expected {SINGLE} or {INDEX}, {got}. Only safetensors are read; convert other formats first"
+    )
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether the folder holds, or claims to hold, safetensors weights."""
+    return (folder / INDEX).exists() or (folder / SINGLE).exists()
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite. Takes no memory beside the tensor."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(tensor.detach()))
+
+
+def read_tensors(entries: dict[str, TensorEntry], names: list[str], device: torch.device) -> dict[str, Tensor]:
+    """Reads some tensors on to `device`, in the dtype on disk.
+
+    Raises RunError naming the first tensor that holds NaN or infinity.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in sorted({entries[name].file for name in names}):
+        with safe_open(file, framework="pt", device=str(device)) as handle:
+            for name in names:
+                if entries[name].file == file:
+                    tensors[name] = handle.get_tensor(name)
+    for name, tensor in tensors.items():
+        if not finite(tensor):
+            raise _not_finite(entries, name)
+    return tensors
+
+
+def _not_finite(entries: dict[str, TensorEntry], name: str) -> RunError:
+    return RunError(f"{name} in {entries[name].file} holds NaN or infinity; download the model again")
+
+
+def _pieces(entry: TensorEntry, name: str) -> Iterator[Tensor]:
+    """A tensor by its rows, on the CPU, about PIECE values at a time."""
+    with safe_open(entry.file, framework="pt") as handle:
+        if not entry.shape:
+            yield handle.get_tensor(name)
+            return
+        rows = handle.get_slice(name)
+        step = max(1, PIECE // max(1, math.prod(entry.shape[1:])))
+        for start in range(0, entry.shape[0], step):
+            yield rows[start : start + step]
+
+
+def check_finite(entries: dict[str, TensorEntry], names: list[str]) -> None:
+    """Reads some tensors piece by piece and keeps nothing. Raises RunError naming the first with NaN or infinity."""
+    for name in names:
+        if not all(finite(piece) for piece in _pieces(entries[name], name)):
+            raise _not_finite(entries, name)
+
+
+def equal(entries: dict[str, TensorEntry], first: str, second: str, dtype: torch.dtype) -> bool:
+    """Whether two stored tensors are the same as tensors of `dtype`. Stops reading at the first difference."""
+    if entries[first].shape != entries[second].shape:
+        return False
+    pairs = zip(_pieces(entries[first], first), _pieces(entries[second], second), strict=True)
+    return all(torch.equal(one.to(dtype), other.to(dtype)) for one, other in pairs)
+
+
+def identity(folder: Path, entries: dict[str, TensorEntry]) -> str:
+    """Hash that tells one model folder from another: config, tensor names, shapes, dtypes, and 64 KiB at both ends of every
+    weight file. Reading all of a 140 GB model for it would take minutes before every command.
+    """
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for name in sorted(entries):
+        entry = entries[name]
+        digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
+    for file in sorted({entry.file for entry in entries.values()}):
+        size = file.stat().st_size
+        with file.open("rb") as handle:
+            digest.update(handle.read(65536))
+            handle.seek(max(0, size - 65536))
+            digest.update(handle.read(65536))
+    return digest.hexdigest()
+
+
+def metadata_files(folder: Path) -> Iterator[Path]:
+    """Everything beside the weights that a copy of the model needs: configs, tokenizer, chat template, licence."""
+    found = {path for pattern in _METADATA_FILES for path in folder.glob(pattern) if path.is_file()}
+    yield from sorted(found)
+
+
+def copy_metadata(folder: Path, target: Path) -> None:
+    """Copies tokenizer, generation config, chat template and licence byte for byte; config.json is left to the caller.
+
+    Saving them again through transformers changes tokenizer_class and fails on older generation configs.
+    """
+    for path in metadata_files(folder):
+        if path.name != "config.json":
+            shutil.copyfile(path, target / path.name)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises UsageError for what no library that reads a model folder should open: a pipe, a socket, a device."""
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir():
+            files.check_regular(path)
+
+
+def resolve(path: str, revision: str | None, weights: bool, key: str = "model.path") -> Path:
+    """Local folder of a model: the folder itself, or a snapshot of a Hugging Face id.
+
+    weights: False fetches configuration and tokenizer only. key: what the path stands under, for messages. Raises UsageError when
+    neither exists or cannot be had.
+    """
+    local = files.user_path(path, key)
+    if local.is_dir():
+        check_folder(local)
+        return local
+    if local.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith("."):
+        raise UsageError(f"{key} {path} is not a folder; give a folder with config.json or a Hugging Face id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = [*_METADATA_FILES, *(["*.safetensors", INDEX] if weights else [])]
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+    except GatedRepoError:
+        raise UsageError(
+            f"{key} {path} is gated: accept its licence at https://huggingface.co/{path}, "
+            "then set HF_TOKEN or run `hf auth login`"
+        ) from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise UsageError(f"{key} {path}: no such folder here and no such model on the Hugging Face hub") from None
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise UsageError(
+            f"{key} {path}: no such folder, and it cannot be fetched from the Hugging Face hub ({reason(error)}). "
+            "Give a local folder, or run once with a network"
+        ) from None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as plain values. Raises UsageError when it is missing or not JSON."""
+    file = folder / "config.json"
+    try:
+        values = files.read_json(file)
+    except FileNotFoundError:
+        raise UsageError(f"{folder} has no config.json; expected a Hugging Face model folder") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{file}: expected a JSON object, got {type(values).__name__}")
+    return values

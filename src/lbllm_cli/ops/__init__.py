@@ -1,1 +1,0 @@
-"""Pure tensor functions: no I/O, no modules, no global state."""

@@ -1,0 +1,93 @@
+"""What a run reads must not lie where it writes: a stage or an export that is replaced would take its own source with it."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from lbllm_cli.core.errors import UsageError
+from lbllm_cli.core.files import user_path
+from lbllm_cli.core.own_folders import check_folders
+from lbllm_cli.data import sources as text_sources
+from lbllm_cli.export.writer import EXPORT
+from lbllm_cli.pipeline.stage_record import STAGES
+from lbllm_cli.recipe.base import Source
+from lbllm_cli.recipe.schema import Recipe
+
+_TAILS = ("", ".partial", ".replaced")
+# Sampled text is only ever added to, under names that are hashes: reading it there does no harm, but it has to be a folder.
+_GENERATED = "generated"
+_REPORTS = ("report.html", "report.md")
+
+
+def _replaced_folders() -> list[str]:
+    return [f"{name}{tail}" for name in (*STAGES, EXPORT) for tail in _TAILS]
+
+
+def check_places(output: Path) -> None:
+    """Raises UsageError where `output` has a file for one of lbllm's folders, or a folder for one of its files."""
+    evaluated = [f"eval/{name}" for name in ("streams", "measured", "lm-eval")]
+    results = [f"eval/{name}" for name in ("results.json", "details.json")]
+    check_folders(output, [*_replaced_folders(), _GENERATED, "eval", *evaluated], [".lock", *_REPORTS, *results])
+
+
+def check_overlaps(recipe: Recipe, output: Path, model: Path | None) -> None:
+    """Whether nothing that the recipe reads lies where lbllm writes, or around it; links are resolved.
+
+    A folder beside the stages in `output` is in no way; an `output` inside the model's folder is, for whoever copies or
+    deletes the one does not think of the other. model: its folder, None where it has none here. Raises UsageError.
+    """
+    teachers = dict(_teachers(recipe))
+    stages = {output / name: "output.dir" for name in (*_replaced_folders(), "eval", *_REPORTS)}
+    writes = {written: (_real(written), key) for written, key in stages.items()}
+    also = {folder: (_real(folder), key) for key, folder in teachers.items()}
+    for key, path in (*_reads(recipe, model), *teachers.items()):
+        for place in sorted(_places(path)):
+            for written, (resolved, owner) in {**writes, **({} if key in teachers else also)}.items():
+                if place.is_relative_to(resolved) or resolved.is_relative_to(place):
+                    remedy = f"move it, or choose another {owner}"
+                    raise UsageError(f"{key} {path} overlaps with {written}, where lbllm writes; {remedy}")
+    for folder, (resolved, key) in also.items():
+        if resolved == _real(output):
+            raise UsageError(f"{key} {folder} is output.dir; give a folder of its own, for example {output / 'teacher'}")
+
+
+def _real(path: Path) -> Path:
+    """The place behind all links; of a link that leads to itself the link: Path.resolve has an error for that one."""
+    return Path(os.path.realpath(path))
+
+
+def _places(path: Path) -> set[Path]:
+    """Where a file or folder lies, and where the links in a folder lead."""
+    links = [entry for entry in path.iterdir() if entry.is_symlink()] if path.is_dir() else []
+    return {_real(path), *map(_real, links)}
+
+
+def _teachers(recipe: Recipe) -> Iterator[tuple[str, Path]]:
+    for section, phase in (("distill", recipe.distill.end_to_end), ("act_calib", recipe.act_calib.end_to_end)):
+        if phase is not None and phase.teacher is not None:
+            key = f"{section}.end_to_end.teacher"
+            yield key, user_path(phase.teacher, key)
+
+
+def _reads(recipe: Recipe, model: Path | None) -> Iterator[tuple[str, Path]]:
+    """Files and folders that a recipe names as sources, by key."""
+    if model is not None:
+        yield "model.path", model
+    data = recipe.data
+    sets = [("data.calibration", data.calibration.source), ("data.training", data.training.source)]
+    sets += [(f"data.evaluation {item.name}", item.source) for item in data.evaluation]
+    for section, phase in (("distill", recipe.distill.end_to_end), ("act_calib", recipe.act_calib.end_to_end)):
+        if phase is not None and phase.source is not None:
+            sets.append((f"{section}.end_to_end", phase.source))
+    for key, sources in sets:
+        for item in sources:
+            if name := _local(item):
+                yield f"{key}: source", user_path(name, f"{key}: source")
+
+
+def _local(item: Source) -> str | None:
+    """The path that a source names, if it names one."""
+    if item.path is not None:
+        return item.path
+    named = item.source.startswith(("builtin:", "generate:", "hub:")) or item.source in text_sources.PRESETS
+    return None if named else item.source

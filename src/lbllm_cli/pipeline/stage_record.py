@@ -1,0 +1,148 @@
+"""What a stage folder says of itself: the manifest of a finished stage, the progress file of an unfinished one.
+
+Both lie where users can reach them; they are read here and nowhere else, and every value is checked before it is used.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lbllm_cli.core import files
+from lbllm_cli.core.errors import UsageError
+
+FORMAT_VERSION = 1
+STAGES: tuple[str, ...] = ("ptq", "distill", "distill-e2e", "act-calib", "act-calib-e2e")
+# Tensors outside the blocks that a stage has changed; a stage that changes none has no such file.
+OUTER = "outer.safetensors"
+# Of the parent in the inputs of a stage: see `prepare.Plan.inputs`.
+PARENT = "parent.files"
+
+Stage = Literal["ptq", "distill", "distill-e2e", "act-calib", "act-calib-e2e"]
+Count = Annotated[int, Field(ge=1)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def block_file(index: int) -> str:
+    """File name of a block: 3 -> "block_003.safetensors"."""
+    return f"block_{index:03d}.safetensors"
+
+
+class _Record(BaseModel):
+    """inputs: what the stage is made from, by recipe key. files: hashes of its weight files by name."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    inputs: dict[str, str | int | float | bool | None]
+    files: dict[str, Sha256]
+
+    @property
+    def blocks_done(self) -> int:
+        """Block files."""
+        return len(self.files.keys() - {OUTER})
+
+    @model_validator(mode="after")
+    def _first_blocks(self) -> "_Record":
+        expected = {block_file(index) for index in range(self.blocks_done)}
+        if strange := sorted(self.files.keys() - expected - {OUTER}):
+            raise ValueError(f"files: names {strange[0][:80]!r}, expected {self.blocks_done} blocks from {block_file(0)} on")
+        return self
+
+
+_R = TypeVar("_R", bound=_Record)
+
+
+class Progress(_Record):
+    """Of an unfinished stage: its first blocks, as far as they are committed."""
+
+
+class Parent(BaseModel):
+    """The stage that another goes on from."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    stage: Stage
+    fingerprint: str
+
+
+class Activations(BaseModel):
+    """See `activations.ActivationFormat`."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    bits: Annotated[int, Field(ge=3, le=8)]
+    kv_bits: Annotated[int, Field(ge=3, le=8)]
+    granularity: Literal["group", "token"]
+    form: Literal["knee", "uniform"]
+    kv_form: Literal["knee", "uniform"]
+    tables: Annotated[int, Field(ge=1, le=2)]
+    group_size: Annotated[int, Field(ge=16, le=4096)]
+
+
+class Manifest(_Record):
+    """Of a finished stage. tokens: that it read."""
+
+    format_version: Literal[1]
+    stage: Stage
+    parent: Parent | None
+    blocks: Count
+    group_size: Annotated[int, Field(ge=16, le=4096, multiple_of=16)]
+    parameters: Count
+    binarized_parameters: Count
+    tokens: Count
+    activations: Activations | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Manifest":
+        if self.blocks_done != self.blocks:
+            raise ValueError(f"files: {self.blocks_done} blocks, expected {self.blocks}")
+        if self.parent is not None and not isinstance(self.inputs.get(PARENT), str):
+            raise ValueError(f"inputs: {PARENT} is missing")
+        if self.parent is not None and STAGES.index(self.parent.stage) >= STAGES.index(self.stage):
+            raise ValueError(f"parent: {self.parent.stage} comes after {self.stage}")
+        return self
+
+
+def read_progress(file: Path, remedy: str) -> Progress:
+    """The progress file of an unfinished stage.
+
+    Raises UsageError with the reason and `remedy` where it is not what lbllm wrote, FileNotFoundError where it is not there.
+    """
+    return _checked(file, Progress, _read(file, remedy), remedy)
+
+
+def read_manifest(file: Path, stage: str, remedy: str) -> tuple[Manifest, dict[str, Any]]:
+    """The manifest of `stage` as it was checked, and as it was written. Raises as `read_progress`."""
+    values = _read(file, remedy)
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if type(version) is int and version != FORMAT_VERSION:
+        raise UsageError(f"{file} has format_version {version}, this lbllm reads {FORMAT_VERSION}; update lbllm")
+    found = _checked(file, Manifest, values, remedy)
+    if found.stage != stage:
+        raise UsageError(f"{file} is damaged; {remedy} (it is the manifest of {found.stage})")
+    return found, values
+
+
+def _read(file: Path, remedy: str) -> Any:
+    try:
+        return files.read_json(file)
+    except UsageError as error:
+        reason = str(error).removeprefix(f"{file} ")
+        raise UsageError(f"{file} is damaged; {remedy} (it {reason})") from None
+
+
+def _checked(file: Path, kind: type[_R], values: Any, remedy: str) -> _R:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(f"{file} is damaged; {remedy} ({describe(error)})") from None
+
+
+def describe(error: ValidationError) -> str:
+    """The first thing that is wrong with a record, in one line."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(re.sub(r"\s+", " ", str(part))[:80] for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    got = "" if first["type"] in {"value_error", "missing"} else f", got {str(first['input'])[:80]!r}"
+    return f"{where}: {message[:1].lower()}{message[1:]}{got}" if where else f"{message}{got}"

@@ -1,0 +1,1 @@
+"""Stage 1: Hessian-weighted EM with error compensation."""

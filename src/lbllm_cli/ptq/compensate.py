@@ -1,0 +1,80 @@
+"""Codes chosen column by column, each column's error pushed onto the columns not yet coded (GPTQ, arXiv 2210.17323)."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lbllm_cli.format.weights import LEVELS, group_count, level_values, project_levels
+
+LevelFit = Callable[[Tensor, Tensor], Tensor]
+
+
+class RankFit(NamedTuple):
+    """A fit in rank order.
+
+    ranks: uint8 [out, in], the index of the weight's level among the group's ascending levels.
+    levels: int8 [out, groups, 4], ascending. scale: float16 [out, groups].
+    """
+
+    ranks: Tensor
+    levels: Tensor
+    scale: Tensor
+
+    def values(self) -> Tensor:
+        """Level values, float32 [out, groups, 4]."""
+        return level_values(self.levels, self.scale)
+
+
+class LevelTable:
+    """The levels of one group of columns, for choosing among them one column after another.
+
+    levels: float32 [rows, 4], ascending.
+    """
+
+    def __init__(self, levels: Tensor):
+        # Transposed and with the midpoints at hand: this runs once per column of every linear.
+        self.levels = levels.T.contiguous()
+        self.middle = (self.levels[1:] + self.levels[:-1]) / 2
+
+    def choose(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Nearest level of each row, the lower one on a tie: target [rows] -> (rank uint8 [rows], value [rows])."""
+        rank = (target > self.middle).sum(0, keepdim=True)
+        return rank[0].to(torch.uint8), self.levels.gather(0, rank)[0]
+
+
+def compensate(
+    weight: Tensor, factor: Tensor, group_size: int, fit: LevelFit, push: bool = True, importance: Tensor | None = None
+) -> RankFit:
+    """Fits each group's levels, then codes its columns in turn.
+
+    weight: float32 [out, in], left unchanged. factor: float32 [in, in], the upper Cholesky factor U of the inverse
+    Hessian. fit(group weights [out, n], importance [n]) -> levels [out, 4]; called with the weights as compensated so far.
+    push: False codes every column by its nearest level (the ablation "no compensation").
+    importance: float32 [in]; by default 1 / U_jj^2, what an error in column j costs when later columns absorb it.
+    out=576, in=576, group_size=128 -> ranks [576, 576], levels [576, 5, 4], scale [576, 5].
+    """
+    out_features, in_features = weight.shape
+    groups = group_count(in_features, group_size)
+    # Columns are contiguous in the transpose: the inner loop then runs on whole cache lines.
+    remaining = weight.T.contiguous()
+    if importance is None:
+        importance = factor.diagonal().reciprocal().square()
+    ranks = torch.empty(in_features, out_features, dtype=torch.uint8, device=weight.device)
+    levels = torch.empty(out_features, groups, LEVELS, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(out_features, groups, dtype=torch.float16, device=weight.device)
+    for group in range(groups):
+        start, end = group * group_size, min((group + 1) * group_size, in_features)
+        block = remaining[start:end].clone()
+        levels[:, group], scale[:, group] = project_levels(fit(block.T.contiguous(), importance[start:end]))
+        table = LevelTable(level_values(levels[:, group], scale[:, group]))
+        error = torch.empty_like(block)
+        for j in range(end - start):
+            ranks[start + j], value = table.choose(block[j])
+            error[j] = (block[j] - value) / factor[start + j, start + j]
+            if push:
+                block[j + 1 :].addr_(factor[start + j, start + j + 1 : end], error[j], alpha=-1)
+        if push:
+            remaining[end:].addmm_(factor[start:end, end:].T, error, alpha=-1)
+    return RankFit(ranks.T.contiguous(), levels, scale)

@@ -1,0 +1,241 @@
+"""Stage 1: Hessian-weighted EM with error compensation, block by block (LBLLM stage 1; refinement and target are ours)."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lbllm_cli.core.errors import RunError
+from lbllm_cli.core.splits import held_out_rows
+from lbllm_cli.format.weights import codes_from_ranks, dequantize, pack_codes
+from lbllm_cli.models.model import UNITS, Block, block_prefix
+from lbllm_cli.pipeline.block_loop import BlockTask, batches
+from lbllm_cli.ptq.compensate import compensate
+from lbllm_cli.ptq.em import fit_levels, quantile_levels
+from lbllm_cli.ptq.moments import InputMoments, inverse_factor
+from lbllm_cli.ptq.refine import descend_codes, output_error, refit_levels
+from lbllm_cli.ptq.target import step_length, target_step
+from lbllm_cli.recipe.schema import Ptq
+
+Unit = tuple[str, ...]
+_OUTPUT = UNITS[1]
+
+
+class _StopForward(Exception):
+    """Raised by a hook: nothing after the last wanted linear needs to run."""
+
+
+@contextmanager
+def _inputs_of(block: Block, names: list[str], stop: bool) -> Iterator[dict[str, Tensor]]:
+    """Collects what the named linears read in each forward pass; `stop` ends a pass at the last of them."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen[name] = inputs[0]
+        if stop and name == names[-1]:
+            raise _StopForward
+
+    handles = [block.linear(name).register_forward_pre_hook(partial(keep, name)) for name in names]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _KnownAttention(nn.Module):
+    """Stands for a block's attention once its heads' outputs are known: only the output projection is left to compute."""
+
+    def __init__(self, projection: nn.Linear):
+        super().__init__()
+        self.projection = projection
+        self.heads: Tensor | None = None
+
+    def forward(self, *arguments: Any, **options: Any) -> tuple[Tensor, None]:
+        assert self.heads is not None
+        return self.projection(self.heads), None
+
+
+@dataclass
+class _Moments:
+    """Of one unit: estimated on most sequences, and on those held out to choose the target's strength, if any are."""
+
+    fitted: InputMoments
+    held_out: InputMoments | None
+
+
+class _Collector:
+    """Runs both streams through a block and sums the moments of what its linears read.
+
+    In sequential order every unit needs a pass. What o_proj reads does not change after it was collected, so later passes
+    start there: attention then runs 24 times instead of 56 for a block of eight batches. Kept only while the streams are in
+    RAM as well.
+    """
+
+    def __init__(self, task: BlockTask, student: Block, settings: Ptq):
+        self.task = task
+        self.student = student
+        self.asymmetric = settings.asymmetric != 0
+        rows = task.quantized.rows
+        self.held = held_out_rows(rows, settings.held_out) if settings.asymmetric == "auto" else 0
+        self.parts = ((0, rows - self.held), (rows - self.held, rows))
+        self.keep = settings.sequential and task.quantized.path is None
+        self.known: dict[tuple[Block, int], Tensor] = {}
+
+    def collect(self, units: tuple[Unit, ...]) -> dict[Unit, _Moments]:
+        """Moments of some units' inputs, from one pass.
+
+        The pass that reaches the block's last linear lets the teacher run on to its end: its outputs are the targets.
+        """
+        moments = {}
+        for unit in units:
+            size = self.student.linear(unit[0]).in_features
+            fitted = InputMoments.empty(size, self.task.device, self.asymmetric)
+            held_out = InputMoments.empty(size, self.task.device, True) if self.held else None
+            moments[unit] = _Moments(fitted, held_out)
+        names = [unit[0] for unit in units]
+        last = units[-1] == UNITS[-1]
+        with (
+            self._attention() as attention,
+            _inputs_of(self.student, names, stop=True) as read,
+            _inputs_of(self.task.teacher, names, stop=not last) as wanted,
+        ):
+            for first, end in self.parts:
+                for rows in batches(first, end, self.task.batch_size):
+                    for block, stub in attention.items():
+                        stub.heads = self.known[block, rows.start].to(self.task.device)
+                    self._pass(rows, last)
+                    for unit in units:
+                        held_out = moments[unit].held_out
+                        part = moments[unit].fitted if first == 0 or held_out is None else held_out
+                        part.add(read[unit[0]], wanted.get(unit[0]))
+                    if self.keep and units == (_OUTPUT,):
+                        self._remember(rows, read, wanted)
+        return moments
+
+    def _pass(self, rows: slice, last: bool) -> None:
+        task = self.task
+        with suppress(_StopForward):
+            if self.asymmetric and last:
+                task.run_teacher(rows)
+            elif self.asymmetric:
+                task.teacher(task.full.data[rows].to(task.device))
+        with suppress(_StopForward):
+            self.student(task.quantized.data[rows].to(task.device))
+
+    def _remember(self, rows: slice, read: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+        self.known[self.student, rows.start] = read[_OUTPUT[0]].cpu()
+        if self.asymmetric:
+            self.known[self.task.teacher, rows.start] = wanted[_OUTPUT[0]].cpu()
+
+    @contextmanager
+    def _attention(self) -> Iterator[dict[Block, _KnownAttention]]:
+        """Puts the stand-in where heads are known, and takes it out again."""
+        layers: dict[Block, Any] = {block: block.layer for block, _ in self.known}
+        real = {block: layer.self_attn for block, layer in layers.items()}
+        stubs = {block: _KnownAttention(block.linear(_OUTPUT[0])) for block in layers}
+        for block, layer in layers.items():
+            layer.self_attn = stubs[block]
+        try:
+            yield stubs
+        finally:
+            for block, layer in layers.items():
+                layer.self_attn = real[block]
+
+
+def fit_block(task: BlockTask, settings: Ptq) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Binarizes the linears of one block.
+
+    Returns the packed tensors under their full names, and facts: per linear the output error relative to its
+    target, the strength of the asymmetric target and the damping used.
+    Raises RunError naming block and linear when an input or a Hessian is not finite.
+    """
+    student = task.teacher.sharing()
+    collector = _Collector(task, student, settings)
+    tensors: dict[str, Tensor] = {}
+    facts: dict[str, Any] = {"linears": {}}
+    passes: list[tuple[Unit, ...]] = [(unit,) for unit in UNITS] if settings.sequential else [UNITS]
+    for units in passes:
+        moments = collector.collect(units)
+        for unit in units:
+            packed, linears = _fit_unit(task, unit, moments.pop(unit), settings)
+            facts["linears"] |= linears
+            for name, (weight, levels, scale, values) in packed.items():
+                full = block_prefix(task.index) + name
+                tensors |= {f"{full}.weight": weight, f"{full}.levels": levels, f"{full}.scale": scale}
+                student.set_weight(name, values)
+    return tensors, facts
+
+
+def _fit_unit(
+    task: BlockTask, unit: Unit, moments: _Moments, settings: Ptq
+) -> tuple[dict[str, tuple[Tensor, Tensor, Tensor, Tensor]], dict[str, Any]]:
+    """Fits the linears that share an input, as one matrix: rows are independent given H."""
+    everything = moments.fitted if moments.held_out is None else moments.fitted.plus(moments.held_out)
+    sources = [task.teacher.linear(name).weight.float() for name in unit]
+    try:
+        hessian, factor, damping = inverse_factor(everything.mean_hessian(), settings.damping)
+        strengths = _strengths(sources, moments, factor, settings)
+        targets = [
+            weight + strength * target_step(weight, everything.mean_drift(), factor) if strength else weight
+            for weight, strength in zip(sources, strengths, strict=True)
+        ]
+        packed = _fit_matrix(torch.cat(targets), hessian, factor, settings)
+    except (FloatingPointError, ValueError) as error:
+        raise RunError(f"block {task.index}, {' and '.join(unit)}: {error}; the block was not written") from None
+    sizes = [weight.shape[0] for weight in sources]
+    split = list(zip(*(torch.split(part, sizes) for part in packed), strict=True))
+    facts = {}
+    for name, target, parts, strength in zip(unit, targets, split, strengths, strict=True):
+        relative = output_error(target, parts[3], everything.mean_hessian())
+        facts[name] = {"error": relative, "asymmetric": round(strength, 4), "damping": damping}
+    return dict(zip(unit, split, strict=True)), facts
+
+
+def _strengths(weights: list[Tensor], moments: _Moments, factor: Tensor, settings: Ptq) -> list[float]:
+    """Length of each linear's step towards the asymmetric target.
+
+    The held-out sequences take no part in the drift that the step follows, only in H, which gives it its metric.
+    """
+    if moments.held_out is None:
+        assert settings.asymmetric != "auto"
+        return [settings.asymmetric] * len(weights)
+    steps = [target_step(weight, moments.fitted.mean_drift(), factor) for weight in weights]
+    return [step_length(weight, step, moments.held_out) for weight, step in zip(weights, steps, strict=True)]
+
+
+def _fit_matrix(weight: Tensor, hessian: Tensor, factor: Tensor, settings: Ptq) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Levels and codes of a matrix: packed codes, levels and scale as stored, and the float32 weights they stand for."""
+    size = settings.group_size
+    importance = hessian.diagonal() if settings.importance == "hessian_diagonal" else None
+
+    def fit(group: Tensor, weights: Tensor) -> Tensor:
+        if settings.levels == "quantile":
+            return quantile_levels(group)
+        return fit_levels(group, weights, settings.em_iterations)
+
+    found = compensate(weight, factor, size, fit, settings.compensation, importance)
+    if settings.code_descent and settings.rounds:
+        # Before the first refit: reaches in one round what refitting first takes two rounds for.
+        found = descend_codes(weight, hessian, found, size)
+    for _ in range(settings.rounds):
+        if settings.refit:
+            found = refit_levels(weight, hessian, found, size)
+        if settings.code_descent:
+            found = descend_codes(weight, hessian, found, size)
+    codes, levels = codes_from_ranks(found.ranks, found.levels, found.scale)
+    return pack_codes(codes, size), levels, found.scale, dequantize(codes, levels, found.scale, size)
+
+
+def expected_bits(shapes: list[tuple[int, int]], group_size: int) -> float:
+    """Bits per weight of the packed form: codes, int8 levels and float16 scales, padding of ragged groups included.
+
+    [(4096, 4096)], 128 -> 2.375.
+    """
+    bits = sum(out * math.ceil(inn / group_size) * (2 * group_size + 4 * 8 + 16) for out, inn in shapes)
+    return bits / sum(out * inn for out, inn in shapes)

@@ -1,0 +1,202 @@
+"""The recipe: one strict YAML for all stages. Every default lives here; every field says meaning, unit and range."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from lbllm_cli.core.splits import held_out_rows
+from lbllm_cli.recipe.base import LENGTH, TOKENS, Name, Positive, Section, Source, Sources
+from lbllm_cli.recipe.training import ActCalib, Distill, Schedule
+
+
+class Model(Section):
+    """The full-precision model."""
+
+    path: str = Field(min_length=1, description="Hugging Face id or local folder with config.json and safetensors")
+    revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
+    dtype: Literal["source", "float32", "bfloat16", "float16"] = Field(
+        "source",
+        description="dtype blocks are computed in; source: the checkpoint's own on a GPU, float32 on a CPU "
+        "(every 16-bit value is exact in float32, and CPUs without bf16 units are slower in 16 bits)",
+    )
+    trust_remote_code: bool = Field(False, description="allow Python code of the model folder's tokenizer to run")
+
+
+class Output(Section):
+    """Where everything is written."""
+
+    dir: str = Field(min_length=1, description="folder; <dir>/<stage>/ is a stage's checkpoint")
+
+
+class Runtime(Section):
+    """How to run; none of it changes what a checkpoint is, except `seed`."""
+
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: the first GPU, else the CPU")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="chooses calibration windows and samples text")
+    streams: Literal["auto", "ram", "disk"] = Field(
+        "auto", description="hidden states between blocks; auto: RAM while they need less than half of what is free"
+    )
+    batch_size: Positive = Field(4, description="sequences in one forward pass of a block")
+    save_minutes: float = Field(10, ge=0, le=1e6, description="a block's unfinished training is saved this often")
+
+
+def _check_size(key: str, count: int, length: int) -> None:
+    if count * length > TOKENS:
+        raise ValueError(f"{key}: {count} of {length} tokens are {count * length:,}; at most {TOKENS:,} are read; lower one")
+
+
+class TokenSet(Section):
+    """Tokens to calibrate or train on."""
+
+    source: Sources = Field([Source(source="builtin:calibration")], description="one source or a mixture")
+    sequences: Positive = Field(32, description="sequences of `length` tokens")
+    length: int = Field(512, ge=8, le=LENGTH, description="tokens in a sequence")
+    bos: bool = Field(False, description="start every sequence with the tokenizer's BOS")
+
+    @model_validator(mode="after")
+    def _fits_memory(self) -> "TokenSet":
+        _check_size("sequences", self.sequences, self.length)
+        return self
+
+
+class EvaluationSet(Section):
+    """One text to measure perplexity on."""
+
+    name: Name
+    source: Sources
+    length: int = Field(1024, ge=8, le=LENGTH, description="tokens in a segment")
+    segments: Positive | None = Field(None, description="segments from the start of the text; default all")
+    bos: bool = Field(False, description="start every segment with the tokenizer's BOS")
+
+    @model_validator(mode="after")
+    def _fits_memory(self) -> "EvaluationSet":
+        _check_size("segments", self.segments or 1, self.length)
+        return self
+
+
+def _builtin_evaluation() -> list[EvaluationSet]:
+    return [
+        EvaluationSet(name=style, source=[Source(source=f"builtin:evaluation/{style}")], length=1024, segments=40)
+        for style in ("novels", "technical", "modern")
+    ]
+
+
+class Data(Section):
+    """Text for every stage."""
+
+    calibration: TokenSet = Field(default_factory=TokenSet)
+    training: TokenSet = Field(default_factory=lambda: TokenSet(sequences=256))
+    evaluation: list[EvaluationSet] = Field(default_factory=_builtin_evaluation, min_length=1)
+
+    @field_validator("evaluation")
+    @classmethod
+    def _names_differ(cls, value: list[EvaluationSet]) -> list[EvaluationSet]:
+        names = [item.name for item in value]
+        if len(set(names)) != len(names):
+            raise ValueError(f"evaluation names must differ, got {', '.join(names)}")
+        return value
+
+
+class Ptq(Section):
+    """Stage 1: Hessian-weighted EM with error compensation, then refinement under the full Hessian."""
+
+    group_size: int = Field(128, ge=16, le=4096, description="inputs that share four levels; a multiple of 16")
+    levels: Literal["em", "quantile"] = Field("em", description="how a group's levels are fitted before coding")
+    em_iterations: int = Field(20, ge=1, le=200, description="most EM iterations per group")
+    importance: Literal["inverse_hessian", "hessian_diagonal"] = Field(
+        "inverse_hessian", description="EM weight of a column: 1/U_jj^2 of the inverse Hessian's factor, or H_jj"
+    )
+    damping: float = Field(0.01, gt=0, le=10, description="added to H's diagonal, in units of its mean")
+    compensation: bool = Field(True, description="push each column's error onto the columns not yet coded")
+    refit: bool = Field(True, description="refit levels in closed form under the full Hessian")
+    code_descent: bool = Field(True, description="coordinate descent over the codes under the full Hessian")
+    rounds: int = Field(1, ge=0, le=50, description="code descent, then refit and code descent this many times; 0: neither")
+    sequential: bool = Field(True, description="linears of a block see the already binarized linears before them")
+    asymmetric: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = Field(
+        "auto", description="strength of the asymmetric target; auto: chosen per linear on held-out sequences; 0: off"
+    )
+    held_out: float = Field(0.25, gt=0, lt=1, description="share of the sequences that choose `asymmetric: auto`")
+
+    @field_validator("group_size")
+    @classmethod
+    def _multiple_of_16(cls, value: int) -> int:
+        if value % 16:
+            raise ValueError(f"must be a multiple of 16, got {value}")
+        return value
+
+
+class Eval(Section):
+    """What `lbllm eval` measures."""
+
+    checkpoints: list[Literal["base", "ptq", "distill", "distill-e2e", "act-calib", "act-calib-e2e", "export"]] | None = Field(
+        None, min_length=1, description="default: base and every complete stage; export: the exported folder, as others load it"
+    )
+    tasks: list[Annotated[str, Field(min_length=1)]] = Field(
+        [],
+        description="lm-eval tasks: commonsense, mmlu, gsm8k, builtin:continuation, builtin:last_word, a task's YAML file, or "
+        "any name that lm-eval knows",
+    )
+    num_fewshot: int | None = Field(
+        None, ge=0, le=100, description="examples in context; default commonsense 0, mmlu 5, gsm8k 5, others the task's own"
+    )
+    limit: Positive | Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="documents of each task, below 1 a share of them; default all"
+    )
+    batch_size: Positive = Field(8, description="sequences in one forward pass of a task")
+
+
+class Export(Section):
+    """What `lbllm export` writes."""
+
+    checkpoint: Literal["latest", "ptq", "distill", "distill-e2e", "act-calib", "act-calib-e2e"] = Field(
+        "latest", description="latest: the last complete stage"
+    )
+    format: Literal["packed", "dense"] = Field("packed", description="packed: 2-bit codes; dense: a plain folder")
+    shard_gb: float = Field(5.0, ge=1e-6, le=1e6, description="largest weight file, in units of 10^9 bytes; held in RAM once")
+
+
+class Recipe(Section):
+    """All stages of one run."""
+
+    recipe_version: Literal[1] = Field(1, description="this schema; another number is refused")
+    model: Model
+    output: Output
+    runtime: Runtime = Field(default_factory=Runtime)
+    data: Data = Field(default_factory=Data)
+    ptq: Ptq = Field(default_factory=Ptq)
+    distill: Distill = Field(default_factory=Distill)
+    act_calib: ActCalib = Field(default_factory=ActCalib)
+    eval: Eval = Field(default_factory=Eval)
+    export: Export = Field(default_factory=Export)
+
+    @model_validator(mode="after")
+    def _held_out_leaves_both_parts(self) -> "Recipe":
+        rows = self.data.calibration.sequences
+        if self.ptq.asymmetric == "auto" and rows < 2:
+            raise ValueError(
+                "data.calibration.sequences: `ptq.asymmetric: auto` holds sequences out and needs at least 2, got "
+                f"{rows}; add sequences or set ptq.asymmetric to a number"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _training_fills_a_step(self) -> "Recipe":
+        rows = self.data.training.sequences
+        if rows < 2:
+            raise ValueError(f"data.training.sequences: one is held out, so at least 2 are needed, got {rows}")
+        wanted = self.act_calib.sequences or rows
+        if wanted > rows:
+            raise ValueError(f"act_calib.sequences: {wanted} of data.training.sequences, which are {rows}")
+        phases: list[tuple[str, Schedule, int]] = [("distill", self.distill, rows), ("act_calib", self.act_calib, wanted)]
+        for section, last in (("distill", self.distill.end_to_end), ("act_calib", self.act_calib.end_to_end)):
+            if last is not None:
+                phases.append((f"{section}.end_to_end", last, last.sequences))
+                _check_size(f"{section}.end_to_end.sequences", last.sequences, self.data.training.length)
+        for section, settings, count in phases:
+            left = count - held_out_rows(count, settings.held_out)
+            if settings.batch_size > left:
+                raise ValueError(
+                    f"{section}.batch_size: {settings.batch_size} sequences in a step, but {count} sequences leave {left} beside "
+                    f"those that {section}.held_out takes; lower it or raise the number of sequences"
+                )
+        return self

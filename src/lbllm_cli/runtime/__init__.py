@@ -1,0 +1,1 @@
+"""What a packed model runs in: linears, quantizers, cache, and the backends that compute them."""

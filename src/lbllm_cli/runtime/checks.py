@@ -1,0 +1,115 @@
+"""What a packed folder must hold before anything computes with it: kernels trust shapes and tables."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from lbllm_cli.core.errors import LbllmError, UsageError, reason
+from lbllm_cli.export.writer import FORMAT_VERSION
+from lbllm_cli.format.activations import LATTICE_MAX
+from lbllm_cli.models.config import mismatch
+from lbllm_cli.models.folder import TensorEntry, finite, read_header
+from lbllm_cli.models.model import LINEARS
+from lbllm_cli.pipeline.stage_record import Activations, describe
+from lbllm_cli.runtime.linear import PackedLinear
+from lbllm_cli.runtime.quantizer import CLIP_UNIT, ActQuantizer
+from lbllm_cli.training.quantizers import CLIP_RANGE
+
+_DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16", torch.int32: "I32"}
+
+
+def check_settings(values: dict[str, Any]) -> None:
+    """Raises ValueError naming the first value of a packed model's `quantization_config` that this lbllm cannot read."""
+
+    def check(key: str, good: bool, expected: str, got: Any) -> None:
+        if not good:
+            raise ValueError(f"quantization_config.{key}: expected {expected}, got {str(got)[:80]}; export it again")
+
+    version, size, linears = values.get("format_version"), values.get("group_size"), values.get("linears")
+    check("format_version", type(version) is int and version > 0, f"1 to {FORMAT_VERSION}", version)
+    if version is not None and version > FORMAT_VERSION:
+        raise ValueError(f"packed format_version {version}, this lbllm reads {FORMAT_VERSION}; update lbllm-cli")
+    good = type(size) is int and 16 <= size <= 4096 and size % 16 == 0
+    check("group_size", good, "a multiple of 16 up to 4096", size)
+    same = isinstance(linears, list) and sorted(map(str, linears)) == sorted(LINEARS)
+    check("linears", same, f"the linears of a block, {', '.join(LINEARS)}", linears)
+    layout = values.get("activations")
+    if layout is None:
+        return
+    check("activations", isinstance(layout, dict), "a mapping", layout)
+    check("format_version", version == FORMAT_VERSION, f"{FORMAT_VERSION} where there are activations", version)
+    try:
+        Activations.model_validate(layout)
+    except ValidationError as error:
+        raise ValueError(f"quantization_config.activations.{describe(error)}; export it again") from None
+    check("activations.group_size", layout["group_size"] == size, f"that of the weights, {size}", layout["group_size"])
+
+
+def _packed(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear | ActQuantizer))
+
+
+def _own_entries(model: Any, paths: list[Path]) -> dict[str, TensorEntry]:
+    """Stored tensors by their names in `model`, which may be the decoder alone, without the head."""
+    entries = {name: entry for path in paths for name, entry in read_header(path).items()}
+    prefix = model.base_model_prefix
+    if hasattr(model, prefix):
+        return entries
+    return {name.removeprefix(f"{prefix}."): entry for name, entry in entries.items() if name.startswith(f"{prefix}.")}
+
+
+def check_files(model: Any, paths: list[Path]) -> None:
+    """Compares the headers of a folder's shards with what `model` will read from them.
+
+    transformers itself fills a tensor that is absent with whatever lies in memory, and casts another dtype in silence. Raises
+    ValueError naming the first tensor that is absent, unknown or of another shape or dtype, UsageError for a damaged shard.
+    """
+    entries = _own_entries(model, paths)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, module in _packed(model):
+        for part, tensor in module.named_buffers(recurse=False):
+            entry, expected = entries.pop(f"{name}.{part}", None), (_DTYPES[tensor.dtype], shapes.pop(f"{name}.{part}"))
+            got = "nothing" if entry is None else f"{entry.dtype} {entry.shape}"
+            if entry is None or (entry.dtype, entry.shape) != expected:
+                raise ValueError(f"{name}.{part}: expected {expected[0]} {expected[1]}, got {got}; export it again")
+    # Loading ties them, or leaves them apart where both are stored and differ.
+    tied = set(model.all_tied_weights_keys)
+    if problem := mismatch(entries, {name: shape for name, shape in shapes.items() if name not in tied}, tied):
+        raise ValueError(f"the folder {problem}; export it again")
+
+
+@contextmanager
+def refusing(folder: Path) -> Iterator[None]:
+    """Around loading a model folder: raises UsageError that names the folder where it cannot be loaded."""
+    try:
+        yield
+    except (LbllmError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of any kind: loading does what dozens of keys of config.json say
+        raise UsageError(f"{folder} cannot be loaded: {reason(error)}") from None
+
+
+def check_values(model: nn.Module) -> None:
+    """Raises ValueError naming a loaded tensor whose values have no meaning in the format."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not finite(tensor):
+            raise ValueError(f"{name} holds NaN or infinity; export it again")
+    least, most = (round(factor * CLIP_UNIT) for factor in CLIP_RANGE)
+    for name, module in _packed(model):
+        if isinstance(module, PackedLinear):
+            continue
+        levels, top = module.act_levels.int(), LATTICE_MAX if module.bits < 8 else 255
+        if int(levels.max()) > top or bool((levels[:, 1:] <= levels[:, :-1]).any()):
+            expected = f"rows that ascend within 0..{top}"
+            raise ValueError(f"{name}.act_levels: expected {expected}, got {levels.tolist()}; export it again")
+        if module.act_zero.numel() and not bool((levels == module.act_zero.int().unsqueeze(1)).any(1).all()):
+            zeros = module.act_zero.tolist()
+            raise ValueError(f"{name}.act_zero: expected one of act_levels in each row, got {zeros}; export it again")
+        if int(module.act_clip.min()) < least or int(module.act_clip.max()) > most:
+            clips = module.act_clip.tolist()
+            raise ValueError(f"{name}.act_clip: expected {least} to {most}, got {clips}; export it again")

@@ -1,0 +1,58 @@
+"""What the library was told about a model, and whether it still holds: a model may be edited after it was loaded.
+
+Asked at every decode step of every block: whole tables are compared at once, and an element that is the same object is not looked
+into.
+"""
+
+from collections.abc import Iterable
+from operator import is_
+
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from lbllm_cli.runtime.quantizer import ActQuantizer
+
+
+class CapturedQuantizers:
+    """Quantizers that were read once. A change of a buffer in place is counted by torch, but for one through `.data`."""
+
+    def __init__(self, quantizers: Iterable[ActQuantizer]):
+        self.quantizers = list(quantizers)
+        self.tables = [(quantizer._buffers, list(quantizer._buffers.values())) for quantizer in self.quantizers]
+        self.sizes = [quantizer.size for quantizer in self.quantizers]
+        # A tensor of inference mode counts no changes, and refuses changes outside of it.
+        self.counted = [
+            tensor for _, tensors in self.tables for tensor in tensors if isinstance(tensor, Tensor) and not tensor.is_inference()
+        ]
+        self.versions = [tensor._version for tensor in self.counted]
+
+    def hold(self) -> bool:
+        """Whether these are still the same, unchanged."""
+        for buffers, tensors in self.tables:
+            if not all(map(is_, buffers.values(), tensors)):
+                return False
+        return [x._version for x in self.counted] == self.versions and [x.size for x in self.quantizers] == self.sizes
+
+
+class CapturedModules:
+    """A tree of modules that something else computes instead of: which they are, and that nobody listens to or overrides one."""
+
+    def __init__(self, root: nn.Module):
+        self.children = [(parent._modules, list(parent._modules.values())) for parent in root.modules() if parent._modules]
+        # A quantizer's forward is not called in a full pass of the library either: who listens to it hears nothing anyway.
+        self.inner = [module for module in root.modules() if module is not root and not isinstance(module, ActQuantizer)]
+        self.kinds = [module.__class__ for module in self.inner]
+        self.hooks = [hooks for module in self.inner for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self.own_hooks = sum(map(len, self.hooks))
+
+    def hold(self) -> bool:
+        """Whether none was replaced, wrapped or overridden since."""
+        for modules, children in self.children:
+            if list(modules.values()) != children:
+                return False
+        for module in self.inner:
+            if "forward" in module.__dict__:
+                return False
+        if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks or sum(map(len, self.hooks)) != self.own_hooks:
+            return False
+        return [x.__class__ for x in self.inner] == self.kinds

@@ -1,0 +1,35 @@
+"""The model's head for few tokens: a bandwidth-bound product with bfloat16 weights."""
+
+import torch
+from torch import Tensor, nn
+
+from lbllm_cli.runtime.cpu.library import DTYPES, library, pointer
+
+# Above, torch's matrix product is faster.
+ROWS_MAX = 4
+
+
+class HeadLinear(nn.Linear):
+    """A linear without bias, in bfloat16; takes over a head by `head.__class__ = HeadLinear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in] -> [..., out]; as torch computes it, where the library cannot."""
+        rows = input.numel() // self.in_features
+        lib = library()
+        runs = lib is not None and rows <= ROWS_MAX and self.weight.dtype == torch.bfloat16 and self.weight.is_contiguous()
+        runs = (
+            runs
+            and self.bias is None
+            and self.weight.shape == (self.out_features, self.in_features)
+            and input.shape[-1] == self.in_features
+            and input.dtype in DTYPES
+            and input.device == self.weight.device == torch.device("cpu")
+        )
+        if not runs or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().forward(input)
+        assert lib is not None
+        x = input.contiguous()
+        y = x.new_empty(*x.shape[:-1], self.out_features)
+        shape = (self.in_features, self.out_features, DTYPES[x.dtype], rows, torch.get_num_threads())
+        lib.lbllm_head(pointer(self.weight), pointer(x), pointer(y), *shape)
+        return y

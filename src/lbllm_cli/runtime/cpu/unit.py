@@ -1,0 +1,193 @@
+"""Linears that read one input, repacked for the library: one quantization and one call for all of them."""
+
+import ctypes
+import mmap
+import sys
+import weakref
+from ctypes import byref
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from lbllm_cli.format.weights import LEVELS, decode, group_count
+from lbllm_cli.runtime.attachments import meet
+from lbllm_cli.runtime.cpu.captured import CapturedQuantizers
+from lbllm_cli.runtime.cpu.library import DTYPES, GROUP_MAX, Quantizer, Weights, library, pointer, quantizer_struct, supported
+from lbllm_cli.runtime.linear import PackedLinear
+from lbllm_cli.runtime.quantizer import ActQuantizer
+from lbllm_cli.runtime.shared_input import once, plain
+
+_MADV_HUGEPAGE, _MADV_PAGEOUT = 14, 21
+_HUGE = 1 << 21
+# What the registered operator finds a unit by.
+_UNITS: "weakref.WeakValueDictionary[int, Unit]" = weakref.WeakValueDictionary()
+
+
+class Unit:
+    """q, k and v of a block, say: their weights below each other in the library's layout, and their input's quantizer, if any.
+
+    The linears' own codes are dropped; `canonical` gives them back, bit for bit.
+    """
+
+    def __init__(self, linears: list[PackedLinear], quantizer: ActQuantizer | None):
+        first = linears[0]
+        self.in_features, self.group_size = first.in_features, first.group_size
+        self.outs = [linear.out_features for linear in linears]
+        self.ends = list(accumulate(self.outs))
+        self.linears = linears
+        self.quantizer = quantizer
+        self.tiles = _repacked(linears)
+        self.bias = torch.zeros(self.ends[-1]) if any(x.bias is not None for x in linears) else None
+        self._structs: tuple[tuple[Weights, Quantizer | None], CapturedQuantizers] | None = None
+        for slot, packed in enumerate(linears):
+            packed.repacked(self, slot)
+        _UNITS[id(self)] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_structs": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # A copied tensor lies where its allocator puts it.
+        self.tiles = aligned(len(self.tiles)).copy_(self.tiles)
+        _UNITS[id(self)] = self
+
+    @property
+    def structs(self) -> tuple[Weights, Quantizer | None]:
+        """Weights and quantizer as the library reads them: the quantizer and biases as their modules have them now."""
+        self.read_biases()
+        if self._structs is None or not self._structs[1].hold():
+            by = self.quantizer
+            weights = Weights(pointer(self.tiles), pointer(self.bias), self.in_features, self.ends[-1], self.group_size)
+            struct = None if by is None else quantizer_struct(by.tables, by.size)
+            self._structs = (weights, struct), CapturedQuantizers([] if by is None else [by])
+        return self._structs[0]
+
+    def read_biases(self) -> None:
+        """Copies biases to where the library reads them: they may have been changed since they were loaded."""
+        if self.bias is not None:
+            for slot, packed in enumerate(self.linears):
+                if packed.bias is not None:
+                    self._part(self.bias, slot).copy_(packed.bias.detach())
+
+    def canonical(self, slot: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, levels and scales of a linear, as its checkpoint has them."""
+        out, groups = self.outs[slot], group_count(self.in_features, self.group_size)
+        weight = torch.empty(out, groups, self.group_size // 4, dtype=torch.uint8)
+        levels, scale = torch.empty(out, groups, LEVELS, dtype=torch.int8), torch.empty(out, groups, dtype=torch.float16)
+        library_ = _library()
+        parts = (pointer(tensor) for tensor in (weight, levels, scale))
+        library_.lbllm_unpack(byref(self.structs[0]), self.ends[slot] - out, out, *parts)
+        return weight, levels, scale
+
+    def output(self, slot: int, x: Tensor) -> Tensor:
+        """Output of one of the linears: [..., in] -> [..., out]. Of a shared input all are computed at once."""
+        tensor = plain(x)
+        floats = tensor.dtype in DTYPES or tensor.dtype == torch.float16
+        learns = tensor.requires_grad and torch.is_grad_enabled()
+        if learns or not floats or tensor.device.type != "cpu":
+            return self._in_torch(slot, x)
+        if torch.compiler.is_compiling():
+            return self._part(torch.ops.lbllm.linear(tensor, id(self), self.ends[-1]), slot)
+        # Each is handed out once: whoever has it may write to it.
+        part = once(x, self, self._parts).pop(slot, None)
+        return self._part(self.run(tensor), slot) if part is None else part
+
+    def _in_torch(self, slot: int, x: Tensor) -> Tensor:
+        weight, bias = decode(*self.canonical(slot), self.in_features).to(x.dtype), self.linears[slot].bias
+        if self.quantizer is not None:
+            meet(self.quantizer)
+            x = self.quantizer(x)
+        return linear(plain(x), weight, None if bias is None else bias.to(x.dtype))
+
+    def _parts(self, x: Tensor) -> dict[int, Tensor]:
+        return dict(enumerate(self.run(x).split(self.outs, -1)))
+
+    def run(self, x: Tensor) -> Tensor:
+        """Outputs of all linears beside each other: [..., in] -> [..., sum of out]."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"expected inputs of width {self.in_features}, got {x.shape[-1]}")
+        if x.dtype not in DTYPES:
+            return self.run(x.float()).to(x.dtype)
+        x = x.detach().contiguous()
+        y = x.new_empty(*x.shape[:-1], self.ends[-1])
+        weights, struct = self.structs
+        quantizer = None
+        # Switched off, a quantizer leaves inputs in full precision: so does the library then.
+        if struct is not None and self.quantizer is not None and self.quantizer.enabled:
+            meet(self.quantizer)
+            quantizer = byref(struct)
+        rows, threads = x.numel() // self.in_features, torch.get_num_threads()
+        _library().lbllm_linear(byref(weights), quantizer, pointer(x), pointer(y), DTYPES[x.dtype], rows, threads)
+        return y
+
+    def _part(self, y: Tensor, slot: int) -> Tensor:
+        return y[..., self.ends[slot] - self.outs[slot] : self.ends[slot]]
+
+
+def _library() -> Any:
+    lib = library()
+    assert lib is not None
+    return lib
+
+
+def _repacked(linears: list[PackedLinear]) -> Tensor:
+    first, lib = linears[0], _library()
+    parts = [torch.cat(tensors) for tensors in zip(*(x.canonical() for x in linears), strict=True)]
+    shape = (first.in_features, len(parts[0]), first.group_size)
+    tiles = aligned(int(lib.lbllm_tiles_bytes(*shape)))
+    lib.lbllm_pack(*map(pointer, parts), *shape, pointer(tiles), torch.get_num_threads())
+    for packed in linears:
+        for tensor in packed.canonical():
+            _page_out(tensor)
+    return tiles
+
+
+def _page_out(tensor: Tensor) -> None:
+    """Lets go of the memory of a tensor that is not needed any more, where the system can.
+
+    Loaders map files, and an embedding that is used as it lies in the file keeps all of it mapped: the codes of SmolLM2-135M
+    stayed resident beside their repacked form, 35 of 167 MB. Unlike MADV_DONTNEED it loses nothing, whatever the memory is.
+    """
+    page = mmap.PAGESIZE
+    first, end = -(-tensor.data_ptr() // page) * page, (tensor.data_ptr() + tensor.nbytes) // page * page
+    _advise(first, end - first, _MADV_PAGEOUT)
+
+
+def aligned(size: int) -> Tensor:
+    """uint8 [size] on large pages where the system has them, or at least from the beginning of a cache line.
+
+    On small ones prefetching stops every 4 KiB: 2 to 9 % of the time of a linear with cold weights.
+    """
+    unit = _HUGE if size >= _HUGE else 64
+    whole = torch.empty(size + unit, dtype=torch.uint8)
+    start = -whole.data_ptr() % unit
+    _advise(whole.data_ptr() + start, size // _HUGE * _HUGE, _MADV_HUGEPAGE)
+    return whole[start : start + size]
+
+
+def _advise(address: int, size: int, advice: int) -> None:
+    """madvise on Linux. A system that does not know the advice refuses, and nothing changes."""
+    if sys.platform == "linux" and size:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), advice)
+
+
+def usable(linears: list[PackedLinear], quantizer: ActQuantizer | None) -> bool:
+    """Whether the library can run them."""
+    here = all(x.weight.device.type == "cpu" for x in linears) and linears[0].group_size <= GROUP_MAX
+    if quantizer is None or not here:
+        return here
+    return supported(quantizer.tables) and (quantizer.size == linears[0].group_size or quantizer.size >= linears[0].in_features)
+
+
+@torch.library.custom_op("lbllm::linear", mutates_args=())
+def _linear(x: Tensor, unit: int, out_features: int) -> Tensor:
+    return _UNITS[unit].run(x)
+
+
+@_linear.register_fake
+def _(x: Tensor, unit: int, out_features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)

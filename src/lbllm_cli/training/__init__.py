@@ -1,0 +1,1 @@
+"""What everything that trains has in common."""

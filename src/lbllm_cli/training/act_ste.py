@@ -1,0 +1,126 @@
+"""Gradients of the activation quantizer: a straight-through estimator of the deployed form, and the soft form for its knees.
+
+A surrogate says what the backward pass differentiates; codes, tables taken and the extremes of a group are constants in it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from lbllm_cli.format.activations import Tables, extremes, reciprocal
+from lbllm_cli.runtime.cpu.quantizer import Quantized, native_gradients, quantized
+
+
+def gradients(
+    x: Tensor, tables: Tables, found: Quantized, gradient: Tensor, inputs: bool, sums: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """What the surrogate of FakeQuantize passes on of a gradient of its values, float32 [..., size].
+
+    found: of x. inputs: whether the first result is wanted, the gradient of x where it lies within half a step of the table,
+    else 0: float32 [..., size]. sums: the second, sums over each group, float32 [..., 3]: of gradient * (value - x) over those
+    inside, of gradient * value over those above the table, and below it. (4, 9, 64) -> (4, 9, 64), (4, 9, 3).
+    """
+    x = x.float()
+    lattice_top = tables.levels[:, -1].float()[found.table]
+    place = x * reciprocal(found.step).unsqueeze(-1) + found.zero.float().unsqueeze(-1)
+    # Half a step beyond the outermost level still rounds to it.
+    over, under = place > lattice_top.unsqueeze(-1) + 0.5, place < -0.5
+    inside = ~(over | under)
+    parts = None
+    if sums:
+        terms = gradient * (found.values - x) * inside, gradient * found.values * over, gradient * found.values * under
+        parts = torch.stack([term.sum(-1) for term in terms], -1)
+    return gradient * inside if inputs else None, parts
+
+
+class FakeQuantize(Function):
+    """Values of the deployed form: x float [..., size] -> float32 [..., size], bit for bit `quantized(x).values`.
+
+    clip: float32 [tables, 2], what gets the gradient. tables: the quantizer, with these factors as they are stored.
+    Surrogate, for values within half a step of the table: x + (r / r0 - 1) * (x_hat - x0), for those outside: x_hat * r / r0,
+    where r is the reach, the step that codes are chosen with, as a function of clip, r0 and x0 as in the forward pass. In the
+    uniform kind a clipped value follows the factor of its side alone, an inner one the sum of both. (4, 9, 64), clip (2, 2) ->
+    (4, 9, 64).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, clip: Tensor, tables: Tables, step_dtype: torch.dtype) -> Tensor:
+        found = quantized(x, tables, step_dtype)
+        ctx.tables = tables
+        ctx.save_for_backward(x, *found)
+        return found.values
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, *saved = ctx.saved_tensors
+        tables: Tables = ctx.tables
+        wanted = x, tables, Quantized(*saved), grads[0], *ctx.needs_input_grad[:2]
+        native = native_gradients(*wanted)
+        passed, sums = gradients(*wanted) if native is None else native
+        grad_clip = None
+        if sums is not None:
+            fold = _uniform_clip_gradient if tables.zero is None else _knee_clip_gradient
+            high, low = (part.float() for part in extremes(x))
+            grad_clip = fold(high, low, tables, Quantized(*saved).table, *sums.unbind(-1))
+        return None if passed is None else passed.to(x.dtype), grad_clip, None, None
+
+
+def _knee_clip_gradient(
+    high: Tensor, low: Tensor, tables: Tables, table: Tensor, inner: Tensor, over: Tensor, under: Tensor
+) -> Tensor:
+    """One step serves both sides: everything goes to the factor of the side that sets it."""
+    assert tables.zero is not None
+    below = tables.zero.float()
+    above = tables.levels[:, -1].float() - below
+    up = torch.where(above > 0, tables.clip[:, 0] / above, 0)[table] * high
+    down = torch.where(below > 0, tables.clip[:, 1] / below, 0)[table] * low
+    side = (down > up).long()
+    sums = torch.zeros_like(tables.clip).flatten()
+    sums.index_add_(0, (2 * table + side).flatten(), (inner + over + under).flatten())
+    return sums.view_as(tables.clip) / tables.clip
+
+
+def _uniform_clip_gradient(
+    high: Tensor, low: Tensor, tables: Tables, _: Tensor, inner: Tensor, over: Tensor, under: Tensor
+) -> Tensor:
+    up, down = high * tables.clip[0, 0], low * tables.clip[0, 1]
+    shared = inner / (up + down).clamp(min=1e-30)
+    gradients = (shared * high).sum() + over.sum() / tables.clip[0, 0], (shared * low).sum() + under.sum() / tables.clip[0, 1]
+    return torch.stack(gradients).unsqueeze(0)
+
+
+fake_quantize: Callable[[Tensor, Tensor, Tables, torch.dtype], Tensor] = FakeQuantize.apply
+
+
+def _round_through(x: Tensor) -> Tensor:
+    """Rounds; the gradient passes."""
+    return x + (x.round() - x).detach()
+
+
+def soft_quantize(x: Tensor, table: Tensor, counts: Tensor, ratio: Tensor, clip: Tensor, temperature: float) -> Tensor:
+    """Knee quantizer with real coarse ratios and a soft knee, for training the knees (LBLLM's soft mask).
+
+    x: float32 [..., size]. table: int64 [...], which table each group takes. counts: float32 [tables, 4], fine levels below and
+    above zero, coarse ones below and above. ratio, clip: float32 [tables, 2], coarse steps in fine ones below and above; clipping
+    factors above and below, as in `Tables`. temperature: tau of sigmoid((knee - |x|) / tau), in fine steps.
+    With integer ratios and temperature to 0 this is the deployed form before its step is refitted. Rounding is straight-through;
+    differentiable in x, ratio and clip. (4, 9, 64), table (4, 9) -> (4, 9, 64).
+    """
+    high, low = extremes(x.detach())
+    fine, coarse = counts[:, :2], counts[:, 2:]
+    reach = fine + ratio * coarse
+    side = torch.where(reach > 0, clip.flip(-1) / reach.clamp(min=1e-9), 0)[table]
+    step = torch.maximum(side[..., 0] * low, side[..., 1] * high).clamp(min=1e-30).unsqueeze(-1)
+    place = x / step
+    negative = place < 0
+    size = place.abs()
+    knee, steps, width = (
+        torch.where(negative, part[..., :1], part[..., 1:]) for part in (fine[table], coarse[table], ratio[table])
+    )
+    inner = torch.minimum(_round_through(size), knee)
+    outer = knee + width * torch.minimum(_round_through((size - knee) / width).clamp(min=0), steps)
+    mask = torch.sigmoid((knee - size) / temperature)
+    return (mask * inner + (1 - mask) * outer) * step * place.sign()

@@ -1,0 +1,114 @@
+"""An activation quantizer in training: clipping factors, and the coarse ratios that place its knees."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lbllm_cli.act_calib.search import Shape, tables_of
+from lbllm_cli.format.activations import Tables
+from lbllm_cli.runtime.cpu.quantizer import quantized
+from lbllm_cli.runtime.quantizer import TENSORS, ActQuantizer, stored_clip
+from lbllm_cli.training.act_ste import fake_quantize, soft_quantize
+
+CLIP_FACTORS, KNEES = "clip_factors", "knees"
+Quantizers = dict[str, "TrainableQuantizer"]
+# A factor far below 1 cuts every group's largest value; above 1 some levels are never used.
+CLIP_RANGE = 0.1, 1.0
+
+
+class TrainableQuantizer(ActQuantizer):
+    """An ActQuantizer whose clipping factors, float32 [tables, 2], and log coarse ratios, float32 [tables, 2], have gradients.
+
+    tables: where to start. shapes: of knee tables, None in the uniform form. train: kinds of parameters that get gradients.
+    Under no_grad the forward pass is always the deployed form; with gradients it is the soft form while `temperature` is above
+    0 and knees are trained.
+    """
+
+    def __init__(self, tables: Tables, shapes: list[Shape] | None, size: int, step_dtype: torch.dtype, train: tuple[str, ...]):
+        super().__init__(tables, size, step_dtype)
+        self.shapes = shapes
+        self.temperature = 0.0
+        self.clip = nn.Parameter(tables.clip.clone(), requires_grad=CLIP_FACTORS in train)
+        device = tables.clip.device
+        ratios = torch.tensor([[shape.ratio_low, shape.ratio_high] for shape in shapes or []], device=device).float()
+        counts = torch.tensor([shape[:4] for shape in shapes or []], device=device).float()
+        self.log_ratio = nn.Parameter(ratios.log(), requires_grad=KNEES in train and bool(shapes))
+        self.register_buffer("counts", counts, persistent=False)
+
+    @classmethod
+    def going_on(cls, quantizer: ActQuantizer, train: tuple[str, ...]) -> "TrainableQuantizer":
+        """The quantizer of a checkpoint, to be trained further."""
+        tables = quantizer.tables
+        rows = zip(tables.levels.tolist(), [] if tables.zero is None else tables.zero.tolist(), strict=False)
+        shapes = None if tables.zero is None else [Shape.of(levels, zero) for levels, zero in rows]
+        return cls(tables, shapes, quantizer.size, quantizer.step_dtype, train)
+
+    def kinds(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by kind, frozen ones included."""
+        return {CLIP_FACTORS: [self.clip]} | ({KNEES: [self.log_ratio]} if self.shapes else {})
+
+    def values(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().values(x)
+        if self.temperature and self.log_ratio.requires_grad:
+            with torch.no_grad():
+                table = quantized(x, self.tables, self.step_dtype).table
+            counts = self.get_buffer("counts")
+            return soft_quantize(x.float(), table, counts, self.log_ratio.exp(), self.clip, self.temperature)
+        return fake_quantize(x, self.clip, self.tables, self.step_dtype)
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """After a step: factors and ratios stay where they mean something, the deployed form follows."""
+        self.clip.clamp_(*CLIP_RANGE)
+        self.log_ratio.clamp_(min=0)
+        self.deploy()
+
+    @torch.no_grad()
+    def deploy(self) -> None:
+        """The deployed form of the present parameters: ratios rounded to integers that fit the lattice."""
+        levels, zero = self.act_levels, self.act_zero
+        if self.shapes:
+            moved = [self._rounded(shape, row) for shape, row in zip(self.shapes, self.log_ratio.exp().tolist(), strict=True)]
+            tables = tables_of(moved, levels.device)
+            assert tables.zero is not None
+            levels, zero = tables.levels, tables.zero
+        self.act_levels, self.act_zero, self.act_clip = levels, zero, stored_clip(self.clip)
+
+    def moved_ratios(self) -> Tensor:
+        """1 where a coarse ratio is another integer than at the start, float32 [tables * 2]."""
+        start = torch.tensor([[shape.ratio_low, shape.ratio_high] for shape in self.shapes or []], device=self.clip.device)
+        return (self.log_ratio.detach().exp().round() != start).float().flatten()
+
+    @staticmethod
+    def _rounded(shape: Shape, ratios: list[float]) -> Shape:
+        found = shape._replace(ratio_low=max(1, round(ratios[0])), ratio_high=max(1, round(ratios[1])))
+        while not found.valid():
+            side = "ratio_low" if found.ratio_low * found.coarse_low > found.ratio_high * found.coarse_high else "ratio_high"
+            found = found._replace(**{side: getattr(found, side) - 1})
+        return found
+
+
+def quantizer_groups(quantizers: Iterable[TrainableQuantizer], rates: dict[str, float]) -> list[dict[str, Any]]:
+    """AdamW groups, one per quantizer and kind that has a rate."""
+    kinds = [pair for quantizer in quantizers for pair in quantizer.kinds().items() if pair[0] in rates]
+    return [{"params": parameters, "kind": kind, "top": rates[kind], "unit": 1.0} for kind, parameters in kinds]
+
+
+def anneal(quantizers: Iterable[TrainableQuantizer], progress: float, soft: float, temperatures: list[float]) -> None:
+    """Knees are soft in the first `soft` of training, from one temperature to the other; then they stay."""
+    first, last = temperatures
+    for quantizer in quantizers:
+        quantizer.temperature = first * (last / first) ** (progress / soft) if progress < soft else 0.0
+
+
+def quantizer_tensors(prefix: str, quantizers: Quantizers) -> dict[str, Tensor]:
+    """What a checkpoint holds of a block's quantizers. prefix: of the block's tensors."""
+    return {f"{prefix}{name}.{part}": q.get_buffer(part).clone() for name, q in quantizers.items() for part in TENSORS}
+
+
+def mean_clip(quantizers: Iterable[TrainableQuantizer]) -> float:
+    """Mean clipping factor."""
+    return float(torch.cat([quantizer.clip.detach().flatten() for quantizer in quantizers]).mean())
