@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from lbllm_cli.data.sources import builtin_records
 
-ASSETS = Path(__file__).parent / "assets"
+ROOT = Path(__file__).parents[1]
+ASSETS = ROOT / "tests" / "assets"
 TOY = ASSETS / "toy"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 

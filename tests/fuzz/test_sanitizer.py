@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import save_toy, write_recipe
+from conftest import ROOT, save_toy, write_recipe
 
 HOSTILE = Path(__file__).parent / "hostile.py"
-SOURCES = Path(__file__).parents[2] / "src" / "lbllm_cli" / "runtime" / "cpu" / "native"
+SOURCES = ROOT / "src" / "lbllm_cli" / "runtime" / "cpu" / "native"
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 TIERS = {

@@ -1,10 +1,10 @@
 """Long texts are tokenized in pieces, and give the ids of the whole."""
 
 import random
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import TOY
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -12,7 +12,6 @@ from lbllm_cli.core.errors import UsageError
 from lbllm_cli.data import encode
 from lbllm_cli.data.sources import builtin_records
 
-TOY = Path(__file__).parent / "assets" / "toy"
 BOOK = next(builtin_records("evaluation", "novels"))["text"][:60_000]
 ODD = ["a", "é", "模型", " ", "  ", "\n", "\n\n\n", "😀", "👩‍👧", "e\u0301", "ﬁ", "\t", "12345", "don't", "\u3000", "<unk>", "ß"]
 

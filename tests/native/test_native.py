@@ -7,9 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-NATIVE = Path(__file__).parent / "native"
-SOURCES = Path(__file__).parent.parent / "src" / "lbllm_cli" / "runtime" / "cpu" / "native"
+NATIVE = Path(__file__).parent
+SOURCES = ROOT / "src" / "lbllm_cli" / "runtime" / "cpu" / "native"
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 X86 = platform.machine() in ("x86_64", "AMD64")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")

@@ -8,15 +8,15 @@ from collections import Counter
 from collections.abc import Iterator
 from importlib.resources import files
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT
 from jinja2 import Template
 
 from lbllm_cli.data.sources import PARTS, STYLES, builtin_records
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "build_tasks.py"
+SCRIPT = ROOT / "scripts" / "build_tasks.py"
 TASKS = files("lbllm_cli.data") / "tasks"
 NAMES = ("continuation", "last_word")
 RUN = 12  # words in a row that no two texts have by accident

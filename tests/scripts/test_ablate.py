@@ -3,18 +3,16 @@
 import json
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import save_toy, write_recipe
+from conftest import ROOT, save_toy, write_recipe
 from typer.testing import CliRunner
 
 from lbllm_cli.cli.app import app
 from lbllm_cli.recipe.load import dump_recipe, load_recipe
 
-ROOT = Path(__file__).parents[1]
 SPEC = spec_from_file_location("ablate", ROOT / "scripts" / "ablate.py")
 ablate = module_from_spec(SPEC)
 SPEC.loader.exec_module(ablate)

@@ -3,13 +3,13 @@
 import json
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from lbllm_cli.runtime.cpu.library import library
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_kernels.py"
+SCRIPT = ROOT / "scripts" / "bench_kernels.py"
 KERNEL = {"tier", "group_size", "granularity", "us", "gb_s", "bandwidth_share", "times_bfloat16", "times_float32"}
 WORK = {"prefill", "decode", "generate"}
 

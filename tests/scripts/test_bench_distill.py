@@ -4,13 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from lbllm_cli.recipe.training import Distill
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_distill.py"
+SCRIPT = ROOT / "scripts" / "bench_distill.py"
 # accelerate is what would import psutil. transformers cannot do without yaml, so there it is lbllm's one user of yaml.
 ABSENT = ("pydantic", "rich", "typer", "datasets", "psutil", "accelerate", "lbllm_cli.recipe.load")
 KEYS = {"trained", "seconds", "ratio", "ratio_min", "ratio_max", "tokens_per_second", "peak_bytes", "peak_ratio", "rounds"}

@@ -8,8 +8,7 @@ import pytest
 import torch
 from conftest import FAMILIES, save_toy, write_recipe
 from safetensors.torch import load_file
-from test_bad_input import refused
-from test_distill import BLOCKS, block_bytes, events, promised, run_in_pieces
+from stages import BLOCKS, block_bytes, events, promised, refused, run_in_pieces
 from transformers import AutoModelForCausalLM
 
 import lbllm_cli.hf  # noqa: F401 - registers the packed format

@@ -11,9 +11,7 @@ import pytest
 import torch
 from conftest import save_toy, write_recipe
 from safetensors.torch import load_file
-from test_bad_input import refused
-from test_distill import BLOCKS, block_bytes, events
-from test_resume import hashes
+from stages import BLOCKS, block_bytes, events, hashes, refused
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import save_toy, write_recipe
+from conftest import ROOT, save_toy, write_recipe
 
 from lbllm_cli.recipe.load import load_recipe
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -11,17 +11,7 @@ import pytest
 import torch
 from conftest import save_toy, write_recipe
 from safetensors.torch import load_file, save_file
-
-
-def refused(lbllm, run: Path, *arguments, code: int = 2) -> str:
-    """The message of a refused command; nothing but the lock may be in the output folder."""
-    before = sorted(str(f) for f in run.rglob("*")) if run.exists() else []
-    result = lbllm(*arguments)
-    assert result.exit_code == code, result.stderr
-    assert "Traceback" not in result.stderr
-    after = sorted(str(f) for f in run.rglob("*") if f.name != ".lock") if run.exists() else []
-    assert after == [f for f in before if not f.endswith(".lock")]
-    return result.stderr
+from stages import refused
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,14 @@
 
 import threading
 import time
-from pathlib import Path
 
 import pytest
+from conftest import TOY
 from transformers import AutoTokenizer
 
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.models import chat
 
-TOY = Path(__file__).parent / "assets" / "toy"
 PLAIN = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
 USER = [{"role": "user", "content": "hello"}]
 

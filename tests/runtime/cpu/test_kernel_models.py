@@ -1,27 +1,20 @@
 """Whole models through the compiled kernels against the same models in torch: prefill, decode, cache, batches, files."""
 
 import copy
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, TOY, save_toy, write_recipe
+from conftest import FAMILIES, TOY
+from packed_models import ROUNDING, TIPPED, both, difference, exported, ids, load, steps
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
+from transformers import AutoTokenizer
 
 import lbllm_cli.hf
-from lbllm_cli.act_calib import fit as act_calib
-from lbllm_cli.act_calib.search import Shape
-from lbllm_cli.cli.app import app
 from lbllm_cli.data.sources import builtin_records
 from lbllm_cli.runtime.cpu.block import BlockStep
 from lbllm_cli.runtime.cpu.head import HeadLinear
-from lbllm_cli.runtime.cpu.library import VARIABLE, library
 from lbllm_cli.runtime.cpu.location import library_path
 from lbllm_cli.runtime.kv_cache import QuantizedKVCache, RecordLayer
 from lbllm_cli.runtime.linear import PackedLinear
@@ -30,36 +23,7 @@ if library_path() is None:
     pytest.skip("this installation has no compiled kernels", allow_module_level=True)
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-# Mean difference of logits, relative to their mean size. Where no value goes over an edge between two codes it is rounding alone.
-ROUNDING = 1e-5
-TIPPED = 0.05
 _PAIRS: dict[Path, tuple] = {}
-
-
-def exported(base: Path, toy: Path, **sections) -> Path:
-    """A W(1+1)A4KV4 export of a toy. The search for tables takes 15 s and is not what is tested here: they are given."""
-    recipe = write_recipe(base / "r.yaml", toy, base / "run", act_calib={"parent": "ptq", "epochs": 0}, **sections)
-    with pytest.MonkeyPatch.context() as patch:
-        shapes = [Shape(3, 4, 4, 4, 5, 6), Shape(5, 6, 2, 2, 3, 3)]
-        patch.setattr(act_calib, "fit_knee", lambda x, bits, tables: shapes[:tables])
-        for command in ("ptq", "act-calib", "export"):
-            result = CliRunner().invoke(app, [command, "--recipe", str(recipe)], catch_exceptions=False)
-            assert result.exit_code == 0, result.stderr
-    return base / "run" / "export"
-
-
-@pytest.fixture(scope="module")
-def export_of(tmp_path_factory):
-    """export_of(family): its exported toy."""
-    known: dict[str, Path] = {}
-
-    def of(family: str) -> Path:
-        if family not in known:
-            base = tmp_path_factory.mktemp(family)
-            known[family] = exported(base, save_toy(base / "model", family), ptq={"rounds": 0})
-        return known[family]
-
-    return of
 
 
 @pytest.fixture(params=FAMILIES)
@@ -87,52 +51,6 @@ def llama(export_of) -> Path:
 def some(request, export_of) -> Path:
     """With biases and without."""
     return export_of(request.param)
-
-
-@contextmanager
-def kernels(choice: str) -> Iterator[None]:
-    """LBLLM_KERNELS while models are loaded."""
-    before = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = choice
-    library.cache_clear()
-    try:
-        yield
-    finally:
-        del os.environ[VARIABLE]
-        if before is not None:
-            os.environ[VARIABLE] = before
-        library.cache_clear()
-
-
-def load(folder: Path, choice: str = "auto", **options):
-    """The model through the kernels; "off": in torch."""
-    with kernels(choice):
-        model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    assert packed
-    assert all((module.unit is None) == (choice == "off") for module in packed)
-    return model
-
-
-def both(folder: Path, **options):
-    return load(folder, **options), load(folder, "off", **options)
-
-
-def ids(rows: int, length: int, seed: int = 3) -> torch.Tensor:
-    return torch.randint(1, 1024, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found - wanted).abs().mean() / wanted.abs().mean())
-
-
-def steps(model, tokens: torch.Tensor, prompt: int, cache=None) -> tuple[list[torch.Tensor], QuantizedKVCache]:
-    """Logits of a prompt, then of one token at a time; and the cache."""
-    first = model(tokens[:, :prompt], past_key_values=cache)
-    pieces, cache = [first.logits], first.past_key_values
-    for position in range(prompt, tokens.shape[1]):
-        pieces.append(model(tokens[:, position : position + 1], past_key_values=cache).logits)
-    return pieces, cache
 
 
 @torch.no_grad()

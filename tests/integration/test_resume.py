@@ -1,27 +1,20 @@
 """A killed and resumed run equals the uninterrupted one, file hash by file hash, wherever it was killed."""
 
-import hashlib
 import json
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import write_recipe
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from stages import hashes
 
 from lbllm_cli.pipeline import block_loop as stream
 from lbllm_cli.pipeline.checkpoint import StageWriter
 from lbllm_cli.training.state import TrainingState
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """Every file that the promise of equal bytes covers."""
-    kept = [f for f in folder.rglob("*") if f.is_file() and f.name not in {"events.jsonl", "environment.json"}]
-    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in kept}
 
 
 def die_in(where: str, block: int) -> None:

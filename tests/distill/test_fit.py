@@ -9,10 +9,8 @@ import pytest
 import torch
 from conftest import save_toy, write_recipe
 from safetensors.torch import load_file
-from test_bad_input import refused
-from test_resume import hashes
+from stages import BLOCKS, block_bytes, events, promised, refused, run_in_pieces
 
-from lbllm_cli.core import interrupt
 from lbllm_cli.core.errors import Interrupted
 from lbllm_cli.format.weights import decode
 from lbllm_cli.models.model import LINEARS, block_prefix
@@ -24,7 +22,6 @@ from lbllm_cli.training.state import TrainingState
 
 # Enough text for training to pay; the recipe's own 9 sequences are for what is about something else.
 MORE = "data.training.sequences=160"
-BLOCKS = [f"block_{i:03d}.safetensors" for i in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +48,6 @@ def run(parent, tmp_path):
         return write_recipe(tmp_path / f"{name}.yaml", toy, tmp_path / "run", distill={"epochs": 2, **distill})
 
     return recipe
-
-
-def block_bytes(folder: Path) -> list[bytes]:
-    return [(folder / name).read_bytes() for name in BLOCKS]
-
-
-def events(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("parametrisation", ["nearest", "bitmap"])
@@ -126,32 +115,6 @@ def test_the_start_keeps_the_advantage_of_compensated_codes(parent):
         moved += int((naive != ranks).sum())
         total += ranks.numel()
     assert moved / total > 0.1  # measured 0.196: these codes a naive start would undo
-
-
-def run_in_pieces(lbllm, monkeypatch, folder: Path, *command, calls: int = 3) -> int:
-    """Runs a training stage that a signal stops in every third or so call between two steps; returns how often it was stopped."""
-    real, left = Trainer._pause, []
-
-    def stop_now_and_then(self):
-        left.append(1)
-        if len(left) == calls:
-            interrupt._received.append(15)
-        real(self)
-
-    monkeypatch.setattr(Trainer, "_pause", stop_now_and_then)
-    stopped = 0
-    while (result := lbllm(*command)).exit_code == 130:
-        assert (folder.with_name(f"{folder.name}.partial") / "training.safetensors").exists()
-        left.clear()
-        stopped += 1
-        assert stopped < 20, result.stderr
-    assert result.exit_code == 0, result.stderr
-    return stopped
-
-
-def promised(folder: Path) -> dict[str, str]:
-    """Hashes of what equal runs must have in common."""
-    return {name: value for name, value in hashes(folder).items() if "recipe.resolved" not in name and ".png" not in name}
 
 
 @pytest.mark.parametrize("streams", ["ram", "disk"])

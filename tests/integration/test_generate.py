@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_toy
+from conftest import TOY, save_toy
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -94,7 +94,7 @@ def test_a_family_of_which_only_transformers_knows_the_names(tmp_path, refused, 
     folder = tmp_path / "gpt2"
     GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=1024, n_positions=32)).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(Path(__file__).parent / "assets" / "toy" / name, folder / name)
+        shutil.copyfile(TOY / name, folder / name)
     ok("generate", "--model", folder, "--prompt", "the sea", "--max-new-tokens", "2")
     edit(folder, **{"transformer.h.0.ln_1.weight": None})
     assert "lacks 1 tensors, first transformer.h.0.ln_1.weight" in refused(folder)

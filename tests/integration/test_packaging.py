@@ -9,10 +9,10 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from conftest import ROOT
 
 from lbllm_cli.runtime.cpu.location import library_path
 
-ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "src"
 LIBRARY = "lbllm_cli/runtime/cpu/liblbllm_kernels"
 

@@ -4,11 +4,10 @@ import re
 import runpy
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "floors.py"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 floors = runpy.run_path(str(SCRIPT))["floors"]
