@@ -4,7 +4,14 @@ import hashlib
 import json
 from pathlib import Path
 
+import torch
+from transformers import AutoModelForCausalLM
+
 from lbllm_cli.core import interrupt
+from lbllm_cli.models.model import open_model
+from lbllm_cli.pipeline.block_loop import binarized_weights
+from lbllm_cli.pipeline.checkpoint import Checkpoint
+from lbllm_cli.recipe.schema import Model
 from lbllm_cli.training.block import Trainer
 
 BLOCKS = [f"block_{i:03d}.safetensors" for i in range(3)]
@@ -59,3 +66,19 @@ def run_in_pieces(lbllm, monkeypatch, folder: Path, *command, calls: int = 3) ->
         assert stopped < 20, result.stderr
     assert result.exit_code == 0, result.stderr
     return stopped
+
+
+def stage_model(folder: Path, run: Path) -> torch.nn.Module:
+    """The source model with a ptq checkpoint's weights put in by hand."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    source, checkpoint = open_model(Model(path=str(folder)), torch.device("cpu")), Checkpoint(run, "ptq")
+    for index in range(source.blocks):
+        for name, weight in binarized_weights(checkpoint.read_block(index), source).items():
+            model.get_parameter(name).data = weight
+    return model.eval()
+
+
+def logits_of(model: torch.nn.Module) -> torch.Tensor:
+    ids = torch.randint(1024, (2, 40), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        return model(ids).logits.float()

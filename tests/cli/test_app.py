@@ -3,17 +3,12 @@
 import errno
 import json
 import os
-import re
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
-import torch
 import yaml
-from conftest import save_toy, write_recipe
-from safetensors.torch import save_file
 
 COMMANDS = ("ptq", "distill", "act-calib", "eval", "report", "export", "generate", "validate", "config")
 
@@ -92,117 +87,6 @@ def test_streams_on_disk_give_the_same_perplexity_and_leave_nothing(ok, tmp_path
     in_ram = ok("eval", "--recipe", recipe, "--json").stdout
     assert ok("eval", "--recipe", recipe, "--json", "--force", "runtime.streams=disk").stdout == in_ram
     assert not list((tmp_path / "run").rglob("*.bin"))
-
-
-def test_validate_forecasts_from_a_config_alone(ok, tmp_path):
-    from transformers import LlamaConfig
-
-    big = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
-    LlamaConfig(**big, max_position_embeddings=4096).save_pretrained(tmp_path / "7b")
-    recipe = write_recipe(tmp_path / "r.yaml", tmp_path / "7b", tmp_path / "run", ptq={"group_size": 128})
-    facts = json.loads(ok("validate", "--recipe", recipe, "--json").stdout)
-    assert facts["parameters"] == 6_738_415_616
-    assert facts["binarized_share"] == pytest.approx(0.961, abs=1e-3)
-    assert any("no weights" in warning for warning in facts["warnings"])
-    assert facts["forecast_bytes"]["ptq"]["disk"] == pytest.approx(6_476_005_376 * 2.375 / 8, rel=1e-6)
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_forecast_beyond_the_ram_names_the_keys_that_lower_it(ok, tmp_path, monkeypatch):
-    """Where streams are on disk already, other keys than theirs: an end-to-end phase holds the whole model."""
-    recipe = write_recipe(tmp_path / "r.yaml", save_toy(tmp_path / "model"), tmp_path / "run")
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 20))
-    last = ("distill.end_to_end.sequences=8", "distill.end_to_end.recompute=always")
-    warnings = json.loads(ok("validate", "--recipe", recipe, "--json", "runtime.streams=ram", *last).stdout)["warnings"]
-    found = {warning.partition(":")[0]: warning for warning in warnings if "of RAM" in warning}
-    assert "set runtime.streams: disk" in found["distill"]
-    assert "train: [scales, norms]" in found["distill-e2e"]
-    assert "streams" not in found["distill-e2e"]
-
-
-def test_forecast_of_ram_covers_what_a_run_uses(ok, tmp_path):
-    folder = save_toy(tmp_path / "model", hidden_size=512, intermediate_size=1024, head_dim=64, num_attention_heads=8)
-    recipe = write_recipe(tmp_path / "r.yaml", folder, tmp_path / "run")
-    forecast = json.loads(ok("validate", "--recipe", recipe, "--json").stdout)["forecast_bytes"]["ptq"]["ram"]
-    code = "import sys\nfrom lbllm_cli.cli.app import app\napp(sys.argv[1:])"
-    command = [sys.executable, "-c", code, "ptq", "--recipe", str(recipe), "ptq.rounds=0"]
-    subprocess.run(command, check=True, capture_output=True)
-    events = (tmp_path / "run" / "ptq" / "events.jsonl").read_text().splitlines()
-    used = json.loads(events[-1])["peak_ram_bytes"]
-    assert 0.4 * forecast < used < 1.1 * forecast
-
-
-def test_generate_is_deterministic_at_temperature_zero(ok, recipe, tmp_path):
-    ok("ptq", "--recipe", recipe)
-    ok("export", "--recipe", recipe)
-    command = ("generate", "--model", tmp_path / "run" / "export", "--prompt", "the", "--max-new-tokens", "6")
-    assert ok(*command).stdout == ok(*command).stdout
-    assert re.search(r"prefill \d+ tokens, [\d.]+ tokens/s; decode 5 tokens, [\d.]+ tokens/s, \d+ threads", ok(*command).stderr)
-    assert ok(*command, "--temperature", "1", "--seed", "1").stdout == ok(*command, "--temperature", "1", "--seed", "1").stdout
-
-
-def test_generate_stops_when_its_reader_does(ok, recipe, tmp_path):
-    from lbllm_cli.models.sampling import stream_text
-
-    ok("ptq", "--recipe", recipe)
-    ok("export", "--recipe", recipe)
-    config = tmp_path / "run" / "export" / "config.json"
-    config.write_text(config.read_text().replace('"max_position_embeddings": 128', '"max_position_embeddings": 200000'))
-    pieces = stream_text(tmp_path / "run" / "export", "the", True, 100_000, 0.0, 0, torch.device("cpu"), False, print)
-    next(pieces)
-    began = time.monotonic()
-    pieces.close()
-    assert time.monotonic() - began < 5  # to the last token it would take minutes
-
-
-def test_generate_without_a_token_to_begin_with(ok, lbllm, recipe, tmp_path):
-    ok("ptq", "--recipe", recipe)
-    ok("export", "--recipe", recipe)
-    result = lbllm("generate", "--model", tmp_path / "run" / "export", "--raw", "--prompt", "")
-    assert result.exit_code == 2
-    assert "--prompt is empty" in result.stderr
-
-
-def test_generate_names_what_is_wrong_with_its_folder(lbllm, tmp_path, toy):
-    assert "is not a folder" in lbllm("generate", "--model", tmp_path / "none", "--prompt", "x").stderr
-    (toy / "model.safetensors").unlink()
-    result = lbllm("generate", "--model", toy, "--prompt", "x")
-    assert result.exit_code == 2
-    assert "has no weights" in result.stderr
-
-
-def test_generated_calibration_text_is_cached_and_reproducible(ok, tmp_path, recipe):
-    command = ("ptq", "--recipe", recipe, "data.calibration.source=generate:")
-    assert "sampled from the model" in ok(*command).stderr
-    (cache,) = (tmp_path / "run" / "generated").iterdir()
-    first = cache.read_bytes()
-    assert "up to date" in ok(*command).stderr
-    cache.unlink()
-    assert "up to date" in ok(*command).stderr
-    assert cache.read_bytes() == first
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"x" * 50, {"other": torch.zeros(6, 32, dtype=torch.int64)}, {"input_ids": torch.zeros(6, 31, dtype=torch.int64)},
-     {"input_ids": torch.zeros(6, 32)}, {"input_ids": torch.full((6, 32), 1024)}, {"input_ids": torch.full((6, 32), -1)}],
-    ids=range(7),
-)  # fmt: skip
-def test_sampled_text_that_is_damaged_is_refused(lbllm, ok, tmp_path, recipe, content):
-    from lbllm_cli.models.sampling import cached_sample
-    from lbllm_cli.pipeline.plan import prepare
-    from lbllm_cli.recipe.base import Source
-    from lbllm_cli.recipe.load import load_recipe
-
-    command = ("ptq", "--recipe", recipe, "data.calibration.source=generate:")
-    plan = prepare(load_recipe(recipe))
-    cached_sample(plan.model, plan.tokenizer, tmp_path / "run", Source(source="generate:"), 6, 32, 0)
-    (cache,) = (tmp_path / "run" / "generated").iterdir()
-    save_file(content, cache) if isinstance(content, dict) else cache.write_bytes(content)
-    result = lbllm(*command)
-    assert result.exit_code == 2
-    assert f"{cache} is damaged" in result.stderr
-    assert "delete it" in result.stderr
 
 
 def test_messages_are_bounded_and_can_be_written(lbllm, tmp_path, recipe, monkeypatch):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import save_toy, write_recipe
+from lbllm_cli.training.state import TrainingState
 from safetensors.torch import load_file
 from stages import BLOCKS, block_bytes, events, promised, refused, run_in_pieces
 
@@ -17,8 +18,6 @@ from lbllm_cli.models.model import LINEARS, block_prefix
 from lbllm_cli.pipeline.checkpoint import Checkpoint
 from lbllm_cli.training import loop as training
 from lbllm_cli.training.block import Trainer
-from lbllm_cli.training.loop import rate_factor
-from lbllm_cli.training.state import TrainingState
 
 # Enough text for training to pay; the recipe's own 9 sequences are for what is about something else.
 MORE = "data.training.sequences=160"
@@ -218,25 +217,6 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(ok, lbllm, run, tmp_p
     assert result.exit_code == 1
     assert "block 0, epoch 2, step 2: loss nan" in result.stderr
     assert "distill.max_skipped allows 1" in result.stderr
-
-
-def test_rate_factor_rises_and_falls():
-    factors = [rate_factor(step, 100, 0.05) for step in range(100)]
-    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert factors[5:] == sorted(factors[5:], reverse=True)
-    assert factors[-1] == pytest.approx(0.05)
-    assert rate_factor(0, 1, 0.0) == 1.0
-
-
-def test_training_state_of_another_block_counts_as_nothing(tmp_path):
-    state = TrainingState(tmp_path, minutes=1)
-    state.save({"a": torch.ones(2)}, {"block": 4, "loss": 0.1 + 0.2})
-    assert state.load(5) is None
-    tensors, facts = state.load(4)
-    assert facts == {"block": 4, "loss": 0.1 + 0.2}
-    assert torch.equal(tensors["a"], torch.ones(2))
-    state.clear()
-    assert state.load(4) is None
 
 
 def test_state_is_saved_when_time_has_passed(tmp_path):

@@ -17,7 +17,6 @@ from lbllm_cli.format.weights import (
     project_levels,
     unpack_codes,
 )
-from lbllm_cli.ptq.fit import expected_bits
 
 SHAPES = [(3, 576, 128), (2, 100, 48), (5, 16, 16), (1, 1, 16), (4, 33, 16), (2, 128, 128)]
 # Every finite float16 from zero up, in order.
@@ -194,21 +193,6 @@ def test_codes_refuse_unsorted_levels():
             codes_from_ranks(ranks, torch.tensor([[bad]], dtype=torch.int8), torch.ones(1, 1).half())
     with pytest.raises(ValueError, match="one scale"):
         codes_from_ranks(ranks, torch.tensor([[[0, 1, 2, 3]]], dtype=torch.int8), torch.ones(1).half())
-
-
-@pytest.mark.parametrize(("out", "inn", "size"), [*SHAPES, (1, 4096, 128)])
-def test_expected_bits_are_the_bytes(out, inn, size):
-    codes, levels, scale = _packed(out, inn, size)
-    held = sum(t.numel() * t.element_size() for t in (pack_codes(codes, size), levels, scale))
-    assert expected_bits([(out, inn)], size) * out * inn == pytest.approx(8 * held, rel=1e-12)
-
-
-def test_expected_bits_by_hand():
-    assert expected_bits([(4096, 4096)], 128) == 2.375
-    # 576 inputs are 5 groups of 128: 640 codes and 5 x 48 bits for 576 weights.
-    assert expected_bits([(7, 576)], 128) == pytest.approx((640 * 2 + 5 * 48) / 576)
-    # Two linears: weighted by their sizes.
-    assert expected_bits([(1, 128), (3, 64)], 128) == pytest.approx((304 + 3 * 304) / (128 + 3 * 64))
 
 
 def test_levels_one_rounding_error_off_the_grid_return_to_it():

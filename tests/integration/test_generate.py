@@ -1,4 +1,4 @@
-"""`lbllm generate` on folders and prompts that cannot be used: one message, exit code 2, before a weight is read."""
+"""`lbllm generate`: what it writes; and folders and prompts that cannot be used, one message each before a weight is read."""
 
 import json
 import os
@@ -307,3 +307,28 @@ def test_a_hub_id_without_a_network_is_refused_in_time(tmp_path):
     result = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 2, result.stderr
     assert "--model org/name: no such folder, and it cannot be fetched from the Hugging Face hub" in result.stderr
+
+
+def test_generate_is_deterministic_at_temperature_zero(ok, recipe, tmp_path):
+    ok("ptq", "--recipe", recipe)
+    ok("export", "--recipe", recipe)
+    command = ("generate", "--model", tmp_path / "run" / "export", "--prompt", "the", "--max-new-tokens", "6")
+    assert ok(*command).stdout == ok(*command).stdout
+    assert re.search(r"prefill \d+ tokens, [\d.]+ tokens/s; decode 5 tokens, [\d.]+ tokens/s, \d+ threads", ok(*command).stderr)
+    assert ok(*command, "--temperature", "1", "--seed", "1").stdout == ok(*command, "--temperature", "1", "--seed", "1").stdout
+
+
+def test_generate_without_a_token_to_begin_with(ok, lbllm, recipe, tmp_path):
+    ok("ptq", "--recipe", recipe)
+    ok("export", "--recipe", recipe)
+    result = lbllm("generate", "--model", tmp_path / "run" / "export", "--raw", "--prompt", "")
+    assert result.exit_code == 2
+    assert "--prompt is empty" in result.stderr
+
+
+def test_generate_names_what_is_wrong_with_its_folder(lbllm, tmp_path, folder):
+    assert "is not a folder" in lbllm("generate", "--model", tmp_path / "none", "--prompt", "x").stderr
+    (folder / "model.safetensors").unlink()
+    result = lbllm("generate", "--model", folder, "--prompt", "x")
+    assert result.exit_code == 2
+    assert "has no weights" in result.stderr

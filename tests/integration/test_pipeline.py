@@ -1,45 +1,19 @@
 """Recipe to exported model, for every family; what is evaluated is what is stored is what is exported."""
 
 import json
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import FAMILIES, save_toy, write_recipe
-from safetensors.torch import load_file
+from stages import logits_of, stage_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lbllm_cli.hf  # noqa: F401 - registers the packed format
 from lbllm_cli.data.sources import builtin_records
-from lbllm_cli.format.weights import decode
-from lbllm_cli.models.model import LINEARS, open_model
-from lbllm_cli.pipeline.block_loop import binarized_weights
-from lbllm_cli.pipeline.checkpoint import Checkpoint
-from lbllm_cli.recipe.schema import Model
 
-CPU = torch.device("cpu")
 # Kernels add in another order than torch; here logits are compared bit for bit.
 pytestmark = pytest.mark.usefixtures("in_torch")
-
-
-def stage_model(folder: Path, run: Path) -> torch.nn.Module:
-    """The source model with a ptq checkpoint's weights put in by hand."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    source, checkpoint = open_model(Model(path=str(folder)), CPU), Checkpoint(run, "ptq")
-    for index in range(source.blocks):
-        for name, weight in binarized_weights(checkpoint.read_block(index), source).items():
-            model.get_parameter(name).data = weight
-    return model.eval()
-
-
-def logits_of(model: torch.nn.Module) -> torch.Tensor:
-    ids = torch.randint(1024, (2, 40), generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        return model(ids).logits.float()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -73,88 +47,6 @@ def test_every_family_through_all_commands(name, tmp_path, ok):
     ok("export", "--recipe", recipe, "export.format=dense")
     dense = AutoModelForCausalLM.from_pretrained(run / "export", dtype=torch.float32)
     torch.testing.assert_close(logits_of(dense), expected, atol=0, rtol=0)
-
-
-def test_export_stands_alone_and_keeps_the_source_files(tmp_path, ok, toy, recipe):
-    (toy / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9}')  # invalid with do_sample unset
-    (toy / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
-    kept = {f.name: f.read_bytes() for f in toy.iterdir() if f.suffix != ".safetensors" and f.name != "config.json"}
-    ok("ptq", "--recipe", recipe)
-    ok("export", "--recipe", recipe)
-    export = tmp_path / "run" / "export"
-    expected = logits_of(stage_model(toy, tmp_path / "run"))
-    shutil.rmtree(toy)
-    shutil.rmtree(tmp_path / "run" / "ptq")
-    for name, content in kept.items():
-        assert (export / name).read_bytes() == content, name
-    torch.testing.assert_close(logits_of(AutoModelForCausalLM.from_pretrained(export)), expected, atol=0, rtol=0)
-    command = ("generate", "--model", export, "--prompt", "hello", "--max-new-tokens", "8")
-    assert ok(*command).stdout != ok(*command, "--raw").stdout  # with and without the chat template
-
-
-def test_loading_without_the_plugin_fails_loudly(tmp_path, ok, recipe):
-    ok("ptq", "--recipe", recipe)
-    ok("export", "--recipe", recipe)
-    code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(tmp_path / 'run' / 'export')!r})"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.returncode != 0
-    assert "size mismatch" in result.stderr or "mismatch" in result.stderr
-
-
-def test_sharded_export_has_an_index_and_the_same_logits(tmp_path, ok, toy, recipe):
-    ok("ptq", "--recipe", recipe)
-    ok("export", "--recipe", recipe, "export.shard_gb=0.00003")
-    export = tmp_path / "run" / "export"
-    index = json.loads((export / "model.safetensors.index.json").read_text())
-    shards = {f.name: load_file(f) for f in export.glob("*.safetensors")}
-    assert len(shards) > 3
-    assert {name: file for file, tensors in shards.items() for name in tensors} == index["weight_map"]
-    expected = logits_of(stage_model(toy, tmp_path / "run"))
-    torch.testing.assert_close(logits_of(AutoModelForCausalLM.from_pretrained(export)), expected, atol=0, rtol=0)
-
-
-def test_packed_model_survives_casts_saving_and_dequantizing(tmp_path, ok, recipe):
-    ok("ptq", "--recipe", recipe)
-    ok("export", "--recipe", recipe)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export")
-    expected = logits_of(model)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.endswith((".scale", ".levels"))}
-    model.to(torch.bfloat16)
-    for name, tensor in before.items():
-        assert torch.equal(model.state_dict()[name], tensor), name
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export")
-    again.save_pretrained(tmp_path / "again")
-    torch.testing.assert_close(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), expected, atol=0, rtol=0)
-    again.dequantize()
-    torch.testing.assert_close(logits_of(again), expected, atol=0, rtol=0)
-
-
-def test_bfloat16_source_dense_export_rounds_once(tmp_path, ok):
-    folder = save_toy(tmp_path / "model", dtype=torch.bfloat16)
-    recipe = write_recipe(tmp_path / "recipe.yaml", folder, tmp_path / "run")
-    ok("ptq", "--recipe", recipe)
-    ok("export", "--recipe", recipe, "export.format=dense")
-    dense = load_file(tmp_path / "run" / "export" / "model.safetensors")
-    stored = load_file(tmp_path / "run" / "ptq" / "block_001.safetensors")
-    for linear in LINEARS:
-        name = f"model.layers.1.{linear}"
-        weight = decode(*(stored[f"{name}.{part}"] for part in ("weight", "levels", "scale")), dense[f"{name}.weight"].shape[1])
-        assert torch.equal(dense[f"{name}.weight"], weight.bfloat16()), linear
-
-
-def test_sizes_are_counted_from_the_files(tmp_path, ok):
-    folder = save_toy(tmp_path / "model", dtype=torch.bfloat16, hidden_size=256, intermediate_size=384, head_dim=64)
-    recipe = write_recipe(tmp_path / "recipe.yaml", folder, tmp_path / "run", ptq={"group_size": 128, "rounds": 0})
-    ok("ptq", "--recipe", recipe)
-    results = json.loads(ok("eval", "--recipe", recipe, "--json").stdout)
-    assert results["base"]["bits_per_weight"] == results["base"]["bits_per_parameter"] == 16
-    assert results["base"]["bytes"] == (folder / "model.safetensors").stat().st_size
-    assert results["ptq"]["bits_per_weight"] == 2.375
-    ok("export", "--recipe", recipe)
-    weights = load_file(tmp_path / "run" / "export" / "model.safetensors")
-    parameters = sum(t.numel() for t in load_file(folder / "model.safetensors").values())
-    bits = 8 * sum(t.numel() * t.element_size() for t in weights.values()) / parameters
-    assert results["ptq"]["bits_per_parameter"] == pytest.approx(bits, abs=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

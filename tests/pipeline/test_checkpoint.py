@@ -1,18 +1,16 @@
 """A stage folder: commit, resume, refuse, publish, and what a crash at any point leaves."""
 
 import json
-import multiprocessing
 import os
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 
-from lbllm_cli.core import files, interrupt, own_folders
-from lbllm_cli.core.errors import Interrupted, UsageError
+from lbllm_cli.core import files, own_folders
+from lbllm_cli.core.errors import UsageError
 from lbllm_cli.pipeline import checkpoint
-from lbllm_cli.pipeline.checkpoint import MANIFEST, PROGRESS, Checkpoint, StageWriter, block_file, locked
+from lbllm_cli.pipeline.checkpoint import MANIFEST, PROGRESS, Checkpoint, StageWriter, block_file
 
 INPUTS = {"stage": "ptq", "runtime.seed": 0, "ptq.group_size": 128}
 OTHER = {"stage": "ptq", "runtime.seed": 1, "ptq.rounds": 2, "ptq.group_size": 128}
@@ -447,87 +445,3 @@ def test_a_deletion_that_is_killed_goes_on(tmp_path, monkeypatch):
     assert (tmp_path / "ptq.replaced").exists()
     assert StageWriter(tmp_path, "ptq", INPUTS).open(force=False) is False
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ptq"]
-
-
-@pytest.mark.parametrize("content", ["mine", "12 34", "é"])
-def test_a_lock_that_is_somebody_elses_file(tmp_path, content):
-    (tmp_path / ".lock").write_text(content, encoding="utf-8")
-    with pytest.raises(UsageError, match=r"\.lock is not lbllm's"), locked(tmp_path):
-        pytest.fail("locked")
-    assert (tmp_path / ".lock").read_text(encoding="utf-8") == content
-    (tmp_path / ".lock").unlink()
-    (tmp_path / "file").write_text("", encoding="utf-8")
-    (tmp_path / ".lock").symlink_to(tmp_path / "file")
-    with pytest.raises(UsageError, match=r"\.lock is a link"), locked(tmp_path):
-        pytest.fail("locked")
-    (tmp_path / ".lock").unlink()
-    (tmp_path / ".lock").mkdir()
-    with pytest.raises(UsageError, match=r"\.lock is a folder"), locked(tmp_path):
-        pytest.fail("locked")
-
-
-def test_flat_keys_and_fingerprints():
-    assert checkpoint.flatten({"a": [{"b": 1}, {"b": None}], "c": "x"}, "p") == {"p.a[0].b": 1, "p.a[1].b": None, "p.c": "x"}
-    assert checkpoint.fingerprint({"a": 1, "b": 2}) == checkpoint.fingerprint({"b": 2, "a": 1})
-    assert checkpoint.fingerprint({"a": 1}) != checkpoint.fingerprint({"a": 2})
-
-
-def _hold(output: Path, channel) -> None:
-    with locked(output):
-        channel.send("held")
-        channel.recv()
-
-
-def test_one_process_per_output_folder(tmp_path):
-    output = tmp_path / "deep" / "out"
-    context = multiprocessing.get_context("fork")  # spawning would load torch again
-    here, there = context.Pipe()
-    other = context.Process(target=_hold, args=(output, there), daemon=True)
-    other.start()
-    try:
-        assert here.poll(20)
-        assert here.recv() == "held"
-        with pytest.raises(UsageError, match=rf"is in use by process {other.pid}; wait for it"), locked(output):
-            pytest.fail("two processes hold the folder")
-    finally:
-        other.kill()
-        other.join()
-    with locked(output):  # the lock ended with its process
-        assert (output / ".lock").read_text(encoding="utf-8") == str(os.getpid())
-    with locked(output):
-        pass
-
-
-def test_a_folder_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(UsageError, match="cannot be written: Not a directory"), locked(tmp_path / "file" / "out"):
-        pytest.fail("locked")
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    file = tmp_path / "a.json"
-    files.write_json(file, {"b": 1, "a": 2})
-    before = file.read_bytes()
-    assert list(json.loads(before)) == ["b", "a"]
-
-    def fail(temporary: Path) -> None:
-        temporary.write_text("half", encoding="utf-8")
-        raise Crash
-
-    with pytest.raises(Crash):
-        files.write_atomic(file, fail)
-    assert _content(tmp_path) == {"a.json": before}
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_waits_for_a_good_moment(number):
-    before = signal.getsignal(number)
-    with interrupt.graceful():
-        interrupt.check()
-        os.kill(os.getpid(), number)
-        assert signal.getsignal(number) == before, "a second signal ends the process"
-        with pytest.raises(Interrupted, match=f"stopped by {number.name}; run the same command again to resume"):
-            interrupt.check()
-    assert signal.getsignal(number) == before
-    with interrupt.graceful():
-        interrupt.check()

@@ -1,0 +1,23 @@
+"""Signals wait for a moment at which a run may stop."""
+
+import os
+import signal
+
+import pytest
+
+from lbllm_cli.core import interrupt
+from lbllm_cli.core.errors import Interrupted
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_waits_for_a_good_moment(number):
+    before = signal.getsignal(number)
+    with interrupt.graceful():
+        interrupt.check()
+        os.kill(os.getpid(), number)
+        assert signal.getsignal(number) == before, "a second signal ends the process"
+        with pytest.raises(Interrupted, match=f"stopped by {number.name}; run the same command again to resume"):
+            interrupt.check()
+    assert signal.getsignal(number) == before
+    with interrupt.graceful():
+        interrupt.check()
