@@ -1,7 +1,7 @@
 """transformers plugin: `import lbllm_cli.hf`, then `AutoModelForCausalLM.from_pretrained` loads packed exports.
 
 On a CPU the model runs in the compiled kernels, where this installation has them; the environment variable LBLLM_KERNELS chooses
-among them (`kernels.library`).
+among them (`runtime.cpu.library`).
 
 Without the import transformers fails on the shape of the packed weights; it never runs with random ones.
 """
@@ -16,18 +16,17 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lbllm_cli.models.model import UNITS
-from lbllm_cli.runtime.attachments import attach, share_inputs
-from lbllm_cli.runtime.checks import check_files, check_settings, check_values
-from lbllm_cli.runtime.cpu.block import BlockStep, steppable
-from lbllm_cli.runtime.cpu.head import HeadLinear
-from lbllm_cli.runtime.cpu.library import library
-from lbllm_cli.runtime.cpu.unit import Unit, usable
-from lbllm_cli.runtime.kv_cache import keep_quantized
+from lbllm_cli.format.activations import format_of
+from lbllm_cli.format.settings import METHOD, check_settings
+from lbllm_cli.runtime.attachments import attach
+from lbllm_cli.runtime.backend import backend_of
+from lbllm_cli.runtime.checks import check_files, check_linears, check_values
+from lbllm_cli.runtime.kv_cache import QuantizedKVCache, keep_quantized
 from lbllm_cli.runtime.linear import PackedLinear
-from lbllm_cli.runtime.quantizer import INPUTS, ActQuantizer, format_of, quantizer_widths
+from lbllm_cli.runtime.quantizer import ActQuantizer, empty_quantizer, quantizer_widths
+from lbllm_cli.runtime.units import Units, find_units
 
-METHOD = "lbllm"
+__all__ = ["LbllmConfig", "LbllmQuantizer", "QuantizedKVCache", "quantize_activations"]
 
 
 class LbllmConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -57,36 +56,37 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: Any, **others: Any) -> None:
-        wanted = tuple(self.quantization_config.linears)
-        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        found = {name: module for name, module in linears.items() if name.endswith(wanted)}
-        with torch.device("meta"):
-            for name, module in found.items():
-                packed = PackedLinear(
-                    module.in_features, module.out_features, self.quantization_config.group_size, module.bias is not None
-                )
-                if packed.bias is not None:
-                    packed.bias.data = packed.bias.data.to(module.weight.dtype)
-                model.set_submodule(name, packed)
-        if layout := format_of(self.quantization_config.to_dict()):
-            for layer in model.get_decoder().layers:
-                for name, width in quantizer_widths(layer).items():
+        settings = self.quantization_config
+        decoder = model.get_decoder()
+        check_linears(decoder.layers[0], settings.linears)
+        # While linears are transformers' own and hold no values.
+        self._units: Units = find_units(decoder, settings.linears)
+        layout = format_of(settings.to_dict())
+        for layer in decoder.layers:
+            widths = quantizer_widths(layer, self._units) if layout else {}
+            with torch.device("meta"):
+                for name in settings.linears:
+                    layer.set_submodule(name, _packed_like(layer.get_submodule(name), settings.group_size))
+                for name, width in widths.items():
+                    assert layout is not None
                     owner, _, own = name.rpartition(".")
-                    with torch.device("meta"):
-                        layer.get_submodule(owner).add_module(own, layout.empty(name, width))
+                    layer.get_submodule(owner).add_module(own, empty_quantizer(layout, name, width))
         if paths := others.get("checkpoint_files"):
             check_files(model, [Path(path) for path in paths])
 
     def _process_model_after_weight_loading(self, model: Any, **others: Any) -> nn.Module:
         check_values(model)
         self._handles: list[Any] = []
-        if self.quantization_config.activations:
+        quantized = bool(self.quantization_config.activations)
+        layers = model.get_decoder().layers
+        if quantized:
             self._handles.append(keep_quantized(model))
-            for layer in model.get_decoder().layers:
-                self._handles += attach(layer, {name: layer.get_submodule(name) for name in quantizer_widths(layer)})
-        on_cpu = all(module.weight.device.type == "cpu" for module in model.modules() if isinstance(module, PackedLinear))
-        if on_cpu and library() is not None:
-            self._handles += _use_kernels(model, bool(self.quantization_config.activations))
+            for layer in layers:
+                by = {name: layer.get_submodule(name) for name in quantizer_widths(layer, self._units)}
+                self._handles += attach(layer, self._units, by)
+        devices = {module.weight.device for module in model.modules() if isinstance(module, PackedLinear)}
+        if len(devices) == 1:
+            self._handles += backend_of(devices.pop()).take_over(model, self._units, quantized)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
@@ -117,27 +117,12 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
 
-def _use_kernels(model: Any, quantized: bool) -> list[Any]:
-    """Hands linears, decode steps and the head over to the compiled kernels, where they can take them.
-
-    quantized: whether activations are. Returns handles of hooks.
-    """
-    handles = []
-    for layer in model.get_decoder().layers:
-        if not quantized:
-            handles += share_inputs(layer)
-        units = []
-        for names, name in zip(UNITS, INPUTS, strict=True):
-            linears = [layer.get_submodule(linear) for linear in names]
-            quantizer = layer.get_submodule(name) if quantized else None
-            if usable(linears, quantizer):
-                units.append(Unit(linears, quantizer))
-        if quantized and len(units) == len(UNITS) and steppable(layer):
-            layer.forward = BlockStep(layer, units)
-    head = model.get_output_embeddings()
-    if type(head) is nn.Linear and head.bias is None:
-        head.__class__ = HeadLinear
-    return handles
+def _packed_like(linear: Any, group_size: int) -> PackedLinear:
+    """A packed linear for the place of an ordinary one, without values."""
+    packed = PackedLinear(linear.in_features, linear.out_features, group_size, linear.bias is not None)
+    if packed.bias is not None:
+        packed.bias.data = packed.bias.data.to(linear.weight.dtype)
+    return packed
 
 
 def quantize_activations(model: nn.Module, wanted: bool) -> None:

@@ -4,20 +4,23 @@ As in LBLLM's stage 3: codes frozen, piecewise quantizers with clipping factors 
 them. The lattice, the two tables, the search they start from, and tables for keys and values are ours.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from lbllm_cli.act_calib.search import SAMPLE, fit_knee, tables_of
-from lbllm_cli.format.activations import Tables, split_groups, uniform_levels
-from lbllm_cli.models.model import LINEARS, Block
-from lbllm_cli.pipeline.block_loop import BlockTask
+from lbllm_cli.act_calib.search import SAMPLE, fit_knee
+from lbllm_cli.core.splits import data_seed
+from lbllm_cli.format.activations import KEYS, VALUES, ActivationFormat, Tables, input_name, split_groups, uniform_levels
+from lbllm_cli.format.weights import PackedWeight
+from lbllm_cli.models.block import Block
+from lbllm_cli.pipeline.block_loop import BlockResult, BlockTask
 from lbllm_cli.runtime.attachments import attach
-from lbllm_cli.runtime.quantizer import INPUTS, KEYS, VALUES, ActivationFormat
-from lbllm_cli.training.block import Trainer
-from lbllm_cli.training.block_linears import BlockLinears, packed_of
-from lbllm_cli.training.interfaces import Monitor
+from lbllm_cli.runtime.quantizer import empty_quantizer
+from lbllm_cli.training.block import block_loop, train_block
+from lbllm_cli.training.block_linears import BlockLinears
+from lbllm_cli.training.interfaces import ParameterGroup
+from lbllm_cli.training.knees import tables_of
 from lbllm_cli.training.quantizers import (
     CLIP_FACTORS,
     KNEES,
@@ -34,23 +37,8 @@ if TYPE_CHECKING:
 
 # Sequences whose activations the quantizers' tables are fitted on.
 _SEQUENCES = 8
-# Of fewer tokens the tables would follow single groups.
-MIN_TOKENS = 256
 # What SAMPLE is meant for: of larger groups fewer are taken, so that a search costs the same.
 _USUAL_GROUP = 64
-
-
-def activation_format(settings: "ActCalib", group_size: int) -> ActivationFormat:
-    """How the activations of a checkpoint of this stage are quantized."""
-    return ActivationFormat(
-        bits=settings.bits,
-        kv_bits=settings.kv_bits,
-        granularity=settings.granularity,
-        form=settings.form,
-        kv_form=settings.kv_form,
-        tables=settings.tables,
-        group_size=group_size,
-    )
 
 
 class _Sample(nn.Module):
@@ -67,8 +55,8 @@ class _Sample(nn.Module):
 
 def sample_inputs(block: Block, hidden: Tensor) -> dict[str, Tensor]:
     """What each quantizer of a block would see: hidden [rows, length, hidden] -> [..., width] by quantizer name."""
-    samples = {name: _Sample() for name in (*INPUTS, KEYS, VALUES)}
-    handles = attach(block.layer, dict(samples))
+    samples = {name: _Sample() for name in (*map(input_name, block.units), KEYS, VALUES)}
+    handles = attach(block.layer, block.units, dict(samples))
     block(hidden)
     for handle in handles:
         handle.remove()
@@ -77,7 +65,7 @@ def sample_inputs(block: Block, hidden: Tensor) -> dict[str, Tensor]:
 
 def fitted(name: str, x: Tensor, layout: ActivationFormat, seed: int, train: tuple[str, ...]) -> TrainableQuantizer:
     """The quantizer `name` as training starts from it, for inputs x [..., width]."""
-    form = layout.empty(name, x.shape[-1])
+    form = empty_quantizer(layout, name, x.shape[-1])
     if form.tables.zero is None:
         tables = Tables(uniform_levels(form.bits).to(x.device), None, form.tables.clip.to(x.device))
         return TrainableQuantizer(tables, None, form.size, form.step_dtype, train)
@@ -95,12 +83,11 @@ class ActivationStudent:
     """
 
     def __init__(self, task: BlockTask, settings: "ActCalib", layout: ActivationFormat, seed: int):
-        assert task.start is not None
         self.settings = settings
         linears: dict[str, Trainable] = {}
-        for name in LINEARS:
+        for name in task.teacher.linears:
             weight = task.teacher.linear(name).weight
-            packed = packed_of(task.start, task.teacher.prefix + name, weight.device)
+            packed = PackedWeight.from_tensors(task.start, task.teacher.prefix + name, weight.shape[1]).to(weight.device)
             linears[name] = (
                 Nearest(weight, packed, settings.trained, settings.latent_margin)
                 if WEIGHTS in settings.train
@@ -110,19 +97,19 @@ class ActivationStudent:
         self.block = self.weights.block
         self.weights.begin()
         self.quantizers = self._fit(task, layout, seed)
-        attach(self.block.layer, dict(self.quantizers))
+        attach(self.block.layer, self.block.units, dict(self.quantizers))
 
     @torch.no_grad()
     def _fit(self, task: BlockTask, layout: ActivationFormat, seed: int) -> dict[str, TrainableQuantizer]:
         rows = task.quantized.rows
         taken = torch.linspace(0, rows - 1, min(_SEQUENCES, rows)).round().long()
         samples = sample_inputs(self.block, task.quantized.data[taken].to(task.device))
-        own = ((seed << 20) + task.index) % (1 << 50) << 3
+        own = data_seed(seed, task.index) << 3
         return {
             name: fitted(name, x, layout, own + number, self.settings.trained) for number, (name, x) in enumerate(samples.items())
         }
 
-    def groups(self) -> list[dict[str, Any]]:
+    def groups(self) -> list[ParameterGroup]:
         """AdamW groups: those of the levels, and one per quantizer and kind."""
         settings = self.settings
         groups = self.weights.groups({WEIGHTS: settings.lr_weights, LEVELS: settings.lr_levels})
@@ -166,18 +153,9 @@ class ActivationStudent:
         return facts | ({"moved_ratios": float(torch.cat(moved).mean())} if moved else {})
 
 
-def fit_block(
-    task: BlockTask, settings: "ActCalib", layout: ActivationFormat, seed: int, monitor: Monitor
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Fits the quantizers of one block and trains them with its levels.
-
-    Returns packed tensors and quantizers under their full names, as fitted where no epoch was better, and facts as `distill`'s.
-    Raises RunError when more steps than allowed were not finite.
-    """
-    assert task.keeper is not None
+def fit_block(task: BlockTask, settings: "ActCalib", layout: ActivationFormat, seed: int) -> BlockResult:
+    """Fits the quantizers of one block and trains them with its levels; see `train_block`, whose start is as they are fitted."""
     with torch.enable_grad():
         student = ActivationStudent(task, settings, layout, seed)
         start = student.snapshot()
-        trainer = Trainer(task, student, settings, "act_calib", seed, task.keeper, monitor)
-        best = trainer.run()
-    return (start if best is None else best), trainer.facts()
+        return train_block(block_loop(task, student, settings, "act_calib", seed), start)

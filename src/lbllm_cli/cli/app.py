@@ -4,9 +4,11 @@ import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
+
+from lbllm_cli.recipe.stages import COMMANDS, TABLE, Phase
 
 app = typer.Typer(
     name="lbllm",
@@ -24,7 +26,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="override recipe keys", show_default=False)
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, print the plan, write nothing")]
-Only = Annotated[Literal["blocks", "end-to-end"] | None, typer.Option("--only", help="one of the two phases", show_default=False)]
+Only = Annotated[Phase | None, typer.Option("--only", help="one of the two phases", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="replace what other inputs made")]
 Json = Annotated[bool, typer.Option("--json", help="result as JSON on stdout")]
 
@@ -104,53 +106,33 @@ def _exit_codes() -> Iterator[None]:
         raise
 
 
-def _run(command: Callable[..., None], recipe: Path, overrides: list[str] | None, **options: Any) -> None:
+def _run(work: Callable[..., None], recipe: Path, overrides: list[str] | None, /, **options: Any) -> None:
     with _exit_codes():
         from lbllm_cli.recipe.load import load_recipe
 
         loaded = load_recipe(recipe, overrides)
-        command(loaded, **options)
+        work(loaded, **options)
 
 
-@app.command(epilog="Example: `lbllm ptq --recipe smollm2-135m.yaml ptq.group_size=64`")
-def ptq(recipe: RecipeOption, overrides: Overrides = None, dry_run: DryRun = False, force: Force = False) -> None:
-    """Stage 1: binarize block by block, Hessian-weighted EM with error compensation.
+def _stage_command(command: str) -> Callable[..., None]:
+    """The function of a command that runs stages; `--only` where there are two phases."""
 
-    Interrupted runs resume; a finished one says "up to date".
-    """
-    from lbllm_cli.pipeline import commands
+    def one(recipe: RecipeOption, overrides: Overrides = None, dry_run: DryRun = False, force: Force = False) -> None:
+        several(recipe, overrides, dry_run, force)
 
-    _run(commands.ptq, recipe, overrides, dry_run=dry_run, force=force)
+    def several(
+        recipe: RecipeOption, overrides: Overrides = None, dry_run: DryRun = False, force: Force = False, only: Only = None
+    ) -> None:
+        from lbllm_cli.pipeline.runner import run_command
 
+        _run(run_command, recipe, overrides, command=command, dry_run=dry_run, force=force, only=only)
 
-@app.command(epilog="Example: `lbllm distill --recipe smollm2-135m.yaml data.training.sequences=64`")
-def distill(
-    recipe: RecipeOption, overrides: Overrides = None, dry_run: DryRun = False, force: Force = False, only: Only = None
-) -> None:
-    """Stage 2: train weights, bitmaps and levels block by block against the full-precision model.
-
-    Goes on from the ptq checkpoint. With distill.end_to_end in the recipe a second phase trains levels and norms of the whole
-    model against the full-precision model's predictions, into <output.dir>/distill-e2e/. Interrupted runs resume, in the middle
-    of a block too; a finished one says "up to date".
-    """
-    from lbllm_cli.pipeline import commands
-
-    _run(commands.distill, recipe, overrides, dry_run=dry_run, force=force, only=only)
+    return several if any(spec.command == command and spec.end_to_end for spec in TABLE) else one
 
 
-@app.command("act-calib", epilog="Example: `lbllm act-calib --recipe smollm2-135m.yaml act_calib.granularity=token`")
-def act_calib(
-    recipe: RecipeOption, overrides: Overrides = None, dry_run: DryRun = False, force: Force = False, only: Only = None
-) -> None:
-    """Stage 3: quantize activations, keys and values to 4 bits; train the quantizers, and the levels behind them, block by block.
-
-    Goes on from the last phase of distill, or from ptq's checkpoint with act_calib.parent=ptq. With act_calib.end_to_end in the
-    recipe a second phase trains levels, norms and quantizers of the whole model, into <output.dir>/act-calib-e2e/. Interrupted
-    runs resume, in the middle of a block too; a finished one says "up to date".
-    """
-    from lbllm_cli.pipeline import commands
-
-    _run(commands.act_calib, recipe, overrides, dry_run=dry_run, force=force, only=only)
+for _name, _command in COMMANDS.items():
+    _example = f"Example: `lbllm {_name} --recipe smollm2-135m.yaml {_command.example}`"
+    app.command(_name, help=_command.text, epilog=_example)(_stage_command(_name))
 
 
 @app.command("eval", epilog="Example: `lbllm eval --recipe smollm2-135m.yaml 'eval.tasks=[builtin:continuation]' --json`")
@@ -165,9 +147,9 @@ def evaluate(
 
     What was measured before is not measured again: a stage, a text or a task that is added costs only itself.
     """
-    from lbllm_cli.cli import evaluate as eval_command
+    from lbllm_cli.cli.evaluate import evaluate as measure
 
-    _run(eval_command.evaluate, recipe, overrides, dry_run=dry_run, as_json=json, force=force)
+    _run(measure, recipe, overrides, dry_run=dry_run, as_json=json, force=force)
 
 
 @app.command(epilog="Example: `lbllm report --recipe smollm2-135m.yaml`")
@@ -176,17 +158,17 @@ def report(recipe: RecipeOption, overrides: Overrides = None) -> None:
 
     Whatever is not there yet is named with the command that makes it.
     """
-    from lbllm_cli.report import build as run_report
+    from lbllm_cli.report.build import report as build
 
-    _run(run_report.report, recipe, overrides)
+    _run(build, recipe, overrides)
 
 
 @app.command(epilog="Example: `lbllm export --recipe smollm2-135m.yaml export.format=dense`")
 def export(recipe: RecipeOption, overrides: Overrides = None, dry_run: DryRun = False, force: Force = False) -> None:
     """Write a model folder to <output.dir>/export/ that transformers loads, packed or dense."""
-    from lbllm_cli.pipeline import commands
+    from lbllm_cli.cli.export import export as write
 
-    _run(commands.export, recipe, overrides, dry_run=dry_run, force=force)
+    _run(write, recipe, overrides, dry_run=dry_run, force=force)
 
 
 @app.command(epilog='Example: `lbllm generate --model runs/smollm2-135m/export --prompt "What is a comet?"`')
@@ -211,24 +193,40 @@ def generate(
     ] = False,
 ) -> None:
     """Stream text from a model folder to stdout; the chat template is applied where there is one."""
+    # More than six parameters: each is an option.
     with _exit_codes():
-        from lbllm_cli.pipeline import commands
+        from lbllm_cli.cli.generate import generate as stream
+        from lbllm_cli.models.streaming import Request
 
-        commands.generate(model, prompt, raw, max_new_tokens, temperature, seed, device, full_activations, trust_remote_code)
+        stream(model, device, Request(prompt, raw, max_new_tokens, temperature, seed, full_activations, trust_remote_code))
 
 
 @app.command(epilog="Example: `lbllm validate --recipe llama2-7b.yaml model.path=./folder-with-config-json`")
 def validate(recipe: RecipeOption, overrides: Overrides = None, json: Json = False) -> None:
     """Check recipe, model, text and disk, and forecast memory; a folder with only config.json gives the forecast alone."""
-    from lbllm_cli.cli import validate as validate_command
+    from lbllm_cli.cli.validate import validate as check
 
-    _run(validate_command.validate, recipe, overrides, as_json=json)
+    _run(check, recipe, overrides, as_json=json)
 
 
 @app.command(epilog="Example: `lbllm config --recipe smollm2-135m.yaml ptq.group_size=64 > resolved.yaml`")
-def config(recipe: RecipeOption, overrides: Overrides = None) -> None:
-    """Print the resolved recipe, defaults and overrides included."""
+def config(
+    recipe: RecipeOption,
+    overrides: Overrides = None,
+    stages: Annotated[bool, typer.Option("--stages", help="print the recipe's stages instead: name, parent, command")] = False,
+) -> None:
+    """Print the resolved recipe, defaults and overrides included.
+
+    With `--stages` one line per stage, its fields apart by a tab: name, the stage that it goes on from (- for none), and the
+    command that makes it, behind which belongs `--recipe`.
+    """
     with _exit_codes():
         from lbllm_cli.recipe.load import dump_recipe, load_recipe
 
-        typer.echo(dump_recipe(load_recipe(recipe, overrides)), nl=False)
+        loaded = load_recipe(recipe, overrides)
+        if not stages:
+            typer.echo(dump_recipe(loaded), nl=False)
+            return
+        for spec in loaded.stages:
+            parent = loaded.parent(spec)
+            typer.echo(f"{spec}\t{parent or '-'}\tlbllm {spec.own_command}")

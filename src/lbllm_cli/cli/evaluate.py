@@ -9,49 +9,44 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
-from lbllm_cli.core import files, interrupt
-from lbllm_cli.core.errors import LbllmError, RunError, UsageError
-from lbllm_cli.core.own_folders import EVAL_STREAMS, EXPORT_FOLDER, check_own, remove_own
-from lbllm_cli.data import tokens as data
-from lbllm_cli.evaluation import perplexity as evaluation
-from lbllm_cli.evaluation import tasks as lm_tasks
-from lbllm_cli.evaluation.cache import Measurements
-from lbllm_cli.export import writer as exporting
-from lbllm_cli.export.writer import EXPORT
-from lbllm_cli.models import folder as source
-from lbllm_cli.pipeline import forecast
-from lbllm_cli.pipeline import plan as prepare
-from lbllm_cli.pipeline.checkpoint import Checkpoint, complete_stages, locked
-from lbllm_cli.pipeline.commands import announce, open_checkpoint, say
-from lbllm_cli.pipeline.plan import Plan
-from lbllm_cli.pipeline.reporter import Reporter
+from lbllm_cli.core import interrupt
+from lbllm_cli.core.console import say
+from lbllm_cli.core.errors import RunError, UsageError
+from lbllm_cli.core.lock import locked
+from lbllm_cli.core.own_folders import check_own
+from lbllm_cli.evaluation.forecast import eval_need, whole_model_need
+from lbllm_cli.evaluation.run import EvaluationRun, wanted_checkpoints
+from lbllm_cli.evaluation.tasks import plan_tasks
+from lbllm_cli.export import writer
+from lbllm_cli.pipeline.checkpoint import Checkpoint
+from lbllm_cli.pipeline.folders import EVAL_STREAMS
+from lbllm_cli.pipeline.forecast import announce
+from lbllm_cli.pipeline.plan import prepare
 from lbllm_cli.recipe.schema import Recipe
+from lbllm_cli.recipe.stages import EXPORT
 from lbllm_cli.report.tables import results_table
-from lbllm_cli.runtime.cpu.library import library
-from lbllm_cli.runtime.quantizer import format_of
 
 
 @torch.no_grad()
 def evaluate(recipe: Recipe, dry_run: bool, as_json: bool, force: bool) -> None:
     """`lbllm eval`."""
-    plan = prepare.prepare(recipe, evaluate=True)
-    checkpoints = _checkpoints(plan)
+    plan = prepare(recipe, evaluate=True)
+    checkpoints = wanted_checkpoints(plan)
     sets = plan.evaluation()
-    tasks = lm_tasks.plan_tasks(recipe.eval.tasks, recipe.eval.num_fewshot)
-    need = forecast.eval_need(recipe, plan.model, {name: tokens.shape[0] for name, tokens in sets.items()}, len(checkpoints))
+    tasks = plan_tasks(recipe.eval.tasks, recipe.eval.num_fewshot)
+    need = eval_need(recipe, plan.model, {name: tokens.shape[0] for name, tokens in sets.items()}, len(checkpoints))
     if tasks or EXPORT in checkpoints:
-        need = forecast.whole_model_need(recipe, plan.model, need)
-        library()  # what LBLLM_KERNELS asks for is refused now, not after the perplexities
+        need = whole_model_need(recipe, plan.model, need)
+        plan.model.backend.check()  # what LBLLM_KERNELS asks for is refused now, not after the perplexities
     _check_folders(plan.output / "eval", checkpoints if tasks else {})
-    announce(need, plan)
+    announce(need, plan.output, plan.model)
     if dry_run:
         counts = [f"{name} {tokens.shape[0]} x {tokens.shape[1]}" for name, tokens in sets.items()]
         say(f"eval: would measure {', '.join(checkpoints)} on {', '.join(counts + [task.name for task in tasks])}")
         return
     with locked(plan.output), interrupt.graceful():
-        run = _Run(plan, checkpoints, need.on_disk, force)
+        run = EvaluationRun(plan, checkpoints, need.on_disk, force)
         results = run.results(sets, tasks)
     if as_json:
         print(json.dumps(results, indent=2))
@@ -68,167 +63,10 @@ def _check_folders(folder: Path, exported: dict[str, Checkpoint | None]) -> None
     check_own(folder / "streams", EVAL_STREAMS)
     for name, checkpoint in exported.items():
         if checkpoint is not None:
-            exporting.check_target(folder / f"{name}.model")
+            writer.check_target(folder / f"{name}.model")
     for name in ("results.json", "details.json"):
         if (folder / name).exists() and not (folder / "measured").exists():
             raise UsageError(f"{folder / name} is not of `lbllm eval`, which writes one there; move it away")
-
-
-def _checkpoints(plan: Plan) -> dict[str, Checkpoint | None]:
-    """What is measured, by name; every checkpoint belongs to this model and is unchanged. None: not a stage."""
-    names: list[str] = list(plan.recipe.eval.checkpoints or []) or [evaluation.BASE, *complete_stages(plan.output)]
-    if EXPORT in names and not (plan.output / EXPORT / exporting.RECORD).exists():
-        raise UsageError(f"eval.checkpoints: there is no export in {plan.output}; run: lbllm export --recipe ...")
-    if EXPORT in names:
-        exporting.verify(plan.output / EXPORT)
-    return {name: None if name in (evaluation.BASE, EXPORT) else open_checkpoint(plan, name) for name in names}
-
-
-class _Run:
-    """One run of the command in its output folder."""
-
-    def __init__(self, plan: Plan, checkpoints: dict[str, Checkpoint | None], on_disk: bool, fresh: bool):
-        self.plan = plan
-        self.checkpoints = checkpoints
-        self.folder = plan.output / "eval"
-        self.streams = self.folder / "streams" if on_disk else None
-        self.known = Measurements(self.folder / "measured", fresh)
-        # What could not be measured, by checkpoint and text.
-        self.failed: list[tuple[str, str]] = []
-        (self.streams or self.folder).mkdir(parents=True, exist_ok=True)
-
-    def results(self, sets: dict[str, Tensor], tasks: list[lm_tasks.Task]) -> dict[str, Any]:
-        """results.json, and details.json with what is not for a table; everything measured is kept as it comes."""
-        texts = self._texts(sets)
-        scores = {name: self._scores(name, tasks) for name in self.checkpoints}
-        results, details = {}, {}
-        for name in self.checkpoints:
-            flat = {task: values for found in scores[name].values() for task, values in found.items()}
-            flat |= lm_tasks.averages(self.plan.recipe.eval.tasks, flat)
-            results[name] = evaluation.result(self._sizes(name), self._format(name), texts[name])
-            results[name] |= {"tasks": flat} if flat else {}
-            details[name] = {
-                text: {key: found[key] for key in ("positions", "blocks") if key in found} for text, found in texts[name].items()
-            }
-        files.write_json(self.folder / "details.json", details)
-        files.write_json(self.folder / "results.json", results)
-        remove_own(self.folder / "streams", EVAL_STREAMS)
-        return results
-
-    def _identity(self, name: str) -> dict[str, Any]:
-        """What a measurement of a checkpoint depends on, beside text or task."""
-        checkpoint, model = self.checkpoints[name], self.plan.model
-        what: dict[str, Any] = {"model": model.identity(), "dtype": str(model.dtype)}
-        if name == EXPORT:
-            return {**what, "export": exporting.content(self.plan.output / EXPORT)}
-        if checkpoint is not None:
-            what |= {"checkpoint": checkpoint.content, "activations": checkpoint.manifest.get("activations")}
-        return what
-
-    def _texts(self, sets: dict[str, Tensor]) -> dict[str, dict[str, dict[str, Any]]]:
-        """name -> text -> `Measured.as_dict()`."""
-        whats = {
-            (name, text): {**self._identity(name), "text": data.tokens_hash(tokens)}
-            for name in self.checkpoints
-            for text, tokens in sets.items()
-        }
-        missing = [key for key, what in whats.items() if self.known.get(what) is None]
-        wanted = {text: [name for name, other in missing if other == text and name != EXPORT] for text in sets}
-        if any(wanted.values()):
-            measured = {name for names in wanted.values() for name in names}
-            stages = {name: found for name, found in self.checkpoints.items() if found is not None and name in measured}
-            run = evaluation.Evaluation(self.plan.model, stages, self.plan.recipe.runtime.batch_size, self.streams)
-            with Reporter("eval", self.plan.model.blocks, self.plan.model.device) as reporter:
-                found = run.run({text: sets[text] for text in sets if wanted[text]}, wanted, reporter)
-                reporter.note(f"{', '.join([evaluation.BASE, *stages])}: finished in {reporter.used()}")
-            for key, values in found.items():
-                if values is None or key in whats:
-                    self._keep(key, whats, None if values is None else values.as_dict())
-        self._export_texts({text: sets[text] for name, text in missing if name == EXPORT}, whats)
-        kept = {key: self.known.get(what) for key, what in whats.items()}
-        return {name: {text: value for text in sets if (value := kept[name, text])} for name in self.checkpoints}
-
-    def _keep(self, key: tuple[str, str], whats: dict[tuple[str, str], dict[str, Any]], found: dict[str, Any] | None) -> None:
-        """Keeps what was measured, or that it could not be."""
-        if found is None:
-            self.failed.append(key)
-        else:
-            self.known.put(whats[key], found)
-
-    def _export_texts(self, sets: dict[str, Tensor], whats: dict[tuple[str, str], dict[str, Any]]) -> None:
-        if not sets:
-            return
-        lm = self._open(self.plan.output / EXPORT)
-        for text, tokens in sets.items():
-            found = evaluation.whole_perplexity(lm.model, tokens, self.plan.model.device)
-            self._keep((EXPORT, text), whats, None if found is None else {"perplexity": found})
-
-    def _open(self, folder: Path) -> Any:
-        recipe, model = self.plan.recipe, self.plan.model
-        return lm_tasks.open_lm(folder, model.dtype, model.device, recipe.eval.batch_size, recipe.model.trust_remote_code)
-
-    def _scores(self, name: str, tasks: list[lm_tasks.Task]) -> dict[str, dict[str, Any]]:
-        """task -> its flat scores; a model is opened only where one is missing."""
-        limit = self.plan.recipe.eval.limit
-        whats = {
-            task.name: {**self._identity(name), "task": task.identity, "num_fewshot": task.num_fewshot, "limit": limit,
-                        "lm-eval": lm_tasks.version()}
-            for task in tasks
-        }  # fmt: skip
-        missing = [task for task in tasks if self.known.get(whats[task.name]) is None]
-        if missing:
-            folder, temporary = self._model_folder(name)
-            try:
-                lm = self._open(folder)
-                # A task may take hours; a signal stops it between two forward passes.
-                lm.model.register_forward_pre_hook(lambda *_: interrupt.check())
-                for task in missing:
-                    say(f"eval: {name}, {task.name}")
-                    found = self._score(name, lm, task, limit)
-                    self.known.put(whats[task.name], lm_tasks.scores(found, task.name))
-            finally:
-                if temporary:
-                    remove_own(folder, EXPORT_FOLDER)
-        return {task.name: self.known.get(whats[task.name]) or {} for task in tasks}
-
-    def _score(self, name: str, lm: Any, task: lm_tasks.Task, limit: float | None) -> dict[str, Any]:
-        try:
-            found = lm_tasks.run_task(lm, task, limit)
-        except (LbllmError, KeyboardInterrupt, OSError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # a task's own code may raise anything
-            raise RunError(
-                f"eval: {task.name} failed on {name}: {type(error).__name__}: {error}\n"
-                "What was measured before is kept; mend the task, or take it out of eval.tasks, and run the same command again"
-            ) from error
-        folder = self.folder / "lm-eval" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        files.write_json(folder / f"{task.name}.json", found)
-        return found
-
-    def _model_folder(self, name: str) -> tuple[Path, bool]:
-        """A folder that transformers loads, and whether it is to be deleted afterwards."""
-        checkpoint = self.checkpoints[name]
-        if checkpoint is None:
-            return (self.plan.output / EXPORT if name == EXPORT else self.plan.model.folder), False
-        folder, shard = self.folder / f"{name}.model", int(self.plan.recipe.export.shard_gb * 1e9)
-        exporting.export(self.plan.model, checkpoint, folder, False, shard)
-        return folder, True
-
-    def _sizes(self, name: str) -> evaluation.Sizes:
-        checkpoint, model = self.checkpoints[name], self.plan.model
-        if checkpoint is not None:
-            size = sum((checkpoint.path / file).stat().st_size for file in checkpoint.hashes)
-            return evaluation.measure_sizes(model, checkpoint.entries(), size)
-        entries = source.read_folder(self.plan.output / EXPORT) if name == EXPORT else None
-        files_of = {entry.file for entry in (entries or {key: model.entries[key] for key in model.shapes}).values()}
-        return evaluation.measure_sizes(model, entries, sum(file.stat().st_size for file in files_of))
-
-    def _format(self, name: str) -> Any:
-        if name == EXPORT:
-            return format_of(source.read_config(self.plan.output / EXPORT).get("quantization_config") or {})
-        checkpoint = self.checkpoints[name]
-        return None if checkpoint is None else format_of(checkpoint.manifest)
 
 
 def console_table(results: dict[str, Any]) -> Table:

@@ -7,19 +7,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from lbllm_cli.core.console import GIB, say
 from lbllm_cli.core.errors import UsageError
-from lbllm_cli.end_to_end.teacher import teacher_folder
-from lbllm_cli.evaluation import tasks as lm_tasks
+from lbllm_cli.evaluation.forecast import eval_need, whole_model_need
+from lbllm_cli.evaluation.tasks import plan_tasks
+from lbllm_cli.export.forecast import export_need
 from lbllm_cli.models.model import SourceModel
-from lbllm_cli.pipeline import forecast
-from lbllm_cli.pipeline import plan as prepare
-from lbllm_cli.pipeline.checkpoint import check_stage, command_of, complete_stages
-from lbllm_cli.pipeline.commands import Last, say
-from lbllm_cli.pipeline.forecast import Need
-from lbllm_cli.pipeline.reporter import GIB
-from lbllm_cli.pipeline.stage_record import STAGES
+from lbllm_cli.pipeline.checkpoint import check_stage, complete_stages
+from lbllm_cli.pipeline.forecast import Need, check_disk, memory_warnings
+from lbllm_cli.pipeline.plan import prepare
+from lbllm_cli.pipeline.work import work_of
 from lbllm_cli.recipe.schema import Recipe
-from lbllm_cli.training import forecast as forecast_training
+from lbllm_cli.recipe.stages import EXPORT, STAGES, TABLE
 
 _KINDS = ("device", "ram", "disk", "teacher", "streams")
 
@@ -27,11 +26,11 @@ _KINDS = ("device", "ram", "disk", "teacher", "streams")
 @torch.no_grad()
 def validate(recipe: Recipe, as_json: bool) -> None:
     """`lbllm validate`."""
-    plan = prepare.prepare(recipe, weights=False, calibrate=True, train=True, evaluate=True)
+    plan = prepare(recipe, weights=False, stages=TABLE, evaluate=True)
     model = plan.model
     problems, segments = [], {}
     if plan.tokenizer is not None:
-        for stage in _stages(recipe):
+        for stage in recipe.stages:
             try:
                 if not plan.generates(stage):
                     plan.stage_tokens(stage)
@@ -42,17 +41,14 @@ def validate(recipe: Recipe, as_json: bool) -> None:
         except UsageError as error:
             problems.append(str(error))
     try:
-        tasks = lm_tasks.plan_tasks(recipe.eval.tasks, recipe.eval.num_fewshot)
+        tasks = plan_tasks(recipe.eval.tasks, recipe.eval.num_fewshot)
     except UsageError as error:
         tasks = []
         problems.append(str(error))
     needs = [
-        forecast.ptq_need(recipe, model),
-        forecast_training.distill_need(recipe, model),
-        forecast_training.act_calib_need(recipe, model),
-        *(forecast_training.end_to_end_need(recipe, model, last, stage) for stage, last in _last_phases(recipe).items()),
+        *(work_of(spec).need(plan, spec, None) for spec in sorted(recipe.stages, key=lambda spec: spec.end_to_end)),
         _eval_need(recipe, model, segments, bool(tasks)),
-        forecast.export_need(recipe, model),
+        export_need(recipe, model),
     ]
     warnings = []
     complete = complete_stages(plan.output)
@@ -60,11 +56,9 @@ def validate(recipe: Recipe, as_json: bool) -> None:
         try:
             if need.stage in STAGES:
                 check_stage(plan.output, need.stage, force=False)
-            warnings += [f"{need.stage}: {warning}" for warning in forecast.memory_warnings(need, model.device)]
+            warnings += [f"{need.stage}: {warning}" for warning in memory_warnings(need, model)]
             if need.stage not in complete:
-                forecast.check_disk(
-                    need, plan.output, teacher_folder(plan.settings(need.stage)) if need.stage in STAGES else None
-                )
+                check_disk(need, plan.output)
         except UsageError as error:
             problems.append(str(error))
     if problems:
@@ -90,20 +84,9 @@ def validate(recipe: Recipe, as_json: bool) -> None:
 
 
 def _eval_need(recipe: Recipe, model: SourceModel, segments: dict[str, int], tasks: bool) -> Need:
-    need = forecast.eval_need(recipe, model, segments, 1 + len(_stages(recipe)))
-    whole = tasks or "export" in (recipe.eval.checkpoints or [])
-    return forecast.whole_model_need(recipe, model, need) if whole else need
-
-
-def _last_phases(recipe: Recipe) -> dict[str, Last]:
-    """Settings of the end-to-end phases that a recipe has, by stage."""
-    found = {"distill-e2e": recipe.distill.end_to_end, "act-calib-e2e": recipe.act_calib.end_to_end}
-    return {stage: settings for stage, settings in found.items() if settings is not None}
-
-
-def _stages(recipe: Recipe) -> list[str]:
-    """Stages of a recipe, in pipeline order."""
-    return [stage for stage in STAGES if command_of(stage) == stage or stage in _last_phases(recipe)]
+    need = eval_need(recipe, model, segments, 1 + len(recipe.stages))
+    whole = tasks or EXPORT in (recipe.eval.checkpoints or [])
+    return whole_model_need(recipe, model, need) if whole else need
 
 
 def _print_validation(facts: dict[str, Any], needs: list[Need]) -> None:

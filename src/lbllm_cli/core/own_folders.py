@@ -41,25 +41,6 @@ class Kind:
         return self.telling is not None and bool(re.fullmatch(self.telling, entry))
 
 
-_TEACHER_FILES = r"(states|writing|entering_\d+)\.bin|(unfinished|lbllm_teacher)\.json|\.lock"
-# What lbllm keeps of a teacher: in a folder that the recipe names, or among a stage's streams.
-TEACHER = Kind("a teacher's states", _TEACHER_FILES, r"(unfinished|lbllm_teacher)\.json|writing\.bin")
-STREAMS = Kind("hidden states", rf"(unfinished_)?(full|quantized)_\d+\.bin|{_TEACHER_FILES}")
-_STAGE_FILES = (
-    r"block_\d{3,}\.safetensors|outer\.safetensors|training\.safetensors|lbllm_stage\.json|progress\.json|events\.jsonl"
-    r"|recipe\.resolved\.yaml|environment\.json|loss\.png"
-)
-STAGE = Kind("a stage", _STAGE_FILES, r"block_\d{3,}\.safetensors|lbllm_stage\.json", {"streams": STREAMS})
-UNFINISHED_STAGE = Kind("an unfinished stage", _STAGE_FILES, f"{STAGE.telling}|progress\\.json", STAGE.folders)
-_EXPORT_FILES = (
-    r"lbllm_export\.json|README\.md|model(-\d{5,}-of-\d{5,})?\.safetensors|part-\d{5,}|model\.safetensors\.index\.json"
-    r"|(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|vocab\.txt|merges\.txt"
-    r"|[^/]*\.model|(chat_template|LICENSE|NOTICE|USE_POLICY)[^/]*"
-)
-EXPORT_FOLDER = Kind("an export", _EXPORT_FILES, r"lbllm_export\.json")
-EVAL_STREAMS = Kind("hidden states", r"[A-Za-z0-9._-]+\.(base|ptq|distill|distill-e2e|act-calib|act-calib-e2e)\.bin")
-
-
 def foreign(folder: Path, kind: Kind) -> str | None:
     """What speaks against `folder` being one of lbllm's, in words; None where nothing does, or there is no such folder."""
     if not os.path.lexists(folder):

@@ -1,6 +1,11 @@
-"""How many sequences are held out of a stage's data."""
+"""How a stage's sequences are divided and ordered."""
 
 
 def held_out_rows(rows: int, share: float) -> int:
     """Sequences held out of `rows`: at least one, and at least one is left. 256, 0.0625 -> 16; 2, 0.9 -> 1."""
     return min(max(1, round(share * rows)), rows - 1)
+
+
+def data_seed(seed: int, index: int) -> int:
+    """Seed of what is drawn for block or phase `index`: another for each, and small enough to be shifted by a few bits more."""
+    return ((seed << 20) + index) % (1 << 50)

@@ -86,7 +86,7 @@ def check(item: Source, evaluating: bool) -> None:
         valid = [f"{part}{tail}" for part in PARTS for tail in ("", *(f"/{style}" for style in STYLES))]
         if name.removeprefix("builtin:") not in valid:
             raise UsageError(f"source {name}: no such bundled text; valid: {', '.join('builtin:' + v for v in valid)}")
-    elif name == "generate:" and evaluating:
+    elif item.sampled and evaluating:
         raise UsageError("source generate: gives calibration text; a model cannot be evaluated on text of its own")
     elif name in PRESETS:
         if evaluating and PRESETS[name].evaluation is None:
@@ -95,7 +95,7 @@ def check(item: Source, evaluating: bool) -> None:
             _existing(item.path, "path")
     elif name.startswith("hub:"):
         check_hub_name(name.removeprefix("hub:"))
-    elif name != "generate:":
+    elif not item.sampled:
         path = _existing(name, "source")
         if path.is_dir() and not ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
             raise UsageError(f"source {name} is a folder but not a dataset written by save_to_disk (no state.json)")
@@ -109,7 +109,7 @@ def _check_keys(item: Source) -> None:
     name = item.source
     if name.startswith("builtin:"):
         read = set()
-    elif name == "generate:":
+    elif item.sampled:
         read = {"temperature"}
     elif name in PRESETS:
         read = {"path", "split"} if item.path else {"path"}

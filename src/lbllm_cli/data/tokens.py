@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -28,21 +29,26 @@ def tokens_hash(tokens: Tensor) -> str:
     return digest.hexdigest()
 
 
-def training_tokens(
-    spec: TokenSet,
-    tokenizer: Any,
-    vocab: int,
-    seed: int,
-    sampler: Sampler,
-    key: str,
-    taken: Sequence[tuple[int, ...]] = (),
-) -> Tensor:
-    """Tokens to calibrate or train on: int64 [sequences, length]. key: of the recipe, for messages.
+@dataclass(frozen=True)
+class Draw:
+    """How the sequences of a set are chosen.
+
+    key: of the recipe, for messages. sampler(source, rows, length): text sampled from the model, for `generate:`. taken: what
+    other sets of the same sources and length have, and is left out; of each the sequences of sets that follow each other:
+    (256, 224) are the 224 after the 256.
+    """
+
+    seed: int
+    sampler: Sampler
+    key: str
+    taken: Sequence[tuple[int, ...]] = ()
+
+
+def training_tokens(spec: TokenSet, tokenizer: Any, vocab: int, draw: Draw) -> Tensor:
+    """Tokens to calibrate or train on: int64 [sequences, length].
 
     Each source gives its share of the sequences; non-overlapping windows of the tokenized text are drawn without
-    replacement by `seed`, and sources are interleaved, so that any prefix is mixed too.
-    sampler(source, rows, length): text sampled from the model, for `generate:`. taken: what other sets of the same sources and
-    length have, and is left out; of each the sequences of sets that follow each other: (256, 224) are the 224 after the 256.
+    replacement by `draw.seed`, and sources are interleaved, so that any prefix is mixed too.
     Raises UsageError when a source holds too few tokens, with the count found and needed.
     """
     length = spec.length - int(spec.bos)
@@ -50,17 +56,17 @@ def training_tokens(
     parts = []
     for index, (item, count) in enumerate(zip(sources, _shares(sources, spec.sequences), strict=True)):
         # By each set's own shares: those of a sum are not the sum of the shares.
-        others = [[_shares(sources, size)[index] for size in sizes] for sizes in taken]
-        generator = torch.Generator().manual_seed(seed + index)
+        others = [[_shares(sources, size)[index] for size in sizes] for sizes in draw.taken]
+        generator = torch.Generator().manual_seed(draw.seed + index)
         if not count:
             continue
-        if item.source == "generate:":
-            parts.append(sampler(item, count, length))
+        if item.sampled:
+            parts.append(draw.sampler(item, count, length))
         else:
-            parts.append(_windows(item, others, count, length, tokenizer, generator, key))
+            parts.append(_windows(item, (others, count), length, tokenizer, generator, draw.key))
     order = sorted((row / part.shape[0], which, row) for which, part in enumerate(parts) for row in range(part.shape[0]))
     rows = torch.stack([parts[which][row] for _, which, row in order])
-    return _finish(rows, spec.bos, tokenizer, vocab, key)
+    return _finish(rows, spec.bos, tokenizer, vocab, draw.key)
 
 
 def evaluation_tokens(spec: EvaluationSet, tokenizer: Any, vocab: int) -> Tensor:
@@ -154,9 +160,10 @@ def _pretokenized(item: Source, length: int | None) -> Tensor:
 
 
 def _windows(
-    item: Source, others: list[list[int]], count: int, length: int, tokenizer: Any, generator: torch.Generator, key: str
+    item: Source, wanted: tuple[list[list[int]], int], length: int, tokenizer: Any, generator: torch.Generator, key: str
 ) -> Tensor:
-    """int64 [count, length]. others: of sets that follow each other, the sequences that each has of this source."""
+    """int64 [count, length]. wanted: of sets that follow each other, the sequences that each has of this source; the count."""
+    others, count = wanted
     where, skip = f"{key}: {text_sources.describe(item)}", max(map(sum, others), default=0)
     preset = text_sources.PRESETS.get(item.source)
     passed = 0

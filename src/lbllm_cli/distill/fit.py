@@ -3,17 +3,17 @@
 As in LBLLM's stage 2; rates, schedules, starting latents and the parametrisation `nearest` are ours.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lbllm_cli.format.weights import unpack_codes
-from lbllm_cli.models.model import LINEARS, Block
-from lbllm_cli.pipeline.block_loop import BlockTask
-from lbllm_cli.training.block import Trainer
-from lbllm_cli.training.block_linears import BlockLinears, packed_of
-from lbllm_cli.training.interfaces import Monitor
+from lbllm_cli.format.weights import PackedWeight
+from lbllm_cli.models.block import Block
+from lbllm_cli.pipeline.block_loop import BlockResult, BlockTask
+from lbllm_cli.training.block import block_loop, train_block
+from lbllm_cli.training.block_linears import BlockLinears
+from lbllm_cli.training.interfaces import ParameterGroup
 from lbllm_cli.training.weights import BITMAP, LEVELS, PARAMETRISATIONS, WEIGHTS, Bitmap, Trainable
 
 if TYPE_CHECKING:
@@ -30,17 +30,17 @@ class BinarizedStudent:
         self.settings = settings
         kind = PARAMETRISATIONS[settings.parametrisation]
         linears: dict[str, Trainable] = {}
-        self.codes: dict[str, Tensor] = {}
-        for name in LINEARS:
+        self.codes: dict[str, PackedWeight] = {}
+        for name in teacher.linears:
             weight = teacher.linear(name).weight
-            packed = packed_of(start, teacher.prefix + name, weight.device)
+            packed = PackedWeight.from_tensors(start, teacher.prefix + name, weight.shape[1]).to(weight.device)
             linears[name] = kind(weight, packed, settings.trained, settings.latent_margin)
-            self.codes[name] = packed[0]
+            self.codes[name] = packed
         self.weights = BlockLinears(teacher, start, linears, settings.trained)
         self.block = self.weights.block
         self._progress = 0.0
 
-    def groups(self) -> list[dict[str, Any]]:
+    def groups(self) -> list[ParameterGroup]:
         """AdamW groups."""
         settings = self.settings
         return self.weights.groups({WEIGHTS: settings.lr_weights, LEVELS: settings.lr_levels, BITMAP: settings.lr_bitmap})
@@ -82,8 +82,8 @@ class BinarizedStudent:
         signs = bits = total = 0
         certain = 0.0
         for name, linear in self.weights.linears.items():
-            now, before = (unpack_codes(codes, linear.in_features) for codes in (linear.packed()[0], self.codes[name]))
-            changed = now ^ before
+            now = linear.packed().unpacked()
+            changed = now ^ self.codes[name].unpacked()
             signs += int((changed & 1).sum())
             bits += int((changed >> 1).sum())
             total += now.numel()
@@ -93,17 +93,8 @@ class BinarizedStudent:
         return facts | ({"polarisation": certain / total} if certain else {})
 
 
-def fit_block(task: BlockTask, settings: "Distill", seed: int, monitor: Monitor) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Trains the linears of one block from the parent's.
-
-    Returns the packed tensors under their full names, the parent's own where no epoch was better, and facts: the errors at the
-    start, which epoch won, and one record per epoch.
-    Raises RunError when more steps than allowed were not finite.
-    """
-    assert task.start is not None
-    assert task.keeper is not None
+def fit_block(task: BlockTask, settings: "Distill", seed: int) -> BlockResult:
+    """Trains the linears of one block from the parent's; see `train_block`."""
     with torch.enable_grad():
         student = BinarizedStudent(task.teacher, task.start, settings)
-        trainer = Trainer(task, student, settings, "distill", seed, task.keeper, monitor)
-        best = trainer.run()
-    return (task.start if best is None else best), trainer.facts()
+        return train_block(block_loop(task, student, settings, "distill", seed), task.start)

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from lbllm_cli.models.model import FINAL_NORM, LINEARS, SourceModel
-from lbllm_cli.pipeline.block_loop import stored_block
+from lbllm_cli.format.weights import PackedWeight
+from lbllm_cli.models.model import FINAL_NORM, SourceModel
+from lbllm_cli.models.stored import stored_block, whole_tensors
 from lbllm_cli.pipeline.checkpoint import Checkpoint
 from lbllm_cli.runtime.attachments import attach
-from lbllm_cli.runtime.quantizer import ActQuantizer, format_of, read_quantizers
-from lbllm_cli.training.block_linears import linear_groups, named, packed_of, whole_tensors
+from lbllm_cli.runtime.quantizer import read_quantizers
+from lbllm_cli.training.block_linears import linear_groups
+from lbllm_cli.training.interfaces import ParameterGroup
 from lbllm_cli.training.quantizers import (
     CLIP_FACTORS,
     KNEES,
@@ -37,13 +39,13 @@ NORMS = "norms"
 class Norm(nn.Module):
     """A norm's weight in training, float32 [width]; it is used as its stored dtype holds it.
 
-    weight: where to start. stored: the source model's dtype.
+    weight: where to start. stored: the source model's dtype. offset: what the norm adds to it; rates are relative to the sum.
     """
 
-    def __init__(self, weight: Tensor, stored: torch.dtype, train: tuple[str, ...]):
+    def __init__(self, weight: Tensor, stored: torch.dtype, train: tuple[str, ...], offset: float):
         super().__init__()
         self.stored = stored
-        self.rms = float(weight.float().square().mean().sqrt())
+        self.rms = float((weight.float() + offset).square().mean().sqrt())
         self.weight = nn.Parameter(weight.float().clone(), requires_grad=NORMS in train)
 
     def forward(self) -> Tensor:
@@ -66,25 +68,25 @@ class ResidentBlock:
         self.prefix, self.dtype = block.prefix, block.dtype
         self.model = block.model
         self.linears: dict[str, Fixed] = {}
-        for name in LINEARS:
-            packed = packed_of(stored, block.prefix + name, model.device)
-            self.linears[name] = Fixed(block.linear(name).weight, packed, train)
+        for name in block.linears:
+            weight = block.linear(name).weight
+            packed = PackedWeight.from_tensors(stored, block.prefix + name, weight.shape[1]).to(model.device)
+            self.linears[name] = Fixed(weight, packed, train)
             # Decoded anew in every pass; what was read of it is let go of.
             block.linear(name).weight = nn.Parameter(torch.empty(0), requires_grad=False)
         # As they are stored: the block has them in the compute dtype, which may be the shorter one.
         norms = {**model.read(model.norm_names(index)), **whole_tensors(stored)}
         self.norms = {
             name.removeprefix(block.prefix).removesuffix(".weight"): Norm(
-                norms[name].to(model.device), model.stored_dtype(name), train
+                norms[name].to(model.device), model.stored_dtype(name), train, model.family.norm_offset
             )
             for name in model.norm_names(index)
         }
         self.quantizers: dict[str, TrainableQuantizer] = {}
-        if layout := format_of(parent.manifest):
-            for name, quantizer in read_quantizers(block.layer, stored, block.prefix, layout).items():
-                assert isinstance(quantizer, ActQuantizer)
+        if parent.activations is not None:
+            for name, quantizer in read_quantizers(block.layer, block.units, stored, block.prefix, parent.activations).items():
                 self.quantizers[name] = TrainableQuantizer.going_on(quantizer, train).to(model.device)
-            attach(block.layer, dict(self.quantizers))
+            attach(block.layer, block.units, dict(self.quantizers))
 
     def __call__(self, hidden: Tensor) -> Tensor:
         weights = {
@@ -98,7 +100,7 @@ class ResidentBlock:
         """What training may have changed, under full names: all that a checkpoint holds but the codes."""
         tensors: dict[str, Tensor] = {}
         for name, linear in self.linears.items():
-            parts = named(self.prefix + name, linear.packed())
+            parts = linear.packed().to_tensors(self.prefix + name)
             tensors |= {key: tensor for key, tensor in parts.items() if not key.endswith(".weight")}
         tensors |= {f"{self.prefix}{name}.weight": norm.packed() for name, norm in self.norms.items()}
         return tensors | quantizer_tensors(self.prefix, self.quantizers)
@@ -121,9 +123,9 @@ class WholeStudent:
         # What the teacher's states go through: the source's own.
         self._source_norm: Tensor = head[0].weight
         start = (model.read([FINAL_NORM]) | parent.read_outer())[FINAL_NORM].to(model.device)
-        self.norm = Norm(start, model.stored_dtype(FINAL_NORM), train)
+        self.norm = Norm(start, model.stored_dtype(FINAL_NORM), train, model.family.norm_offset)
         self.embedding = model.embed()
-        if model.config.tie_word_embeddings:
+        if model.config.tie_word_embeddings and not model.scaled:
             self.embedding.weight = self.head
         self.dtype = model.dtype
 
@@ -148,7 +150,7 @@ class WholeStudent:
     def _quantizers(self) -> list[TrainableQuantizer]:
         return [quantizer for block in self.blocks for quantizer in block.quantizers.values()]
 
-    def groups(self) -> list[dict[str, Any]]:
+    def groups(self) -> list[ParameterGroup]:
         """AdamW groups, one per tensor: rates are relative to the RMS of the weights, of norms to their own."""
         settings: Any = self.settings
         groups = []
@@ -157,7 +159,7 @@ class WholeStudent:
             groups += linear_groups(block.linears.values(), {kind: rates[kind] for kind in rates if kind in settings.trained})
         for norm in (*(norm for block in self.blocks for norm in block.norms.values()), self.norm):
             if NORMS in settings.trained:
-                groups.append({"params": [norm.weight], "kind": NORMS, "top": settings.lr_norms * norm.rms, "unit": norm.rms})
+                groups.append(ParameterGroup([norm.weight], NORMS, settings.lr_norms * norm.rms, norm.rms))
         # A phase without quantizers has no rates for them.
         kinds = {CLIP_FACTORS, KNEES} & set(settings.trained)
         return groups + quantizer_groups(self._quantizers(), {kind: getattr(settings, f"lr_{kind}") for kind in kinds})

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from lbllm_cli.core import files, interrupt
 from lbllm_cli.core.errors import UsageError
-from lbllm_cli.core.own_folders import TEACHER, foreign
+from lbllm_cli.core.fingerprint import changes
+from lbllm_cli.core.lock import locked
+from lbllm_cli.core.own_folders import foreign
 from lbllm_cli.data.tokens import tokens_hash
 from lbllm_cli.models.model import SourceModel
-from lbllm_cli.pipeline.block_loop import HiddenStream, advance, embed_stream
-from lbllm_cli.pipeline.checkpoint import changes, locked
-from lbllm_cli.recipe.schema import Ptq
-from lbllm_cli.recipe.training import EndToEnd, Schedule
+from lbllm_cli.pipeline.folders import TEACHER
+from lbllm_cli.pipeline.streams import HiddenStream, advance, embed_stream
+from lbllm_cli.recipe.training import EndToEnd
 
 if TYPE_CHECKING:
     from lbllm_cli.pipeline.reporter import Reporter
@@ -28,10 +29,9 @@ KEY = "end_to_end.teacher"
 _STATES, _WRITING, _BEGUN = "states.bin", "writing.bin", "unfinished.json"
 
 
-def teacher_folder(settings: Schedule | Ptq) -> Path | None:
-    """The folder that a stage's section names for the teacher's states, if it does."""
-    named = settings.teacher if isinstance(settings, EndToEnd) else None
-    return None if named is None else files.user_path(named, KEY)
+def teacher_folder(settings: EndToEnd) -> Path | None:
+    """The folder that a phase's section names for the teacher's states, if it does."""
+    return None if settings.teacher is None else files.user_path(settings.teacher, KEY)
 
 
 def states_inputs(model: SourceModel, tokens: Tensor) -> dict[str, Any]:

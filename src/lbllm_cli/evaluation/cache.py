@@ -5,8 +5,8 @@ from typing import Any
 
 from lbllm_cli.core import files
 from lbllm_cli.core.errors import UsageError
+from lbllm_cli.core.fingerprint import fingerprint
 from lbllm_cli.evaluation.records import is_measured
-from lbllm_cli.pipeline.checkpoint import fingerprint
 
 # Measurements of another version are made again.
 _VERSION = 1

@@ -10,44 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Sequential
 
-from lbllm_cli.models.folder import TensorEntry
 from lbllm_cli.models.model import FINAL_NORM, SourceModel
-from lbllm_cli.pipeline.block_loop import HiddenStream, advance, batches, embed_stream, stored_block
+from lbllm_cli.models.stored import stored_block
 from lbllm_cli.pipeline.checkpoint import Checkpoint
 from lbllm_cli.pipeline.metrics import BlockError
 from lbllm_cli.pipeline.reporter import Reporter
-from lbllm_cli.runtime.quantizer import ActivationFormat, format_of
+from lbllm_cli.pipeline.streams import HiddenStream, advance, batches, embed_stream
+from lbllm_cli.recipe.stages import BASE
 from lbllm_cli.training.agreement import POSITIONS, Agreement, log_probabilities
-
-BASE = "base"
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes counted from the files.
-
-    bits_per_weight: bits of the binarized linears over their weights (16-bit source: 16). bits_per_parameter: the same for
-    the whole model, tied embeddings once. bytes: the weight files; for a stage, its block files and the rest of the model.
-    """
-
-    bits_per_weight: float
-    bits_per_parameter: float
-    bytes: int
-
-
-def measure_sizes(model: SourceModel, entries: dict[str, TensorEntry] | None, size: int) -> Sizes:
-    """Sizes of the base model, or of a checkpoint or an export with what it takes from the base model.
-
-    entries: of its tensors by name, None for the base model. size: of the files that hold them, bytes.
-    """
-    binarized = model.binarized_names
-    entries = {name: model.entries[name] for name in model.shapes} if entries is None else entries
-    owners = {name.removesuffix(".weight") for name in binarized}
-    packed = [name for name in entries if name.rpartition(".")[0] in owners and not name.endswith(".bias")]
-    stored = sum(entries[name].nbytes for name in packed)
-    rest = sum(model.entries[name].nbytes for name in model.shapes if name not in entries)
-    whole = rest + sum(entry.nbytes for entry in entries.values())
-    return Sizes(8 * stored / model.count(binarized), 8 * whole / model.count(list(model.shapes)), rest + size)
 
 
 @dataclass(frozen=True)
@@ -120,7 +90,7 @@ class Evaluation:
             block = model.block(index)
         else:
             checkpoint = self.checkpoints[name]
-            block = stored_block(model, index, checkpoint.read_block(index), format_of(checkpoint.manifest))
+            block = stored_block(model, index, checkpoint.read_block(index), checkpoint.activations)
         for text in texts:
             stream = self._streams[name, text]
             advance(block, stream, stream, model.device, self.batch_size)
@@ -177,17 +147,3 @@ def whole_perplexity(model: Module, tokens: Tensor, device: torch.device) -> flo
             student = log_probabilities(logits[start : start + POSITIONS])
             found.add(start, student, student, row[0, 1:][start : start + POSITIONS])
     return found.perplexity if found.finite else None
-
-
-def result(sizes: Sizes, activations: ActivationFormat | None, texts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """One entry of results.json. texts: text -> `Measured.as_dict()`."""
-    beside = {key: {name: round(found[key], 6) for name, found in texts.items() if key in found} for key in ("kl", "top1")}
-    return {
-        "perplexity": {name: round(found["perplexity"], 4) for name, found in texts.items()},
-        **{key: values for key, values in beside.items() if values},
-        "bits_per_weight": round(sizes.bits_per_weight, 4),
-        "bits_per_parameter": round(sizes.bits_per_parameter, 4),
-        "bytes": sizes.bytes,
-        "activation_bits": activations.bits if activations else 16,
-        "kv_bits": activations.kv_bits if activations else 16,
-    }

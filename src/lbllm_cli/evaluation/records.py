@@ -4,17 +4,17 @@ They are the user's to open and to change. Names and numbers are checked before 
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from lbllm_cli.core import files
 from lbllm_cli.core.errors import UsageError
-from lbllm_cli.pipeline.stage_record import describe
+from lbllm_cli.core.validation import describe
 from lbllm_cli.recipe.base import Name
+from lbllm_cli.recipe.stages import MeasuredName
 
 EVAL = "lbllm eval --recipe ..."
-_Checkpoint = Literal["base", "ptq", "distill", "distill-e2e", "act-calib", "act-calib-e2e", "export"]
 # At least 1; infinite beyond what a double holds. Rounded to four digits, and kept whole.
 _Perplexity = Annotated[float, Field(ge=0.999)]
 _Score = float | int | None
@@ -78,8 +78,8 @@ class _Details(_Record):
         return self
 
 
-_RESULTS = TypeAdapter(dict[_Checkpoint, Result])
-_DETAILS = TypeAdapter(dict[_Checkpoint, _Details])
+_RESULTS = TypeAdapter(dict[MeasuredName, Result])
+_DETAILS = TypeAdapter(dict[MeasuredName, _Details])
 _TEXT = TypeAdapter(MeasuredText)
 _TASK = TypeAdapter(_Tasks)
 

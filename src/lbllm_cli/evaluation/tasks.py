@@ -24,8 +24,8 @@ import yaml
 
 from lbllm_cli.core import files, strict_yaml
 from lbllm_cli.core.errors import UsageError, reason
+from lbllm_cli.core.fingerprint import fingerprint
 from lbllm_cli.models.whole_folder import check_folder, check_loaded
-from lbllm_cli.pipeline.checkpoint import fingerprint
 from lbllm_cli.runtime.checks import refusing
 
 BUILTIN = "builtin:"

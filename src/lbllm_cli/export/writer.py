@@ -1,6 +1,5 @@
-"""Export: a packed folder that transformers loads through `lbllm_cli.hf`, or a dense one that anything loads."""
+"""Export: a model folder in one of the formats of `export.formats`, written and replaced as a whole."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,40 +8,25 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lbllm_cli import __version__
 from lbllm_cli.core import files, interrupt
 from lbllm_cli.core.errors import UsageError
-from lbllm_cli.core.markdown import literal
-from lbllm_cli.core.own_folders import EXPORT_FOLDER, check_own, remove_own
+from lbllm_cli.core.fingerprint import fingerprint
+from lbllm_cli.core.own_folders import check_own, remove_own
+from lbllm_cli.core.validation import describe
+from lbllm_cli.export.card import model_card
+from lbllm_cli.export.formats import Exporter, exporter
+from lbllm_cli.format.settings import FORMAT_VERSION
 from lbllm_cli.models import folder as source
-from lbllm_cli.models.model import LINEARS, SourceModel
-from lbllm_cli.pipeline.block_loop import binarized_weights
-from lbllm_cli.pipeline.checkpoint import Checkpoint, fingerprint
-from lbllm_cli.pipeline.stage_record import Sha256, describe
-from lbllm_cli.runtime.quantizer import format_of
+from lbllm_cli.models.model import SourceModel
+from lbllm_cli.pipeline.checkpoint import Checkpoint
+from lbllm_cli.pipeline.folders import EXPORT_FOLDER
+from lbllm_cli.pipeline.stage_record import Sha256
 
-# 1: weights alone. 2: with quantizers of activations, which a reader of 1 would leave out without a word.
-FORMAT_VERSION = 2
-# Folder of a run's export in its output folder, and the name that `eval.checkpoints` has for it.
-EXPORT = "export"
 RECORD = "lbllm_export.json"
 
 
-def quantization_config(group_size: int, stage: str, activations: dict[str, Any] | None) -> dict[str, Any]:
-    """The `quantization_config` block of a packed model's config.json. activations: an ActivationFormat's values."""
-    return {
-        "quant_method": "lbllm",
-        "format_version": FORMAT_VERSION if activations else 1,
-        **({"activations": activations} if activations else {}),
-        "group_size": group_size,
-        "stage": stage,
-        "linears": list(LINEARS),
-        "lbllm_version": __version__,
-    }
-
-
-def export(model: SourceModel, checkpoint: Checkpoint, target: Path, dense: bool, shard_bytes: int) -> None:
-    """Writes the model folder `target`, replacing an earlier export of lbllm as a whole.
+def export(model: SourceModel, checkpoint: Checkpoint, target: Path, form: str, shard_bytes: int) -> None:
+    """Writes the model folder `target` in a format, replacing an earlier export of lbllm as a whole.
 
     One shard is held in memory at a time. Raises UsageError as `check_target`, or when a block file was changed since its stage
     finished.
@@ -51,17 +35,14 @@ def export(model: SourceModel, checkpoint: Checkpoint, target: Path, dense: bool
     partial, replaced = (target.with_name(target.name + tail) for tail in (".partial", ".replaced"))
     remove_own(partial, EXPORT_FOLDER)
     partial.mkdir(parents=True)
-    inputs = export_inputs(checkpoint, dense, shard_bytes)
+    inputs = export_inputs(checkpoint, form, shard_bytes)
     # An unfinished export must be known for one as well, or nobody could delete it.
     files.write_json(partial / RECORD, inputs)
     source.copy_metadata(model.folder, partial)
-    config = model.exported_config()
-    group_size = checkpoint.record.group_size
-    if not dense:
-        config["quantization_config"] = quantization_config(group_size, checkpoint.stage, checkpoint.manifest.get("activations"))
-    files.write_json(partial / "config.json", config)
-    _write_shards(_tensors(model, checkpoint, dense), partial, shard_bytes)
-    files.write_text(partial / "README.md", _card(model, checkpoint, dense, group_size))
+    by = exporter(form)
+    files.write_json(partial / "config.json", model.exported_config() | by.settings(model, checkpoint))
+    _write_shards(_tensors(model, checkpoint, by), partial, shard_bytes)
+    files.write_text(partial / "README.md", model_card(model, checkpoint, by))
     written = [partial / "config.json", *sorted(partial.glob("*.safetensors"))]
     files.write_json(partial / RECORD, inputs | {"files": {file.name: files.sha256(file) for file in written}})
     if target.exists():
@@ -83,10 +64,10 @@ def check_target(target: Path) -> None:
         check_own(target.with_name(target.name + tail), EXPORT_FOLDER)
 
 
-def export_inputs(checkpoint: Checkpoint, dense: bool, shard_bytes: int) -> dict[str, Any]:
+def export_inputs(checkpoint: Checkpoint, form: str, shard_bytes: int) -> dict[str, Any]:
     """What an export depends on; equal inputs mean that it is up to date."""
     # By its bytes: another processor makes other ones of equal inputs.
-    inputs = {"checkpoint": checkpoint.content, "format": "dense" if dense else "packed", "shard_bytes": shard_bytes}
+    inputs = {"checkpoint": checkpoint.content, "format": form, "shard_bytes": shard_bytes}
     return {"format_version": FORMAT_VERSION, "fingerprint": fingerprint(inputs), **inputs}
 
 
@@ -144,16 +125,13 @@ def verify(target: Path) -> None:
         raise UsageError(f"{target}: {', '.join(changed)} changed since the export; run: lbllm export --recipe ... --force")
 
 
-def _tensors(model: SourceModel, checkpoint: Checkpoint, dense: bool) -> Iterator[tuple[str, Tensor]]:
+def _tensors(model: SourceModel, checkpoint: Checkpoint, by: Exporter) -> Iterator[tuple[str, Tensor]]:
     """All tensors of the exported model: everything outside the blocks, then block by block."""
     changed = checkpoint.read_outer()
     yield from {**model.read([name for name in model.outer_names() if name not in changed]), **changed}.items()
     for index in range(model.blocks):
         interrupt.check()
-        stored = checkpoint.read_block(index)
-        if dense:
-            # Linears leave in the source dtype: in bfloat16 a level loses up to 2^-9 of its value.
-            stored = {name: t.to(model.source_dtype()) for name, t in binarized_weights(stored, model).items()}
+        stored = by.block(model, checkpoint.read_block(index))
         taken = [name for name in model.block_names(index) if name not in stored]
         yield from {**model.read(taken), **stored}.items()
 
@@ -188,30 +166,3 @@ def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_byt
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         files.write_json(folder / source.INDEX, index)
-
-
-def _card(model: SourceModel, checkpoint: Checkpoint, dense: bool, group_size: int) -> str:
-    """Model card: what this is and how to load it."""
-    name = literal(Path(os.path.abspath(model.folder)).name)
-    layout = None if dense else format_of(checkpoint.manifest)
-    lines = [f"# {name}, W(1+1){f'A{layout.bits}KV{layout.kv_bits}' if layout else ''}, {checkpoint.stage}", ""]
-    lines.append(
-        f"The linear layers of {name}'s decoder blocks are binarized to a sign bit and a bitmap bit per weight, four levels "
-        f"per group of {group_size} inputs (LBLLM, arXiv 2604.19167), by lbllm {__version__}, stage `{checkpoint.stage}`. "
-        f"Embeddings, {'' if checkpoint.read_outer() else 'norms, '}biases and head are those of the source model. "
-        "The source model's licence applies."
-    )
-    lines.append("")
-    if layout:
-        lines += [
-            f"Activations are quantized to {layout.bits} bits as it runs, keys and values to {layout.kv_bits}, in the cache too; "
-            "`lbllm_cli.hf.quantize_activations(model, False)` turns that off.",
-            "",
-        ]
-    if dense:
-        lines.append("This folder holds the decoded weights: any program that reads the source model reads it.")
-    else:
-        code = ["```python", "import lbllm_cli.hf  # pip install lbllm-cli", "from transformers import AutoModelForCausalLM", ""]
-        lines += ["Loading needs the plugin; without it transformers fails on the shape of the weights.", "", *code]
-        lines += ['model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER")', "```"]
-    return "\n".join(lines) + "\n"

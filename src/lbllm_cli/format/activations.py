@@ -12,7 +12,8 @@ one of two kinds:
 T lies in 0..127 for up to 7 bits (0..255 for 8), so that products with int8 levels are exact in integer dot products.
 """
 
-from typing import NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +24,67 @@ _SMALLEST_STEP = 1e-30
 # A knee table is tried with the step that reaches the group's extremes and with a smaller one, and the better is taken. Together
 # with the refit that leaves 6 % less squared error on the inputs of two blocks of SmolLM2-135M, the refit alone 3 %.
 _SHARES = (1.0, 0.88)
-_PIECE = 1 << 18
+
+
+# Names in a block: what an attention layer's keys and values are quantized by, and what linears read is by `input_name`.
+KEYS, VALUES = "self_attn.key_cache", "self_attn.value_cache"
+# What the tensors of a quantizer are called behind its name.
+TENSORS = ("act_levels", "act_zero", "act_clip")
+# Steps of keys and values are stored in the cache: 2 bytes, with the range of float32.
+KV_STEP = torch.bfloat16
+CLIP_UNIT = 65536
+# A factor far below 1 cuts every group's largest value; above 1 some levels are never used.
+CLIP_RANGE = 0.1, 1.0
+
+
+def input_name(unit: tuple[str, ...]) -> str:
+    """Name of the quantizer of what some linears read: it belongs to the first of them."""
+    return f"{unit[0]}.input"
+
+
+def stored_clip(clip: Tensor) -> Tensor:
+    """Clipping factors as they are stored: float [...] -> int32 [...], in units of 2^-16."""
+    return (clip * CLIP_UNIT).round().to(torch.int32)
+
+
+@dataclass(frozen=True)
+class ActivationFormat:
+    """How the activations of a checkpoint are quantized.
+
+    bits, kv_bits: 3 to 8. granularity: a step per token and group, or per token. form, kv_form: see above. tables: of a knee
+    quantizer. group_size: inputs in a group; that of the weights. Keys and values have a step per token, head and group.
+    """
+
+    bits: int
+    kv_bits: int
+    granularity: Literal["group", "token"]
+    form: Literal["knee", "uniform"]
+    kv_form: Literal["knee", "uniform"]
+    tables: int
+    group_size: int
+
+    def size(self, name: str, width: int) -> int:
+        """Values that share a step, of the quantizer `name`: of an input with `width` channels, or keys with `width` per head."""
+        whole = self.granularity == "token" and name not in (KEYS, VALUES)
+        return width if whole else min(self.group_size, width)
+
+    def empty(self, name: str) -> "Tables":
+        """Tables of the right shapes for the quantizer `name`, to be filled by a loader."""
+        cached = name in (KEYS, VALUES)
+        bits, form = (self.kv_bits, self.kv_form) if cached else (self.bits, self.form)
+        count = self.tables if form == "knee" else 1
+        zero = torch.zeros(count, dtype=torch.uint8) if form == "knee" else None
+        return Tables(torch.zeros(count, 2**bits, dtype=torch.uint8), zero, torch.ones(count, 2))
+
+    def as_dict(self) -> dict[str, Any]:
+        """For manifests and config.json."""
+        return asdict(self)
+
+
+def format_of(manifest: dict[str, Any]) -> ActivationFormat | None:
+    """Of a stage's manifest or a packed model's quantization_config; None where activations are in full precision."""
+    values = manifest.get("activations")
+    return ActivationFormat(**values) if values else None
 
 
 class Tables(NamedTuple):
@@ -36,6 +97,19 @@ class Tables(NamedTuple):
     levels: Tensor
     zero: Tensor | None
     clip: Tensor
+
+
+class Quantized(NamedTuple):
+    """Groups after quantization.
+
+    values: float32 [..., size], d * (T - Z). step: float32 [...], d. zero: integers [...], Z. table: integers [...], which table
+    the group took.
+    """
+
+    values: Tensor
+    step: Tensor
+    zero: Tensor
+    table: Tensor
 
 
 class Codes(NamedTuple):
@@ -132,13 +206,12 @@ def _refit(x: Tensor, lattice: Tensor) -> Tensor:
     return (x * lattice).sum(-1) / lattice.square().sum(-1).clamp_(min=1)
 
 
-def _quantize_knee(x: Tensor, tables: Tables, step_dtype: torch.dtype) -> Codes:
+def _quantize_knee(x: Tensor, tables: Tables, step_dtype: torch.dtype, piece: int | None) -> Codes:
     snaps = [snap_table(levels) for levels in tables.levels]
     candidates, snap = _candidates(tables, snaps), torch.cat(snaps).to(torch.uint8)
     rows = x.reshape(-1, x.shape[-1])
-    # Pieces that stay in a CPU's cache: 1,024 x 1,536 values in 40 ms of one core instead of 70.
-    piece = max(1, _PIECE // x.shape[-1]) if x.device.type == "cpu" else max(1, len(rows))
-    parts = [_best_codes(part, candidates, snap) for part in rows.split(piece)]
+    count = max(1, len(rows) if piece is None else piece // x.shape[-1])
+    parts = [_best_codes(part, candidates, snap) for part in rows.split(count)]
     joined = Codes(*(torch.cat(part).view(*x.shape[:-1], *part[0].shape[1:]) for part in zip(*parts, strict=True)))
     return joined._replace(step=joined.step.to(step_dtype).float())
 
@@ -182,14 +255,15 @@ def _quantize_uniform(x: Tensor, tables: Tables, step_dtype: torch.dtype) -> Cod
     return Codes(codes.to(torch.uint8), step.to(step_dtype).float(), zero.to(torch.uint8), table)
 
 
-def quantize(x: Tensor, tables: Tables, step_dtype: torch.dtype = torch.float32) -> Codes:
+def quantize(x: Tensor, tables: Tables, step_dtype: torch.dtype = torch.float32, piece: int | None = None) -> Codes:
     """Quantizes groups: x float [..., size] -> codes [..., size], step, zero and table [...].
 
-    step_dtype: what steps are rounded to and stored in. [2, 7, 9, 64] with two tables of 16 levels -> codes [2, 7, 9, 64], the
-    rest [2, 7, 9].
+    step_dtype: what steps are rounded to and stored in. piece: values that are worked on at once, None for all; the result is the
+    same. [2, 7, 9, 64] with two tables of 16 levels -> codes [2, 7, 9, 64], the rest [2, 7, 9].
     """
-    kind = _quantize_uniform if tables.zero is None else _quantize_knee
-    return kind(x.float(), tables, step_dtype)
+    if tables.zero is None:
+        return _quantize_uniform(x.float(), tables, step_dtype)
+    return _quantize_knee(x.float(), tables, step_dtype, piece)
 
 
 def places(codes: Codes, levels: Tensor) -> Tensor:

@@ -12,6 +12,10 @@ levels as int8 is this project's choice, not the paper's: it makes integer kerne
 Fitting works on ranks: rank k is the k-th smallest of the group's four levels.
 """
 
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from math import ceil
+
 import torch
 from torch import Tensor
 
@@ -23,7 +27,7 @@ RANK_TO_CODE = (2, 0, 1, 3)
 
 def group_count(in_features: int, group_size: int) -> int:
     """Groups in a row of `in_features` weights, a ragged last one included: (576, 128) -> 5."""
-    return -(-in_features // group_size)
+    return ceil(in_features / group_size)
 
 
 def grouped(matrix: Tensor, group_size: int) -> Tensor:
@@ -91,12 +95,14 @@ def unpack_codes(packed: Tensor, in_features: int) -> Tensor:
     return codes.flatten(1)[:, :in_features]
 
 
-def decode(weight: Tensor, levels: Tensor, scale: Tensor, in_features: int) -> Tensor:
-    """Packed tensors of one linear to its weights: float32 [out, in].
+def ordered(ranks: Tensor, levels: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Sorts levels and renames ranks so that every weight keeps its level.
 
-    weight: uint8 [out, groups, group_size / 4]. levels: int8 [out, groups, 4]. scale: float16 [out, groups].
+    ranks: uint8 [out, in]. levels: float [out, groups, 4] in any order. Same shapes back.
     """
-    return dequantize(unpack_codes(weight, in_features), levels, scale, weight.shape[2] * 4)
+    ascending, order = levels.sort(dim=2)
+    renamed = order.argsort(dim=2).to(torch.uint8)
+    return renamed.gather(2, grouped(ranks, group_size).long()).flatten(1)[:, : ranks.shape[1]].contiguous(), ascending
 
 
 def ranks_from_codes(codes: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,3 +124,76 @@ def codes_from_ranks(ranks: Tensor, levels: Tensor, scale: Tensor) -> tuple[Tens
     to_code = torch.tensor(RANK_TO_CODE, dtype=torch.uint8, device=ranks.device)
     by_code = torch.argsort(to_code.long())
     return to_code[ranks.long()], levels[..., by_code]
+
+
+# What the tensors of a packed weight are called behind the name of their linear: codes have the name of what they stand for, in a
+# shape that no loader takes for it.
+PARTS = ("weight", "levels", "scale")
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """The stored weights of one linear.
+
+    codes: uint8 [out, groups, group_size / 4]. levels: int8 [out, groups, 4] in code order. scale: float16 [out, groups].
+    """
+
+    codes: Tensor
+    levels: Tensor
+    scale: Tensor
+    in_features: int
+
+    @classmethod
+    def of_ranks(cls, ranks: Tensor, levels: Tensor, scale: Tensor, group_size: int) -> "PackedWeight":
+        """A fit in rank order: ranks uint8 [out, in], levels int8 [out, groups, 4] ascending, scale float16 [out, groups].
+
+        [2, 576] with group_size 128 -> codes [2, 5, 32]. Raises ValueError when the levels are not ascending.
+        """
+        codes, by_code = codes_from_ranks(ranks, levels, scale)
+        return cls(pack_codes(codes, group_size), by_code, scale, ranks.shape[1])
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], owner: str, in_features: int) -> "PackedWeight":
+        """Out of the tensors of a block or a file. owner: full name of the linear. Raises KeyError naming one that is absent."""
+        codes, levels, scale = (tensors[f"{owner}.{part}"] for part in PARTS)
+        return cls(codes, levels, scale, in_features)
+
+    @staticmethod
+    def owners(names: Collection[str]) -> list[str]:
+        """Full names of the packed linears among the names of some tensors."""
+        return [owner for owner, _, part in (name.rpartition(".") for name in names) if part == PARTS[-1]]
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share four levels."""
+        return self.codes.shape[2] * 4
+
+    def to_tensors(self, owner: str) -> dict[str, Tensor]:
+        """Under their full names. owner: full name of the linear."""
+        return {f"{owner}.{part}": tensor for part, tensor in zip(PARTS, (self.codes, self.levels, self.scale), strict=True)}
+
+    def to(self, device: torch.device) -> "PackedWeight":
+        """On a device."""
+        return PackedWeight(self.codes.to(device), self.levels.to(device), self.scale.to(device), self.in_features)
+
+    def split(self, sizes: list[int]) -> list["PackedWeight"]:
+        """By rows, as linears that were fitted as one matrix are told apart again."""
+        parts = (torch.split(tensor, sizes) for tensor in (self.codes, self.levels, self.scale))
+        return [PackedWeight(codes, levels, scale, self.in_features) for codes, levels, scale in zip(*parts, strict=True)]
+
+    def unpacked(self) -> Tensor:
+        """One code per weight: uint8 [out, in], 0..3."""
+        return unpack_codes(self.codes, self.in_features)
+
+    def values(self) -> Tensor:
+        """The weights that the model runs with: float32 [out, in]."""
+        return dequantize(self.unpacked(), self.levels, self.scale, self.group_size)
+
+
+def expected_bits(shapes: list[tuple[int, int]], group_size: int) -> float:
+    """Bits per weight of the packed form: codes, int8 levels and float16 scales, padding of ragged groups included.
+
+    [(4096, 4096)], 128 -> 2.375.
+    """
+    bits = sum(out * group_count(inn, group_size) * (2 * group_size + LEVELS * 8 + 16) for out, inn in shapes)
+    return bits / sum(out * inn for out, inn in shapes)

@@ -15,11 +15,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from lbllm_cli.core.errors import UsageError, reason
-from lbllm_cli.models import folder as source
-from lbllm_cli.models.folder import TensorEntry
+from lbllm_cli.core.tensor_files import finite
+from lbllm_cli.models.families import FAMILIES
+from lbllm_cli.models.folder import read_config
 
-FAMILIES = {"llama": "Llama 1, 2, 3 and SmolLM", "mistral": "Mistral", "qwen2": "Qwen2 and Qwen2.5", "qwen3": "Qwen3"}
-DISK_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 # Far beyond any model: a model of 10^9 layers would be built for hours before its first tensor is missed.
 _LAYERS, _WIDTH, _HEADS = 1024, 1 << 21, 1 << 14
 _LIMITS = {
@@ -56,7 +55,7 @@ def read_configuration(folder: Path, trust_remote_code: bool) -> PretrainedConfi
     trust_remote_code: whether code that the folder brings may run; transformers would ask on the terminal. Raises UsageError for
     a config.json that transformers does not understand, and for sizes that no model has.
     """
-    file, values = folder / "config.json", source.read_config(folder)
+    file, values = folder / "config.json", read_config(folder)
     _check_sizes(file, values)
     kind = values.get("model_type")
     if kind is not None and not isinstance(kind, str):
@@ -123,7 +122,7 @@ def _check_family(file: Path, config: Any) -> None:
             model = one_block(config, 0)
         # With values this time: a base of rotary embeddings below 0 gives NaN at every position.
         turns = type(model.rotary_emb)(config)(torch.zeros(1, 2, width), torch.arange(2).unsqueeze(0))
-    if any(part.shape[-1] != width or not source.finite(part) for part in turns):
+    if any(part.shape[-1] != width or not finite(part) for part in turns):
         raise UsageError(f"{file}: rope_parameters give rotary embeddings that are not finite or not of head_dim {width}")
 
 
@@ -153,24 +152,3 @@ def positions(config: PretrainedConfig) -> int | None:
     start, factor = rope.get("original_max_position_embeddings", limit), rope.get("factor", 1)
     stretched = start * factor if isinstance(start, int | float) and isinstance(factor, int | float) else limit
     return max(limit, int(stretched)) if math.isfinite(stretched) else limit
-
-
-def mismatch(entries: dict[str, TensorEntry], shapes: dict[str, tuple[int, ...]], optional: set[str]) -> str | None:
-    """The first way in which stored tensors are not those of a configuration, None where there is none.
-
-    shapes: by name, of all tensors that have to be there. optional: names that may be there beside them. What transformers does
-    about any of these is to go on: with random values, without the tensor, or with others' bits.
-    """
-    missing = [name for name in shapes if name not in entries]
-    if missing:
-        return f"lacks {len(missing)} tensors, first {missing[0]}"
-    # Old checkpoints hold the frequencies of rotary embeddings, which are computed.
-    extra = [name for name in entries if name not in shapes and name not in optional and not name.endswith("rotary_emb.inv_freq")]
-    if extra:
-        return f"holds {len(extra)} tensors that config.json does not name, first {extra[0][:200]}"
-    for name, shape in shapes.items():
-        if entries[name].shape != shape:
-            return f"{name} has shape {list(entries[name].shape)}, config.json says {list(shape)}"
-        if entries[name].dtype not in DISK_DTYPES:
-            return f"{name} is {entries[name].dtype}; expected float32, bfloat16 or float16"
-    return None

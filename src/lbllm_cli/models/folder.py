@@ -1,21 +1,20 @@
 """A model folder on disk: where it is, which tensors its safetensors files hold, and reading them by slices."""
 
 import hashlib
-import json
 import math
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from lbllm_cli.core import files
 from lbllm_cli.core.errors import RunError, UsageError, reason
+from lbllm_cli.core.tensor_files import TensorEntry, finite, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -24,86 +23,8 @@ _METADATA_FILES = (
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template*",
     "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
-_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_HEADER_LIMIT = 100_000_000
 # Values that are looked at together where a tensor is not kept.
 PIECE = 16 << 20
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where one tensor lies: shard file, safetensors dtype name, shape."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor's data."""
-        size = _DTYPES[self.dtype]
-        for extent in self.shape:
-            size *= extent
-        return size
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of a header; a name that is there twice has two meanings."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError
-    return found
-
-
-def _entry(path: Path, item: Any) -> tuple[TensorEntry, int, int]:
-    """A tensor of a header, and where its data begin and end. Raises ValueError or TypeError for what describes none."""
-    dtype, shape, (begin, end) = item["dtype"], item["shape"], item["data_offsets"]
-    whole = isinstance(dtype, str) and isinstance(shape, list)
-    if not whole or any(type(number) is not int or not 0 <= number < 1 << 63 for number in (*shape, begin, end)):
-        raise ValueError
-    entry = TensorEntry(path, dtype, tuple(shape))
-    if dtype in _DTYPES and end - begin != entry.nbytes:
-        raise ValueError
-    return entry, begin, end
-
-
-def read_header(path: Path) -> dict[str, TensorEntry]:
-    """Tensor entries of one safetensors file, from its header alone; no weight is read.
-
-    Raises UsageError when the file is missing, truncated or not safetensors: tensors that overlap, leave gaps, are there twice or
-    are longer or shorter than their shapes.
-    """
-    again = f"download {path.name} again"
-    files.check_regular(path)
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, _HEADER_LIMIT):
-                raise UsageError(f"{path} is not a complete safetensors file ({size} bytes); {again}")
-            header = json.loads(file.read(length), object_pairs_hook=_unique)
-        found = {name: _entry(path, item) for name, item in header.items() if name != "__metadata__"}
-    except FileNotFoundError:
-        raise UsageError(f"{path} is missing; {again}") from None
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise UsageError(f"{path} has a corrupt safetensors header; {again}") from None
-    expected = 0
-    for begin, end in sorted((begin, end) for _, begin, end in found.values()):
-        if begin != expected:
-            raise UsageError(f"{path} has a corrupt safetensors header: tensors overlap or leave a gap at {begin}; {again}")
-        expected = end
-    if 8 + length + expected != size:
-        raise UsageError(f"{path} is truncated or padded: expected {8 + length + expected} bytes, got {size}; {again}")
-    unknown = sorted({entry.dtype for entry, _, _ in found.values()} - set(_DTYPES))
-    if unknown:
-        raise UsageError(f"{path} holds tensors of dtype {', '.join(unknown)[:80]}; expected float32, bfloat16 or float16")
-    try:
-        with safe_open(path, framework="pt"):  # it has rules of its own for texts and metadata
-            return {name: entry for name, (entry, _, _) in found.items()}
-    except SafetensorError as error:
-        raise UsageError(f"{path} has a corrupt safetensors header: {reason(error)}; {again}") from None
 
 
 def _shards(index: Path) -> dict[str, str]:
@@ -159,13 +80,6 @@ def read_folder(folder: Path) -> dict[str, TensorEntry]:
 def has_weights(folder: Path) -> bool:
     """Whether the folder holds, or claims to hold, safetensors weights."""
     return (folder / INDEX).exists() or (folder / SINGLE).exists()
-
-
-def finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite. Takes no memory beside the tensor."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(tensor.detach()))
 
 
 def read_tensors(entries: dict[str, TensorEntry], names: list[str], device: torch.device) -> dict[str, Tensor]:

@@ -1,7 +1,5 @@
-"""The Hugging Face side: which families are supported, one decoder block at a time, embeddings and head."""
+"""A full-precision model that is never whole in memory: its tensors, one decoder block at a time, embeddings and head."""
 
-import copy
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,36 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from lbllm_cli.core import files
-from lbllm_cli.core.errors import UsageError, reason
+from lbllm_cli.core.errors import UsageError
+from lbllm_cli.core.tensor_files import DISK_DTYPES, TensorEntry, mismatch
 from lbllm_cli.models import folder as source
-from lbllm_cli.models.config import DISK_DTYPES, FAMILIES, code_hint, layers, mismatch, one_block, read_configuration, understood
-from lbllm_cli.models.folder import TensorEntry
+from lbllm_cli.models.block import BLOCKS, Block, block_prefix, block_units
+from lbllm_cli.models.config import one_block, read_configuration, understood
+from lbllm_cli.models.families import FAMILIES, Family
+from lbllm_cli.runtime.backend import Backend, backend_of
+from lbllm_cli.runtime.units import Units
 
 if TYPE_CHECKING:
     from lbllm_cli.recipe.schema import Model
 
-# Linears that read the same input share one Hessian and are fitted as one matrix.
-UNITS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
-LINEARS = tuple(name for unit in UNITS for name in unit)
-_PREFIX = "model.layers."
 FINAL_NORM = "model.norm.weight"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# One of these is a tokenizer's vocabulary.
-_TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt")
 _TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def block_prefix(index: int) -> str:
-    """Name prefix of a block's tensors: 3 -> "model.layers.3."."""
-    return f"{_PREFIX}{index}."
 
 
 def load_config(folder: Path) -> PretrainedConfig:
@@ -47,74 +32,21 @@ def load_config(folder: Path) -> PretrainedConfig:
     Raises UsageError naming what is not supported: the family, mixture of experts, an already quantized model.
     """
     values = source.read_config(folder)
-    family = values.get("model_type")
-    supported = "; ".join(f"{key} ({text})" for key, text in FAMILIES.items())
-    if family not in list(FAMILIES):
-        reason = ""
+    kind = values.get("model_type")
+    supported = "; ".join(f"{key} ({family.text})" for key, family in FAMILIES.items())
+    if kind not in list(FAMILIES):
+        why = ""
         if any("expert" in key for key in values):
-            reason = " (a mixture of experts: most of its weights are outside the linears that are binarized)"
-        elif family in ["gpt2", "openai-gpt"]:
-            reason = " (its layers are Conv1D, not linear)"
-        raise UsageError(f"{folder}: model_type {str(family)[:40]!r} is not supported{reason}; supported: {supported}")
+            why = " (a mixture of experts: most of its weights are outside the linears that are binarized)"
+        elif kind in ["gpt2", "openai-gpt"]:
+            why = " (its layers are Conv1D, not linear)"
+        raise UsageError(f"{folder}: model_type {str(kind)[:40]!r} is not supported{why}; supported: {supported}")
     if method := values.get("quantization_config"):
         method = method.get("quant_method") if isinstance(method, dict) else method
         raise UsageError(f"{folder} is already quantized ({str(method)[:40]}); give the full-precision model")
     # A family's own classes are always there, whatever code the folder brings.
     config = read_configuration(folder, trust_remote_code=False)
-    with torch.device("meta"):
-        block = layers(one_block(config, 0))[0]
-    found = {name for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-    if found != set(LINEARS):
-        odd = sorted(found ^ set(LINEARS))
-        raise UsageError(f"{folder}: the linears of a block are not those of its family: {', '.join(odd)}")
     return config
-
-
-class Block(nn.Module):
-    """One decoder block in evaluation mode, with the masks and positions transformers gives it.
-
-    Called with hidden states [rows, length, hidden], returns the same shape; every row starts at position 0.
-    """
-
-    def __init__(self, config: PretrainedConfig, index: int, tensors: dict[str, Tensor], dtype: torch.dtype):
-        super().__init__()
-        with torch.device("meta"):
-            model: Any = one_block(config, index)
-        # Buffers of the rotary embedding are computed, not stored: built on meta they would have no values.
-        model.rotary_emb = type(model.rotary_emb)(config)
-        model.norm, model.embed_tokens = nn.Identity(), nn.Identity()
-        prefix = block_prefix(index)
-        local = {f"layers.0.{name.removeprefix(prefix)}": tensor.to(dtype) for name, tensor in tensors.items()}
-        model.load_state_dict(local, strict=True, assign=True)
-        device = next(iter(tensors.values())).device
-        self.model = model.to(device).eval().requires_grad_(False)
-        self.prefix = prefix
-        self.dtype = dtype
-
-    @property
-    def layer(self) -> nn.Module:
-        """transformers' own decoder layer."""
-        return layers(self.model)[0]
-
-    def linear(self, name: str) -> nn.Linear:
-        """A linear by its name in the block, for example "mlp.up_proj"."""
-        module = self.layer.get_submodule(name)
-        assert isinstance(module, nn.Linear)
-        return module
-
-    def sharing(self) -> "Block":
-        """A copy whose linears can be replaced one by one; tensors are shared until then."""
-        twin = copy.copy(self)
-        memo = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
-        twin._modules = {"model": copy.deepcopy(self.model, memo)}
-        return twin
-
-    def set_weight(self, name: str, weight: Tensor) -> None:
-        """Replaces a linear's weight, [out, in], cast to the block's dtype."""
-        self.linear(name).weight = nn.Parameter(weight.to(self.dtype), requires_grad=False)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.model(inputs_embeds=hidden, use_cache=False).last_hidden_state
 
 
 @dataclass(frozen=True)
@@ -135,6 +67,32 @@ class SourceModel:
         """Number of decoder blocks."""
         return int(self.config.num_hidden_layers)
 
+    @property
+    def family(self) -> Family:
+        """What running a block cannot tell."""
+        return FAMILIES[self.config.model_type]
+
+    @property
+    def scaled(self) -> bool:
+        """Whether embedding or head are not used as they are stored: tied ones are two tensors then."""
+        return self.family.embedding_scale(self.config) != 1 or self.family.logit_scale(self.config) != 1
+
+    @property
+    def backend(self) -> Backend:
+        """Of the device that blocks are computed on."""
+        return backend_of(self.device)
+
+    @cached_property
+    def units(self) -> Units:
+        """Linears of a block that are binarized, those together that read the same tensor."""
+        with understood(self.folder / "config.json"):
+            return block_units(self.config)
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Their names in the block, in order."""
+        return tuple(name for unit in self.units for name in unit)
+
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor that is read, from the configuration; tied embeddings appear once."""
@@ -148,7 +106,7 @@ class SourceModel:
     @cached_property
     def binarized_names(self) -> list[str]:
         """Weights that are binarized, in block order."""
-        return [f"{block_prefix(i)}{name}.weight" for i in range(self.blocks) for name in LINEARS]
+        return [f"{block_prefix(i)}{name}.weight" for i in range(self.blocks) for name in self.linears]
 
     def count(self, names: list[str]) -> int:
         """Parameters in some tensors."""
@@ -165,7 +123,7 @@ class SourceModel:
 
     def outer_names(self) -> list[str]:
         """Names of the tensors outside the blocks: embeddings, final norm, head."""
-        return [name for name in self.shapes if not name.startswith(_PREFIX)]
+        return [name for name in self.shapes if not name.startswith(BLOCKS)]
 
     def check_outer(self) -> None:
         """Reads the tensors outside the blocks once, piece by piece: head and norm are not needed before a stage's end.
@@ -194,11 +152,13 @@ class SourceModel:
         """Block `index`; replacements: full names -> tensors used instead of the stored ones."""
         wanted = replacements or {}
         tensors = self.read([name for name in self.block_names(index) if name not in wanted])
-        return Block(self.config, index, {**tensors, **wanted}, self.dtype)
+        return Block(self.config, index, {**tensors, **wanted}, self.dtype, self.units)
 
     def embed(self) -> nn.Embedding:
         """Token embedding on the device, in the compute dtype."""
         weight = self.read([EMBEDDING])[EMBEDDING].to(self.dtype)
+        if (scale := self.family.embedding_scale(self.config)) != 1:
+            weight = weight * scale
         return nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight).requires_grad_(False)
 
     def head(self) -> nn.Sequential:
@@ -210,7 +170,8 @@ class SourceModel:
         norm.load_state_dict({"weight": tensors[names[0]].to(self.dtype)}, assign=True)
         vocab, hidden = self.shapes[names[1]]
         linear = nn.Linear(hidden, vocab, bias=False, device="meta")
-        linear.weight = nn.Parameter(tensors[names[1]].to(self.dtype))
+        weight, scale = tensors[names[1]].to(self.dtype), self.family.logit_scale(self.config)
+        linear.weight = nn.Parameter(weight if scale == 1 else weight * scale)
         return nn.Sequential(norm, linear).requires_grad_(False)
 
     def norm_names(self, index: int) -> list[str]:
@@ -228,24 +189,6 @@ class SourceModel:
     def source_dtype(self) -> torch.dtype:
         """dtype of the stored embedding: what exports keep."""
         return self.stored_dtype(EMBEDDING)
-
-
-def choose_device(wanted: str, key: str = "runtime.device") -> torch.device:
-    """`auto` is the first GPU, else the CPU. key: what it stands under, for messages.
-
-    Raises UsageError for what is no device, and when a GPU is asked for that this machine has not.
-    """
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", wanted):
-        raise UsageError(f"{key} {wanted}: expected auto, cpu, cuda or cuda:N")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if wanted == "auto":
-        wanted = "cuda" if count else "cpu"
-    if wanted.startswith("cuda"):
-        if not count:
-            raise UsageError(f"{key} {wanted}: this torch sees no GPU; set {key} to auto or cpu")
-        if int(wanted.partition(":")[2] or 0) >= count:
-            raise UsageError(f"{key} {wanted}: this torch sees {count} GPUs, the last is cuda:{count - 1}")
-    return torch.device(wanted)
 
 
 def open_model(recipe: "Model", device: torch.device, weights: bool = True) -> SourceModel:
@@ -273,30 +216,7 @@ def _compute_dtype(
 ) -> torch.dtype:
     if recipe.dtype != "source":
         return _TORCH_DTYPES[recipe.dtype]
-    if device.type == "cpu":
-        return torch.float32
+    if (usual := backend_of(device).usual_dtype) is not None:
+        return usual
     stored: Any = DISK_DTYPES.get(entries[EMBEDDING].dtype) if EMBEDDING in entries else getattr(config, "dtype", None)
     return stored if stored in _TORCH_DTYPES.values() else torch.bfloat16
-
-
-def open_tokenizer(recipe: "Model", folder: Path) -> Any:
-    """The model's tokenizer. Raises UsageError when the folder has none."""
-    return read_tokenizer(folder, recipe.trust_remote_code)
-
-
-def read_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
-    """Tokenizer of a model folder. Raises UsageError when it has none that can be used.
-
-    trust_remote_code: whether code that the folder brings may run; transformers would ask on the terminal.
-    """
-    if not any(path.exists() for name in _TOKENIZERS for path in folder.glob(name)):
-        raise UsageError(f"{folder} has no tokenizer: expected tokenizer.json or tokenizer.model; copy the model's own")
-    settings = folder / "tokenizer_config.json"
-    hint = code_hint(files.read_json(settings), trust_remote_code) if settings.exists() else ""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises many kinds here; all mean that the files are unusable
-        raise UsageError(f"{folder}: the tokenizer cannot be loaded: {reason(error)}{hint}") from None
-    if not isinstance(tokenizer.model_max_length, int | float):
-        raise UsageError(f"{settings}: model_max_length: expected a number, got {str(tokenizer.model_max_length)[:40]}")
-    return tokenizer

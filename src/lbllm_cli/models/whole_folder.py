@@ -8,10 +8,13 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from lbllm_cli.core.errors import UsageError
+from lbllm_cli.core.tensor_files import finite
+from lbllm_cli.format.settings import METHOD, check_settings
 from lbllm_cli.models import folder as source
-from lbllm_cli.models.config import FAMILIES, code_hint, read_configuration, understood
+from lbllm_cli.models.config import code_hint, read_configuration, understood
+from lbllm_cli.models.families import FAMILIES
 from lbllm_cli.models.model import SourceModel
-from lbllm_cli.runtime.checks import check_settings, refusing
+from lbllm_cli.runtime.checks import refusing
 
 
 def check_folder(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
@@ -38,7 +41,7 @@ def _check_quantization(folder: Path, values: dict[str, Any]) -> None:
     import lbllm_cli.hf  # noqa: F401 - registers the packed format
 
     method = values.get("quant_method")
-    if method == "lbllm":
+    if method == METHOD:
         with refusing(folder):
             check_settings(values)
     # transformers would load whatever fits and leave the rest at random.
@@ -66,5 +69,5 @@ def load_folder(folder: Path, config: PretrainedConfig, trust_remote_code: bool,
 def check_loaded(folder: Path, model: Any) -> None:
     """Raises UsageError naming the first weight with NaN or infinity."""
     for name, tensor in model.named_parameters():
-        if not source.finite(tensor):
+        if not finite(tensor):
             raise UsageError(f"{folder}: {name} holds NaN or infinity; download the model again")

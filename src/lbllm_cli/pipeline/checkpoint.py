@@ -5,91 +5,25 @@ A stage works in <output.dir>/<stage>.partial/, whose progress.json is its one c
 that equal runs give equal bytes.
 """
 
-import fcntl
-import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from hashlib import sha256 as _sha256
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lbllm_cli.core import files
 from lbllm_cli.core.errors import UsageError
-from lbllm_cli.core.own_folders import STAGE, STREAMS, UNFINISHED_STAGE, check_own, remove_own
-from lbllm_cli.models.folder import TensorEntry, read_header
-from lbllm_cli.pipeline.stage_record import FORMAT_VERSION, OUTER, STAGES, Manifest, block_file, read_manifest, read_progress
+from lbllm_cli.core.fingerprint import changes, fingerprint
+from lbllm_cli.core.own_folders import check_own, remove_own
+from lbllm_cli.core.tensor_files import TensorEntry, read_header
+from lbllm_cli.format.activations import ActivationFormat, format_of
+from lbllm_cli.pipeline.folders import STAGE, STREAMS, UNFINISHED_STAGE
+from lbllm_cli.pipeline.stage_record import FORMAT_VERSION, OUTER, Manifest, block_file, read_manifest, read_progress
+from lbllm_cli.recipe.stages import STAGES
 
 MANIFEST = "lbllm_stage.json"
 PROGRESS = "progress.json"
-
-
-def command_of(stage: str) -> str:
-    """The command that makes a stage: "distill-e2e" -> "distill"."""
-    return stage.removesuffix("-e2e")
-
-
-def remake(stage: str) -> str:
-    """The command that replaces a stage, and not the one before it that the same command makes."""
-    last = "" if command_of(stage) == stage else " --only end-to-end"
-    return f"lbllm {command_of(stage)} --recipe ...{last} --force"
-
-
-def fingerprint(inputs: dict[str, Any]) -> str:
-    """Hash of everything a stage depends on."""
-    return _sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-
-
-def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """One line per input that differs, "" when none does."""
-    keys = sorted(before.keys() | now.keys())
-    return "\n".join(
-        f"  {key}: {before.get(key, 'absent')} -> {now.get(key, 'absent')}" for key in keys if before.get(key) != now.get(key)
-    )
-
-
-def flatten(values: Any, prefix: str) -> dict[str, Any]:
-    """Nested values to dotted keys: {"a": {"b": 1}} under "p" -> {"p.a.b": 1}."""
-    if isinstance(values, dict):
-        return {key: leaf for name, value in values.items() for key, leaf in flatten(value, f"{prefix}.{name}").items()}
-    if isinstance(values, list):
-        return {key: leaf for i, value in enumerate(values) for key, leaf in flatten(value, f"{prefix}[{i}]").items()}
-    return {prefix: values}
-
-
-@contextmanager
-def locked(output: Path, key: str = "output.dir") -> Iterator[None]:
-    """One process per folder; the lock ends with the process, however it ends. key: of the recipe that names the folder.
-
-    Raises UsageError when another process holds it, the folder cannot be written, or its .lock is somebody else's file.
-    """
-    file = output / ".lock"
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        files.check_regular(file)
-        if file.is_symlink():
-            raise UsageError(f"{file} is a link; lbllm keeps its lock there: move it away")
-        handle: IO[str] = file.open("a+", encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UsageError(f"{key} {output} cannot be written: {error.strerror}; choose another folder") from None
-    with handle:
-        handle.seek(0)
-        owner = handle.read(100).strip()
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(
-                f"{key} {output} is in use by process {owner or 'unknown'}; wait for it or choose another folder"
-            ) from None
-        if owner and not owner.isdecimal():
-            raise UsageError(f"{file} is not lbllm's, which keeps its lock there; move it away, or choose another {key}")
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
-        yield
 
 
 class Checkpoint:
@@ -100,18 +34,23 @@ class Checkpoint:
 
     def __init__(self, output: Path, stage: str):
         self.path = output / stage
-        self.stage = stage
+        self.stage, self.spec = stage, STAGES[stage]
         file = self.path / MANIFEST
         if not file.exists():
             partial = (output / f"{stage}.partial" / PROGRESS).exists()
             state = "interrupted" if partial else "not there"
-            raise UsageError(f"the {stage} checkpoint in {output} is {state}; run: lbllm {command_of(stage)} --recipe ...")
+            raise UsageError(f"the {stage} checkpoint in {output} is {state}; run: lbllm {self.spec.command} --recipe ...")
         self.record: Manifest
         self.manifest: dict[str, Any]
-        self.record, self.manifest = read_manifest(file, stage, f"run: {remake(stage)}")
+        self.record, self.manifest = read_manifest(file, stage, f"run: {self.spec.remake}")
         # As they were written: what is hashed must not depend on how it was checked.
         self.inputs: dict[str, Any] = self.manifest["inputs"]
         self.hashes: dict[str, str] = self.manifest["files"]
+
+    @property
+    def activations(self) -> ActivationFormat | None:
+        """How its blocks quantize activations, if they do."""
+        return format_of(self.manifest)
 
     @property
     def fingerprint(self) -> str:
@@ -136,7 +75,7 @@ class Checkpoint:
         for name, expected in self.hashes.items():
             self._verify(name, expected)
         if (self.path / OUTER).exists() and OUTER not in self.hashes:
-            raise UsageError(f"{self.path / MANIFEST} is damaged (it does not name {OUTER}); run: {remake(self.stage)}")
+            raise UsageError(f"{self.path / MANIFEST} is damaged (it does not name {OUTER}); run: {self.spec.remake}")
 
     def _verify(self, name: str, expected: str) -> None:
         file = self.path / name
@@ -144,7 +83,7 @@ class Checkpoint:
         if got != expected:
             raise UsageError(
                 f"{file} was changed since the stage finished (expected sha256 {expected[:12]}, got {got[:12]}); "
-                f"run: {remake(self.stage)}"
+                f"run: {self.spec.remake}"
             )
 
     def read_block(self, index: int) -> dict[str, Tensor]:
@@ -192,7 +131,7 @@ class StageWriter:
     def __init__(self, output: Path, stage: str, inputs: dict[str, Any]):
         self.final = output / stage
         self.path = output / f"{stage}.partial"
-        self.stage = stage
+        self.stage, self.spec = stage, STAGES[stage]
         self.inputs = inputs
         self.hashes: dict[str, str] = {}
 
@@ -212,14 +151,14 @@ class StageWriter:
         manifest, progress = self.path / MANIFEST, self.path / PROGRESS
         if not force and manifest.exists() and self._inputs_of(manifest) == self.inputs:
             # Killed between the manifest and the rename.
-            self.hashes = dict(read_manifest(manifest, self.stage, f"run: {remake(self.stage)}")[0].files)
+            self.hashes = dict(read_manifest(manifest, self.stage, f"run: {self.spec.remake}")[0].files)
             self.verify(len(self.hashes))
             self._publish()
             return False
         if not force and progress.exists():
             if self._inputs_of(progress) != self.inputs:
                 self._refuse(progress, "holds an unfinished run with other inputs")
-            self.hashes = dict(read_progress(progress, f"run: {remake(self.stage)}").files)
+            self.hashes = dict(read_progress(progress, f"run: {self.spec.remake}").files)
             return True
         if (self.final / MANIFEST).exists() and not force:
             if self._inputs_of(self.final / MANIFEST) != self.inputs:
@@ -234,14 +173,14 @@ class StageWriter:
 
     def _inputs_of(self, file: Path) -> dict[str, Any]:
         """What a run in the folder was made from. Raises UsageError where its record is damaged."""
-        remedy = f"run: {remake(self.stage)}"
+        remedy = f"run: {self.spec.remake}"
         if file.name == MANIFEST:
             return read_manifest(file, self.stage, remedy)[0].inputs
         return read_progress(file, remedy).inputs
 
     def _refuse(self, file: Path, what: str) -> None:
         listed = changes(self._inputs_of(file), self.inputs)
-        raise UsageError(f"{file.parent} {what}:\n{listed}\nUse another output.dir, or replace it: {remake(self.stage)}")
+        raise UsageError(f"{file.parent} {what}:\n{listed}\nUse another output.dir, or replace it: {self.spec.remake}")
 
     def write_block(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Writes a block's tensors and reads them back; not committed before `commit`."""
@@ -279,10 +218,10 @@ class StageWriter:
         """
         if self.blocks_done > blocks:
             reason = f"it has {self.blocks_done} blocks, the model {blocks}"
-            raise UsageError(f"{self.path / PROGRESS} is damaged; run: {remake(self.stage)} ({reason})")
+            raise UsageError(f"{self.path / PROGRESS} is damaged; run: {self.spec.remake} ({reason})")
         for name, expected in self.hashes.items():
             if not (self.path / name).exists() or files.sha256(self.path / name) != expected:
-                raise UsageError(f"{self.path / name} was changed since it was written; start again: {remake(self.stage)}")
+                raise UsageError(f"{self.path / name} was changed since it was written; start again: {self.spec.remake}")
 
     def _write_progress(self) -> None:
         files.write_json(self.path / PROGRESS, {"inputs": self.inputs, "files": self.hashes})

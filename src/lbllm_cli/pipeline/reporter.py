@@ -8,17 +8,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from lbllm_cli.core.console import GIB, clock, console
+from lbllm_cli.models.model import SourceModel
+
 ETA_WINDOW = 8
-GIB = float(1 << 30)
-
-
-def console() -> Console:
-    """Logs go to stderr; stdout is for results."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def peak_ram() -> int:
@@ -32,36 +27,23 @@ def peak_ram() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def peak_device(device: torch.device) -> int | None:
-    """Largest memory allocated on a GPU so far, bytes; None on a CPU."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
-def clock(seconds: float) -> str:
-    """3725 -> "1:02:05", 65 -> "1:05"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
 class Reporter:
-    """Progress of one stage over `blocks` blocks.
+    """Progress of one stage over the blocks of a model.
 
     events: file that gets one JSON record per block, or None. On a terminal a bar shows how far it is; elsewhere only the
     lines remain, so that a batch log holds one line per block.
     """
 
-    def __init__(self, stage: str, blocks: int, device: torch.device, events: Path | None = None):
+    def __init__(self, stage: str, model: SourceModel, events: Path | None = None):
         self.stage = stage
-        self.blocks = blocks
-        self.device = device
+        self.model, self.blocks = model, model.blocks
         self.events = events
         self.console = console()
         self._times: deque[float] = deque(maxlen=ETA_WINDOW)
         self._began = self._start = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
-        self._task = self._bar.add_task(stage, total=blocks)
+        self._task = self._bar.add_task(stage, total=self.blocks)
 
     def __enter__(self) -> "Reporter":
         self._bar.start()
@@ -89,7 +71,10 @@ class Reporter:
 
     def memory(self) -> dict[str, int | None]:
         """Peak memory so far, bytes."""
-        return {"peak_ram_bytes": peak_ram(), "peak_device_bytes": peak_device(self.device)}
+        return {"peak_ram_bytes": peak_ram(), "peak_device_bytes": self._peak_device()}
+
+    def _peak_device(self) -> int | None:
+        return self.model.backend.peak_memory(self.model.device)
 
     def step(self, index: int) -> None:
         """A block is done, without a line of its own."""
@@ -103,7 +88,7 @@ class Reporter:
         if "error" in facts:
             line += f"  error {facts['error']:.4f}  ordinary {facts['error_ordinary']:.4f}"
         line += f"  {seconds:6.1f} s  ram {peak_ram() / GIB:.1f} GiB"
-        device = peak_device(self.device)
+        device = self._peak_device()
         line += f"  gpu {device / GIB:.1f} GiB" if device is not None else ""
         if index + 1 < self.blocks:
             line += f"  eta {clock((self.blocks - index - 1) * sum(self._times) / len(self._times))}"
@@ -120,7 +105,7 @@ class Reporter:
         left = (steps - step) * sum(self._times) / len(self._times)
         loss = "not finite" if facts["loss"] is None else f"{facts['loss']:.4f}"
         line = f"{self.stage} step {step}/{steps}  loss {loss}  {seconds:6.1f} s  ram {peak_ram() / GIB:.1f} GiB"
-        device = peak_device(self.device)
+        device = self._peak_device()
         line += f"  gpu {device / GIB:.1f} GiB" if device is not None else ""
         self.console.print(line + (f"  eta {clock(left)}" if step < steps else ""), markup=False)
         self._bar.update(self._task, completed=step, total=steps)
@@ -137,6 +122,6 @@ class Reporter:
 
     def used(self) -> str:
         """Time and memory so far, for the last line of a stage."""
-        device = peak_device(self.device)
+        device = self._peak_device()
         gpu = f", {device / GIB:.2f} GiB of device memory" if device is not None else ""
         return f"{clock(time.monotonic() - self._start)} min:s, {peak_ram() / GIB:.2f} GiB of RAM at the peak{gpu}"

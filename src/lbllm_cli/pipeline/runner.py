@@ -1,121 +1,116 @@
-"""One stage from its beginning to its manifest: resume, streams, records, facts. The same for every stage."""
+"""One command from its recipe to the manifests of its stages: checks, resume, records, facts. The same for every stage."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
-from lbllm_cli.core import files
-from lbllm_cli.core.own_folders import STREAMS, remove_own
-from lbllm_cli.end_to_end.student import WholeStudent
-from lbllm_cli.end_to_end.teacher import teacher_folder, teacher_states
-from lbllm_cli.end_to_end.trainer import EndToEndTrainer, train_whole
-from lbllm_cli.pipeline import plan as prepare
-from lbllm_cli.pipeline.block_loop import BlockLoop, Fit
-from lbllm_cli.pipeline.checkpoint import MANIFEST, Checkpoint, StageWriter
-from lbllm_cli.pipeline.forecast import Need
-from lbllm_cli.pipeline.plan import Plan
+from lbllm_cli.core import files, interrupt
+from lbllm_cli.core.console import say
+from lbllm_cli.core.errors import UsageError
+from lbllm_cli.core.lock import locked
+from lbllm_cli.core.own_folders import remove_own
+from lbllm_cli.models.model import SourceModel
+from lbllm_cli.pipeline.checkpoint import MANIFEST, Checkpoint, StageWriter, check_stage, complete_stages
+from lbllm_cli.pipeline.environment import environment
+from lbllm_cli.pipeline.folders import STREAMS
+from lbllm_cli.pipeline.forecast import announce
+from lbllm_cli.pipeline.lineage import open_parent, stage_inputs
+from lbllm_cli.pipeline.plan import Plan, prepare
 from lbllm_cli.pipeline.reporter import Reporter
+from lbllm_cli.pipeline.training_state import TrainingState
+from lbllm_cli.pipeline.work import StageRun, work_of
 from lbllm_cli.recipe.load import dump_recipe
-from lbllm_cli.recipe.training import EndToEnd
-from lbllm_cli.runtime.quantizer import ActivationFormat
-from lbllm_cli.training.forecast import recomputes
-from lbllm_cli.training.plots import plot_errors, plot_steps
-from lbllm_cli.training.state import TrainingState
+from lbllm_cli.recipe.schema import Recipe
+from lbllm_cli.recipe.stages import TABLE, Phase, StageSpec
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A stage that is to run. tokens: int64 [rows, length]. inputs: what the checkpoint depends on. parent: the checkpoint that
-    it goes on from. activations: how its blocks quantize them, if they do.
-    """
-
-    plan: Plan
-    need: Need
-    tokens: Tensor
-    inputs: dict[str, Any]
-    parent: Checkpoint | None = None
-    activations: dict[str, Any] | None = None
-
-
-Work = Callable[[Stage, StageWriter, Reporter], None]
+@torch.no_grad()
+def run_command(recipe: Recipe, command: str, dry_run: bool, force: bool, only: Phase | None = None) -> None:
+    """`lbllm ptq` and its like: the stages of a command, one after the other. only: one of its phases; default all of the
+    recipe."""
+    own = [spec for spec in TABLE if spec.command == command]
+    # Of stages before it too: what they read is compared.
+    plan = prepare(recipe, stages=TABLE[: TABLE.index(own[-1]) + 1])
+    for spec in own:
+        if spec.end_to_end and only != "blocks":
+            _check_end_to_end(plan, spec, asked=only is not None)
+    for spec in own:
+        if spec in plan.recipe.stages and only in (None, spec.phase):
+            run_stage(plan, spec, dry_run, force)
 
 
-def run_stage(stage: Stage, force: bool, work: Work) -> None:
-    """Runs a stage, or finds it up to date. work: writes all of its blocks from the last committed one on."""
-    recipe, model, name = stage.plan.recipe, stage.plan.model, stage.need.stage
-    writer = StageWriter(stage.plan.output, name, stage.inputs)
-    with Reporter(name, model.blocks, model.device, writer.path / "events.jsonl") as reporter:
-        if not writer.open(force):
-            _clean(writer.final)
-            files.touch(writer.final / MANIFEST)
-            reporter.note(f"up to date, {writer.final}")
-            return
-        writer.verify(model.blocks)
-        model.check_outer()  # the head is read last: it would be found spoiled after days
-        share = f"{model.binarized_share:.1%} of {model.count(list(model.shapes)):,} parameters are binarized"
-        reporter.note(f"{model.blocks} blocks, {share}, group size {recipe.ptq.group_size}")
-        files.write_text(writer.path / "recipe.resolved.yaml", dump_recipe(recipe))
-        files.write_json(writer.path / "environment.json", prepare.environment(model.device))
-        work(stage, writer, reporter)
-    parent = stage.parent
-    writer.finish(
-        {
-            "parent": None if parent is None else {"stage": parent.stage, "fingerprint": parent.fingerprint},
-            "group_size": recipe.ptq.group_size,
-            "blocks": model.blocks,
-            "parameters": model.count(list(model.shapes)),
-            "binarized_parameters": model.count(model.binarized_names),
-            "tokens": stage.tokens.numel(),
-            **({} if stage.activations is None else {"activations": stage.activations}),
-        }
-    )
-    _clean(writer.final)
+def _check_end_to_end(plan: Plan, spec: StageSpec, asked: bool) -> None:
+    """Reads the text of an end-to-end phase now: too little is not found after all blocks. asked: whether `--only` names it."""
+    if spec in plan.recipe.stages:
+        if not plan.generates(spec):
+            plan.stage_tokens(spec)
+    elif asked:
+        raise UsageError(f"--only {spec.phase}: the recipe has no {spec.section}; add it, for example sequences: 128")
+
+
+def run_stage(plan: Plan, spec: StageSpec, dry_run: bool, force: bool) -> None:
+    """Checks what a stage goes on from, reads its text, says what it needs, and runs it."""
+    before = plan.recipe.parent(spec)
+    if dry_run and spec.end_to_end and before is not None and before.name not in complete_stages(plan.output):
+        say(f"{spec}: would go on from {before}, which is not there yet")
+        return
+    work = work_of(spec)
+    work.check(plan)
+    check_stage(plan.output, spec.name, force)
+    parent = open_parent(plan, spec)
+    sampled = plan.generates(spec)
+    tokens = None if sampled else plan.stage_tokens(spec)
+    need = work.need(plan, spec, tokens)
+    announce(need, plan.output, plan.model, done=spec.name in complete_stages(plan.output) and not force)
+    if sampled:
+        say(f"{spec}: {spec.text} text is sampled from the model, which is whole in memory meanwhile")
+    if dry_run:
+        say(f"{spec}: would write {plan.output / spec.name}" + (f", from {parent.path}" if parent else ""))
+        return
+    with locked(plan.output), interrupt.graceful():
+        tokens = plan.stage_tokens(spec) if tokens is None else tokens
+        writer = StageWriter(plan.output, spec.name, stage_inputs(plan, spec, tokens, parent))
+        with Reporter(spec.name, plan.model, writer.path / "events.jsonl") as reporter:
+            activations = work.activations(plan, parent)
+            _write(StageRun(spec, plan, need, tokens, parent, activations, writer, reporter), force)
+
+
+def _write(run: StageRun, force: bool) -> None:
+    """Runs a stage, or finds it up to date."""
+    model, writer, reporter = run.plan.model, run.writer, run.reporter
+    if not writer.open(force):
+        _clean(writer)
+        files.touch(writer.final / MANIFEST)
+        reporter.note(f"up to date, {writer.final}")
+        return
+    writer.verify(model.blocks)
+    model.check_outer()  # the head is read last: it would be found spoiled after days
+    share = f"{model.binarized_share:.1%} of {model.count(list(model.shapes)):,} parameters are binarized"
+    reporter.note(f"{model.blocks} blocks, {share}, group size {run.plan.recipe.ptq.group_size}")
+    files.write_text(writer.path / "recipe.resolved.yaml", dump_recipe(run.plan.recipe))
+    files.write_json(writer.path / "environment.json", environment(model.device))
+    if writer.blocks_done and not run.spec.end_to_end:
+        reporter.note(f"resuming after block {writer.blocks_done} of {model.blocks}")
+    work_of(run.spec).run(run)
+    writer.finish(_facts(run, model, run.parent))
+    _clean(writer)
     reporter.note(f"finished in {reporter.used()}; {writer.final}")
 
 
-def _clean(folder: Path) -> None:
+def _facts(run: StageRun, model: SourceModel, parent: Checkpoint | None) -> dict[str, Any]:
+    """What readers of the manifest need."""
+    return {
+        "parent": None if parent is None else {"stage": parent.stage, "fingerprint": parent.fingerprint},
+        "group_size": run.plan.recipe.ptq.group_size,
+        "blocks": model.blocks,
+        "parameters": model.count(list(model.shapes)),
+        "binarized_parameters": model.count(model.binarized_names),
+        "tokens": run.tokens.numel(),
+        **({} if run.activations is None else {"activations": run.activations.as_dict()}),
+    }
+
+
+def _clean(writer: StageWriter) -> None:
     """Deletes what only an unfinished stage needs; not before it is finished, for the last steps may fail as well."""
-    remove_own(folder / "streams", STREAMS)
-    TrainingState.forget(folder)
-
-
-def by_blocks(fit: Callable[[Reporter], Fit], activations: ActivationFormat | None = None) -> Work:
-    """Work of a stage that goes through the blocks. fit: given who reports its progress."""
-
-    def work(stage: Stage, writer: StageWriter, reporter: Reporter) -> None:
-        recipe, model, parent = stage.plan.recipe, stage.plan.model, stage.parent
-        if writer.blocks_done:
-            reporter.note(f"resuming after block {writer.blocks_done} of {model.blocks}")
-        streams = writer.path / "streams" if stage.need.on_disk else None
-        keeper = None if parent is None else TrainingState(writer.path, recipe.runtime.save_minutes)
-        loop = BlockLoop(model, writer, recipe.runtime.batch_size, streams, parent, keeper, activations)
-        loop.run(stage.tokens, fit(reporter), reporter)
-        if parent is not None:
-            if outer := parent.read_outer():
-                writer.write_outer(outer)
-            plot_errors(writer.path / "events.jsonl", writer.path / "loss.png")
-
-    return work
-
-
-def end_to_end(settings: EndToEnd) -> Work:
-    """Work of a last phase over the whole model."""
-
-    def work(stage: Stage, writer: StageWriter, reporter: Reporter) -> None:
-        plan, parent = stage.plan, stage.parent
-        assert parent is not None
-        reporter.total(0)
-        keeper = TrainingState(writer.path, plan.recipe.runtime.save_minutes)
-        folder = teacher_folder(settings) or writer.path / "streams"
-        states = teacher_states(folder, plan.model, stage.tokens, plan.recipe.runtime.batch_size, reporter)
-        student = WholeStudent(plan.model, parent, settings, recomputes(plan.recipe, plan.model, settings))
-        section, seed = prepare.DATA[stage.need.stage], plan.recipe.runtime.seed
-        trainer = EndToEndTrainer(student, stage.tokens, states, settings, section, seed, keeper, reporter, plan.model.device)
-        facts = train_whole(trainer, parent, writer)
-        reporter.record({"phase": "end-to-end", **facts})
-        plot_steps(writer.path / "events.jsonl", writer.path / "loss.png")
-
-    return work
+    remove_own(writer.final / "streams", STREAMS)
+    TrainingState.forget(writer.final)

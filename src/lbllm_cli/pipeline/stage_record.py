@@ -3,7 +3,6 @@
 Both lie where users can reach them; they are read here and nowhere else, and every value is checked before it is used.
 """
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -11,15 +10,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from lbllm_cli.core import files
 from lbllm_cli.core.errors import UsageError
+from lbllm_cli.core.validation import describe
+from lbllm_cli.format.settings import Activations
+from lbllm_cli.recipe.stages import STAGES, StageName
 
 FORMAT_VERSION = 1
-STAGES: tuple[str, ...] = ("ptq", "distill", "distill-e2e", "act-calib", "act-calib-e2e")
 # Tensors outside the blocks that a stage has changed; a stage that changes none has no such file.
 OUTER = "outer.safetensors"
 # Of the parent in the inputs of a stage: see `prepare.Plan.inputs`.
 PARENT = "parent.files"
 
-Stage = Literal["ptq", "distill", "distill-e2e", "act-calib", "act-calib-e2e"]
 Count = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -62,29 +62,15 @@ class Parent(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True)
 
-    stage: Stage
+    stage: StageName
     fingerprint: str
-
-
-class Activations(BaseModel):
-    """See `activations.ActivationFormat`."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
-
-    bits: Annotated[int, Field(ge=3, le=8)]
-    kv_bits: Annotated[int, Field(ge=3, le=8)]
-    granularity: Literal["group", "token"]
-    form: Literal["knee", "uniform"]
-    kv_form: Literal["knee", "uniform"]
-    tables: Annotated[int, Field(ge=1, le=2)]
-    group_size: Annotated[int, Field(ge=16, le=4096)]
 
 
 class Manifest(_Record):
     """Of a finished stage. tokens: that it read."""
 
     format_version: Literal[1]
-    stage: Stage
+    stage: StageName
     parent: Parent | None
     blocks: Count
     group_size: Annotated[int, Field(ge=16, le=4096, multiple_of=16)]
@@ -99,7 +85,8 @@ class Manifest(_Record):
             raise ValueError(f"files: {self.blocks_done} blocks, expected {self.blocks}")
         if self.parent is not None and not isinstance(self.inputs.get(PARENT), str):
             raise ValueError(f"inputs: {PARENT} is missing")
-        if self.parent is not None and STAGES.index(self.parent.stage) >= STAGES.index(self.stage):
+        names = list(STAGES)
+        if self.parent is not None and names.index(self.parent.stage) >= names.index(self.stage):
             raise ValueError(f"parent: {self.parent.stage} comes after {self.stage}")
         return self
 
@@ -137,12 +124,3 @@ def _checked(file: Path, kind: type[_R], values: Any, remedy: str) -> _R:
         return kind.model_validate(values)
     except ValidationError as error:
         raise UsageError(f"{file} is damaged; {remedy} ({describe(error)})") from None
-
-
-def describe(error: ValidationError) -> str:
-    """The first thing that is wrong with a record, in one line."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    where = ".".join(re.sub(r"\s+", " ", str(part))[:80] for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    got = "" if first["type"] in {"value_error", "missing"} else f", got {str(first['input'])[:80]!r}"
-    return f"{where}: {message[:1].lower()}{message[1:]}{got}" if where else f"{message}{got}"

@@ -1,6 +1,5 @@
 """Stage 1: Hessian-weighted EM with error compensation, block by block (LBLLM stage 1; refinement and target are ours)."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -12,18 +11,20 @@ from torch import Tensor, nn
 
 from lbllm_cli.core.errors import RunError
 from lbllm_cli.core.splits import held_out_rows
-from lbllm_cli.format.weights import codes_from_ranks, dequantize, pack_codes
-from lbllm_cli.models.model import UNITS, Block, block_prefix
-from lbllm_cli.pipeline.block_loop import BlockTask, batches
+from lbllm_cli.format.weights import PackedWeight
+from lbllm_cli.models.block import Block, block_prefix
+from lbllm_cli.pipeline.block_loop import BlockResult, BlockTask
+from lbllm_cli.pipeline.streams import batches
 from lbllm_cli.ptq.compensate import compensate
 from lbllm_cli.ptq.em import fit_levels, quantile_levels
 from lbllm_cli.ptq.moments import InputMoments, inverse_factor
 from lbllm_cli.ptq.refine import descend_codes, output_error, refit_levels
 from lbllm_cli.ptq.target import step_length, target_step
 from lbllm_cli.recipe.schema import Ptq
+from lbllm_cli.runtime.units import Unit
 
-Unit = tuple[str, ...]
-_OUTPUT = UNITS[1]
+# The projection of the heads' outputs, a unit of its own in every attention.
+_OUTPUT = ("self_attn.o_proj",)
 
 
 class _StopForward(Exception):
@@ -99,7 +100,7 @@ class _Collector:
             held_out = InputMoments.empty(size, self.task.device, True) if self.held else None
             moments[unit] = _Moments(fitted, held_out)
         names = [unit[0] for unit in units]
-        last = units[-1] == UNITS[-1]
+        last = units[-1] == self.student.units[-1]
         with (
             self._attention() as attention,
             _inputs_of(self.student, names, stop=True) as read,
@@ -148,33 +149,32 @@ class _Collector:
                 layer.self_attn = real[block]
 
 
-def fit_block(task: BlockTask, settings: Ptq) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def fit_block(task: BlockTask, settings: Ptq) -> BlockResult:
     """Binarizes the linears of one block.
 
-    Returns the packed tensors under their full names, and facts: per linear the output error relative to its
-    target, the strength of the asymmetric target and the damping used.
+    Facts: per linear the output error relative to its target, the strength of the asymmetric target and the damping used.
     Raises RunError naming block and linear when an input or a Hessian is not finite.
     """
     student = task.teacher.sharing()
     collector = _Collector(task, student, settings)
     tensors: dict[str, Tensor] = {}
     facts: dict[str, Any] = {"linears": {}}
-    passes: list[tuple[Unit, ...]] = [(unit,) for unit in UNITS] if settings.sequential else [UNITS]
+    every = student.units
+    passes: list[tuple[Unit, ...]] = [(unit,) for unit in every] if settings.sequential else [every]
     for units in passes:
         moments = collector.collect(units)
         for unit in units:
             packed, linears = _fit_unit(task, unit, moments.pop(unit), settings)
             facts["linears"] |= linears
-            for name, (weight, levels, scale, values) in packed.items():
-                full = block_prefix(task.index) + name
-                tensors |= {f"{full}.weight": weight, f"{full}.levels": levels, f"{full}.scale": scale}
-                student.set_weight(name, values)
-    return tensors, facts
+            for name, weight in packed.items():
+                tensors |= weight.to_tensors(block_prefix(task.index) + name)
+                student.set_weight(name, weight.values())
+    return BlockResult(tensors, facts)
 
 
 def _fit_unit(
     task: BlockTask, unit: Unit, moments: _Moments, settings: Ptq
-) -> tuple[dict[str, tuple[Tensor, Tensor, Tensor, Tensor]], dict[str, Any]]:
+) -> tuple[dict[str, PackedWeight], dict[str, Any]]:
     """Fits the linears that share an input, as one matrix: rows are independent given H."""
     everything = moments.fitted if moments.held_out is None else moments.fitted.plus(moments.held_out)
     sources = [task.teacher.linear(name).weight.float() for name in unit]
@@ -188,11 +188,10 @@ def _fit_unit(
         packed = _fit_matrix(torch.cat(targets), hessian, factor, settings)
     except (FloatingPointError, ValueError) as error:
         raise RunError(f"block {task.index}, {' and '.join(unit)}: {error}; the block was not written") from None
-    sizes = [weight.shape[0] for weight in sources]
-    split = list(zip(*(torch.split(part, sizes) for part in packed), strict=True))
+    split = packed.split([weight.shape[0] for weight in sources])
     facts = {}
-    for name, target, parts, strength in zip(unit, targets, split, strengths, strict=True):
-        relative = output_error(target, parts[3], everything.mean_hessian())
+    for name, target, part, strength in zip(unit, targets, split, strengths, strict=True):
+        relative = output_error(target, part.values(), everything.mean_hessian())
         facts[name] = {"error": relative, "asymmetric": round(strength, 4), "damping": damping}
     return dict(zip(unit, split, strict=True)), facts
 
@@ -209,8 +208,8 @@ def _strengths(weights: list[Tensor], moments: _Moments, factor: Tensor, setting
     return [step_length(weight, step, moments.held_out) for weight, step in zip(weights, steps, strict=True)]
 
 
-def _fit_matrix(weight: Tensor, hessian: Tensor, factor: Tensor, settings: Ptq) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Levels and codes of a matrix: packed codes, levels and scale as stored, and the float32 weights they stand for."""
+def _fit_matrix(weight: Tensor, hessian: Tensor, factor: Tensor, settings: Ptq) -> PackedWeight:
+    """Levels and codes of a matrix."""
     size = settings.group_size
     importance = hessian.diagonal() if settings.importance == "hessian_diagonal" else None
 
@@ -228,14 +227,4 @@ def _fit_matrix(weight: Tensor, hessian: Tensor, factor: Tensor, settings: Ptq) 
             found = refit_levels(weight, hessian, found, size)
         if settings.code_descent:
             found = descend_codes(weight, hessian, found, size)
-    codes, levels = codes_from_ranks(found.ranks, found.levels, found.scale)
-    return pack_codes(codes, size), levels, found.scale, dequantize(codes, levels, found.scale, size)
-
-
-def expected_bits(shapes: list[tuple[int, int]], group_size: int) -> float:
-    """Bits per weight of the packed form: codes, int8 levels and float16 scales, padding of ragged groups included.
-
-    [(4096, 4096)], 128 -> 2.375.
-    """
-    bits = sum(out * math.ceil(inn / group_size) * (2 * group_size + 4 * 8 + 16) for out, inn in shapes)
-    return bits / sum(out * inn for out, inn in shapes)
+    return PackedWeight.of_ranks(found.ranks, found.levels, found.scale, size)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
-from lbllm_cli.format.weights import LEVELS, grouped, project_levels
+from lbllm_cli.format.weights import LEVELS, grouped, ordered, project_levels
 from lbllm_cli.ptq.compensate import LevelTable, RankFit
 
 # Relative pull of every level towards its present value: it decides only levels that no weight uses.
@@ -24,16 +24,6 @@ def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
     """Relative squared output error, |(W - Q) X|^2 / |W X|^2; weight, quantized [out, in], hessian [in, in]."""
     delta = weight - quantized
     return float(((delta @ hessian) * delta).sum() / ((weight @ hessian) * weight).sum().clamp_min(1e-30))
-
-
-def ordered(ranks: Tensor, levels: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Sorts levels and renames ranks so that every weight keeps its level.
-
-    ranks: uint8 [out, in]. levels: float [out, groups, 4] in any order. Same shapes back.
-    """
-    ascending, order = levels.sort(dim=2)
-    renamed = order.argsort(dim=2).to(torch.uint8)
-    return renamed.gather(2, grouped(ranks, group_size).long()).flatten(1)[:, : ranks.shape[1]].contiguous(), ascending
 
 
 def _normal_equations(ranks: Tensor, weighted: Tensor, hessian: Tensor, groups: int) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,15 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+class StageSection(Section):
+    """Base of the sections that a stage has."""
+
+    @property
+    def subset(self) -> int | None:
+        """How many sequences of its text a stage reads, spread evenly over them; None: all."""
+        return None
+
+
 class Source(Section):
     """One source of text or tokens; `source` alone may be written as a plain string."""
 
@@ -28,6 +37,11 @@ class Source(Section):
     config: str | None = Field(None, description="configuration name of a hub dataset")
     path: str | None = Field(None, description="local file with a preset's schema, instead of the hub")
     temperature: float = Field(1.0, ge=0.01, le=2, description="generate: sampling temperature")
+
+    @property
+    def sampled(self) -> bool:
+        """Whether its text is sampled from the model."""
+        return self.source == "generate:"
 
 
 def _as_sources(value: object) -> object:

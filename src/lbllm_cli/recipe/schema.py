@@ -1,12 +1,13 @@
 """The recipe: one strict YAML for all stages. Every default lives here; every field says meaning, unit and range."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from lbllm_cli.core.splits import held_out_rows
-from lbllm_cli.recipe.base import LENGTH, TOKENS, Name, Positive, Section, Source, Sources
-from lbllm_cli.recipe.training import ActCalib, Distill, Schedule
+from lbllm_cli.recipe.base import LENGTH, TOKENS, Name, Positive, Section, Source, Sources, StageSection
+from lbllm_cli.recipe.stages import STAGES, TABLE, ExportedName, FormatName, MeasuredName, StageSpec
+from lbllm_cli.recipe.training import ActCalib, Distill, EndToEnd, Schedule
 
 
 class Model(Section):
@@ -97,7 +98,7 @@ class Data(Section):
         return value
 
 
-class Ptq(Section):
+class Ptq(StageSection):
     """Stage 1: Hessian-weighted EM with error compensation, then refinement under the full Hessian."""
 
     group_size: int = Field(128, ge=16, le=4096, description="inputs that share four levels; a multiple of 16")
@@ -128,7 +129,7 @@ class Ptq(Section):
 class Eval(Section):
     """What `lbllm eval` measures."""
 
-    checkpoints: list[Literal["base", "ptq", "distill", "distill-e2e", "act-calib", "act-calib-e2e", "export"]] | None = Field(
+    checkpoints: list[MeasuredName] | None = Field(
         None, min_length=1, description="default: base and every complete stage; export: the exported folder, as others load it"
     )
     tasks: list[Annotated[str, Field(min_length=1)]] = Field(
@@ -148,10 +149,8 @@ class Eval(Section):
 class Export(Section):
     """What `lbllm export` writes."""
 
-    checkpoint: Literal["latest", "ptq", "distill", "distill-e2e", "act-calib", "act-calib-e2e"] = Field(
-        "latest", description="latest: the last complete stage"
-    )
-    format: Literal["packed", "dense"] = Field("packed", description="packed: 2-bit codes; dense: a plain folder")
+    checkpoint: ExportedName = Field("latest", description="latest: the last complete stage")
+    format: FormatName = Field("packed", description="packed: 2-bit codes; dense: a plain folder")
     shard_gb: float = Field(5.0, ge=1e-6, le=1e6, description="largest weight file, in units of 10^9 bytes; held in RAM once")
 
 
@@ -168,6 +167,29 @@ class Recipe(Section):
     act_calib: ActCalib = Field(default_factory=ActCalib)
     eval: Eval = Field(default_factory=Eval)
     export: Export = Field(default_factory=Export)
+
+    def section(self, key: str) -> Any:
+        """What is under a dotted key, None where a section on the way is left out: "distill.end_to_end"."""
+        value: Any = self
+        for part in key.split("."):
+            value = None if value is None else getattr(value, part)
+        return value
+
+    @property
+    def stages(self) -> list[StageSpec]:
+        """Stages that the recipe has, in pipeline order."""
+        return [spec for spec in TABLE if self.section(spec.section) is not None]
+
+    def parent(self, spec: StageSpec) -> StageSpec | None:
+        """The stage that one goes on from: the one that its section names, else the first of its parents that the recipe has."""
+        named = getattr(self.section(spec.section), "parent", None)
+        present = [STAGES[name] for name in spec.parents if STAGES[name] in self.stages]
+        return STAGES[named] if named else next(iter(present), None)
+
+    @property
+    def end_to_end(self) -> dict[StageSpec, EndToEnd]:
+        """Settings of the end-to-end phases that the recipe has."""
+        return {spec: found for spec in TABLE if spec.end_to_end and (found := self.section(spec.section)) is not None}
 
     @model_validator(mode="after")
     def _held_out_leaves_both_parts(self) -> "Recipe":
@@ -188,10 +210,9 @@ class Recipe(Section):
         if wanted > rows:
             raise ValueError(f"act_calib.sequences: {wanted} of data.training.sequences, which are {rows}")
         phases: list[tuple[str, Schedule, int]] = [("distill", self.distill, rows), ("act_calib", self.act_calib, wanted)]
-        for section, last in (("distill", self.distill.end_to_end), ("act_calib", self.act_calib.end_to_end)):
-            if last is not None:
-                phases.append((f"{section}.end_to_end", last, last.sequences))
-                _check_size(f"{section}.end_to_end.sequences", last.sequences, self.data.training.length)
+        for spec, phase in self.end_to_end.items():
+            phases.append((spec.section, phase, phase.sequences))
+            _check_size(f"{spec.section}.sequences", phase.sequences, self.data.training.length)
         for section, settings, count in phases:
             left = count - held_out_rows(count, settings.held_out)
             if settings.batch_size > left:

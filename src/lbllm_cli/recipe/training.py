@@ -5,12 +5,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lbllm_cli.recipe.base import COUNT, Positive, Section, Sources
+from lbllm_cli.recipe.base import COUNT, Positive, Sources, StageSection
+from lbllm_cli.recipe.stages import ParentName
 
 SoftKnee = Annotated[list[Annotated[float, Field(ge=1e-4, le=10)]], Field(min_length=2, max_length=2)]
 
 
-class Schedule(Section):
+class Schedule(StageSection):
     """What everything that trains has in common."""
 
     epochs: int = Field(2, ge=0, le=100, description="passes over the training sequences; 0 trains nothing")
@@ -95,7 +96,7 @@ class EndToEnd(Schedule):
 
 
 class DistillEndToEnd(EndToEnd):
-    """The last phase of stage 2."""
+    """The end-to-end phase of stage 2."""
 
     train: list[Literal["levels", "scales", "norms"]] = Field(
         ["levels", "norms"], min_length=1, description="what is trained; scales: all levels of a group by one factor"
@@ -103,7 +104,7 @@ class DistillEndToEnd(EndToEnd):
 
 
 class ActEndToEnd(EndToEnd):
-    """The last phase of stage 3: activations, keys and values are quantized."""
+    """The end-to-end phase of stage 3: activations, keys and values are quantized."""
 
     train: list[Literal["levels", "scales", "norms", "clip_factors", "knees"]] = Field(
         ["levels", "norms", "clip_factors"],
@@ -130,7 +131,7 @@ class Distill(Training):
     polarise_beta: Annotated[list[Annotated[float, Field(ge=1, le=100)]], Field(min_length=2, max_length=2)] = Field(
         [2.0, 2.0], description="beta at the first and at the last step"
     )
-    end_to_end: DistillEndToEnd | None = Field(None, description="a last phase over the whole model; default none")
+    end_to_end: DistillEndToEnd | None = Field(None, description="an end-to-end phase after it; default none")
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -151,9 +152,9 @@ Bits = Annotated[int, Field(ge=3, le=8)]
 class ActCalib(Training):
     """Stage 3: quantizers of activations, keys and values, and the levels behind them, trained block by block."""
 
-    parent: Literal["ptq", "distill", "distill-e2e"] | None = Field(
+    parent: ParentName | None = Field(
         None,
-        description="checkpoint to go on from; default the last phase of distill that the recipe has; ptq: stage 2 is skipped",
+        description="checkpoint to go on from; default the last one that distill makes with this recipe; ptq: stage 2 is skipped",
     )
     sequences: Annotated[int, Field(ge=2, le=COUNT)] | None = Field(
         None, description="sequences of data.training to use, spread evenly over them; default all"
@@ -179,4 +180,9 @@ class ActCalib(Training):
     lr_knees: float = Field(1e-2, gt=0, le=1, description="AdamW rate of the logarithm of coarse ratios, which place the knees")
     soft: float = Field(0.5, ge=0, lt=1, description="share of the steps with soft knees; after it the deployed form is trained")
     temperature: SoftKnee = Field([1.0, 0.05], description="of the soft knee at its first and last step, in fine steps")
-    end_to_end: ActEndToEnd | None = Field(None, description="a last phase over the whole model; default none")
+    end_to_end: ActEndToEnd | None = Field(None, description="an end-to-end phase after it; default none")
+
+    @property
+    def subset(self) -> int | None:
+        """See `sequences`."""
+        return self.sequences

@@ -5,26 +5,23 @@ from pathlib import Path
 import torch
 
 from lbllm_cli.core import files, interrupt
+from lbllm_cli.core.console import say
 from lbllm_cli.core.errors import RunError, UsageError
-from lbllm_cli.data import tokens as data
-from lbllm_cli.evaluation.perplexity import BASE
-from lbllm_cli.pipeline import overlaps
-from lbllm_cli.pipeline import plan as prepare
-from lbllm_cli.pipeline.checkpoint import Checkpoint, command_of
-from lbllm_cli.pipeline.commands import open_checkpoint, say
-from lbllm_cli.pipeline.plan import Plan
-from lbllm_cli.pipeline.stage_record import STAGES
+from lbllm_cli.data.tokens import evaluation_tokens
+from lbllm_cli.pipeline.checkpoint import Checkpoint
+from lbllm_cli.pipeline.drawing import Image
+from lbllm_cli.pipeline.lineage import open_checkpoint
+from lbllm_cli.pipeline.output import check_places, output_folder
+from lbllm_cli.pipeline.plan import Plan, prepare
 from lbllm_cli.recipe.load import dump_recipe
 from lbllm_cli.recipe.schema import Recipe
-from lbllm_cli.report import figures as plots
-from lbllm_cli.report import page
+from lbllm_cli.recipe.stages import BASE, STAGES, TABLE
+from lbllm_cli.report import figures, page
 from lbllm_cli.report.distributions import Linear, input_histograms, weight_histogram, worst_linears
-from lbllm_cli.report.figures import Image
 from lbllm_cli.report.page import Figure, Page, Section
 from lbllm_cli.report.records import Run, read_run
 from lbllm_cli.report.tables import linears_table, outcome, ratios, results_table, stages_table
-from lbllm_cli.runtime.quantizer import format_of
-from lbllm_cli.training import plots as training_plots
+from lbllm_cli.training import plots
 
 _WORST = 4
 # Enough values for a histogram, and little work: the blocks before the last one wanted run once over it.
@@ -34,12 +31,12 @@ _TOKENS = 256
 @torch.no_grad()
 def report(recipe: Recipe) -> None:
     """`lbllm report`."""
-    output = prepare.output_folder(recipe)
+    output = output_folder(recipe)
     _check_own(output)
     run = read_run(output)
     plan: Plan | None = None
     try:
-        plan, missing = prepare.prepare(recipe), ""
+        plan, missing = prepare(recipe), ""
     except UsageError as error:
         # What the model is needed for is left out; the records alone are worth a page.
         missing = str(error)
@@ -55,7 +52,7 @@ def report(recipe: Recipe) -> None:
 
 def _check_own(output: Path) -> None:
     """Raises UsageError where the files to be written are there and somebody else's."""
-    overlaps.check_places(output)
+    check_places(output)
     for name, mark in (("report.html", b"<title>Run "), ("report.md", b"# Run ")):
         path = output / name
         if path.exists():
@@ -101,14 +98,14 @@ def _results(run: Run) -> Section:
 
 
 def _result_figures(run: Run) -> list[Figure]:
-    figures = []
+    drawn = []
     over = ratios(run.results)
     if over:
         caption = (
             "Left is better; the line at 1 is base. One text far to the right of the others: the calibration text did not "
             "resemble it."
         )
-        figures.append(Figure("Perplexity over base", [plots.perplexity_ratios(over)], caption))
+        drawn.append(Figure("Perplexity over base", [figures.perplexity_ratios(over)], caption))
     decibels = {
         name: [[block["decibels"] for block in found["blocks"]] for found in texts.values() if found.get("blocks")]
         for name, texts in run.details.items()
@@ -120,35 +117,35 @@ def _result_figures(run: Run) -> list[Figure]:
             "line is the mean over the texts, the band goes from the worst text to the best. Higher is better. A slow fall is "
             "errors adding up; a step down names a block to look at."
         )
-        figures.append(Figure("Signal to noise along the depth", [plots.signal_to_noise(decibels)], caption))
+        drawn.append(Figure("Signal to noise along the depth", [figures.signal_to_noise(decibels)], caption))
     images = []
     for text in run.texts():
         found = {name: texts[text]["positions"] for name, texts in run.details.items() if "positions" in texts.get(text, {})}
-        images += [plots.perplexity_by_position(text, found)] if found else []
+        images += [figures.perplexity_by_position(text, found)] if found else []
     if images:
         caption = (
             "Perplexity of tokens by the length of the context they have, in ranges that double; the first prediction, made from "
             "one token alone, is left out. A gap to base that widens to the right: the checkpoint makes less of a long context. "
             "Both axes are logarithmic, so equal gaps are equal ratios."
         )
-        figures.append(Figure("Perplexity by position", images, caption))
-    return figures
+        drawn.append(Figure("Perplexity by position", images, caption))
+    return drawn
 
 
 def _stages(run: Run, plan: Plan | None) -> Section:
     section = Section("Stages")
     section.notes += [
-        f"{stage} is not there; it is made by `lbllm {stage} --recipe ...`."
-        for stage in STAGES
-        if stage not in run.stages and command_of(stage) == stage
+        f"{spec} is not there; it is made by `lbllm {spec.command} --recipe ...`."
+        for spec in TABLE
+        if spec.name not in run.stages and not spec.end_to_end
     ]
     section.notes += [
-        f"{stage} is unfinished, {record.done} blocks are done; `lbllm {command_of(stage)} --recipe ...` goes on."
+        f"{stage} is unfinished, {record.done} blocks are done; `lbllm {STAGES[stage].command} --recipe ...` goes on."
         for stage, record in run.stages.items()
         if record.checkpoint is None
     ]
     section.notes += [
-        f"{stage} is being made again, {done} blocks are done; `lbllm {command_of(stage)} --recipe ...` goes on."
+        f"{stage} is being made again, {done} blocks are done; `lbllm {STAGES[stage].command} --recipe ...` goes on."
         for stage, done in run.again.items()
     ]
     if run.stages:
@@ -156,9 +153,9 @@ def _stages(run: Run, plan: Plan | None) -> Section:
     images: list[Image] = []
     for stage, record in run.stages.items():
         records = [found for found in record.blocks if "before" in found]
-        images += [training_plots.held_out_errors(stage, records)] if records else []
-        images += [training_plots.last_losses(stage, records)] if any(found["epochs"] for found in records) else []
-        images += [training_plots.step_losses(stage, record.steps)] if record.steps else []
+        images += [plots.held_out_errors(stage, records)] if records else []
+        images += [plots.last_losses(stage, records)] if any(found["epochs"] for found in records) else []
+        images += [plots.step_losses(stage, record.steps)] if record.steps else []
     if images:
         caption = (
             "Errors: solid below dashed is what training gained in that block; where they meet, it was returned as it began. The "
@@ -172,7 +169,8 @@ def _stages(run: Run, plan: Plan | None) -> Section:
 
 def _worst(run: Run, plan: Plan | None, missing: str) -> list[Section]:
     """The linears with the largest errors: their weights, and what they read. missing: why there is no plan."""
-    worst = worst_linears(run.stages["ptq"].blocks, _WORST) if "ptq" in run.complete else []
+    first = TABLE[0].name
+    worst = worst_linears(run.stages[first].blocks, _WORST) if first in run.complete else []
     if not worst:
         return []
     section = Section("Linears with the largest errors", table=linears_table(worst))
@@ -181,8 +179,10 @@ def _worst(run: Run, plan: Plan | None, missing: str) -> list[Section]:
         return [section]
     try:
         last = open_checkpoint(plan, list(run.complete)[-1])
+        # Names are those of a log that anybody may have edited.
+        worst = [linear for linear in worst if linear.name in plan.model.linears]
         section.figures.append(_weights(plan, last, worst))
-        if format_of(last.manifest) is not None:
+        if last.activations is not None:
             section.figures.append(_inputs(plan, last, worst))
     except (UsageError, RunError) as error:
         section.notes.append(f"Not drawn: {error}")
@@ -191,7 +191,7 @@ def _worst(run: Run, plan: Plan | None, missing: str) -> list[Section]:
 
 def _weights(plan: Plan, checkpoint: Checkpoint, worst: list[Linear]) -> Figure:
     found = [weight_histogram(plan.model, checkpoint, linear) for linear in worst]
-    images = [plots.weight_distribution(histogram, checkpoint.stage) for histogram in found]
+    images = [figures.weight_distribution(histogram, checkpoint.stage) for histogram in found]
     caption = (
         f"The line is the source; filled is what the codes of {checkpoint.stage} stand for: four levels per "
         f"group of {checkpoint.manifest['group_size']} weights, so that a hump is one level over all groups. Look for tails of "
@@ -202,9 +202,9 @@ def _weights(plan: Plan, checkpoint: Checkpoint, worst: list[Linear]) -> Figure:
 
 def _inputs(plan: Plan, checkpoint: Checkpoint, worst: list[Linear]) -> Figure:
     spec = plan.recipe.data.evaluation[0]
-    tokens = data.evaluation_tokens(spec.model_copy(update={"segments": 1}), plan.tokenizer, plan.vocab)[:, :_TOKENS]
+    tokens = evaluation_tokens(spec.model_copy(update={"segments": 1}), plan.tokenizer, plan.vocab)[:, :_TOKENS]
     found = input_histograms(plan.model, checkpoint, tokens, worst)
-    images = [plots.input_distribution(histogram, checkpoint.stage) for histogram in found]
+    images = [figures.input_distribution(histogram, checkpoint.stage) for histogram in found]
     caption = (
         f"Inputs on the first {tokens.shape[1]} tokens of {spec.name}, in steps of their groups. The line is the share of values "
         "per step; vertical lines are the levels of the table that the groups took, and a marker on one is the share of values "

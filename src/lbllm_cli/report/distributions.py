@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lbllm_cli.format.activations import join_groups, quantize, reciprocal, split_groups
-from lbllm_cli.models.model import UNITS, SourceModel, block_prefix
-from lbllm_cli.pipeline.block_loop import binarized_weights, stored_block
+from lbllm_cli.format.activations import input_name, join_groups, quantize, reciprocal, split_groups
+from lbllm_cli.models.block import block_prefix
+from lbllm_cli.models.model import SourceModel
+from lbllm_cli.models.stored import decoded, stored_block
 from lbllm_cli.pipeline.checkpoint import Checkpoint
-from lbllm_cli.runtime.quantizer import ActQuantizer, format_of, read_quantizers
+from lbllm_cli.runtime.quantizer import ActQuantizer, read_quantizers
 
 _BINS = 120
 # Of the source's root mean square; beyond lie less than one in a million weights of a normal distribution.
@@ -31,11 +32,6 @@ class Linear:
     def label(self) -> str:
         """For people."""
         return f"block {self.block}, {self.name}"
-
-    @property
-    def input(self) -> str:
-        """Name in the block of the quantizer of what it reads."""
-        return next(f"{unit[0]}.input" for unit in UNITS if self.name in unit)
 
 
 @dataclass(frozen=True)
@@ -86,10 +82,10 @@ def weight_histogram(model: SourceModel, checkpoint: Checkpoint, linear: Linear)
     owner = block_prefix(linear.block) + linear.name
     stored = {name: tensor for name, tensor in checkpoint.read_block(linear.block).items() if name.startswith(f"{owner}.")}
     source = model.read([f"{owner}.weight"])[f"{owner}.weight"].float()
-    decoded = binarized_weights(stored, model)[f"{owner}.weight"]
+    stands_for = decoded(stored, model)[f"{owner}.weight"]
     unit = source.square().mean().sqrt().clamp(min=1e-30)
     edges = torch.linspace(-WEIGHT_RANGE, WEIGHT_RANGE, _BINS + 1, dtype=torch.float64)
-    return WeightHistogram(linear, edges, _density(source / unit, edges), _density(decoded / unit, edges))
+    return WeightHistogram(linear, edges, _density(source / unit, edges), _density(stands_for / unit, edges))
 
 
 def _density(values: Tensor, edges: Tensor) -> Tensor:
@@ -105,14 +101,15 @@ def input_histograms(
 
     checkpoint: one that quantizes activations. tokens: int64 [rows, length].
     """
-    wanted = {(linear.block, linear.input) for linear in linears}
-    layout = format_of(checkpoint.manifest)
+    inputs = {name: input_name(unit) for unit in model.units for name in unit}
+    wanted = {(linear.block, inputs[linear.name]) for linear in linears}
+    layout = checkpoint.activations
     assert layout is not None
     hidden = model.embed()(tokens.to(model.device))
     for index in range(1 + max((block for block, _ in wanted), default=-1)):
         stored = checkpoint.read_block(index)
         block = stored_block(model, index, stored, layout)
-        quantizers = read_quantizers(block.layer, stored, block.prefix, layout)
+        quantizers = read_quantizers(block.layer, block.units, stored, block.prefix, layout)
         names = sorted(name for number, name in wanted if number == index)
         seen: dict[str, Tensor] = {}
         for name in names:
@@ -120,7 +117,6 @@ def input_histograms(
         hidden = block(hidden)
         for name in names:
             quantizer = quantizers[name]
-            assert isinstance(quantizer, ActQuantizer)
             yield InputHistogram(index, name, quantizer.tables.zero is None, list(_tables(seen[name].cpu(), quantizer)))
 
 

@@ -1,104 +1,15 @@
-"""Figures of runs: SVG for a report, in the colours of light and of dark pages."""
+"""Figures of what was measured, for a report."""
 
-import base64
-import io
 import math
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lbllm_cli.pipeline.drawing import DEPTH, LIGHT, MARKERS, Image, draw, legend, log_scale, whole_numbers
+from lbllm_cli.recipe.stages import BASE
 from lbllm_cli.report.distributions import InputHistogram, TableHistogram, WeightHistogram
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-# One column of a wide page, and not too small to read where a phone shrinks it to its own width.
-_WIDTH, _HEIGHT = 5.0, 3.1
-DEPTH = "decoder block"
-# Told apart without colour as well.
-MARKERS = {"base": "o", "ptq": "s", "distill": "^", "distill-e2e": "P", "act-calib": "D", "act-calib-e2e": "X", "export": "v"}
-
-
-@dataclass(frozen=True)
-class Palette:
-    """Colours of a page. stages: of each checkpoint, from Okabe and Ito's set, which the colour-blind can tell apart."""
-
-    ink: str
-    muted: str
-    grid: str
-    stages: dict[str, str]
-
-
-LIGHT = Palette(
-    ink="#1c1c1c", muted="#6a6a6a", grid="#dddddd",
-    stages={
-        "base": "#6a6a6a", "ptq": "#c05600", "distill": "#0072b2", "distill-e2e": "#2b3f8f", "act-calib": "#00805c",
-        "act-calib-e2e": "#5c6f00", "export": "#a8518a",
-    },
-)  # fmt: skip
-DARK = Palette(
-    ink="#e6e6e6", muted="#a0a0a0", grid="#3a3a3a",
-    stages={
-        "base": "#a0a0a0", "ptq": "#f0a150", "distill": "#62b8ee", "distill-e2e": "#97a9ff", "act-calib": "#33c79c",
-        "act-calib-e2e": "#c3d35a", "export": "#e39ac6",
-    },
-)  # fmt: skip
-_DARKENED = {getattr(LIGHT, name): getattr(DARK, name) for name in ("ink", "muted", "grid")}
-_DARKENED |= {LIGHT.stages[name]: DARK.stages[name] for name in LIGHT.stages}
-_SETTINGS: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "lbllm",
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "sans-serif"],
-    "font.size": 10,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "lines.linewidth": 1.5,
-    "lines.markersize": 4,
-    "text.color": LIGHT.ink,
-    "axes.labelcolor": LIGHT.ink,
-    "axes.edgecolor": LIGHT.muted,
-    "xtick.color": LIGHT.muted,
-    "ytick.color": LIGHT.muted,
-    "xtick.labelcolor": LIGHT.ink,
-    "ytick.labelcolor": LIGHT.ink,
-    "grid.color": LIGHT.grid,
-}
-
-
-@dataclass(frozen=True)
-class Image:
-    """A drawing as data URIs for light and dark pages. alt: what it shows, in words."""
-
-    alt: str
-    light: str
-    dark: str
-
-
-def draw(alt: str, paint: Callable[["Figure"], None], height: float = _HEIGHT) -> Image:
-    """Paints an image in the colours of LIGHT, and gives it those of DARK as well; equal drawings have equal bytes."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    target = io.StringIO()
-    with matplotlib.rc_context(_SETTINGS):
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-        paint(figure)
-        # Whatever changes from one run to the next is left out of the file.
-        figure.savefig(target, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    light = target.getvalue()
-    # Painting takes a third of a second, so not twice.
-    dark = re.sub("#[0-9a-f]{6}", lambda found: _DARKENED.get(found[0], found[0]), light)
-    return Image(alt, *(f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}" for svg in (light, dark)))
 
 
 def perplexity_ratios(ratios: dict[str, dict[str, float]]) -> Image:
@@ -108,7 +19,7 @@ def perplexity_ratios(ratios: dict[str, dict[str, float]]) -> Image:
 
     def paint(figure: "Figure") -> None:
         axes = figure.add_subplot()
-        axes.axvline(1, color=LIGHT.stages["base"], linewidth=1)
+        axes.axvline(1, color=LIGHT.stages[BASE], linewidth=1)
         for name, found in ratios.items():
             places = [texts.index(text) for text in found]
             axes.plot(list(found.values()), places, MARKERS[name], color=LIGHT.stages[name], label=name, markersize=7)
@@ -206,28 +117,3 @@ def _table_panel(axes: "Axes", table: TableHistogram, stage: str) -> None:
     axes.plot(*zip(*used, strict=True), MARKERS[stage], color=LIGHT.stages[stage], label="codes")
     axes.set_xlim(float(table.edges[0]), float(table.edges[-1]))
     log_scale(axes)
-
-
-def legend(figure: "Figure", columns: int) -> None:
-    """Of the first panel, above the drawing, where it hides nothing."""
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=columns)
-
-
-def whole_numbers(axes: "Axes") -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def log_scale(axes: "Axes") -> None:
-    """A logarithmic y axis with a few plain numbers, 0.05 and not 5 x 10^-2, however short it is. After everything is drawn."""
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
-
-    axes.set_yscale("log", nonpositive="mask")
-    low, high = axes.get_ylim()
-    decades = math.log10(high / low)
-    many, some = LogLocator(), LogLocator(subs=(1, 2, 5))
-    axes.yaxis.set_major_locator(many if decades > 2 else some if decades > 0.9 else MaxNLocator(5, steps=(1, 2, 5, 10)))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter("{x:,.10g}")

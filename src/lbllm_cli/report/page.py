@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from lbllm_cli.core.markdown import code, literal, one_line
-from lbllm_cli.report.figures import DARK, LIGHT, Image
+from lbllm_cli.pipeline.drawing import DARK, LIGHT, Image
 
 
 @dataclass(frozen=True)

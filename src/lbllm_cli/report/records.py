@@ -6,11 +6,11 @@ from typing import Any
 
 from lbllm_cli.core import files
 from lbllm_cli.core.errors import UsageError
-from lbllm_cli.evaluation.perplexity import BASE
 from lbllm_cli.evaluation.records import is_measured, read_details, read_results
-from lbllm_cli.export.writer import EXPORT, RECORD, content
-from lbllm_cli.pipeline.checkpoint import PROGRESS, Checkpoint, complete_stages, remake
-from lbllm_cli.pipeline.stage_record import STAGES, read_progress
+from lbllm_cli.export.writer import RECORD, content
+from lbllm_cli.pipeline.checkpoint import PROGRESS, Checkpoint, complete_stages
+from lbllm_cli.pipeline.stage_record import read_progress
+from lbllm_cli.recipe.stages import BASE, EXPORT, STAGES
 from lbllm_cli.training.log_records import read_records
 
 
@@ -94,7 +94,7 @@ def read_run(output: Path) -> Run:
     complete = complete_stages(output)
     partial = {stage: output / f"{stage}.partial" for stage in STAGES}
     done = {
-        stage: read_progress(folder / PROGRESS, f"run: {remake(stage)}").blocks_done
+        stage: read_progress(folder / PROGRESS, f"run: {STAGES[stage].remake}").blocks_done
         for stage, folder in partial.items()
         if (folder / PROGRESS).exists()
     }

@@ -4,13 +4,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from lbllm_cli.evaluation.perplexity import BASE, measure_sizes
+from lbllm_cli.core.console import GIB, clock
+from lbllm_cli.evaluation.sizes import measure_sizes
+from lbllm_cli.format.activations import format_of
 from lbllm_cli.models.model import SourceModel
-from lbllm_cli.pipeline.reporter import GIB, clock
+from lbllm_cli.recipe.stages import BASE, TABLE
 from lbllm_cli.report.distributions import Linear
 from lbllm_cli.report.page import Table
 from lbllm_cli.report.records import Run, StageRecord
-from lbllm_cli.runtime.quantizer import format_of
 
 _NONE = "–"
 # Of a task's values these are not scores.
@@ -138,4 +139,4 @@ def _gib(size: float | None) -> str:
 
 def linears_table(linears: list[Linear]) -> Table:
     """Linears by the error that ptq left in their outputs."""
-    return Table(["error of ptq"], [(linear.label, [f"{linear.error:.4f}"]) for linear in linears], "linear")
+    return Table([f"error of {TABLE[0]}"], [(linear.label, [f"{linear.error:.4f}"]) for linear in linears], "linear")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lbllm_cli.core.errors import RunError
-from lbllm_cli.models.model import UNITS
-from lbllm_cli.runtime.quantizer import INPUTS, KEYS, VALUES
+from lbllm_cli.format.activations import KEYS, VALUES, input_name
 from lbllm_cli.runtime.shared_input import SharedInput
+from lbllm_cli.runtime.units import Units
 
 # What transformers has called the cache that a forward takes: up to 5.23, and since.
 CACHE_ARGUMENTS = ("past_key_values", "cache")
@@ -151,22 +151,23 @@ def taken_proof(layer: nn.Module) -> Proof | None:
     return None
 
 
-def share_inputs(layer: nn.Module) -> list[Any]:
+def share_inputs(layer: nn.Module, units: Units) -> list[Any]:
     """Lets linears that read one input share what they work out of it. Returns handles that take it back."""
-    owners = {unit[0].rpartition(".")[0] for unit in UNITS if len(unit) > 1}
+    owners = {unit[0].rpartition(".")[0] for unit in units if len(unit) > 1}
     return [layer.get_submodule(name).register_forward_pre_hook(_Sharing(), with_kwargs=True) for name in sorted(owners)]
 
 
-def attach(layer: nn.Module, quantizers: dict[str, nn.Module]) -> list[Any]:
+def attach(layer: nn.Module, units: Units, quantizers: dict[str, nn.Module]) -> list[Any]:
     """Lets a decoder layer's linears read quantized inputs and its attention quantized keys and values.
 
-    layer: transformers' own. quantizers: by name in the block, all of INPUTS, KEYS and VALUES. Keys and values of a pass
-    with a cache are the cache's business (`kv_cache`). Returns handles that take everything back. A pass that leaves out one of
-    them raises RunError, and a layer whose attention takes no cache by a known name is refused here.
+    layer: transformers' own. units: of its linears. quantizers: by name in the block, of each unit's input, KEYS and VALUES. Keys
+    and values of a pass with a cache are the cache's business (`kv_cache`). Returns handles that take everything back. A pass
+    that leaves out one of them raises RunError, and a layer whose attention takes no cache by a known name is refused here.
     """
-    handles: list[Any] = share_inputs(layer)
-    for unit, name in zip(UNITS, INPUTS, strict=True):
-        handles += [layer.get_submodule(linear).register_forward_pre_hook(_Quantizing(quantizers[name])) for linear in unit]
+    handles: list[Any] = share_inputs(layer, units)
+    for unit in units:
+        before = _Quantizing(quantizers[input_name(unit)])
+        handles += [layer.get_submodule(linear).register_forward_pre_hook(before) for linear in unit]
     attention = layer.get_submodule("self_attn")
     without_cache = _WithoutCache(attention, Passing(quantizers[KEYS], quantizers[VALUES]))
     handles.append(attention.register_forward_pre_hook(without_cache, with_kwargs=True))

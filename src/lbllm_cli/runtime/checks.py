@@ -6,48 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from lbllm_cli.core.errors import LbllmError, UsageError, reason
-from lbllm_cli.export.writer import FORMAT_VERSION
-from lbllm_cli.format.activations import LATTICE_MAX
-from lbllm_cli.models.config import mismatch
-from lbllm_cli.models.folder import TensorEntry, finite, read_header
-from lbllm_cli.models.model import LINEARS
-from lbllm_cli.pipeline.stage_record import Activations, describe
+from lbllm_cli.core.tensor_files import TensorEntry, finite, mismatch, read_header
+from lbllm_cli.format.activations import CLIP_RANGE, CLIP_UNIT, LATTICE_MAX
 from lbllm_cli.runtime.linear import PackedLinear
-from lbllm_cli.runtime.quantizer import CLIP_UNIT, ActQuantizer
-from lbllm_cli.training.quantizers import CLIP_RANGE
+from lbllm_cli.runtime.quantizer import ActQuantizer
 
 _DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16", torch.int32: "I32"}
 
 
-def check_settings(values: dict[str, Any]) -> None:
-    """Raises ValueError naming the first value of a packed model's `quantization_config` that this lbllm cannot read."""
-
-    def check(key: str, good: bool, expected: str, got: Any) -> None:
-        if not good:
-            raise ValueError(f"quantization_config.{key}: expected {expected}, got {str(got)[:80]}; export it again")
-
-    version, size, linears = values.get("format_version"), values.get("group_size"), values.get("linears")
-    check("format_version", type(version) is int and version > 0, f"1 to {FORMAT_VERSION}", version)
-    if version is not None and version > FORMAT_VERSION:
-        raise ValueError(f"packed format_version {version}, this lbllm reads {FORMAT_VERSION}; update lbllm-cli")
-    good = type(size) is int and 16 <= size <= 4096 and size % 16 == 0
-    check("group_size", good, "a multiple of 16 up to 4096", size)
-    same = isinstance(linears, list) and sorted(map(str, linears)) == sorted(LINEARS)
-    check("linears", same, f"the linears of a block, {', '.join(LINEARS)}", linears)
-    layout = values.get("activations")
-    if layout is None:
-        return
-    check("activations", isinstance(layout, dict), "a mapping", layout)
-    check("format_version", version == FORMAT_VERSION, f"{FORMAT_VERSION} where there are activations", version)
-    try:
-        Activations.model_validate(layout)
-    except ValidationError as error:
-        raise ValueError(f"quantization_config.activations.{describe(error)}; export it again") from None
-    check("activations.group_size", layout["group_size"] == size, f"that of the weights, {size}", layout["group_size"])
+def check_linears(layer: nn.Module, linears: list[str]) -> None:
+    """Raises ValueError where `linears` names any that a decoder layer has not, or does not name all."""
+    own = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+    if sorted(linears) != sorted(own):
+        expected = f"the linears of a block, {', '.join(own)}"
+        raise ValueError(f"quantization_config.linears: expected {expected}, got {str(linears)[:80]}; export it again")
 
 
 def _packed(model: nn.Module) -> Iterator[tuple[str, Any]]:

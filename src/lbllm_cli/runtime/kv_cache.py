@@ -1,55 +1,34 @@
-"""A transformers cache that holds keys and values as codes: a record of bytes per token and head, nothing in full precision.
+"""A transformers cache that holds keys and values as codes, in the records of `format.kv_record`.
 
-Record of one token and head: for each group its codes, densely packed, the bfloat16 step (2 bytes), and one byte, the table it
-took (knee) or its zero (uniform). Everything that transformers does to a cache (growing, sliding, cropping, reordering for beams,
+Everything that transformers does to a cache (growing, sliding, cropping, reordering for beams,
 repeating for batches) it does to records, with its own code.
 """
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from lbllm_cli.format.activations import Codes, dequantize, join_groups, pack_bits, quantize, split_groups, unpack_bits
+from lbllm_cli.format import kv_record
 from lbllm_cli.runtime.attachments import Arguments, meet
-from lbllm_cli.runtime.quantizer import KV_STEP, ActQuantizer
-
-_MARK = KV_STEP.itemsize + 1
+from lbllm_cli.runtime.backend import backend_of
+from lbllm_cli.runtime.quantizer import ActQuantizer
 
 
 def write_record(x: Tensor, quantizer: ActQuantizer) -> Tensor:
-    """Quantizes keys or values [rows, heads, tokens, head_dim] to uint8 [rows, heads, tokens, groups * record_bytes]."""
-    tables = quantizer.tables
-    codes = quantize(split_groups(x, quantizer.size), tables, quantizer.step_dtype)
-    filled = torch.nn.functional.pad(codes.codes, (0, _packed_codes(quantizer) - quantizer.size))
-    step = codes.step.to(KV_STEP).unsqueeze(-1).view(torch.uint8)
-    mark = (codes.zero if tables.zero is None else codes.table.to(torch.uint8)).unsqueeze(-1)
-    return torch.cat([pack_bits(filled, quantizer.bits), step, mark], dim=-1).flatten(-2)
+    """Records of keys or values by a quantizer; see `format.kv_record`."""
+    return kv_record.write_record(x, quantizer.tables, quantizer.size, backend_of(x.device).piece)
 
 
 def read_record(records: Tensor, quantizer: ActQuantizer, width: int) -> Tensor:
-    """Inverse of `write_record`, to the values that the codes stand for: float32 [rows, heads, tokens, width]."""
-    tables = quantizer.tables
-    groups = records.unflatten(-1, (-1, record_bytes(quantizer)))
-    codes = unpack_bits(groups[..., :-_MARK], quantizer.bits)[..., : quantizer.size]
-    step = groups[..., -_MARK:-1].contiguous().view(KV_STEP).squeeze(-1).float()
-    mark = groups[..., -1]
-    table = torch.zeros_like(mark, dtype=torch.int64) if tables.zero is None else mark.long()
-    zero = mark if tables.zero is None else tables.zero[table]
-    return join_groups(dequantize(Codes(codes, step, zero, table), tables.levels), width)
-
-
-def _packed_codes(quantizer: ActQuantizer) -> int:
-    """Codes of a group with those that fill its last byte: 20 in 4 bits -> 20, 20 in 3 bits -> 24."""
-    whole = 8 // math.gcd(quantizer.bits, 8)
-    return -(-quantizer.size // whole) * whole
+    """Keys or values of records; see `format.kv_record`."""
+    return kv_record.read_record(records, quantizer.tables, quantizer.size, width)
 
 
 def record_bytes(quantizer: ActQuantizer) -> int:
-    """Bytes of one group: 64 values in 4 bits -> 32 + 3."""
-    return _packed_codes(quantizer) * quantizer.bits // 8 + _MARK
+    """Bytes of one group."""
+    return kv_record.record_bytes(quantizer.tables, quantizer.size)
 
 
 class _Records:
@@ -154,41 +133,52 @@ def _alike(a: ActQuantizer, b: ActQuantizer) -> bool:
     return a.size == b.size and all(torch.equal(mine, its) for mine, its in zip(a.buffers(), b.buffers(), strict=True))
 
 
+def _record_layers(model: Any) -> list[Any]:
+    """Layers of a cache for a model whose attention layers have quantizers for keys and values."""
+    attention = [layer.self_attn for layer in model.get_decoder().layers]
+    layers: list[Any] = []
+    for module, plain in zip(attention, DynamicCache(config=model.config).layers, strict=True):
+        by = (module.key_cache, module.value_cache)
+        sliding = isinstance(plain, DynamicSlidingWindowLayer)
+        layers.append(SlidingRecordLayer(*by, plain.sliding_window) if sliding else RecordLayer(*by))
+    return layers
+
+
+def _keeps_records(cache: Any) -> bool:
+    """Whether a cache has layers that keep records: a QuantizedKVCache, or a caller's own that was given such layers."""
+    layers = getattr(cache, "layers", None) or []
+    return bool(layers) and isinstance(layers[-1], _Records)
+
+
+def _read_by(layers: list[Any], model: Any) -> None:
+    """Lets records be written and read by the quantizers of `model`: a copied cache has copies of them.
+
+    Raises ValueError where the cache belongs to a model with other tables, or with another number of blocks.
+    """
+    decoder = model.get_decoder().layers
+    # They are bound in order, and this is asked in every pass.
+    own, last = decoder[-1].self_attn, layers[-1]
+    if last.keys_by is own.key_cache and last.values_by is own.value_cache and len(decoder) == len(layers):
+        return
+    if len(decoder) != len(layers):
+        raise ValueError(f"the cache has {len(layers)} layers, the model {len(decoder)}; begin with a new cache")
+    for index, (layer, module) in enumerate(zip(layers, (block.self_attn for block in decoder), strict=True)):
+        for name, own in (("keys_by", module.key_cache), ("values_by", module.value_cache)):
+            before = getattr(layer, name)
+            if before is own:
+                continue
+            if layer.get_seq_length() and not _alike(before, own):
+                raise ValueError(f"block {index}: other quantizers than this model's wrote the cache; begin with a new one")
+            setattr(layer, name, own)
+
+
 class QuantizedKVCache(Cache):  # type: ignore[misc]
     """Cache of a model whose attention layers have quantizers for keys and values: `past_key_values=QuantizedKVCache(model)`,
     from transformers 5.24 on `cache=`. With quantizers switched off it keeps keys and values in full precision.
     """
 
     def __init__(self, model: Any):
-        attention = [layer.self_attn for layer in model.get_decoder().layers]
-        layers: list[Any] = []
-        for module, plain in zip(attention, DynamicCache(config=model.config).layers, strict=True):
-            by = (module.key_cache, module.value_cache)
-            sliding = isinstance(plain, DynamicSlidingWindowLayer)
-            layers.append(SlidingRecordLayer(*by, plain.sliding_window) if sliding else RecordLayer(*by))
-        super().__init__(layers=layers)
-
-    def read_by(self, model: Any) -> None:
-        """Lets records be written and read by the quantizers of `model`: a copied cache has copies of them.
-
-        Raises ValueError where the cache belongs to a model with other tables, or with another number of blocks.
-        """
-        layers, last = model.get_decoder().layers, self.layers[-1]
-        # They are bound in order, and this is asked in every pass.
-        own = layers[-1].self_attn
-        if last.keys_by is own.key_cache and last.values_by is own.value_cache and len(layers) == len(self.layers):
-            return
-        attention = [layer.self_attn for layer in layers]
-        if len(attention) != len(self.layers):
-            raise ValueError(f"the cache has {len(self.layers)} layers, the model {len(attention)}; begin with a new cache")
-        for index, (layer, module) in enumerate(zip(self.layers, attention, strict=True)):
-            for name, own in (("keys_by", module.key_cache), ("values_by", module.value_cache)):
-                before = getattr(layer, name)
-                if before is own:
-                    continue
-                if layer.get_seq_length() and not _alike(before, own):
-                    raise ValueError(f"block {index}: other quantizers than this model's wrote the cache; begin with a new one")
-                setattr(layer, name, own)
+        super().__init__(layers=_record_layers(model))
 
     @property
     def nbytes(self) -> int:
@@ -214,9 +204,10 @@ class _Exchange:
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         model, cache, wanted = self.model, self.arguments.cache(args, kwargs), kwargs.get("use_cache")
         wanted = model.config.use_cache if wanted is None else wanted
-        if isinstance(cache, QuantizedKVCache):
-            cache.read_by(model)
-        if isinstance(cache, QuantizedKVCache) or (cache is None and not wanted):
+        if _keeps_records(cache):
+            _read_by(cache.layers, model)
+            return args, kwargs
+        if cache is None and not wanted:
             return args, kwargs
         first = model.get_decoder().layers[0].self_attn
         if not first.key_cache.enabled:
@@ -226,9 +217,8 @@ class _Exchange:
                 f"this model keeps keys and values in {first.key_cache.bits} bits: expected no cache, an empty DynamicCache or a "
                 f"QuantizedKVCache, got {type(cache).__name__}; leave {self.arguments.name} and cache_implementation out"
             )
-        own = QuantizedKVCache(model)
         if cache is None:
-            return self.arguments.with_cache(own, args, kwargs)
-        # The caller's own object: it would go on with it, and find it empty at every pass.
-        cache.__class__, cache.__dict__ = QuantizedKVCache, own.__dict__
+            return self.arguments.with_cache(QuantizedKVCache(model), args, kwargs)
+        # The caller's own object gets the layers: it would go on with it, and find it empty at every pass.
+        cache.layers[:] = _record_layers(model)
         return args, kwargs

@@ -1,15 +1,26 @@
 """The packed linear: thin, all arithmetic is in ops and in the kernels."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lbllm_cli.format.weights import LEVELS, decode, group_count
+from lbllm_cli.format.weights import LEVELS, PARTS, PackedWeight, group_count
 
-CANONICAL = ("weight", "levels", "scale")
+
+class Holder(Protocol):
+    """Who keeps the weights of some linears in a form of his own, and computes with them."""
+
+    def packed(self, slot: int) -> PackedWeight:
+        """The weights of one of them, bit for bit."""
+
+    def output(self, slot: int, x: Tensor) -> Tensor:
+        """Output of one of them: [..., in] -> [..., out]."""
+
+    def runs_on(self, device: torch.device) -> bool:
+        """Whether the form is one for a device."""
 
 
 class PackedLinear(nn.Module):
@@ -17,13 +28,13 @@ class PackedLinear(nn.Module):
 
     weight: uint8 [out, groups, group_size / 4]. levels: int8 [out, groups, 4]. scale: float16 [out, groups].
     bias: [out] in the model's dtype, iff the source has one. Input [..., in] -> output [..., out], in the input's dtype.
-    unit: the `kernels.unit.Unit` that holds the weights in their place, repacked for the compiled kernels, or None.
+    unit: who holds the weights in their place, repacked for a backend's kernels, or None.
     """
 
     weight: Tensor
     levels: Tensor
     scale: Tensor
-    unit: Any
+    unit: Holder | None
 
     def __init__(self, in_features: int, out_features: int, group_size: int, bias: bool):
         super().__init__()
@@ -38,29 +49,32 @@ class PackedLinear(nn.Module):
         self.unit = None
         self.slot = 0
 
-    def repacked(self, unit: Any, slot: int) -> None:
+    def repacked(self, unit: Holder, slot: int) -> None:
         """Leaves the weights to `unit`, which has them at `slot`."""
         self.unit, self.slot = unit, slot
-        for part in CANONICAL:
+        for part in PARTS:
             setattr(self, part, None)
 
-    def canonical(self) -> tuple[Tensor, Tensor, Tensor]:
-        """weight, levels and scale, wherever they are."""
-        return (self.weight, self.levels, self.scale) if self.unit is None else self.unit.canonical(self.slot)
+    def packed(self) -> PackedWeight:
+        """The weights, wherever they are."""
+        if self.unit is not None:
+            return self.unit.packed(self.slot)
+        return PackedWeight(self.weight, self.levels, self.scale, self.in_features)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination |= {prefix + part: tensor for part, tensor in zip(CANONICAL, self.canonical(), strict=True)}
+        destination |= self.packed().to_tensors(prefix.removesuffix("."))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Moves the scale but never casts it: `model.bfloat16()` would round every weight a second time.
 
-        On another device than the CPU weights are codes again.
+        On a device that its holder does not run on weights are codes again.
         """
         if self.unit is not None:
-            if fn(torch.empty(0, dtype=torch.uint8)).device.type == "cpu":
+            if self.unit.runs_on(fn(torch.empty(0, dtype=torch.uint8)).device):
                 return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            self.weight, self.levels, self.scale = self.canonical()
+            packed = self.packed()
+            self.weight, self.levels, self.scale = packed.codes, packed.levels, packed.scale
             self.unit = None
         scale = self.scale
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -70,12 +84,11 @@ class PackedLinear(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """The decoded weight, float32 [out, in]."""
-        return decode(*self.canonical(), self.in_features)
+        return self.packed().values()
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self.unit is not None:
-            output: Tensor = self.unit.output(self.slot, inputs)
-            return output
+            return self.unit.output(self.slot, inputs)
         return linear(inputs, self.dense_weight().to(inputs.dtype), self.bias)
 
     def extra_repr(self) -> str:

@@ -10,34 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lbllm_cli.format.activations import Tables, extremes, reciprocal
-from lbllm_cli.runtime.cpu.quantizer import Quantized, native_gradients, quantized
-
-
-def gradients(
-    x: Tensor, tables: Tables, found: Quantized, gradient: Tensor, inputs: bool, sums: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """What the surrogate of FakeQuantize passes on of a gradient of its values, float32 [..., size].
-
-    found: of x. inputs: whether the first result is wanted, the gradient of x where it lies within half a step of the table,
-    else 0: float32 [..., size]. sums: the second, sums over each group, float32 [..., 3]: of gradient * (value - x) over those
-    inside, of gradient * value over those above the table, and below it. (4, 9, 64) -> (4, 9, 64), (4, 9, 3).
-    """
-    x = x.float()
-    lattice_top = tables.levels[:, -1].float()[found.table]
-    place = x * reciprocal(found.step).unsqueeze(-1) + found.zero.float().unsqueeze(-1)
-    # Half a step beyond the outermost level still rounds to it.
-    over, under = place > lattice_top.unsqueeze(-1) + 0.5, place < -0.5
-    inside = ~(over | under)
-    parts = None
-    if sums:
-        terms = gradient * (found.values - x) * inside, gradient * found.values * over, gradient * found.values * under
-        parts = torch.stack([term.sum(-1) for term in terms], -1)
-    return gradient * inside if inputs else None, parts
+from lbllm_cli.format.activations import Quantized, Tables, extremes
+from lbllm_cli.runtime.backend import backend_of
 
 
 class FakeQuantize(Function):
-    """Values of the deployed form: x float [..., size] -> float32 [..., size], bit for bit `quantized(x).values`.
+    """Values of the deployed form: x float [..., size] -> float32 [..., size], bit for bit the values of its backend.
 
     clip: float32 [tables, 2], what gets the gradient. tables: the quantizer, with these factors as they are stored.
     Surrogate, for values within half a step of the table: x + (r / r0 - 1) * (x_hat - x0), for those outside: x_hat * r / r0,
@@ -48,7 +26,7 @@ class FakeQuantize(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, clip: Tensor, tables: Tables, step_dtype: torch.dtype) -> Tensor:
-        found = quantized(x, tables, step_dtype)
+        found = backend_of(x.device).quantized(x, tables, step_dtype)
         ctx.tables = tables
         ctx.save_for_backward(x, *found)
         return found.values
@@ -57,9 +35,8 @@ class FakeQuantize(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, *saved = ctx.saved_tensors
         tables: Tables = ctx.tables
-        wanted = x, tables, Quantized(*saved), grads[0], *ctx.needs_input_grad[:2]
-        native = native_gradients(*wanted)
-        passed, sums = gradients(*wanted) if native is None else native
+        wanted: tuple[bool, bool] = ctx.needs_input_grad[:2]
+        passed, sums = backend_of(x.device).gradients(x, tables, Quantized(*saved), grads[0], wanted)
         grad_clip = None
         if sums is not None:
             fold = _uniform_clip_gradient if tables.zero is None else _knee_clip_gradient

@@ -1,14 +1,14 @@
 """The linears of a block in training: their masters, the weights these stand for, and the gradients on the way back."""
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lbllm_cli.models.model import LINEARS, Block
-from lbllm_cli.runtime.quantizer import TENSORS
-from lbllm_cli.training.weights import LEVELS, WEIGHTS, Fixed, Packed, Trainable
+from lbllm_cli.models.block import Block
+from lbllm_cli.models.stored import whole_tensors
+from lbllm_cli.training.interfaces import ParameterGroup
+from lbllm_cli.training.weights import LEVELS, WEIGHTS, Fixed, Trainable
 
 
 class BlockLinears:
@@ -28,10 +28,10 @@ class BlockLinears:
         self.linears = linears
         self.trained = trained
         self._current: dict[str, Tensor] = {}
-        for name in LINEARS:
+        for name in linears:
             self.block.linear(name).weight = nn.Parameter(torch.empty_like(teacher.linear(name).weight))
 
-    def groups(self, rates: dict[str, float]) -> list[dict[str, Any]]:
+    def groups(self, rates: dict[str, float]) -> list[ParameterGroup]:
         """See `linear_groups`; rates: of all kinds."""
         return linear_groups(self.linears.values(), {kind: rates[kind] for kind in self.trained if kind in rates})
 
@@ -61,33 +61,16 @@ class BlockLinears:
         """The packed tensors of the block, under their full names."""
         tensors = dict(self.kept)
         for name, linear in self.linears.items():
-            tensors |= named(self.block.prefix + name, linear.packed())
+            tensors |= linear.packed().to_tensors(self.block.prefix + name)
         return tensors
 
 
-def linear_groups(linears: Iterable[Trainable], rates: dict[str, float]) -> list[dict[str, Any]]:
+def linear_groups(linears: Iterable[Trainable], rates: dict[str, float]) -> list[ParameterGroup]:
     """AdamW groups, one per linear and kind that has a rate: of weights and levels relative to the RMS of the weights."""
     groups = []
     for linear in linears:
         for kind, parameters in linear.kinds().items():
             if kind in rates:
                 unit = linear.rms if kind in (WEIGHTS, LEVELS) else 1.0
-                groups.append({"params": parameters, "kind": kind, "top": rates[kind] * unit, "unit": unit})
+                groups.append(ParameterGroup(parameters, kind, rates[kind] * unit, unit))
     return groups
-
-
-def whole_tensors(stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of a block's stored tensors, those that are neither a part of a packed linear nor of a quantizer."""
-    names = [(name, *name.rpartition(".")[::2]) for name in stored]
-    return {name: stored[name] for name, owner, last in names if last not in TENSORS and f"{owner}.scale" not in stored}
-
-
-def named(prefix: str, packed: Packed) -> dict[str, Tensor]:
-    """Full names of a linear's packed tensors."""
-    return dict(zip((f"{prefix}.weight", f"{prefix}.levels", f"{prefix}.scale"), packed, strict=True))
-
-
-def packed_of(start: dict[str, Tensor], prefix: str, device: torch.device) -> Packed:
-    """A linear's packed tensors out of those of its block, by its full name."""
-    weight, levels, scale = (start[f"{prefix}.{part}"].to(device) for part in ("weight", "levels", "scale"))
-    return weight, levels, scale

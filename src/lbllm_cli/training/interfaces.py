@@ -1,17 +1,29 @@
-"""What training asks of others: the student, who is told how it goes, where unfinished work is kept."""
+"""What the training loop asks of what is trained, and of what it is trained towards."""
 
-from typing import Any, NoReturn, Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from lbllm_cli.models.model import Block
+from lbllm_cli.models.block import Block
+from lbllm_cli.training.progress import Progress
+
+
+class ParameterGroup(NamedTuple):
+    """Parameters that share a rate. top: their learning rate at the top of the schedule. unit: their scale."""
+
+    params: list[nn.Parameter]
+    kind: str
+    top: float
+    unit: float
 
 
 class Trained(Protocol):
     """What is trained."""
 
-    def groups(self) -> list[dict[str, Any]]:
-        """AdamW groups: `params`, their `kind`, `top`, the learning rate at the top of the schedule, and `unit`, their scale."""
+    def groups(self) -> list["ParameterGroup"]:
+        """What AdamW moves."""
 
     def begin(self, progress: float) -> None:
         """Before a step, and before it is measured: it runs with the present parameters. progress: share of the steps done."""
@@ -41,27 +53,37 @@ class Student(Trained, Protocol):
     block: Block
 
 
-class Monitor(Protocol):
-    """Who is told how training goes."""
+@dataclass(frozen=True)
+class Step:
+    """What an optimizer step came to. number: of all steps of a training, from 1. steps: all. tokens: seen so far."""
 
-    def tick(self, text: str) -> None:
-        """Where training is."""
+    loss: float
+    seconds: float
+    number: int
+    steps: int
+    tokens: int
 
-    def memory(self) -> dict[str, int | None]:
-        """Peak memory so far, for the record of an epoch."""
 
+class Objective(Protocol):
+    """What a student is trained towards. errors: names of the held-out errors that `held_out` finds."""
 
-class StateKeeper(Protocol):
-    """Where an unfinished block's training is kept."""
+    errors: ClassVar[tuple[str, ...]]
 
-    def save(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Replaces what was kept."""
+    @property
+    def student(self) -> Trained:
+        """What is trained."""
 
-    def load(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What was kept of block `index`, if anything."""
+    def feed(self, pieces: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+        """What a micro-batch needs, on the device. pieces: row numbers int64 [n]; the first tensor has n rows too."""
 
-    def refuse(self, reason: str) -> NoReturn:
-        """Raises UsageError: what was kept is not what can be gone on from."""
+    def loss(self, piece: tuple[Tensor, ...], start: dict[str, float]) -> Tensor:
+        """Differentiable mean over a micro-batch's tokens. start: held-out errors of the student as it began."""
 
-    def due(self) -> bool:
-        """Whether enough time has passed since the last save."""
+    def held_out(self, rows: list[int], progress: Progress) -> dict[str, float]:
+        """Errors of the present student on some rows. progress: whose `start` is empty where it is just beginning."""
+
+    def score(self, held: dict[str, float], start: dict[str, float]) -> tuple[float, bool]:
+        """Held-out loss, 1 for the start's, out of such errors; whether they allow the student to be the best."""
+
+    def stepped(self, step: Step, progress: Progress) -> None:
+        """After every step."""

@@ -9,11 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lbllm_cli.models.model import LINEARS
-
 Kind = Literal["block", "step", "phase"]
 _Seconds = Annotated[float, Field(ge=0, le=1e12)]
 _Bytes = Annotated[float, Field(ge=0, le=1e18)]
+_Name = Annotated[str, Field(pattern=r"^\w+(\.\w+){0,7}$", max_length=100)]
 _Count = Annotated[int, Field(ge=0, le=10**9)]
 
 
@@ -54,15 +53,13 @@ class _BlockLine(_Line):
     before: _BlockErrors | None = None
     after: _BlockErrors | None = None
     epochs: list[_Epoch] | None = None
-    linears: dict[str, _Linear] = {}
+    linears: dict[_Name, _Linear] = {}
 
     @model_validator(mode="after")
     def _whole(self) -> "_BlockLine":
         trained = (self.before, self.after, self.epochs)
         if None in trained and trained != (None, None, None):
             raise ValueError("before, after and epochs belong together")
-        if not self.linears.keys() <= set(LINEARS):
-            raise ValueError("linears: unknown names")
         return self
 
 

@@ -6,18 +6,18 @@ scored on held-out sequences; the best state wins, and the start is one of the c
 
 import math
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lbllm_cli.core import interrupt
 from lbllm_cli.core.errors import Interrupted, RunError
-from lbllm_cli.core.splits import held_out_rows
-from lbllm_cli.training.interfaces import Monitor, StateKeeper, Trained
+from lbllm_cli.core.splits import data_seed, held_out_rows
+from lbllm_cli.pipeline.interfaces import Monitor, StateKeeper
+from lbllm_cli.training.interfaces import Objective, Step
 from lbllm_cli.training.progress import Progress, check_kept, kept_progress
 
 if TYPE_CHECKING:
@@ -40,59 +40,43 @@ def rate_factor(step: int, steps: int, warmup: float) -> float:
     return _LAST_RATE + (1 - _LAST_RATE) * (1 + math.cos(math.pi * share)) / 2
 
 
-class TrainingLoop(ABC):
-    """Steps, schedule, selection of the best epoch, resume; what is trained towards what is a subclass's.
+@dataclass(frozen=True)
+class Job:
+    """What a training is of.
 
-    student: what is trained. settings: of the recipe's `section`. rows: sequences. length: tokens in one. index: a number that
-    the seed of the data order and the kept state carry. where: the index in words. keeper: unfinished training. monitor: told
-    how it goes. errors: names of the held-out errors that `measure_start` finds.
+    index: a number that the seed of the data order and the kept state carry. where: the index in words. section: of the recipe,
+    for messages. shape: sequences, and tokens in one.
     """
 
-    errors: ClassVar[tuple[str, ...]]
+    index: int
+    where: str
+    section: str
+    shape: tuple[int, int]
+    seed: int
+    device: torch.device
 
-    def __init__(
-        self,
-        student: Trained,
-        settings: "Schedule",
-        section: str,
-        rows: int,
-        length: int,
-        index: int,
-        where: str,
-        seed: int,
-        keeper: StateKeeper,
-        monitor: Monitor,
-        device: torch.device,
-    ):
-        self.trained = student
-        self.settings, self.section, self.keeper, self.monitor = settings, section, keeper, monitor
-        self.where, self.device, self.length = where, device, length
-        self.seed = ((seed << 20) + index) % (1 << 50)
+
+class TrainingLoop:
+    """Steps, schedule, selection of the best epoch, resume.
+
+    objective: what is trained, and towards what. settings: of the recipe. keeper: unfinished training. monitor: told how it goes.
+    """
+
+    def __init__(self, objective: Objective, settings: "Schedule", job: Job, keeper: StateKeeper, monitor: Monitor):
+        self.objective, self.trained = objective, objective.student
+        self.settings, self.job, self.keeper, self.monitor = settings, job, keeper, monitor
+        rows = job.shape[0]
+        self.seed = data_seed(job.seed, job.index)
         held = held_out_rows(rows, settings.held_out)
         # Spread over the data, which may be ordered by source.
         self.held = [round((i + 0.5) * rows / held - 0.5) for i in range(held)]
         self.rows = sorted(set(range(rows)) - set(self.held))
         self.steps = -(-len(self.rows) // settings.batch_size)
-        self.groups = student.groups()
-        self.optimizer = torch.optim.AdamW(self.groups, weight_decay=0.0, betas=(0.9, 0.95), fused=True)
-        self.progress = Progress(index)
+        self.groups = self.trained.groups()
+        options = [{"params": group.params, "lr": group.top} for group in self.groups]
+        self.optimizer = torch.optim.AdamW(options, weight_decay=0.0, betas=(0.9, 0.95), fused=True)
+        self.progress = Progress(job.index)
         self.best: dict[str, Tensor] | None = None
-
-    @abstractmethod
-    def feed(self, pieces: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-        """What a micro-batch needs, on the device. pieces: row numbers int64 [n]; the first tensor has n rows too."""
-
-    @abstractmethod
-    def loss(self, piece: tuple[Tensor, ...]) -> Tensor:
-        """Differentiable mean over a micro-batch's tokens."""
-
-    @abstractmethod
-    def measure_start(self) -> None:
-        """Puts held-out errors of the student as it begins into `progress.start`."""
-
-    @abstractmethod
-    def measure(self) -> tuple[float, dict[str, float], bool]:
-        """Held-out loss of the present student, 1 for the start's; the errors behind it; whether they allow it to be the best."""
 
     def run(self) -> dict[str, Tensor] | None:
         """The best epoch's tensors, or None when no epoch was better than the start; `progress` tells how it went."""
@@ -100,10 +84,15 @@ class TrainingLoop(ABC):
         if not self.progress.start:
             self.measure_start()
         if not math.isfinite(self.progress.start["error"]):
-            raise RunError(f"{self.where}: the outputs of its start are not finite; set model.dtype: float32")
+            raise RunError(f"{self.job.where}: the outputs of its start are not finite; set model.dtype: float32")
         while self.progress.epoch < self.settings.epochs:
             self._epoch()
         return self.best
+
+    def measure_start(self) -> None:
+        """Held-out errors of the student as it begins, which later ones are relative to."""
+        self.trained.begin(0.0)
+        self.progress.start = self.objective.held_out(self.held, self.progress)
 
     def facts(self) -> dict[str, Any]:
         """How it went: errors at the start and of the best epoch, which one that was, and one record per epoch."""
@@ -127,12 +116,12 @@ class TrainingLoop(ABC):
         began = time.monotonic()
         batches = self._batches()[progress.step :]
         pieces = [micro for batch in batches for micro in batch.split(self.settings.micro_batch_size)]
-        feed = self.feed(pieces)
+        feed = self.objective.feed(pieces)
         for batch in batches:
             self._pause()
             began = self._count(began)
             self.monitor.tick(f"epoch {progress.epoch + 1}/{self.settings.epochs}, step {progress.step + 1}/{self.steps}")
-            self._step(batch, feed)
+            self.step(batch, feed)
             progress.step += 1
         self._count(began)
         self._score()
@@ -155,18 +144,27 @@ class TrainingLoop(ABC):
         if self.keeper.due():
             self.save()
 
-    def _step(self, batch: Tensor, feed: Iterator[tuple[Tensor, ...]]) -> float:
-        """One optimizer step over the rows of `batch`; returns its loss."""
+    def step(self, batch: Tensor, feed: Iterator[tuple[Tensor, ...]]) -> float:
+        """One optimizer step over the rows of `batch`; returns its loss. feed: what the objective has for its micro-batches."""
+        began = time.monotonic()
         self.trained.begin(self._done())
-        loss = torch.zeros((), device=self.device)
+        loss = torch.zeros((), device=self.job.device)
         for _ in batch.split(self.settings.micro_batch_size):
             piece = next(feed)
-            part = self.loss(piece) * (piece[0].shape[0] / len(batch))
+            part = self.objective.loss(piece, self.progress.start) * (piece[0].shape[0] / len(batch))
             part.backward()
             loss += part.detach()
         self.trained.backward()
-        self._update(float(loss))
-        return float(loss)
+        found = float(loss)
+        self._update(found)
+        self.objective.stepped(self._taken(found, time.monotonic() - began), self.progress)
+        return found
+
+    def _taken(self, loss: float, seconds: float) -> Step:
+        progress = self.progress
+        rows = progress.epoch * len(self.rows) + min((progress.step + 1) * self.settings.batch_size, len(self.rows))
+        number, steps = progress.epoch * self.steps + progress.step + 1, self.settings.epochs * self.steps
+        return Step(loss, seconds, number, steps, rows * self.job.shape[1])
 
     def _done(self) -> float:
         """Share of all steps that are done."""
@@ -175,14 +173,14 @@ class TrainingLoop(ABC):
     def _update(self, loss: float) -> None:
         """The one place where gradients become a step: they are complete here, and nothing is between here and the masters."""
         progress = self.progress
-        gradients = [(group["unit"], p.grad) for group in self.groups for p in group["params"] if p.grad is not None]
+        gradients = [(group.unit, p.grad) for group in self.groups for p in group.params if p.grad is not None]
         norms = torch.stack([grad.norm() * unit for unit, grad in gradients])
         norm = float(norms.norm())
         if math.isfinite(loss) and math.isfinite(norm):
             done, whole = progress.epoch * self.steps + progress.step, self.settings.epochs * self.steps
             factor = rate_factor(done, whole, self.settings.warmup)
-            for group in self.groups:
-                group["lr"] = group["top"] * factor
+            for own, group in zip(self.optimizer.param_groups, self.groups, strict=True):
+                own["lr"] = group.top * factor
             limit = self.settings.clip * progress.usual_norm if progress.usual_norm else math.inf
             if norm > limit:
                 for _, grad in gradients:
@@ -204,31 +202,35 @@ class TrainingLoop(ABC):
 
     def _check_skipped(self, loss: float, norm: float) -> None:
         progress = self.progress
-        where = f"{self.where}, epoch {progress.epoch + 1}, step {progress.step + 1}"
+        where, section = f"{self.job.where}, epoch {progress.epoch + 1}, step {progress.step + 1}", self.job.section
         if progress.skipped > self.settings.max_skipped:
             raise RunError(
                 f"{where}: loss {loss:.3g}, gradient norm {norm:.3g}; {progress.skipped} steps were not finite, "
-                f"{self.section}.max_skipped allows {self.settings.max_skipped}; lower {self.section}.lr_levels and the rates "
-                "beside it, or set model.dtype: float32"
+                f"{section}.max_skipped allows {self.settings.max_skipped}; lower {section}.lr_levels and the rates beside "
+                "it, or set model.dtype: float32"
             )
 
     def _score(self) -> None:
         """End of an epoch: held-out error, record, and whether this is the best state so far."""
         progress = self.progress
         self.trained.begin(self._done())
-        loss, held, allowed = self.measure()
+        held = self.objective.held_out(self.held, progress)
+        loss, allowed = self.objective.score(held, progress.start)
         if loss < progress.best_loss and allowed:
             progress.best, progress.best_loss = progress.epoch + 1, loss
             self.best = self.trained.snapshot()
         taken = max(1, progress.taken)
-        tokens = len(self.rows) * self.length
+        tokens = len(self.rows) * self.job.shape[1]
         progress.epochs.append(
             {
                 "loss": progress.loss_sum / taken,
                 "held_out_loss": loss,
                 "held_out": held,
                 **self.trained.facts(),
-                "lr": {group["kind"]: group["lr"] / group["unit"] for group in self.groups},
+                "lr": {
+                    group.kind: own["lr"] / group.unit
+                    for own, group in zip(self.optimizer.param_groups, self.groups, strict=True)
+                },
                 "gradient_norm": progress.norm_sum / taken,
                 "gradient_norm_max": progress.norm_max,
                 "skipped": progress.skipped,
@@ -238,7 +240,7 @@ class TrainingLoop(ABC):
         )
 
     def _parameters(self) -> dict[str, Tensor]:
-        return {f"{g}.{i}": p for g, group in enumerate(self.groups) for i, p in enumerate(group["params"])}
+        return {f"{g}.{i}": p for g, group in enumerate(self.groups) for i, p in enumerate(group.params)}
 
     def save(self) -> None:
         """Keeps the present state, from which a resumed run goes on."""
@@ -257,9 +259,9 @@ class TrainingLoop(ABC):
         found: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             owner, _, name = key.partition("/")
-            found.setdefault(owner, {})[name] = tensor.to(self.device)
+            found.setdefault(owner, {})[name] = tensor.to(self.job.device)
         try:
-            self.progress = kept_progress(facts, self.settings.epochs, self.steps, self.errors)
+            self.progress = kept_progress(facts, self.settings.epochs, self.steps, self.objective.errors)
             check_kept(found, self._parameters(), self.trained.followers(), self.trained.snapshot())
         except ValueError as error:
             self.keeper.refuse(str(error))

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lbllm_cli.report.figures import DEPTH, LIGHT, MARKERS, Image, draw, legend, log_scale, whole_numbers
+from lbllm_cli.pipeline.drawing import DEPTH, LIGHT, MARKERS, Image, draw, legend, log_scale, whole_numbers
 from lbllm_cli.training.log_records import read_records
 
 if TYPE_CHECKING:

@@ -41,7 +41,7 @@ def kept_progress(facts: dict[str, Any], epochs: int, steps: int, errors: Collec
     # Here alone: a training step is measured where there is no pydantic.
     from pydantic import TypeAdapter, ValidationError
 
-    from lbllm_cli.pipeline.stage_record import describe
+    from lbllm_cli.core.validation import describe
 
     try:
         TypeAdapter(Progress).validate_json(json.dumps(facts), strict=True)

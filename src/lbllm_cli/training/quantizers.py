@@ -1,21 +1,18 @@
 """An activation quantizer in training: clipping factors, and the coarse ratios that place its knees."""
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lbllm_cli.act_calib.search import Shape, tables_of
-from lbllm_cli.format.activations import Tables
-from lbllm_cli.runtime.cpu.quantizer import quantized
-from lbllm_cli.runtime.quantizer import TENSORS, ActQuantizer, stored_clip
+from lbllm_cli.format.activations import CLIP_RANGE, TENSORS, Tables, stored_clip
+from lbllm_cli.runtime.quantizer import ActQuantizer
 from lbllm_cli.training.act_ste import fake_quantize, soft_quantize
+from lbllm_cli.training.interfaces import ParameterGroup
+from lbllm_cli.training.knees import Shape, tables_of
 
 CLIP_FACTORS, KNEES = "clip_factors", "knees"
 Quantizers = dict[str, "TrainableQuantizer"]
-# A factor far below 1 cuts every group's largest value; above 1 some levels are never used.
-CLIP_RANGE = 0.1, 1.0
 
 
 class TrainableQuantizer(ActQuantizer):
@@ -54,7 +51,7 @@ class TrainableQuantizer(ActQuantizer):
             return super().values(x)
         if self.temperature and self.log_ratio.requires_grad:
             with torch.no_grad():
-                table = quantized(x, self.tables, self.step_dtype).table
+                table = self.quantized(x).table
             counts = self.get_buffer("counts")
             return soft_quantize(x.float(), table, counts, self.log_ratio.exp(), self.clip, self.temperature)
         return fake_quantize(x, self.clip, self.tables, self.step_dtype)
@@ -91,10 +88,10 @@ class TrainableQuantizer(ActQuantizer):
         return found
 
 
-def quantizer_groups(quantizers: Iterable[TrainableQuantizer], rates: dict[str, float]) -> list[dict[str, Any]]:
+def quantizer_groups(quantizers: Iterable[TrainableQuantizer], rates: dict[str, float]) -> list[ParameterGroup]:
     """AdamW groups, one per quantizer and kind that has a rate."""
     kinds = [pair for quantizer in quantizers for pair in quantizer.kinds().items() if pair[0] in rates]
-    return [{"params": parameters, "kind": kind, "top": rates[kind], "unit": 1.0} for kind, parameters in kinds]
+    return [ParameterGroup(parameters, kind, rates[kind], 1.0) for kind, parameters in kinds]
 
 
 def anneal(quantizers: Iterable[TrainableQuantizer], progress: float, soft: float, temperatures: list[float]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lbllm_cli.format import weights as binarize
-from lbllm_cli.ptq.refine import ordered
+from lbllm_cli.format.weights import PackedWeight, ordered
 from lbllm_cli.training.latent import bitmap_latents, nearest_latents, starting_levels
 from lbllm_cli.training.ste import (
     bitmap_codes,
@@ -29,13 +29,6 @@ from lbllm_cli.training.ste import (
 )
 
 WEIGHTS, LEVELS, BITMAP, SCALES = "weights", "levels", "bitmap", "scales"
-Packed = tuple[Tensor, Tensor, Tensor]
-
-
-def _pack(ranks: Tensor, stored: Tensor, scale: Tensor, group_size: int) -> Packed:
-    """ranks: uint8 [out, in]. stored: int8 [out, groups, 4] ascending. scale: float16 [out, groups]."""
-    codes, by_code = binarize.codes_from_ranks(ranks, stored, scale)
-    return binarize.pack_codes(codes, group_size), by_code, scale
 
 
 def _follow(latent: nn.Parameter, values: Tensor, dampening: float) -> None:
@@ -51,18 +44,17 @@ def _follow(latent: nn.Parameter, values: Tensor, dampening: float) -> None:
 class Nearest(nn.Module):
     """Latent weight [out, groups, size] and levels [out, groups, 4], ascending.
 
-    weight: source weight [out, in]. packed: where to start, its forward pass gives exactly what `decode` gives. train: kinds
+    weight: source weight [out, in]. packed: where to start, its forward pass gives exactly its values. train: kinds
     of parameters that get gradients; what does not starts where moving levels change no code. margin: see `ops.latent`. rms:
     root mean square of the source weight.
     """
 
-    def __init__(self, weight: Tensor, packed: Packed, train: Collection[str], margin: float):
+    def __init__(self, weight: Tensor, packed: PackedWeight, train: Collection[str], margin: float):
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.group_size = packed[0].shape[2] * 4
+        self.group_size = packed.group_size
         self.rms = float(weight.float().square().mean().sqrt())
-        codes = binarize.unpack_codes(packed[0], self.in_features)
-        ranks, levels = binarize.ranks_from_codes(codes, starting_levels(packed[1], packed[2]))
+        ranks, levels = binarize.ranks_from_codes(packed.unpacked(), starting_levels(packed.levels, packed.scale))
         source = binarize.grouped(weight.float(), self.group_size)
         margin = margin if WEIGHTS in train else 1.0
         latent = nearest_latents(source, levels, binarize.grouped(ranks, self.group_size), margin)
@@ -85,11 +77,11 @@ class Nearest(nn.Module):
         self.levels.copy_(self.levels.sort(dim=-1).values)
 
     @torch.no_grad()
-    def packed(self) -> Packed:
+    def packed(self) -> PackedWeight:
         """The present weights as a checkpoint holds them."""
         stored, scale = binarize.project_levels(self.levels)
         ranks = nearest_ranks(self.latent, binarize.level_values(stored, scale)).flatten(1)[:, : self.in_features]
-        return _pack(ranks, stored, scale, self.group_size)
+        return PackedWeight.of_ranks(ranks, stored, scale, self.group_size)
 
 
 class Bitmap(nn.Module):
@@ -98,12 +90,12 @@ class Bitmap(nn.Module):
     Arguments as for `Nearest`.
     """
 
-    def __init__(self, weight: Tensor, packed: Packed, train: Collection[str], margin: float):
+    def __init__(self, weight: Tensor, packed: PackedWeight, train: Collection[str], margin: float):
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.group_size = packed[0].shape[2] * 4
+        self.group_size = packed.group_size
         self.rms = float(weight.float().square().mean().sqrt())
-        codes, levels = binarize.unpack_codes(packed[0], self.in_features), starting_levels(packed[1], packed[2])
+        codes, levels = packed.unpacked(), starting_levels(packed.levels, packed.scale)
         source = binarize.grouped(weight.float(), self.group_size)
         margins = (margin if kind in train else 1.0 for kind in (WEIGHTS, BITMAP))
         latent, bitmap = bitmap_latents(source, levels, binarize.grouped(codes, self.group_size), *margins)
@@ -146,7 +138,7 @@ class Bitmap(nn.Module):
         self.alpha.clamp_(min=0)
 
     @torch.no_grad()
-    def packed(self) -> Packed:
+    def packed(self) -> PackedWeight:
         """The present weights as a checkpoint holds them: pairs that crossed are named inner and outer again."""
         stored, scale = binarize.project_levels(self._levels())
         levels = binarize.level_values(stored, scale)
@@ -155,7 +147,7 @@ class Bitmap(nn.Module):
         ranks, ascending = ordered(
             *binarize.ranks_from_codes(codes.flatten(1)[:, : self.in_features], stored), self.group_size
         )  # fmt: skip
-        return _pack(ranks, ascending, scale, self.group_size)
+        return PackedWeight.of_ranks(ranks, ascending, scale, self.group_size)
 
 
 class Fixed(nn.Module):
@@ -167,13 +159,13 @@ class Fixed(nn.Module):
 
     codes: Tensor
 
-    def __init__(self, weight: Tensor, packed: Packed, train: Collection[str]):
+    def __init__(self, weight: Tensor, packed: PackedWeight, train: Collection[str]):
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.group_size = packed[0].shape[2] * 4
+        self.group_size = packed.group_size
         self.rms = float(weight.float().square().mean().sqrt())
-        self.register_buffer("codes", packed[0])
-        start = starting_levels(packed[1], packed[2])
+        self.register_buffer("codes", packed.codes)
+        start = starting_levels(packed.levels, packed.scale)
         self.levels = nn.Parameter(start.clone(), requires_grad=LEVELS in train)
         self.factor = nn.Parameter(torch.ones_like(start[..., :1])) if SCALES in train else None
 
@@ -192,10 +184,10 @@ class Fixed(nn.Module):
         """Nothing to keep in order: a level belongs to its code wherever it goes."""
 
     @torch.no_grad()
-    def packed(self) -> Packed:
+    def packed(self) -> PackedWeight:
         """The present weights as a checkpoint holds them."""
         stored, scale = binarize.project_levels(self._levels())
-        return self.codes, stored, scale
+        return PackedWeight(self.codes, stored, scale, self.in_features)
 
 
 Trainable = Nearest | Bitmap | Fixed

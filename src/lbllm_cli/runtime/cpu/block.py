@@ -11,15 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from lbllm_cli.core.errors import RunError
+from lbllm_cli.format.activations import KEYS, VALUES
 from lbllm_cli.runtime.attachments import Arguments, taken_proof
 from lbllm_cli.runtime.cpu.captured import CapturedModules, CapturedQuantizers
 from lbllm_cli.runtime.cpu.library import DTYPES, Block, CacheView, library, pointer, quantizer_struct, supported
 from lbllm_cli.runtime.cpu.unit import Unit
 from lbllm_cli.runtime.kv_cache import RecordLayer, record_bytes
-from lbllm_cli.runtime.quantizer import KEYS, VALUES, ActQuantizer
+from lbllm_cli.runtime.quantizer import ActQuantizer
+from lbllm_cli.runtime.units import Units
 
 # The library decodes a head's record into a buffer of this many floats.
 _HEAD_MAX = 256
+# What the step computes: transformers' layers with another order of norms, residuals or scalings go layer by layer. A name is put
+# here when tests/native compare the step with that layer.
+_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+_UNITS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)  # fmt: skip
 _NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
 
 
@@ -197,8 +206,10 @@ def _added(mask: Tensor, rows: int, tokens: int) -> Tensor:
     return last.float().clamp(min=torch.finfo(torch.float32).min / 2).contiguous()
 
 
-def steppable(layer: nn.Module) -> bool:
-    """Whether a decoder layer with four units is one that the library knows."""
+def steppable(layer: nn.Module, units: Units) -> bool:
+    """Whether a decoder layer is one that the library knows."""
+    if type(layer).__name__ not in _LAYERS or units != _UNITS:
+        return False
     attention: Any = layer.self_attn
     activation = type(getattr(layer.get_submodule("mlp"), "act_fn", None)).__name__
     cached: list[Any] = [layer.get_submodule(name) for name in (KEYS, VALUES)]

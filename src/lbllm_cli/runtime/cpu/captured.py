@@ -5,6 +5,7 @@ into.
 """
 
 from collections.abc import Iterable
+from itertools import chain
 from operator import is_
 
 from torch import Tensor, nn
@@ -42,8 +43,9 @@ class CapturedModules:
         # A quantizer's forward is not called in a full pass of the library either: who listens to it hears nothing anyway.
         self.inner = [module for module in root.modules() if module is not root and not isinstance(module, ActQuantizer)]
         self.kinds = [module.__class__ for module in self.inner]
+        # Their keys are numbers that torch never gives twice: they tell a hook from another that took its place.
         self.hooks = [hooks for module in self.inner for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self.own_hooks = sum(map(len, self.hooks))
+        self.own_hooks = list(chain.from_iterable(self.hooks))
 
     def hold(self) -> bool:
         """Whether none was replaced, wrapped or overridden since."""
@@ -53,6 +55,8 @@ class CapturedModules:
         for module in self.inner:
             if "forward" in module.__dict__:
                 return False
-        if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks or sum(map(len, self.hooks)) != self.own_hooks:
+        if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+            return False
+        if list(chain.from_iterable(self.hooks)) != self.own_hooks:
             return False
         return [x.__class__ for x in self.inner] == self.kinds

@@ -10,7 +10,15 @@ ROWS_MAX = 4
 
 
 class HeadLinear(nn.Linear):
-    """A linear without bias, in bfloat16; takes over a head by `head.__class__ = HeadLinear`."""
+    """A linear without bias, in bfloat16."""
+
+    @classmethod
+    def of(cls, head: nn.Linear) -> "HeadLinear":
+        """In the place of a head, with its very weight: a tied embedding stays tied."""
+        with torch.device("meta"):
+            made = cls(head.in_features, head.out_features, bias=False)
+        made.weight = head.weight
+        return made.train(head.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out]; as torch computes it, where the library cannot."""

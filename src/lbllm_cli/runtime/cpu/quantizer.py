@@ -1,40 +1,26 @@
-"""The activation quantizer where values are wanted and not codes: by the library on a CPU, in torch (`ops.actquant`) elsewhere.
+"""The activation quantizer by the compiled library: the same codes as `runtime.torch.quantizer` but where two candidates are
+equally good; steps differ in the last bit, by the order of a sum.
 
-Both choose the same codes but where two candidates are equally good; steps differ in the last bit, by the order of a sum. On a
-Zen 4 processor the library is 8 to 13 times as fast as torch, the gradients 10 to 17 times (bench_kernels.py).
+On a Zen 4 processor it is 8 to 13 times as fast as torch, the gradients 10 to 17 times (bench_kernels.py).
 """
 
 from ctypes import byref
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lbllm_cli.format.activations import Tables, dequantize, quantize
+from lbllm_cli.format.activations import Quantized, Tables
 from lbllm_cli.runtime.cpu.library import DTYPES, library, pointer, quantizer_struct, supported
 
 
-class Quantized(NamedTuple):
-    """Groups after quantization.
-
-    values: float32 [..., size], d * (T - Z). step: float32 [...], d. zero: integers [...], Z. table: integers [...], which table
-    the group took.
-    """
-
-    values: Tensor
-    step: Tensor
-    zero: Tensor
-    table: Tensor
-
-
-def quantized(x: Tensor, tables: Tables, step_dtype: torch.dtype = torch.float32) -> Quantized:
+def native_quantized(x: Tensor, tables: Tables, step_dtype: torch.dtype = torch.float32) -> Quantized | None:
     """Quantizes groups: x float [..., size]. step_dtype: what steps are rounded to. [2, 7, 9, 64] -> values [2, 7, 9, 64], the
-    rest [2, 7, 9].
+    rest [2, 7, 9]. None where the library does not have the quantizer.
     """
-    lib = _library(x, tables)
+    lib = _library(tables)
     if lib is None or step_dtype not in DTYPES:
-        codes = quantize(x, tables, step_dtype)
-        return Quantized(dequantize(codes, tables.levels), codes.step, codes.zero, codes.table)
+        return None
     x, size = _readable(x), x.shape[-1]
     groups = x.shape[:-1]
     found = Quantized(
@@ -48,10 +34,13 @@ def quantized(x: Tensor, tables: Tables, step_dtype: torch.dtype = torch.float32
 
 
 def native_gradients(
-    x: Tensor, tables: Tables, found: Quantized, gradient: Tensor, inputs: bool, sums: bool
+    x: Tensor, tables: Tables, found: Quantized, gradient: Tensor, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None] | None:
-    """`ops.act_ste.gradients` by the library; None where it does not have the quantizer. Raises ValueError for other shapes."""
-    lib = _library(x, tables)
+    """`runtime.torch.quantizer.gradients` by the library; None where it does not have the quantizer.
+
+    Raises ValueError for other shapes.
+    """
+    lib = _library(tables)
     if lib is None:
         return None
     groups = x.shape[:-1]
@@ -60,8 +49,8 @@ def native_gradients(
     if shapes != expected:
         raise ValueError(f"expected gradient, values, steps, zeros and tables of shapes {expected}, got {shapes}")
     x, gradient, size = _readable(x), gradient.float().contiguous(), x.shape[-1]
-    passed = torch.empty(x.shape) if inputs else None
-    sums_of = torch.empty(*groups, 3) if sums else None
+    passed = torch.empty(x.shape) if wanted[0] else None
+    sums_of = torch.empty(*groups, 3) if wanted[1] else None
     # A list: the library reads them after they are all made.
     floats = [part.float().contiguous() for part in (found.values, found.step)]
     before = [*floats, *(part.to(torch.int32).contiguous() for part in (found.zero, found.table))]
@@ -71,11 +60,9 @@ def native_gradients(
     return passed, sums_of
 
 
-def _library(x: Tensor, tables: Tables) -> Any | None:
-    """The library, where it can quantize x."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or not supported(tables):
-        return None
-    return library()
+def _library(tables: Tables) -> Any | None:
+    """The library, where it has the quantizer."""
+    return library() if supported(tables) else None
 
 
 def _readable(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lbllm_cli.format.weights import LEVELS, decode, group_count
+from lbllm_cli.format.weights import LEVELS, PackedWeight, group_count
 from lbllm_cli.runtime.attachments import meet
 from lbllm_cli.runtime.cpu.captured import CapturedQuantizers
 from lbllm_cli.runtime.cpu.library import DTYPES, GROUP_MAX, Quantizer, Weights, library, pointer, quantizer_struct, supported
@@ -29,7 +29,7 @@ _UNITS: "weakref.WeakValueDictionary[int, Unit]" = weakref.WeakValueDictionary()
 class Unit:
     """q, k and v of a block, say: their weights below each other in the library's layout, and their input's quantizer, if any.
 
-    The linears' own codes are dropped; `canonical` gives them back, bit for bit.
+    The linears' own codes are dropped; `packed` gives them back, bit for bit.
     """
 
     def __init__(self, linears: list[PackedLinear], quantizer: ActQuantizer | None):
@@ -73,15 +73,19 @@ class Unit:
                 if packed.bias is not None:
                     self._part(self.bias, slot).copy_(packed.bias.detach())
 
-    def canonical(self, slot: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes, levels and scales of a linear, as its checkpoint has them."""
+    def runs_on(self, device: torch.device) -> bool:
+        """Its layout is the library's."""
+        return device.type == "cpu"
+
+    def packed(self, slot: int) -> PackedWeight:
+        """The weights of a linear, as its checkpoint has them."""
         out, groups = self.outs[slot], group_count(self.in_features, self.group_size)
         weight = torch.empty(out, groups, self.group_size // 4, dtype=torch.uint8)
         levels, scale = torch.empty(out, groups, LEVELS, dtype=torch.int8), torch.empty(out, groups, dtype=torch.float16)
         library_ = _library()
         parts = (pointer(tensor) for tensor in (weight, levels, scale))
         library_.lbllm_unpack(byref(self.structs[0]), self.ends[slot] - out, out, *parts)
-        return weight, levels, scale
+        return PackedWeight(weight, levels, scale, self.in_features)
 
     def output(self, slot: int, x: Tensor) -> Tensor:
         """Output of one of the linears: [..., in] -> [..., out]. Of a shared input all are computed at once."""
@@ -97,7 +101,7 @@ class Unit:
         return self._part(self.run(tensor), slot) if part is None else part
 
     def _in_torch(self, slot: int, x: Tensor) -> Tensor:
-        weight, bias = decode(*self.canonical(slot), self.in_features).to(x.dtype), self.linears[slot].bias
+        weight, bias = self.packed(slot).values().to(x.dtype), self.linears[slot].bias
         if self.quantizer is not None:
             meet(self.quantizer)
             x = self.quantizer(x)
@@ -136,12 +140,13 @@ def _library() -> Any:
 
 def _repacked(linears: list[PackedLinear]) -> Tensor:
     first, lib = linears[0], _library()
-    parts = [torch.cat(tensors) for tensors in zip(*(x.canonical() for x in linears), strict=True)]
+    each = [packed.packed() for packed in linears]
+    parts = [torch.cat([getattr(packed, part) for packed in each]) for part in ("codes", "levels", "scale")]
     shape = (first.in_features, len(parts[0]), first.group_size)
     tiles = aligned(int(lib.lbllm_tiles_bytes(*shape)))
     lib.lbllm_pack(*map(pointer, parts), *shape, pointer(tiles), torch.get_num_threads())
-    for packed in linears:
-        for tensor in packed.canonical():
+    for packed in each:
+        for tensor in (packed.codes, packed.levels, packed.scale):
             _page_out(tensor)
     return tiles
 

@@ -1,5 +1,9 @@
-"""What a run reads must not lie where it writes: a stage or an export that is replaced would take its own source with it."""
+"""output.dir: whether everything that lbllm writes there can be written, and nothing that a run reads lies in its way.
 
+A stage or an export that is replaced would take its own source with it.
+"""
+
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,20 +11,48 @@ from pathlib import Path
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.core.files import user_path
 from lbllm_cli.core.own_folders import check_folders
-from lbllm_cli.data import sources as text_sources
-from lbllm_cli.export.writer import EXPORT
-from lbllm_cli.pipeline.stage_record import STAGES
+from lbllm_cli.data import sources
+from lbllm_cli.models.model import SourceModel
 from lbllm_cli.recipe.base import Source
 from lbllm_cli.recipe.schema import Recipe
+from lbllm_cli.recipe.stages import EXPORT, STAGES
 
 _TAILS = ("", ".partial", ".replaced")
 # Sampled text is only ever added to, under names that are hashes: reading it there does no harm, but it has to be a folder.
 _GENERATED = "generated"
 _REPORTS = ("report.html", "report.md")
+# The longest path below the output folder.
+_LONGEST = f"{max(STAGES, key=len)}.partial/streams/unfinished_quantized_000.bin.tmp"
 
 
 def _replaced_folders() -> list[str]:
     return [f"{name}{tail}" for name in (*STAGES, EXPORT) for tail in _TAILS]
+
+
+def output_folder(recipe: Recipe) -> Path:
+    """output.dir, in which every name that lbllm writes can be had. Raises UsageError."""
+    output = user_path(recipe.output.dir, "output.dir")
+    try:
+        os.stat(output.absolute() / _LONGEST)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            shown = f"{recipe.output.dir[:80]}..."
+            raise UsageError(f"output.dir {shown} is too long for the files in it; give a shorter one") from None
+    return output
+
+
+def check_output(output: Path, model: SourceModel | None) -> None:
+    """Whether output.dir can be written, and is not what the model lies in. Raises UsageError."""
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"output.dir {output} is a file; choose a folder")
+    if model is not None and output.exists() and output.resolve() == model.folder.resolve():
+        raise UsageError(f"output.dir {output} is the model's own folder; choose another")
+    check_places(output)
+    existing = output.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UsageError(f"output.dir {output} cannot be written: {existing} is not a writable folder")
 
 
 def check_places(output: Path) -> None:
@@ -63,10 +95,9 @@ def _places(path: Path) -> set[Path]:
 
 
 def _teachers(recipe: Recipe) -> Iterator[tuple[str, Path]]:
-    for section, phase in (("distill", recipe.distill.end_to_end), ("act_calib", recipe.act_calib.end_to_end)):
-        if phase is not None and phase.teacher is not None:
-            key = f"{section}.end_to_end.teacher"
-            yield key, user_path(phase.teacher, key)
+    for spec, phase in recipe.end_to_end.items():
+        if phase.teacher is not None:
+            yield f"{spec.section}.teacher", user_path(phase.teacher, f"{spec.section}.teacher")
 
 
 def _reads(recipe: Recipe, model: Path | None) -> Iterator[tuple[str, Path]]:
@@ -76,11 +107,9 @@ def _reads(recipe: Recipe, model: Path | None) -> Iterator[tuple[str, Path]]:
     data = recipe.data
     sets = [("data.calibration", data.calibration.source), ("data.training", data.training.source)]
     sets += [(f"data.evaluation {item.name}", item.source) for item in data.evaluation]
-    for section, phase in (("distill", recipe.distill.end_to_end), ("act_calib", recipe.act_calib.end_to_end)):
-        if phase is not None and phase.source is not None:
-            sets.append((f"{section}.end_to_end", phase.source))
-    for key, sources in sets:
-        for item in sources:
+    sets += [(spec.section, phase.source) for spec, phase in recipe.end_to_end.items() if phase.source is not None]
+    for key, named in sets:
+        for item in named:
             if name := _local(item):
                 yield f"{key}: source", user_path(name, f"{key}: source")
 
@@ -89,5 +118,5 @@ def _local(item: Source) -> str | None:
     """The path that a source names, if it names one."""
     if item.path is not None:
         return item.path
-    named = item.source.startswith(("builtin:", "generate:", "hub:")) or item.source in text_sources.PRESETS
+    named = item.sampled or item.source.startswith(("builtin:", "hub:")) or item.source in sources.PRESETS
     return None if named else item.source

@@ -1,0 +1,62 @@
+"""What an end-to-end phase will need."""
+
+from lbllm_cli.end_to_end.loss import LOGITS
+from lbllm_cli.models.model import SourceModel
+from lbllm_cli.pipeline.forecast import (
+    PROCESS,
+    Need,
+    activation_bytes,
+    block_bytes,
+    checkpoint_bytes,
+    host_bytes,
+    outer_bytes,
+    sampling_bytes,
+)
+from lbllm_cli.recipe.schema import Recipe
+from lbllm_cli.recipe.training import ActEndToEnd, EndToEnd
+from lbllm_cli.training.forecast import quantizer_activations, training_activations
+
+
+def _passing_bytes(recipe: Recipe, model: SourceModel, settings: EndToEnd) -> float:
+    """What a block of an end-to-end phase keeps for its backward pass, decoded weights included."""
+    length, rows = recipe.data.training.length, min(settings.micro_batch_size, settings.batch_size)
+    weights = model.count(model.binarized_names) / model.blocks
+    kept = weights * (1 + model.dtype.itemsize) + training_activations(model, rows, length)
+    return kept + (quantizer_activations(model, settings, rows, length) if isinstance(settings, ActEndToEnd) else 0)
+
+
+def recomputes(recipe: Recipe, model: SourceModel, settings: EndToEnd) -> bool:
+    """Whether an end-to-end phase computes blocks again on the way back: as the recipe says, or by the memory that is free."""
+    if settings.recompute != "auto":
+        return settings.recompute == "always"
+    return model.blocks * _passing_bytes(recipe, model, settings) > model.backend.free_memory(model.device) / 2
+
+
+def end_to_end_need(recipe: Recipe, model: SourceModel, settings: EndToEnd, recomputed: bool) -> Need:
+    """Need of an end-to-end phase: the rule of one block on the device does not hold there. Its `stage` is for the caller to say.
+
+    Resident are packed codes, masters of levels with gradient and two moments, embedding and head. With recomputation one block
+    at a time keeps what its backward pass needs, and of all others the inputs are kept. The loss takes four tensors of logits.
+    The teacher went ahead block by block.
+    """
+    length, rows = recipe.data.training.length, min(settings.micro_batch_size, settings.batch_size)
+    weights, itemsize = model.count(model.binarized_names), model.dtype.itemsize
+    levels = weights * 4 / recipe.ptq.group_size
+    trained = levels / 4 if "scales" in settings.trained else levels if "levels" in settings.trained else 0
+    passing = (1 if recomputed else model.blocks) * _passing_bytes(recipe, model, settings)
+    passing += model.blocks * rows * length * model.config.hidden_size * itemsize + 8 * weights / model.blocks
+    resident = weights / 4 + 4 * levels + 12 * trained + model.count(model.outer_names()) * itemsize
+    loss = 4.0 * 4 * max(LOGITS, model.config.vocab_size)
+    teaching = outer_bytes(model) + 2 * block_bytes(model) + activation_bytes(model, recipe.runtime.batch_size, length)
+    device = max(resident + passing + loss, teaching)
+    states = float(settings.sequences * length * model.config.hidden_size * itemsize)
+    state, blocks = 12.0 * trained, checkpoint_bytes(model, recipe.ptq.group_size)
+    ram = host_bytes(model, device)
+    if any(item.sampled for item in settings.source or recipe.data.training.source):
+        ram = max(ram, PROCESS + sampling_bytes(model, settings.sequences, length))
+    written = (model.blocks + 1) * states + blocks
+    cheaper = "set end_to_end.recompute: always and micro_batch_size: 1, or train: [scales, norms]"
+    # The teacher's pass holds a block's inputs beside its outputs; training has its outputs alone.
+    own, elsewhere = blocks + 2 * state, 2 * states if settings.teacher else 0.0
+    disk = own if settings.teacher else max(2 * states, own + states)
+    return Need("", device, ram, disk, states, True, written, state, recipe.runtime.save_minutes, cheaper, elsewhere)

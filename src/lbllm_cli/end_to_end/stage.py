@@ -1,0 +1,69 @@
+"""The end-to-end phase in the pipeline."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lbllm_cli.end_to_end.forecast import end_to_end_need, recomputes
+from lbllm_cli.end_to_end.student import WholeStudent
+from lbllm_cli.end_to_end.teacher import check_states, teacher_folder, teacher_states
+from lbllm_cli.end_to_end.trainer import EndToEndObjective
+from lbllm_cli.models.block import block_prefix
+from lbllm_cli.models.model import FINAL_NORM
+from lbllm_cli.pipeline.checkpoint import Checkpoint
+from lbllm_cli.pipeline.forecast import Need
+from lbllm_cli.pipeline.plan import Plan
+from lbllm_cli.pipeline.training_state import TrainingState
+from lbllm_cli.pipeline.work import StageRun, parents_activations
+from lbllm_cli.recipe.stages import StageSpec
+from lbllm_cli.training.loop import Job, TrainingLoop
+from lbllm_cli.training.plots import plot_steps
+
+activations = parents_activations
+
+
+def check(plan: Plan) -> None:
+    """What a phase reads is checked before the blocks of its command are trained."""
+
+
+def need(plan: Plan, spec: StageSpec, tokens: Tensor | None) -> Need:
+    """Need of a phase; the teacher's states, where they are kept already, need no room."""
+    settings = plan.recipe.end_to_end[spec]
+    found = end_to_end_need(plan.recipe, plan.model, settings, recomputes(plan.recipe, plan.model, settings))
+    folder = teacher_folder(settings)
+    kept = folder is not None and tokens is not None and check_states(folder, plan.model, tokens)
+    return replace(found, stage=spec.name, teacher_folder=folder, teacher=0.0 if kept else found.teacher)
+
+
+def run(run: StageRun) -> None:
+    """Has the teacher go ahead, trains, and writes all blocks."""
+    plan, parent, writer, reporter = run.plan, run.parent, run.writer, run.reporter
+    assert parent is not None
+    settings, model = plan.recipe.end_to_end[run.spec], plan.model
+    reporter.total(0)
+    folder = teacher_folder(settings) or writer.path / "streams"
+    states = teacher_states(folder, model, run.tokens, plan.recipe.runtime.batch_size, reporter)
+    student = WholeStudent(model, parent, settings, recomputes(plan.recipe, model, settings))
+    rows, length = run.tokens.shape
+    job = Job(0, "the whole model", run.spec.section, (rows, length), plan.recipe.runtime.seed, model.device)
+    keeper = TrainingState(writer.path, plan.recipe.runtime.save_minutes)
+    loop = TrainingLoop(EndToEndObjective(student, run.tokens, states, settings, reporter), settings, job, keeper, reporter)
+    with torch.enable_grad():
+        changed = loop.run() or {}
+    # A run that is killed while the blocks are written does not train again.
+    loop.save()
+    _write(run, parent, changed)
+    reporter.record({"phase": run.spec.phase, **loop.facts()})
+    plot_steps(writer.path / "events.jsonl", writer.path / "loss.png")
+
+
+def _write(run: StageRun, parent: Checkpoint, changed: dict[str, Tensor]) -> None:
+    """All blocks, the parent's own tensors where training has not changed them."""
+    for index in range(run.plan.model.blocks):
+        own = {name: tensor for name, tensor in changed.items() if name.startswith(block_prefix(index))}
+        run.writer.write_block(index, {**parent.read_block(index), **own})
+        run.writer.commit(index)
+    outer = parent.read_outer() | {name: changed[name] for name in (FINAL_NORM,) if name in changed}
+    if outer:
+        run.writer.write_outer(outer)

@@ -1,0 +1,35 @@
+"""What measuring will need."""
+
+from dataclasses import replace
+
+from lbllm_cli.export.forecast import export_need
+from lbllm_cli.models.model import SourceModel
+from lbllm_cli.pipeline.forecast import Need, activation_bytes, block_bytes, host_bytes, outer_bytes, streams_on_disk
+from lbllm_cli.recipe.schema import Recipe
+
+
+def eval_need(recipe: Recipe, model: SourceModel, segments: dict[str, int], checkpoints: int) -> Need:
+    """Need of `lbllm eval` block by block.
+
+    segments: name -> segments of an evaluation set, for those that leave it to the text. checkpoints: that are measured at once.
+    """
+    sizes = [(item.segments or segments.get(item.name, 0)) * item.length for item in recipe.data.evaluation]
+    one = float(sum(sizes) * model.config.hidden_size * model.dtype.itemsize) * max(2, checkpoints)
+    longest = max(item.length for item in recipe.data.evaluation)
+    on_disk = streams_on_disk(recipe, one, 1)
+    device = 3 * block_bytes(model) + activation_bytes(model, recipe.runtime.batch_size, longest)
+    device = max(device, outer_bytes(model) + 5 * 256 * model.config.vocab_size * 4)
+    ram = host_bytes(model, device) + (0 if on_disk else one)
+    return Need("eval", device, ram, one if on_disk else 0, one, on_disk)
+
+
+def whole_model_need(recipe: Recipe, model: SourceModel, need: Need) -> Need:
+    """Need of `lbllm eval` where lm-eval tasks or an export are measured, which take a model that is whole in memory.
+
+    A stage is written for them as a packed export, which is deleted afterwards.
+    """
+    length = max(item.length for item in recipe.data.evaluation)
+    whole = model.count(list(model.shapes)) * model.dtype.itemsize + activation_bytes(model, recipe.eval.batch_size, length)
+    device = max(need.device, whole)
+    ram = max(need.ram, host_bytes(model, whole))
+    return replace(need, device=device, ram=ram, disk=need.disk + export_need(recipe, model).disk)

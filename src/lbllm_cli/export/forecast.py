@@ -1,0 +1,14 @@
+"""What an export will need."""
+
+from lbllm_cli.export.formats import exporter
+from lbllm_cli.models.model import SourceModel
+from lbllm_cli.pipeline.forecast import PROCESS, Need, block_bytes
+from lbllm_cli.recipe.schema import Recipe
+
+
+def export_need(recipe: Recipe, model: SourceModel) -> Need:
+    """Need of `lbllm export`."""
+    rest = model.count([name for name in model.shapes if name not in set(model.binarized_names)]) * 2.0
+    disk = rest + exporter(recipe.export.format).weight_bytes(model, recipe.ptq.group_size)
+    ram = PROCESS + min(recipe.export.shard_gb * 1e9, disk) + block_bytes(model)
+    return Need("export", 0.0, ram, disk, 0.0, False)

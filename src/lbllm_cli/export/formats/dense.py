@@ -1,0 +1,34 @@
+"""Decoded weights in the source's dtype: an ordinary folder, which anything loads."""
+
+from typing import Any
+
+from torch import Tensor
+
+from lbllm_cli.models.model import SourceModel
+from lbllm_cli.models.stored import decoded
+from lbllm_cli.pipeline.checkpoint import Checkpoint
+
+
+def settings(model: SourceModel, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Nothing beside the source's values."""
+    return {}
+
+
+def block(model: SourceModel, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """In the source dtype: in bfloat16 a level loses up to 2^-9 of its value."""
+    return {name: tensor.to(model.source_dtype()) for name, tensor in decoded(stored, model).items()}
+
+
+def weight_bytes(model: SourceModel, group_size: int) -> float:
+    """Two bytes a weight."""
+    return model.count(model.binarized_names) * 2.0
+
+
+def quantizes() -> bool:
+    """An ordinary model knows no quantizers."""
+    return False
+
+
+def loading() -> list[str]:
+    """As the source."""
+    return ["This folder holds the decoded weights: any program that reads the source model reads it."]

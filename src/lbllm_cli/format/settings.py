@@ -1,0 +1,70 @@
+"""What files say of the stored form: `quantization_config` of a packed model, activations in manifests."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lbllm_cli import __version__
+from lbllm_cli.core.validation import describe
+from lbllm_cli.format.activations import ActivationFormat
+
+METHOD = "lbllm"
+# 1: weights alone. 2: with quantizers of activations, which a reader of 1 would leave out without a word.
+FORMAT_VERSION = 2
+
+
+class Activations(BaseModel):
+    """What may be in the place of an `ActivationFormat` in a file."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    bits: Annotated[int, Field(ge=3, le=8)]
+    kv_bits: Annotated[int, Field(ge=3, le=8)]
+    granularity: Literal["group", "token"]
+    form: Literal["knee", "uniform"]
+    kv_form: Literal["knee", "uniform"]
+    tables: Annotated[int, Field(ge=1, le=2)]
+    group_size: Annotated[int, Field(ge=16, le=4096)]
+
+
+def quantization_config(
+    group_size: int, stage: str, linears: tuple[str, ...], activations: ActivationFormat | None
+) -> dict[str, Any]:
+    """The `quantization_config` block of a packed model's config.json. linears: of a block, that are packed."""
+    return {
+        "quant_method": METHOD,
+        "format_version": FORMAT_VERSION if activations else 1,
+        **({"activations": activations.as_dict()} if activations else {}),
+        "group_size": group_size,
+        "stage": stage,
+        "linears": list(linears),
+        "lbllm_version": __version__,
+    }
+
+
+def check_settings(values: dict[str, Any]) -> None:
+    """Raises ValueError naming the first value of a packed model's `quantization_config` that this lbllm cannot read."""
+
+    def check(key: str, good: bool, expected: str, got: Any) -> None:
+        if not good:
+            raise ValueError(f"quantization_config.{key}: expected {expected}, got {str(got)[:80]}; export it again")
+
+    version, size, linears = values.get("format_version"), values.get("group_size"), values.get("linears")
+    check("format_version", type(version) is int and version > 0, f"1 to {FORMAT_VERSION}", version)
+    if version is not None and version > FORMAT_VERSION:
+        raise ValueError(f"packed format_version {version}, this lbllm reads {FORMAT_VERSION}; update lbllm-cli")
+    good = type(size) is int and 16 <= size <= 4096 and size % 16 == 0
+    check("group_size", good, "a multiple of 16 up to 4096", size)
+    names = linears if isinstance(linears, list) else []
+    good = bool(names) and all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
+    check("linears", good, "names of linears of a block", linears)
+    layout = values.get("activations")
+    if layout is None:
+        return
+    check("activations", isinstance(layout, dict), "a mapping", layout)
+    check("format_version", version == FORMAT_VERSION, f"{FORMAT_VERSION} where there are activations", version)
+    try:
+        Activations.model_validate(layout)
+    except ValidationError as error:
+        raise ValueError(f"quantization_config.activations.{describe(error)}; export it again") from None
+    check("activations.group_size", layout["group_size"] == size, f"that of the weights, {size}", layout["group_size"])

@@ -1,0 +1,82 @@
+"""One decoder block of a full-precision model, as transformers computes it."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from lbllm_cli.models.config import layers, one_block
+from lbllm_cli.runtime.units import Units, find_units
+
+BLOCKS = "model.layers."
+
+
+def block_prefix(index: int) -> str:
+    """Name prefix of a block's tensors: 3 -> "model.layers.3."."""
+    return f"{BLOCKS}{index}."
+
+
+def block_units(config: PretrainedConfig) -> Units:
+    """The linears of a block, those together that read the same tensor, in the order in which they are called."""
+    with torch.device("meta"):
+        model = one_block(config, 0)
+    names = [name for name, module in layers(model)[0].named_modules() if isinstance(module, nn.Linear)]
+    return find_units(model, names)
+
+
+class Block(nn.Module):
+    """One decoder block in evaluation mode, with the masks and positions transformers gives it.
+
+    Called with hidden states [rows, length, hidden], returns the same shape; every row starts at position 0. units: its linears,
+    those together that read the same tensor; found where they are not given.
+    """
+
+    def __init__(
+        self, config: PretrainedConfig, index: int, tensors: dict[str, Tensor], dtype: torch.dtype, units: Units | None = None
+    ):
+        super().__init__()
+        with torch.device("meta"):
+            model: Any = one_block(config, index)
+        # Buffers of the rotary embedding are computed, not stored: built on meta they would have no values.
+        model.rotary_emb = type(model.rotary_emb)(config)
+        model.norm, model.embed_tokens = nn.Identity(), nn.Identity()
+        prefix = block_prefix(index)
+        local = {f"layers.0.{name.removeprefix(prefix)}": tensor.to(dtype) for name, tensor in tensors.items()}
+        model.load_state_dict(local, strict=True, assign=True)
+        device = next(iter(tensors.values())).device
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.prefix = prefix
+        self.units = block_units(config) if units is None else units
+        self.dtype = dtype
+
+    @property
+    def layer(self) -> nn.Module:
+        """transformers' own decoder layer."""
+        return layers(self.model)[0]
+
+    @property
+    def linears(self) -> list[str]:
+        """Names of its linears in the block, in the order of its units."""
+        return [name for unit in self.units for name in unit]
+
+    def linear(self, name: str) -> nn.Linear:
+        """A linear by its name in the block, for example "mlp.up_proj"."""
+        module = self.layer.get_submodule(name)
+        assert isinstance(module, nn.Linear)
+        return module
+
+    def sharing(self) -> "Block":
+        """A copy whose linears can be replaced one by one; tensors are shared until then."""
+        twin = copy.copy(self)
+        memo = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
+        twin._modules = {"model": copy.deepcopy(self.model, memo)}
+        return twin
+
+    def set_weight(self, name: str, weight: Tensor) -> None:
+        """Replaces a linear's weight, [out, in], cast to the block's dtype."""
+        self.linear(name).weight = nn.Parameter(weight.to(self.dtype), requires_grad=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.model(inputs_embeds=hidden, use_cache=False).last_hidden_state

@@ -1,0 +1,5 @@
+"""Mistral."""
+
+from lbllm_cli.models.families import Family
+
+FAMILY = Family("mistral", "Mistral")

@@ -1,0 +1,108 @@
+"""What a checkpoint was made from, and whether that is still what a recipe and a folder say."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lbllm_cli.core.errors import UsageError
+from lbllm_cli.core.fingerprint import changes, flatten
+from lbllm_cli.data.tokens import tokens_hash
+from lbllm_cli.pipeline.checkpoint import Checkpoint, complete_stages
+from lbllm_cli.pipeline.plan import Plan
+from lbllm_cli.pipeline.stage_record import PARENT
+from lbllm_cli.recipe.stages import STAGES, StageSpec
+
+
+def stage_inputs(plan: Plan, spec: StageSpec, tokens: Tensor | None, parent: Checkpoint | None = None) -> dict[str, Any]:
+    """Everything a stage's checkpoint depends on, by recipe key: its fingerprint, and what a refusal lists.
+
+    Of the stage's section these are the keys that its `StageSpec` names, of its text the tokens themselves: a text that moved is
+    still the same text. tokens: see `Plan.stage_tokens`; None leaves them out. parent: what it goes on from, by its bytes.
+    """
+    settings = plan.settings(spec).model_dump(mode="json")
+    own = {key: value for key, value in settings.items() if key in spec.reads}
+    if "parent" in own:
+        own["parent"] = str(plan.recipe.parent(spec))
+    text = {}
+    if tokens is not None:
+        text = {f"{spec.text}.tokens": f"{tokens.shape[0]} x {tokens.shape[1]}, {tokens_hash(tokens)}"}
+    return {
+        "stage": spec.name,
+        "model.files": plan.model.identity(),
+        "model.dtype": plan.recipe.model.dtype,
+        "runtime.seed": plan.recipe.runtime.seed,
+        **text,
+        **flatten(own, spec.section),
+        **({} if parent is None else {PARENT: parent.content}),
+    }
+
+
+def open_checkpoint(plan: Plan, stage: str) -> Checkpoint:
+    """A complete stage that is unchanged and belongs to this model and to the stages before it; refuses any other by name."""
+    checkpoint = Checkpoint(plan.output, stage)
+    made_from, now = checkpoint.inputs.get("model.files"), plan.model.identity()
+    if made_from != now:
+        raise UsageError(
+            f"{checkpoint.path} was made from another model (expected {now[:12]}, got {str(made_from)[:12]}); "
+            "set model.path to the model it was made from, or use another output.dir"
+        )
+    if checkpoint.record.blocks != plan.model.blocks:
+        raise UsageError(
+            f"{checkpoint.path} has {checkpoint.record.blocks} blocks, the model {plan.model.blocks}; "
+            f"run: {checkpoint.spec.remake}"
+        )
+    ancestors(plan.output, checkpoint)
+    checkpoint.verify()
+    return checkpoint
+
+
+def ancestors(output: Path, checkpoint: Checkpoint) -> list[Checkpoint]:
+    """The checkpoints that one was made from, nearest first, as far as they are there.
+
+    Raises UsageError where one of them is another than the one that the next was made from.
+    """
+    found: list[Checkpoint] = []
+    while (parent := checkpoint.record.parent) is not None and parent.stage in complete_stages(output):
+        present = Checkpoint(output, parent.stage)
+        if present.content != checkpoint.inputs[PARENT]:
+            raise UsageError(
+                f"{checkpoint.path} was made from another {parent.stage} checkpoint than the one in {present.path}; "
+                f"run: {checkpoint.spec.remake}"
+            )
+        found.append(present)
+        checkpoint = present
+    return found
+
+
+def open_parent(plan: Plan, spec: StageSpec) -> Checkpoint | None:
+    """The checkpoint that a stage goes on from, None where it starts from the source model.
+
+    Raises UsageError for one that this recipe would make differently, or one of those before it. Text that the model would have
+    to write anew is not compared.
+    """
+    before = plan.recipe.parent(spec)
+    if before is None:
+        return None
+    parent = open_checkpoint(plan, before.name)
+    for checkpoint in (*reversed(ancestors(plan.output, parent)), parent):
+        _check_made_alike(plan, checkpoint)
+    if parent.record.group_size != plan.recipe.ptq.group_size:
+        raise UsageError(
+            f"{parent.path} has group size {parent.record.group_size}, ptq.group_size is {plan.recipe.ptq.group_size}; "
+            "set it back, or use another output.dir"
+        )
+    return parent
+
+
+def _check_made_alike(plan: Plan, checkpoint: Checkpoint) -> None:
+    made = STAGES[checkpoint.stage]
+    sampled = plan.generates(made)
+    wanted = stage_inputs(plan, made, None if sampled else plan.stage_tokens(made))
+    left_out = {PARENT, *([f"{made.text}.tokens"] if sampled else [])}
+    made_from = {name: value for name, value in checkpoint.inputs.items() if name not in left_out}
+    if changed := changes(made_from, wanted):
+        raise UsageError(
+            f"{checkpoint.path} was made from other inputs than this recipe's:\n{changed}\n"
+            f"Set these keys back, or run: {made.remake}"
+        )

@@ -1,0 +1,94 @@
+"""The one table of backends: what depends on the kind of device that tensors lie on.
+
+A backend is a folder of its own with a module `backend`, whose `make(kind)` gives a `Backend`; it is imported when a device of
+that kind is first used. Everything that computes without one is in `format` and in `runtime.torch`.
+"""
+
+import re
+from functools import cache
+from importlib import import_module
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lbllm_cli.core.errors import UsageError
+from lbllm_cli.format.activations import Quantized, Tables
+from lbllm_cli.runtime.units import Units
+
+# Kind of device -> the module that makes its backend. What is not here runs in torch.
+TABLE = {"cpu": "lbllm_cli.runtime.cpu.backend", "cuda": "lbllm_cli.runtime.torch.backend"}
+_OTHERS = "lbllm_cli.runtime.torch.backend"
+
+
+class Backend(Protocol):
+    """A kind of device.
+
+    shares_ram: its memory is the process's. piece: values of a tensor that are best worked on at once, None for all. usual_dtype:
+    what models are computed in where nobody says, None for what they are stored in.
+    """
+
+    shares_ram: bool
+    piece: int | None
+    usual_dtype: torch.dtype | None
+
+    def count(self) -> int:
+        """Devices of this kind that this process can use."""
+
+    def describe(self, device: torch.device) -> str:
+        """Name of a device, for records."""
+
+    def free_memory(self, device: torch.device) -> int:
+        """Bytes that can still be had."""
+
+    def peak_memory(self, device: torch.device) -> int | None:
+        """Most bytes that this process has had so far; None where the process's own peak says it."""
+
+    def staged(self, tensor: Tensor) -> Tensor:
+        """A tensor in RAM, where a copy to the device can begin and the caller go on."""
+
+    def check(self) -> None:
+        """Raises UsageError where its settings ask for what is not there."""
+
+    def quantized(self, x: Tensor, tables: Tables, step_dtype: torch.dtype) -> Quantized:
+        """Groups float [..., size] and their codes' values; see `runtime.torch.quantizer.quantized`."""
+
+    def gradients(
+        self, x: Tensor, tables: Tables, found: Quantized, gradient: Tensor, wanted: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """See `runtime.torch.quantizer.gradients`."""
+
+    def take_over(self, model: nn.Module, units: Units, quantized: bool) -> list[Any]:
+        """Hands what it computes faster of a loaded packed model over to it; returns handles that take hooks back.
+
+        quantized: whether the model quantizes activations.
+        """
+
+
+@cache
+def _made(kind: str) -> Backend:
+    made: Backend = import_module(TABLE.get(kind, _OTHERS)).make(kind)
+    return made
+
+
+def backend_of(device: torch.device) -> Backend:
+    """The backend of a device."""
+    return _made(device.type)
+
+
+def choose_device(wanted: str, key: str = "runtime.device") -> torch.device:
+    """`auto` is the first GPU, else the CPU. key: what it stands under, for messages.
+
+    Raises UsageError for what is no device, and when a GPU is asked for that this machine has not.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", wanted):
+        raise UsageError(f"{key} {wanted}: expected auto, cpu, cuda or cuda:N")
+    count = _made("cuda").count()
+    if wanted == "auto":
+        wanted = "cuda" if count else "cpu"
+    if wanted.startswith("cuda"):
+        if not count:
+            raise UsageError(f"{key} {wanted}: this torch sees no GPU; set {key} to auto or cpu")
+        if int(wanted.partition(":")[2] or 0) >= count:
+            raise UsageError(f"{key} {wanted}: this torch sees {count} GPUs, the last is cuda:{count - 1}")
+    return torch.device(wanted)

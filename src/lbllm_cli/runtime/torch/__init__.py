@@ -1,0 +1,1 @@
+"""The backend without kernels of its own: torch, on any device."""
