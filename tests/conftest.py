@@ -3,13 +3,15 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from shared import shared
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -95,6 +97,45 @@ def toy(tmp_path: Path) -> Path:
 def recipe(tmp_path: Path, toy: Path) -> Path:
     """A recipe for `toy` that writes to tmp_path / "run"."""
     return write_recipe(tmp_path / "recipe.yaml", toy, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory) -> Callable:
+    """once(name, make): what `make(folder)` gives, made once for all processes of a test run. Tests copy what they change."""
+    return partial(shared, tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def finished(once) -> Callable[..., tuple[Path, Path]]:
+    """finished(*stages, family=...): a toy, and an output folder that holds these stages, each trained for one epoch."""
+    from lbllm_cli.cli.app import app
+
+    def run(*stages: str, family: str = "llama-tied") -> tuple[Path, Path]:
+        def make(folder: Path) -> tuple[Path, Path]:
+            if stages[:-1]:
+                toy, before = run(*stages[:-1], family=family)
+                shutil.copytree(before, folder / "run")
+            else:
+                toy = save_toy(folder / "model", family)
+            recipe = write_recipe(folder / "r.yaml", toy, folder / "run", distill={"epochs": 1}, act_calib={"epochs": 1})
+            result = CliRunner().invoke(app, [stages[-1], "--recipe", str(recipe)], catch_exceptions=False)
+            assert result.exit_code == 0, result.stderr
+            return toy, folder / "run"
+
+        return once("-".join((family, *stages)), make)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def export_of(once) -> Callable[[str], Path]:
+    """export_of(family): its exported W(1+1)A4KV4 toy."""
+    from packed_models import exported
+
+    def of(family: str) -> Path:
+        return once(f"export-{family}", lambda folder: exported(folder, save_toy(folder / "model", family), ptq={"rounds": 0}))
+
+    return of
 
 
 @pytest.fixture

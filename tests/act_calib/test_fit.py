@@ -13,41 +13,24 @@ from transformers import AutoModelForCausalLM
 
 import lbllm_cli.hf  # noqa: F401 - registers the packed format
 from lbllm_cli.act_calib.fit import activation_format, fitted, sample_inputs
-from lbllm_cli.format.activations import split_groups
-from lbllm_cli.models.model import LINEARS, UNITS, block_prefix, open_model
-from lbllm_cli.pipeline.block_loop import stored_block
+from lbllm_cli.format.activations import CLIP_UNIT, KEYS, TENSORS, VALUES, ActivationFormat, split_groups
+from lbllm_cli.models.block import block_prefix
+from lbllm_cli.models.model import LINEARS, UNITS, open_model
+from lbllm_cli.models.stored import stored_block
 from lbllm_cli.pipeline.checkpoint import Checkpoint
 from lbllm_cli.recipe.schema import Model
 from lbllm_cli.runtime.attachments import attach
-from lbllm_cli.runtime.quantizer import (
-    CLIP_UNIT,
-    INPUTS,
-    KEYS,
-    TENSORS,
-    VALUES,
-    ActivationFormat,
-    ActQuantizer,
-    read_quantizers,
-)
+from lbllm_cli.runtime.quantizer import INPUTS, ActQuantizer, read_quantizers
 from lbllm_cli.training.block import Trainer
 
 CPU = torch.device("cpu")
 MORE = "data.training.sequences=64"
 
 
-@pytest.fixture(scope="module")
-def parent(tmp_path_factory):
+@pytest.fixture(scope="session")
+def parent(finished) -> tuple[Path, Path]:
     """Toy model and an output folder that holds its finished ptq and distill stages."""
-    from typer.testing import CliRunner
-
-    from lbllm_cli.cli.app import app
-
-    base = tmp_path_factory.mktemp("parent")
-    toy = save_toy(base / "model")
-    recipe = write_recipe(base / "r.yaml", toy, base / "run", distill={"epochs": 1})
-    for stage in ("ptq", "distill"):
-        assert CliRunner().invoke(app, [stage, "--recipe", str(recipe)], catch_exceptions=False).exit_code == 0
-    return toy, base / "run"
+    return finished("ptq", "distill")
 
 
 @pytest.fixture

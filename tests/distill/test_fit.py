@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import save_toy, write_recipe
-from lbllm_cli.training.state import TrainingState
 from safetensors.torch import load_file
 from stages import BLOCKS, block_bytes, events, promised, refused, run_in_pieces
 
 from lbllm_cli.core.errors import Interrupted
 from lbllm_cli.format.weights import decode
-from lbllm_cli.models.model import LINEARS, block_prefix
+from lbllm_cli.models.block import block_prefix
+from lbllm_cli.models.model import LINEARS
 from lbllm_cli.pipeline.checkpoint import Checkpoint
+from lbllm_cli.pipeline.training_state import TrainingState
 from lbllm_cli.training import loop as training
 from lbllm_cli.training.block import Trainer
 
@@ -23,18 +24,10 @@ from lbllm_cli.training.block import Trainer
 MORE = "data.training.sequences=160"
 
 
-@pytest.fixture(scope="module")
-def parent(tmp_path_factory):
+@pytest.fixture(scope="session")
+def parent(finished) -> tuple[Path, Path]:
     """Toy model and an output folder that holds its finished ptq stage."""
-    from typer.testing import CliRunner
-
-    from lbllm_cli.cli.app import app
-
-    base = tmp_path_factory.mktemp("parent")
-    toy = save_toy(base / "model")
-    recipe = write_recipe(base / "r.yaml", toy, base / "run")
-    assert CliRunner().invoke(app, ["ptq", "--recipe", str(recipe)], catch_exceptions=False).exit_code == 0
-    return toy, base / "run"
+    return finished("ptq")
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
 import lbllm_cli.hf  # noqa: F401 - packed folders
-from lbllm_cli.act_calib.search import Shape
 from lbllm_cli.core import interrupt
 from lbllm_cli.core.errors import Interrupted
+from lbllm_cli.core.lock import locked
 from lbllm_cli.data.tokens import training_tokens
 from lbllm_cli.end_to_end import teacher as teacher_states
 from lbllm_cli.end_to_end import trainer as end_to_end
@@ -29,42 +29,33 @@ from lbllm_cli.models.model import FINAL_NORM, open_model
 from lbllm_cli.pipeline import block_loop as stream
 from lbllm_cli.pipeline import forecast
 from lbllm_cli.pipeline import runner as pipeline
-from lbllm_cli.pipeline.checkpoint import OUTER, Checkpoint, locked
+from lbllm_cli.pipeline.checkpoint import Checkpoint
 from lbllm_cli.pipeline.plan import prepare
+from lbllm_cli.pipeline.stage_record import OUTER
+from lbllm_cli.pipeline.training_state import TrainingState
 from lbllm_cli.recipe.load import load_recipe
 from lbllm_cli.recipe.schema import Model
 from lbllm_cli.recipe.training import ActEndToEnd, DistillEndToEnd
 from lbllm_cli.training.block_linears import BlockLinears
 from lbllm_cli.training.forecast import KEPT_DEPLOYED, KEPT_SOFT
-from lbllm_cli.training.state import TrainingState
+from lbllm_cli.training.knees import Shape
 
 PHASE = {"sequences": 24, "epochs": 1, "batch_size": 2}
+STAGES = ("ptq", "distill", "act-calib")
 CPU = torch.device("cpu")
 
 
-def through(base: Path, name: str) -> tuple[Path, Path]:
-    """A toy of a family and an output folder that holds its finished ptq, distill and act-calib stages."""
-    from typer.testing import CliRunner
-
-    from lbllm_cli.cli.app import app
-
-    toy = save_toy(base / "model", name)
-    recipe = write_recipe(base / "r.yaml", toy, base / "run", distill={"epochs": 1}, act_calib={"epochs": 1})
-    for command in ("ptq", "distill", "act-calib"):
-        assert CliRunner().invoke(app, [command, "--recipe", str(recipe)], catch_exceptions=False).exit_code == 0
-    return toy, base / "run"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return through(tmp_path_factory.mktemp("made"), "llama-tied")
+@pytest.fixture(scope="session")
+def made(finished) -> tuple[Path, Path]:
+    """Toy model and an output folder that holds its finished ptq, distill and act-calib stages."""
+    return finished(*STAGES)
 
 
 @pytest.fixture
 def run(made, tmp_path):
     """run(distill=..., act_calib=...): a recipe with these end-to-end phases, in a folder that holds the stages before."""
     toy, output = made
-    for stage in ("ptq", "distill", "act-calib"):
+    for stage in STAGES:
         shutil.copytree(output / stage, tmp_path / "run" / stage)
 
     def recipe(name: str = "r", distill: dict | None = None, act_calib: dict | None = None, **sections) -> Path:
@@ -102,11 +93,12 @@ def test_no_epochs_return_the_parent_byte_for_byte(ok, run, tmp_path, stage):
 
 @pytest.mark.parametrize("name", ["llama-untied", "qwen2-biases", "qwen3"])
 @torch.no_grad()
-def test_a_student_computes_what_its_export_does(ok, in_torch, tmp_path, name):
-    toy, output = through(tmp_path, name)
+def test_a_student_computes_what_its_export_does(ok, in_torch, finished, tmp_path, name):
+    toy, output = finished(*STAGES, family=name)
+    run = Path(shutil.copytree(output, tmp_path / "run"))
     for stage in ("distill", "act-calib"):
-        ok("export", "--recipe", tmp_path / "r.yaml", f"export.checkpoint={stage}", "--force")
-        exported = AutoModelForCausalLM.from_pretrained(output / "export").eval()
+        ok("export", "--recipe", output.parent / "r.yaml", f"output.dir={run}", f"export.checkpoint={stage}", "--force")
+        exported = AutoModelForCausalLM.from_pretrained(run / "export").eval()
         student = student_of((toy, output), stage)
         tokens = torch.randint(1024, (2, 40), generator=torch.Generator().manual_seed(3))
         found, expected = linear(student(tokens), student.head), exported(tokens, use_cache=False).logits
@@ -114,14 +106,14 @@ def test_a_student_computes_what_its_export_does(ok, in_torch, tmp_path, name):
         assert (found - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
-def test_gradients_are_those_of_the_whole_model_in_memory(ok, made, tmp_path):
+def test_gradients_are_those_of_the_whole_model_in_memory(ok, made, run, tmp_path):
     """Against autograd through a dense model: the gradient of a level is the sum over its weights."""
-    toy, output = made
+    toy, _ = made
     student = student_of(made, "distill")
     tokens = torch.randint(1024, (2, 24), generator=torch.Generator().manual_seed(3))
     teacher = AutoModelForCausalLM.from_pretrained(toy).eval()
-    ok("export", "--recipe", output.parent / "r.yaml", "export.checkpoint=distill", "export.format=dense")
-    dense = AutoModelForCausalLM.from_pretrained(output / "export").eval()
+    ok("export", "--recipe", run(), "export.checkpoint=distill", "export.format=dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export").eval()
     for model in (teacher, dense):
         model.requires_grad_(True)
     with torch.no_grad():

@@ -1,18 +1,14 @@
-"""Which cases run, and what the processes of a test run share."""
+"""Which cases run, and the server of this process."""
 
 import atexit
-import fcntl
 import os
-import pickle
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from runner import Server
 
-Made = TypeVar("Made")
 _servers: list[Server] = []
 
 
@@ -36,15 +32,3 @@ def server(root: Path) -> Server:
         _servers.append(Server(root / "server"))
         atexit.register(_servers[0].close)
     return _servers[0]
-
-
-def shared(root: Path, name: str, make: Callable[[Path], Made]) -> Made:
-    """`make(folder)`, once for all processes of a test run. root: the base of this one's temporary folders."""
-    place = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
-    folder, kept = place / name, place / f"{name}.made"
-    with (place / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not kept.exists():
-            kept.write_bytes(pickle.dumps(make(folder)))
-        made: Made = pickle.loads(kept.read_bytes())
-    return made

@@ -14,7 +14,8 @@ import stage_cases
 from bases import LOCK, RECIPE, build, copied, stage_writes
 from promise import Case, broken, check, prepare, snapshot
 from runner import Result, Server
-from session import seeds, shared
+from session import seeds
+from shared import shared
 
 CLASSES: dict[str, ModuleType] = {
     "recipes": recipe_cases,

@@ -14,7 +14,8 @@ import session
 from bases import LOCK, RECIPE, copied, model, stage_writes
 from promise import Case, broken, snapshot
 from runner import Kill, Server
-from session import seeds, shared
+from session import seeds
+from shared import shared
 
 # What tells how a run went, and how long it took.
 _OF_THE_RUN = {"events.jsonl", "environment.json", "loss.png", ".lock"}

@@ -10,25 +10,16 @@ import torch
 from conftest import save_toy, write_recipe
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
-from typer.testing import CliRunner
 
 import lbllm_cli.hf  # noqa: F401 - registers the packed format
-from lbllm_cli.cli.app import app
 
 DOWN = "model.layers.1.mlp.down_proj"
 INPUT = "model.layers.0.self_attn.q_proj.input"
 
 
-@pytest.fixture(scope="module")
-def export(tmp_path_factory) -> Path:
-    base = tmp_path_factory.mktemp("export")
-    recipe = write_recipe(
-        base / "r.yaml", save_toy(base / "model"), base / "run", act_calib={"parent": "ptq", "epochs": 0}, ptq={"rounds": 0}
-    )
-    for command in ("ptq", "act-calib", "export"):
-        result = CliRunner().invoke(app, [command, "--recipe", str(recipe)], catch_exceptions=False)
-        assert result.exit_code == 0, result.stderr
-    return base / "run" / "export"
+@pytest.fixture(scope="session")
+def export(export_of) -> Path:
+    return export_of("llama-tied")
 
 
 @pytest.fixture

@@ -1,34 +1,27 @@
 """The 4-bit cache: what it holds, and that generation with it equals the full pass."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, save_toy, write_recipe
+from conftest import FAMILIES
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from typer.testing import CliRunner
 
 import lbllm_cli.hf
-from lbllm_cli.act_calib.search import fit_knee, tables_of
-from lbllm_cli.cli.app import app
+from lbllm_cli.act_calib.search import fit_knee
 from lbllm_cli.data.sources import builtin_records
-from lbllm_cli.format.activations import uniform_levels
+from lbllm_cli.format.activations import KEYS, ActivationFormat, uniform_levels
 from lbllm_cli.runtime.kv_cache import QuantizedKVCache, read_record, record_bytes, write_record
-from lbllm_cli.runtime.quantizer import KEYS, ActivationFormat
+from lbllm_cli.training.knees import tables_of
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def export(request, tmp_path_factory) -> Path:
+@pytest.fixture(scope="session", params=FAMILIES)
+def export(request, export_of) -> Path:
     """An exported W(1+1)A4KV4 toy of each family."""
-    base = tmp_path_factory.mktemp("export")
-    toy = save_toy(base / "model", request.param)
-    recipe = write_recipe(base / "r.yaml", toy, base / "run", act_calib={"parent": "ptq", "epochs": 0}, ptq={"rounds": 0})
-    for command in ("ptq", "act-calib", "eval", "export"):
-        result = CliRunner().invoke(app, [command, "--recipe", str(recipe)], catch_exceptions=False)
-        assert result.exit_code == 0, result.stderr
-    return base / "run" / "export"
+    return export_of(request.param)
 
 
 def load(folder: Path, **options):
@@ -133,8 +126,10 @@ def test_the_cache_holds_what_its_codes_say(export):
 
 
 @torch.no_grad()
-def test_perplexity_of_the_export_is_that_of_eval(export):
-    results = json.loads((export.parent / "eval" / "results.json").read_text())
+def test_perplexity_of_the_export_is_that_of_eval(export, ok, tmp_path):
+    for stage in ("ptq", "act-calib"):
+        shutil.copytree(export.parent / stage, tmp_path / stage)
+    results = json.loads(ok("eval", "--recipe", export.parents[1] / "r.yaml", f"output.dir={tmp_path}", "--json").stdout)
     text = next(builtin_records("evaluation", "novels"))["text"]
     tokens = torch.tensor(AutoTokenizer.from_pretrained(export)(text, add_special_tokens=False)["input_ids"][:128]).view(4, 32)
     model = load(export)
