@@ -99,6 +99,12 @@ def recipe(tmp_path: Path, toy: Path) -> Path:
     return write_recipe(tmp_path / "recipe.yaml", toy, tmp_path / "run")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked `gpu` need one."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU")
+
+
 @pytest.fixture(scope="session")
 def once(tmp_path_factory) -> Callable:
     """once(name, make): what `make(folder)` gives, made once for all processes of a test run. Tests copy what they change."""

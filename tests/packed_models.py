@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from lbllm_cli.act_calib import fit as act_calib
-from lbllm_cli.act_calib.search import Shape
 from lbllm_cli.cli.app import app
 from lbllm_cli.runtime.cpu.library import VARIABLE, library
 from lbllm_cli.runtime.kv_cache import QuantizedKVCache
 from lbllm_cli.runtime.linear import PackedLinear
+from lbllm_cli.training.knees import Shape
 
 # Mean difference of logits, relative to their mean size. Where no value goes over an edge between two codes it is rounding alone.
 ROUNDING = 1e-5

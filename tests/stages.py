@@ -3,16 +3,16 @@
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from lbllm_cli.core import interrupt
+from lbllm_cli.core.errors import Interrupted
 from lbllm_cli.models.model import open_model
-from lbllm_cli.pipeline.block_loop import binarized_weights
+from lbllm_cli.models.stored import decoded
 from lbllm_cli.pipeline.checkpoint import Checkpoint
 from lbllm_cli.recipe.schema import Model
-from lbllm_cli.training.block import Trainer
 
 BLOCKS = [f"block_{i:03d}.safetensors" for i in range(3)]
 
@@ -49,15 +49,15 @@ def events(folder: Path) -> list[dict]:
 
 def run_in_pieces(lbllm, monkeypatch, folder: Path, *command, calls: int = 3) -> int:
     """Runs a training stage that a signal stops in every third or so call between two steps; returns how often it was stopped."""
-    real, left = Trainer._pause, []
+    left = []
 
-    def stop_now_and_then(self):
+    def check():
         left.append(1)
         if len(left) == calls:
-            interrupt._received.append(15)
-        real(self)
+            raise Interrupted("stopped by SIGTERM")
 
-    monkeypatch.setattr(Trainer, "_pause", stop_now_and_then)
+    # As a training step asks, and nothing else.
+    monkeypatch.setattr("lbllm_cli.training.loop.interrupt", SimpleNamespace(check=check))
     stopped = 0
     while (result := lbllm(*command)).exit_code == 130:
         assert (folder.with_name(f"{folder.name}.partial") / "training.safetensors").exists()
@@ -73,7 +73,7 @@ def stage_model(folder: Path, run: Path) -> torch.nn.Module:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     source, checkpoint = open_model(Model(path=str(folder)), torch.device("cpu")), Checkpoint(run, "ptq")
     for index in range(source.blocks):
-        for name, weight in binarized_weights(checkpoint.read_block(index), source).items():
+        for name, weight in decoded(checkpoint.read_block(index), source).items():
             model.get_parameter(name).data = weight
     return model.eval()
 

@@ -12,16 +12,16 @@ from stages import BLOCKS, block_bytes, events, promised, refused, run_in_pieces
 from transformers import AutoModelForCausalLM
 
 import lbllm_cli.hf  # noqa: F401 - registers the packed format
-from lbllm_cli.act_calib.fit import activation_format, fitted, sample_inputs
+from lbllm_cli.act_calib.fit import fitted, sample_inputs
 from lbllm_cli.format.activations import CLIP_UNIT, KEYS, TENSORS, VALUES, ActivationFormat, split_groups
 from lbllm_cli.models.block import block_prefix
-from lbllm_cli.models.model import LINEARS, UNITS, open_model
+from lbllm_cli.models.model import open_model
 from lbllm_cli.models.stored import stored_block
 from lbllm_cli.pipeline.checkpoint import Checkpoint
 from lbllm_cli.recipe.schema import Model
 from lbllm_cli.runtime.attachments import attach
-from lbllm_cli.runtime.quantizer import INPUTS, ActQuantizer, read_quantizers
-from lbllm_cli.training.block import Trainer
+from lbllm_cli.runtime.quantizer import ActQuantizer, read_quantizers
+from lbllm_cli.training.loop import TrainingLoop
 
 CPU = torch.device("cpu")
 MORE = "data.training.sequences=64"
@@ -45,6 +45,9 @@ def run(parent, tmp_path):
         return write_recipe(tmp_path / f"{name}.yaml", toy, tmp_path / "run", **sections)
 
     return recipe
+
+
+INPUTS = tuple(f"{name}.input" for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"))
 
 
 def packed(folder: Path) -> list[dict[str, torch.Tensor]]:
@@ -125,21 +128,21 @@ def test_joint_training_moves_codes(ok, run, tmp_path):
 @pytest.mark.parametrize("form", ["knee", "uniform"])
 def test_what_is_reported_is_what_is_stored(ok, run, tmp_path, form, monkeypatch):
     """The stored block, read back, gives the best epoch's held-out error to the last bit."""
-    real, again = Trainer.run, []
+    real, again = TrainingLoop.run, []
 
     def check(self):
         best = real(self)
         if best is None:  # no epoch was better than what was fitted
             again.append(None)
             return best
-        layout = activation_format(self.settings, 32)
-        self.student.block = stored_block(open_model(Model(path=str(toy)), CPU), self.progress.block, best, layout)
-        again.append(self._held_out(self.progress.start["per_token_ordinary"]))
+        layout = ActivationFormat(4, 4, "group", form, form, 2, 32)
+        self.objective.student.block = stored_block(open_model(Model(path=str(toy)), CPU), self.progress.block, best, layout)
+        again.append(self.objective.held_out(self.held, self.progress))
         return best
 
     recipe = run(parent="ptq", form=form, kv_form=form)
     toy = Path(json.loads(recipe.read_text())["model"]["path"])
-    monkeypatch.setattr(Trainer, "run", check)
+    monkeypatch.setattr(TrainingLoop, "run", check)
     ok("act-calib", "--recipe", recipe, MORE)
     for record, held in zip(events(tmp_path / "run" / "act-calib"), again, strict=True):
         assert held is None if record["best_epoch"] == 0 else record["after"] == held
@@ -171,9 +174,9 @@ def test_quantizers_sit_where_the_block_reads_them(name, tmp_path):
         samples = sample_inputs(block, hidden)
         torch.testing.assert_close(block(hidden), plain(hidden), rtol=0, atol=0)  # sampling leaves nothing behind
         quantizers = {key: fitted(key, x, layout, 0, ()) for key, x in samples.items()}
-        handles = attach(block.layer, dict(quantizers))
+        handles = attach(block.layer, block.units, dict(quantizers))
         inputs: dict[str, torch.Tensor] = {}
-        for linear in LINEARS:
+        for linear in block.linears:
             block.linear(linear).register_forward_hook(lambda _, args, out, linear=linear: inputs.__setitem__(linear, args[0]))
         calls = []
         real = ActQuantizer.values
@@ -181,7 +184,7 @@ def test_quantizers_sit_where_the_block_reads_them(name, tmp_path):
             quantizer.values = lambda x, key=key, quantizer=quantizer: (calls.append(key), real(quantizer, x))[1]
         quantized = block(hidden)
     assert sorted(calls) == sorted((*INPUTS, KEYS, VALUES))  # each once
-    for unit, key in zip(UNITS, INPUTS, strict=True):
+    for unit, key in zip(block.units, INPUTS, strict=True):
         assert all(inputs[linear] is inputs[unit[0]] for linear in unit)
         groups = split_groups(inputs[unit[0]], quantizers[key].size)
         # At most sixteen values to a group, zero and the fitted lattice among them.
@@ -199,7 +202,7 @@ def test_disabled_quantizers_give_the_block_bit_for_bit(tmp_path):
     layout = ActivationFormat(3, 3, "token", "knee", "uniform", 1, 32)
     with torch.no_grad():
         quantizers = {key: fitted(key, x, layout, 0, ()) for key, x in sample_inputs(block, hidden).items()}
-        attach(block.layer, dict(quantizers))
+        attach(block.layer, block.units, dict(quantizers))
         assert not torch.equal(block(hidden), plain(hidden))
         for quantizer in quantizers.values():
             quantizer.enabled = False
@@ -218,7 +221,7 @@ def test_keys_are_quantized_after_the_rotary_embedding(tmp_path, ok):
     stored = checkpoint.read_block(0)
     layout = ActivationFormat(**checkpoint.manifest["activations"])
     block = stored_block(model, 0, stored, layout)
-    by = read_quantizers(block.layer, stored, block.prefix, layout)
+    by = read_quantizers(block.layer, block.units, stored, block.prefix, layout)
     seen: dict[str, torch.Tensor] = {}
     attention = block.layer.self_attn
     attention.o_proj.register_forward_hook(lambda _, args, out: seen.update(mixed=args[0]))

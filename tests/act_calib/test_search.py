@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
-from lbllm_cli.act_calib.search import Shape, fit_knee, grid, tables_of
+from lbllm_cli.act_calib.search import fit_knee, grid
 from lbllm_cli.format.activations import LATTICE_MAX, dequantize, quantize
+from lbllm_cli.training.knees import Shape, tables_of
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lbllm_cli.core.errors import UsageError
-from lbllm_cli.pipeline.checkpoint import locked
+from lbllm_cli.core.lock import locked
 
 
 @pytest.mark.parametrize("content", ["mine", "12 34", "é"])

@@ -63,7 +63,7 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 def _calibrate(sources: list[Source], tokenizer: Any, sequences: int, length: int, seed: int = 0, **more: Any) -> Tensor:
     spec = TokenSet(source=sources, sequences=sequences, length=length, bos=more.pop("bos", False))
     sampler = more.pop("sampler", lambda *_: pytest.fail("nothing is to be sampled"))
-    return data.training_tokens(spec, tokenizer, more.pop("vocab", VOCAB), seed, sampler, "data.calibration", **more)
+    return data.training_tokens(spec, tokenizer, more.pop("vocab", VOCAB), data.Draw(seed, sampler, "data.calibration", **more))
 
 
 def _evaluate(sources: list[Source], tokenizer: Any, length: int = 8, segments: int | None = None, **more: Any) -> Tensor:

@@ -12,13 +12,12 @@ from safetensors.torch import load_file
 from stages import BLOCKS, block_bytes, events, promised, refused, run_in_pieces
 
 from lbllm_cli.core.errors import Interrupted
-from lbllm_cli.format.weights import decode
-from lbllm_cli.models.block import block_prefix
-from lbllm_cli.models.model import LINEARS
+from lbllm_cli.format.weights import PackedWeight
 from lbllm_cli.pipeline.checkpoint import Checkpoint
 from lbllm_cli.pipeline.training_state import TrainingState
 from lbllm_cli.training import loop as training
-from lbllm_cli.training.block import Trainer
+from lbllm_cli.training.block import BlockObjective
+from lbllm_cli.training.loop import TrainingLoop
 
 # Enough text for training to pay; the recipe's own 9 sequences are for what is about something else.
 MORE = "data.training.sequences=160"
@@ -71,18 +70,18 @@ def test_rates_that_ruin_everything_return_the_parent(ok, run, tmp_path):
 
 def test_what_is_reported_is_what_is_stored(ok, run, tmp_path, monkeypatch):
     """The stored tensors of the best epoch, decoded, give that epoch's held-out error to the last bit."""
-    real, again = Trainer.run, []
+    real, again = TrainingLoop.run, []
 
     def check(self):
         best = real(self)
-        for name in LINEARS:
-            linear, prefix = self.student.block.linear(name), self.student.block.prefix + name
-            parts = [best[f"{prefix}.{part}"] for part in ("weight", "levels", "scale")]
-            linear.weight.data.copy_(decode(*parts, linear.in_features))
-        again.append(self._held_out(self.progress.start["per_token_ordinary"]))
+        block = self.objective.student.block
+        for name in block.linears:
+            linear = block.linear(name)
+            linear.weight.data.copy_(PackedWeight.from_tensors(best, block.prefix + name, linear.in_features).values())
+        again.append(self.objective.held_out(self.held, self.progress))
         return best
 
-    monkeypatch.setattr(Trainer, "run", check)
+    monkeypatch.setattr(TrainingLoop, "run", check)
     ok("distill", "--recipe", run(), MORE)
     for record, held in zip(events(tmp_path / "run" / "distill"), again, strict=True):
         assert record["after"] == held
@@ -98,8 +97,7 @@ def test_the_start_keeps_the_advantage_of_compensated_codes(parent):
     weights = load_file(toy / "model.safetensors")
     stored = Checkpoint(output, "ptq").read_block(1)
     moved = total = 0
-    for name in LINEARS:
-        prefix = block_prefix(1) + name
+    for prefix in PackedWeight.owners(stored):
         weight = weights[f"{prefix}.weight"]
         codes = unpack_codes(stored[f"{prefix}.weight"], weight.shape[1])
         ranks, levels = ranks_from_codes(codes, level_values(stored[f"{prefix}.levels"], stored[f"{prefix}.scale"]))
@@ -147,16 +145,16 @@ def test_streams_micro_batches_of_one_step_and_disk_agree(ok, run, tmp_path):
 
 def test_micro_batches_add_up_to_the_batch(run, parent, monkeypatch, ok, tmp_path):
     """Gradients of one step of 4 sequences, whole and in four pieces: equal but for rounding."""
-    seen = {}
-    real = Trainer._update
+    seen, key = {}, 0
+    real = torch.optim.AdamW.step
 
-    def look(self, loss):
-        key = self.settings.micro_batch_size
-        seen.setdefault(key, [p.grad.clone() for group in self.groups for p in group["params"]] + [torch.tensor(loss)])
-        real(self, loss)
+    def look(self, *arguments):
+        seen.setdefault(key, [p.grad.clone() for group in self.param_groups for p in group["params"]])
+        return real(self, *arguments)
 
-    monkeypatch.setattr(Trainer, "_update", look)
+    monkeypatch.setattr(torch.optim.AdamW, "step", look)
     for size in (4, 1):
+        key = size
         ok("distill", "--recipe", run(batch_size=4, micro_batch_size=size), "--force")
     for whole, pieces in zip(seen[4], seen[1], strict=True):
         torch.testing.assert_close(whole, pieces, rtol=1e-4, atol=1e-6)
@@ -195,13 +193,13 @@ def test_only_what_is_named_is_trained(ok, run, tmp_path, train):
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(ok, lbllm, run, tmp_path, monkeypatch):
-    real, calls = Trainer.loss, []
+    real, calls = BlockObjective.loss, []
 
-    def sometimes(self, piece):
+    def sometimes(self, piece, start):
         calls.append(1)
-        return real(self, piece) * (float("nan") if len(calls) % 3 == 0 else 1)
+        return real(self, piece, start) * (float("nan") if len(calls) % 3 == 0 else 1)
 
-    monkeypatch.setattr(Trainer, "loss", sometimes)
+    monkeypatch.setattr(BlockObjective, "loss", sometimes)
     ok("distill", "--recipe", run())
     record = events(tmp_path / "run" / "distill")[0]
     assert record["skipped"] == 2  # 8 steps of one micro-batch each: the third and the sixth
@@ -293,7 +291,7 @@ def test_a_disk_that_the_stage_itself_has_filled_is_large_enough(lbllm, ok, run,
 
 
 def test_full_disk_in_the_middle_of_a_block_is_resumable(lbllm, ok, run, tmp_path, monkeypatch):
-    from lbllm_cli.training import state as training_state
+    from lbllm_cli.pipeline import training_state
 
     recipe = run()
     ok("distill", "--recipe", recipe)
@@ -333,8 +331,8 @@ def test_an_interrupt_is_only_noticed_between_steps(monkeypatch, ok, run):
     """A signal during a step leaves no half-applied step behind: the step ends before the state is written."""
     order = []
     monkeypatch.setattr(training.interrupt, "check", lambda: order.append("check"))
-    real = Trainer._update
-    monkeypatch.setattr(Trainer, "_update", lambda self, loss: (order.append("update"), real(self, loss)))
+    real = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (order.append("update"), real(self)))
     ok("distill", "--recipe", run())
     first = order.index("update")
     assert order[first - 1] == "check"

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,26 +20,29 @@ import lbllm_cli.hf  # noqa: F401 - packed folders
 from lbllm_cli.core import interrupt
 from lbllm_cli.core.errors import Interrupted
 from lbllm_cli.core.lock import locked
-from lbllm_cli.data.tokens import training_tokens
+from lbllm_cli.data.tokens import Draw, training_tokens
+from lbllm_cli.end_to_end import stage as end_to_end_stage
 from lbllm_cli.end_to_end import teacher as teacher_states
 from lbllm_cli.end_to_end import trainer as end_to_end
 from lbllm_cli.end_to_end.loss import distillation_loss
 from lbllm_cli.end_to_end.student import WholeStudent
-from lbllm_cli.end_to_end.trainer import EndToEndTrainer
+from lbllm_cli.end_to_end.trainer import EndToEndObjective
 from lbllm_cli.models.model import FINAL_NORM, open_model
-from lbllm_cli.pipeline import block_loop as stream
-from lbllm_cli.pipeline import forecast
-from lbllm_cli.pipeline import runner as pipeline
+from lbllm_cli.pipeline import forecast, streams
 from lbllm_cli.pipeline.checkpoint import Checkpoint
+from lbllm_cli.pipeline.lineage import stage_inputs
 from lbllm_cli.pipeline.plan import prepare
 from lbllm_cli.pipeline.stage_record import OUTER
 from lbllm_cli.pipeline.training_state import TrainingState
 from lbllm_cli.recipe.load import load_recipe
 from lbllm_cli.recipe.schema import Model
+from lbllm_cli.recipe.stages import STAGES as STAGE_SPECS
+from lbllm_cli.recipe.stages import TABLE
 from lbllm_cli.recipe.training import ActEndToEnd, DistillEndToEnd
 from lbllm_cli.training.block_linears import BlockLinears
 from lbllm_cli.training.forecast import KEPT_DEPLOYED, KEPT_SOFT
 from lbllm_cli.training.knees import Shape
+from lbllm_cli.training.progress import Progress
 
 PHASE = {"sequences": 24, "epochs": 1, "batch_size": 2}
 STAGES = ("ptq", "distill", "act-calib")
@@ -226,18 +230,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(ok, lbllm, run, tmp_path, mon
 
 
 def test_a_failure_after_the_last_step_trains_nothing_again(ok, lbllm, run, tmp_path, monkeypatch):
-    recipe, steps, step = run(distill={}), [], EndToEndTrainer._step
+    recipe, steps, step = run(distill={}), [], torch.optim.AdamW.step
 
-    def counted(self, *arguments):
+    def counted(self):
         steps.append(1)
-        return step(self, *arguments)
+        return step(self)
 
     def full(*_):
         raise OSError(28, "No space left on device", "loss.png")
 
-    monkeypatch.setattr(EndToEndTrainer, "_step", counted)
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
     with monkeypatch.context() as broken:
-        broken.setattr(pipeline, "plot_steps", full)
+        broken.setattr(end_to_end_stage, "plot_steps", full)
         assert lbllm("distill", "--recipe", recipe, "--only", "end-to-end").exit_code == 1
     trained = len(steps)
     assert trained
@@ -249,14 +253,14 @@ def test_a_failure_after_the_last_step_trains_nothing_again(ok, lbllm, run, tmp_
 
 
 def test_a_step_that_is_not_finite_leaves_the_record_of_the_others(ok, run, tmp_path, monkeypatch):
-    calls, loss = [], EndToEndTrainer.loss
+    calls, loss = [], EndToEndObjective.loss
 
-    def sometimes(self, piece):
+    def sometimes(self, piece, start):
         calls.append(1)
-        found = loss(self, piece)
+        found = loss(self, piece, start)
         return found * float("nan") if len(calls) in (3, 4, 5) else found
 
-    monkeypatch.setattr(EndToEndTrainer, "loss", sometimes)
+    monkeypatch.setattr(EndToEndObjective, "loss", sometimes)
     monkeypatch.setattr(end_to_end, "_RECORDS", 4)
     ok("distill", "--recipe", run(distill={"batch_size": 1, "micro_batch_size": 1}), "--only", "end-to-end")
     losses = [record["loss"] for record in events(tmp_path / "run" / "distill-e2e") if "step" in record]
@@ -287,10 +291,9 @@ def test_micro_batches_add_up_to_the_batch(made):
         student = student_of(made, "distill")
         tokens = torch.randint(1024, (8, 24), generator=torch.Generator().manual_seed(3))
         states = torch.randn(8, 24, 80, generator=torch.Generator().manual_seed(4))
-        loop = EndToEndTrainer.__new__(EndToEndTrainer)
-        loop.student, loop.temperature, loop.share = student, settings.temperature, settings.next_token
+        objective = EndToEndObjective(student, tokens, None, settings, None)
         for rows in torch.arange(4).split(micro):
-            (loop.loss((tokens[rows], states[rows])) * len(rows) / 4).backward()
+            (objective.loss((tokens[rows], states[rows]), {}) * len(rows) / 4).backward()
         grads.append(student.blocks[0].linears["mlp.up_proj"].levels.grad)
     assert (grads[0] - grads[1]).abs().max() <= 1e-5 * grads[1].abs().max()
 
@@ -314,17 +317,18 @@ def test_norms_that_are_not_trained_stay_to_the_bit(ok, tmp_path, stored):
 def test_a_student_that_is_its_teacher_is_no_division_by_zero(made, monkeypatch):
     student = student_of(made, "distill")
     tokens = torch.randint(1024, (24, 16), generator=torch.Generator().manual_seed(3))
-    loop = EndToEndTrainer.__new__(EndToEndTrainer)
-    loop.student, loop.temperature, loop.share, loop.length, loop.held = student, 1.0, 0.0, 16, [0, 1]
+    reporter = SimpleNamespace(note=lambda text: None)
+    objective = EndToEndObjective(student, tokens, None, DistillEndToEnd(sequences=24), reporter)
     monkeypatch.setattr(student, "teacher", lambda states: states)
     with torch.no_grad():
-        loop.feed = lambda rows: ((tokens[row], student(tokens[row])) for row in rows)
-        assert loop._held_out()["error"] > 0
+        objective.feed = lambda rows: ((tokens[row], student(tokens[row])) for row in rows)
+        assert objective.held_out([0, 1], Progress(0))["error"] > 0
 
 
 def test_text_is_fresh(run):
-    plan = prepare(load_recipe(run(distill={"sequences": 30}, act_calib={"sequences": 20}), []), train=True)
-    rows = [{tuple(row) for row in plan.stage_tokens(stage).tolist()} for stage in ("distill", "distill-e2e", "act-calib-e2e")]
+    plan = prepare(load_recipe(run(distill={"sequences": 30}, act_calib={"sequences": 20}), []), stages=TABLE)
+    names = ("distill", "distill-e2e", "act-calib-e2e")
+    rows = [{tuple(row) for row in plan.stage_tokens(STAGE_SPECS[name]).tolist()} for name in names]
     assert [len(found) for found in rows] == [9, 30, 20]
     assert not rows[0] & rows[1]
     assert not (rows[0] | rows[1]) & rows[2]
@@ -352,10 +356,10 @@ def test_forecast_covers_what_quantizing_keeps(made, knees, tensors):
 def test_a_phase_may_read_the_text_of_the_phase_before(run):
     """With `skip` as the phase before has it both read the same, and one folder of teacher's states serves both."""
     last = {"distill": {"sequences": 20}, "act_calib": {"sequences": 20, "skip": 9}}
-    plan = prepare(load_recipe(run(**last), []), train=True)
-    assert torch.equal(plan.stage_tokens("act-calib-e2e"), plan.stage_tokens("distill-e2e"))
-    tokens = plan.stage_tokens("distill-e2e")
-    assert "distill.end_to_end.skip" not in plan.inputs("distill-e2e", tokens)
+    plan = prepare(load_recipe(run(**last), []), stages=TABLE)
+    assert torch.equal(plan.stage_tokens(STAGE_SPECS["act-calib-e2e"]), plan.stage_tokens(STAGE_SPECS["distill-e2e"]))
+    tokens = plan.stage_tokens(STAGE_SPECS["distill-e2e"])
+    assert "distill.end_to_end.skip" not in stage_inputs(plan, STAGE_SPECS["distill-e2e"], tokens)
 
 
 def rows_of(tokens: torch.Tensor) -> set[tuple[int, ...]]:
@@ -369,8 +373,8 @@ def test_default_text_is_fresh(run, source, skip):
     last = {"distill": {"sequences": 23, "skip": skip, "source": source}, "act_calib": {"sequences": 31, "source": source}}
     sets = {"source": ["builtin:calibration"], "sequences": 26, "length": 32}
     recipe = run(**last, data={"training": sets, "calibration": sets})
-    plan = prepare(load_recipe(recipe, []), train=True)
-    own, *others = (rows_of(plan.stage_tokens(stage)) for stage in ("act-calib-e2e", "distill-e2e", "distill"))
+    plan = prepare(load_recipe(recipe, []), stages=TABLE)
+    own, *others = (rows_of(plan.stage_tokens(STAGE_SPECS[stage])) for stage in ("act-calib-e2e", "distill-e2e", "distill"))
     assert len(own) == 31
     assert [len(rows) for rows in others] == [23, 26]
     assert not own & set.union(*others)
@@ -381,10 +385,10 @@ def test_default_text_is_fresh(run, source, skip):
 def test_another_source_has_its_own_text(run):
     last = {"distill": {"sequences": 24}, "act_calib": {"sequences": 24, "source": ["builtin:calibration/novels"]}}
     sets = {"source": ["builtin:calibration"], "sequences": 24, "length": 32}
-    plan = prepare(load_recipe(run(**last, data={"training": sets, "calibration": sets}), []), train=True)
-    alone = plan.token_set("act-calib-e2e").model_copy(update={"sequences": 24})
-    expected = training_tokens(alone, plan.tokenizer, plan.vocab, 0, lambda *_: pytest.fail("sampled"), "data.training")
-    assert torch.equal(plan.stage_tokens("act-calib-e2e"), expected)
+    plan = prepare(load_recipe(run(**last, data={"training": sets, "calibration": sets}), []), stages=TABLE)
+    alone = plan.token_set(STAGE_SPECS["act-calib-e2e"]).model_copy(update={"sequences": 24})
+    expected = training_tokens(alone, plan.tokenizer, plan.vocab, Draw(0, lambda *_: pytest.fail("sampled"), "data.training"))
+    assert torch.equal(plan.stage_tokens(STAGE_SPECS["act-calib-e2e"]), expected)
 
 
 def test_blocks_run_with_the_norms_of_their_parent(made):
@@ -521,7 +525,7 @@ class TestTeacher:
         folder = tmp_path / "teacher"
         recipe = run(distill={"teacher": str(folder), "epochs": 0})
         ok("distill", "--recipe", recipe)
-        tokens = prepare(load_recipe(recipe, []), train=True).stage_tokens("distill-e2e")
+        tokens = prepare(load_recipe(recipe, []), stages=TABLE).stage_tokens(STAGE_SPECS["distill-e2e"])
         model = AutoModelForCausalLM.from_pretrained(made[0]).eval()
         model.model.norm = torch.nn.Identity()
         with torch.no_grad():
@@ -540,7 +544,7 @@ class TestTeacher:
             passed.append(block.prefix)
             if len(passed) == 3:
                 raise Interrupted("stopped")
-            stream.advance(block, inputs, *rest)
+            streams.advance(block, inputs, *rest)
 
         monkeypatch.setattr(teacher_states, "advance", advance)
         recipe = run(distill={"teacher": str(folder), "sequences": sequences})

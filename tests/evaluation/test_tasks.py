@@ -177,16 +177,17 @@ def test_refused_before_a_weight_is_read(lbllm, recipe, tmp_path, monkeypatch):
 
 
 def test_forecast_counts_the_whole_model_that_tasks_need(recipe):
-    from lbllm_cli.pipeline import forecast
-    from lbllm_cli.pipeline import plan as prepare
+    from lbllm_cli.evaluation.forecast import eval_need, whole_model_need
+    from lbllm_cli.export.forecast import export_need
+    from lbllm_cli.pipeline.plan import prepare
     from lbllm_cli.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, [])
-    model = prepare.prepare(loaded).model
-    streamed = forecast.eval_need(loaded, model, {}, 2)
-    whole = forecast.whole_model_need(loaded, model, streamed)
+    model = prepare(loaded).model
+    streamed = eval_need(loaded, model, {}, 2)
+    whole = whole_model_need(loaded, model, streamed)
     assert whole.device >= 4 * model.count(list(model.shapes))
-    assert whole.disk == streamed.disk + forecast.export_need(loaded, model).disk
+    assert whole.disk == streamed.disk + export_need(loaded, model).disk
     assert whole.ram >= streamed.ram
 
 

@@ -13,8 +13,7 @@ from stages import logits_of, stage_model
 from transformers import AutoModelForCausalLM
 
 import lbllm_cli.hf  # noqa: F401 - registers the packed format
-from lbllm_cli.format.weights import decode
-from lbllm_cli.models.model import LINEARS
+from lbllm_cli.format.weights import PackedWeight
 
 # Kernels add in another order than torch; here logits are compared bit for bit.
 pytestmark = pytest.mark.usefixtures("in_torch")
@@ -81,10 +80,11 @@ def test_bfloat16_source_dense_export_rounds_once(tmp_path, ok):
     ok("export", "--recipe", recipe, "export.format=dense")
     dense = load_file(tmp_path / "run" / "export" / "model.safetensors")
     stored = load_file(tmp_path / "run" / "ptq" / "block_001.safetensors")
-    for linear in LINEARS:
-        name = f"model.layers.1.{linear}"
-        weight = decode(*(stored[f"{name}.{part}"] for part in ("weight", "levels", "scale")), dense[f"{name}.weight"].shape[1])
-        assert torch.equal(dense[f"{name}.weight"], weight.bfloat16()), linear
+    owners = PackedWeight.owners(stored)
+    assert len(owners) == 7
+    for name in owners:
+        weight = PackedWeight.from_tensors(stored, name, dense[f"{name}.weight"].shape[1]).values()
+        assert torch.equal(dense[f"{name}.weight"], weight.bfloat16()), name
 
 
 def test_sizes_are_counted_from_the_files(tmp_path, ok):

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from lbllm_cli.act_calib.search import Shape, tables_of
 from lbllm_cli.format.activations import (
     LATTICE_MAX,
     Tables,
@@ -18,6 +17,7 @@ from lbllm_cli.format.activations import (
     split_groups,
     uniform_levels,
 )
+from lbllm_cli.training.knees import Shape, tables_of
 
 ONE = Shape(4, 5, 3, 3, 3, 3)
 TWO = Shape(7, 6, 1, 1, 14, 17)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lbllm_cli.format.weights import (
+    PackedWeight,
     codes_from_ranks,
-    decode,
     dequantize,
     group_count,
     level_values,
@@ -81,7 +81,7 @@ def test_bit_order():
 def test_decode_against_loop(out, inn, size):
     codes, levels, scale = _packed(out, inn, size, seed=1)
     packed = pack_codes(codes, size)
-    found = decode(packed, levels, scale, inn)
+    found = PackedWeight(packed, levels, scale, inn).values()
     assert found.dtype == torch.float32
     assert torch.equal(found.double(), _slow_decode(packed, levels, scale, inn))
     assert torch.equal(dequantize(codes, levels, scale, size), found)
@@ -166,7 +166,7 @@ def test_weights_on_the_grid_come_back_exactly():
     assert torch.equal(found, levels)
     assert torch.equal(found_scale, scale)
     codes, by_code = codes_from_ranks(ranks, found, found_scale)
-    assert torch.equal(decode(pack_codes(codes, size), by_code, found_scale, inn), weights)
+    assert torch.equal(PackedWeight(pack_codes(codes, size), by_code, found_scale, inn).values(), weights)
 
 
 def test_code_order():

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbllm_cli.format.activations import Tables
+from lbllm_cli.format.activations import Quantized, Tables
+from lbllm_cli.runtime.backend import backend_of
 from lbllm_cli.runtime.cpu import quantizer as wrapper
 from lbllm_cli.runtime.cpu.head import HeadLinear
-from lbllm_cli.training.act_ste import gradients
+from lbllm_cli.runtime.torch.quantizer import gradients
 
 Part = Callable[[bool], Any]
 INF = float("inf")
@@ -95,7 +96,7 @@ def tables(size: int = 16, count: int = 2) -> Tables:
 
 
 def _quantized(x: Tensor, by: Tables, step_dtype: torch.dtype = torch.float32) -> Part:
-    return lambda native: _without_library(native, lambda: wrapper.quantized(x, by, step_dtype).values)
+    return lambda native: _without_library(native, lambda: backend_of(x.device).quantized(x, by, step_dtype).values)
 
 
 def _gradients(change: Callable[[dict[str, Any]], None], inputs: bool = True, sums: bool = True) -> Part:
@@ -104,12 +105,12 @@ def _gradients(change: Callable[[dict[str, Any]], None], inputs: bool = True, su
     def go(native: bool) -> Any:
         generator = torch.Generator().manual_seed(2)
         x, gradient = (torch.randn(4, 9, 16, generator=generator) for _ in range(2))
-        found = _without_library(False, lambda: wrapper.quantized(x, tables(), torch.float32))
+        found = _without_library(False, lambda: backend_of(x.device).quantized(x, tables(), torch.float32))
         given = {"x": x, "gradient": gradient, **found._asdict()}
         change(given)
-        parts = wrapper.Quantized(*(given[name] for name in found._fields))
+        parts = Quantized(*(given[name] for name in found._fields))
         function = wrapper.native_gradients if native else gradients
-        answers = function(given["x"], tables(), parts, given["gradient"], inputs, sums)
+        answers = function(given["x"], tables(), parts, given["gradient"], (inputs, sums))
         return torch.cat([answer.flatten() for answer in answers if answer is not None])
 
     return go
@@ -131,7 +132,7 @@ def cases(model: Any) -> dict[str, Part]:
         found |= {f"unit {place} {name}": _unit(unit, x, 0) for name, x in odd.items()}
     unit = units["self_attn.q_proj"]
     found["unit slot beyond"] = _unit(unit, torch.randn(2, unit.in_features), 7)
-    found["unit unpack beyond"] = lambda native: unit.canonical(3)[0].float()
+    found["unit unpack beyond"] = lambda native: unit.packed(3).codes.float()
     found |= {f"head {name}": _head(x[:3]) for name, x in {**_odd_values(48), **_of_widths(48)}.items() if x.dim()}
     found |= {
         "head weight shorter": _head(torch.randn(2, 48), lambda head: _weight(head, head.weight[:5].clone())),

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from lbllm_cli.cli.app import app
 from lbllm_cli.core.errors import RunError, UsageError
 from lbllm_cli.models.config import positions
-from lbllm_cli.models.model import choose_device
+from lbllm_cli.runtime.backend import choose_device
 
 NORM = "model.norm.weight"
 CONFIG, SETTINGS = "config.json", "generation_config.json"
@@ -291,12 +291,12 @@ def test_code_that_comes_with_a_model_runs_only_where_it_is_trusted(folder, lbll
 
 
 def test_predictions_that_are_not_finite_end_the_text(folder):
-    from lbllm_cli.models.sampling import stream_text
+    from lbllm_cli.models.streaming import Request, stream_text
 
     # Finite weights whose products are not.
     edit(folder, **{NORM: lambda t: torch.full_like(t, 3e38)})
     with pytest.raises(RunError, match="predictions after 4 tokens are not finite"):
-        list(stream_text(folder, "the sea", True, 2, 0.0, 0, torch.device("cpu"), False, print))
+        list(stream_text(folder, Request("the sea", True, 2), torch.device("cpu"), print))
 
 
 def test_a_hub_id_without_a_network_is_refused_in_time(tmp_path):

@@ -8,13 +8,13 @@ from safetensors.torch import save_file
 
 
 def test_generate_stops_when_its_reader_does(ok, recipe, tmp_path):
-    from lbllm_cli.models.sampling import stream_text
+    from lbllm_cli.models.streaming import Request, stream_text
 
     ok("ptq", "--recipe", recipe)
     ok("export", "--recipe", recipe)
     config = tmp_path / "run" / "export" / "config.json"
     config.write_text(config.read_text().replace('"max_position_embeddings": 128', '"max_position_embeddings": 200000'))
-    pieces = stream_text(tmp_path / "run" / "export", "the", True, 100_000, 0.0, 0, torch.device("cpu"), False, print)
+    pieces = stream_text(tmp_path / "run" / "export", Request("the", True, 100_000), torch.device("cpu"), print)
     next(pieces)
     began = time.monotonic()
     pieces.close()
@@ -46,7 +46,7 @@ def test_sampled_text_that_is_damaged_is_refused(lbllm, ok, tmp_path, recipe, co
 
     command = ("ptq", "--recipe", recipe, "data.calibration.source=generate:")
     plan = prepare(load_recipe(recipe))
-    cached_sample(plan.model, plan.tokenizer, tmp_path / "run", Source(source="generate:"), 6, 32, 0)
+    cached_sample(plan.model, plan.tokenizer, tmp_path / "run", Source(source="generate:"), (6, 32), 0)
     (cache,) = (tmp_path / "run" / "generated").iterdir()
     save_file(content, cache) if isinstance(content, dict) else cache.write_bytes(content)
     result = lbllm(*command)

@@ -10,7 +10,8 @@ import torch
 from lbllm_cli.core import files, own_folders
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.pipeline import checkpoint
-from lbllm_cli.pipeline.checkpoint import MANIFEST, PROGRESS, Checkpoint, StageWriter, block_file
+from lbllm_cli.pipeline.checkpoint import MANIFEST, PROGRESS, Checkpoint, StageWriter
+from lbllm_cli.pipeline.stage_record import block_file
 
 INPUTS = {"stage": "ptq", "runtime.seed": 0, "ptq.group_size": 128}
 OTHER = {"stage": "ptq", "runtime.seed": 1, "ptq.rounds": 2, "ptq.group_size": 128}

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from lbllm_cli.format.weights import pack_codes
-from lbllm_cli.ptq.fit import expected_bits
+from lbllm_cli.format.weights import expected_bits, pack_codes
 
 SHAPES = [(3, 576, 128), (2, 100, 48), (5, 16, 16), (1, 1, 16), (4, 33, 16), (2, 128, 128)]
 

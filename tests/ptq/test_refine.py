@@ -5,10 +5,10 @@ from itertools import product
 import pytest
 import torch
 
-from lbllm_cli.format.weights import level_values, project_levels
+from lbllm_cli.format.weights import level_values, ordered, project_levels
 from lbllm_cli.ptq import refine
 from lbllm_cli.ptq.compensate import RankFit
-from lbllm_cli.ptq.refine import descend_codes, ordered, output_error, refit_levels, values_of
+from lbllm_cli.ptq.refine import descend_codes, output_error, refit_levels, values_of
 
 SHAPES = [(5, 48, 16), (6, 40, 16), (4, 20, 8), (3, 12, 16)]
 

@@ -12,14 +12,15 @@ from conftest import save_toy, write_recipe
 from typer.testing import CliRunner
 
 from lbllm_cli.cli.app import app
-from lbllm_cli.pipeline.block_loop import stored_block
+from lbllm_cli.format.activations import format_of
+from lbllm_cli.models.stored import stored_block
 from lbllm_cli.pipeline.checkpoint import Checkpoint
 from lbllm_cli.pipeline.plan import prepare
 from lbllm_cli.recipe.load import load_recipe
 from lbllm_cli.report import figures as plots
 from lbllm_cli.report.distributions import Linear, input_histograms, weight_histogram, worst_linears
 from lbllm_cli.report.page import Page, Section, Table, to_html, to_markdown
-from lbllm_cli.runtime.quantizer import INPUTS, format_of, read_quantizers
+from lbllm_cli.runtime.quantizer import read_quantizers
 from lbllm_cli.training.log_records import read_records
 
 VOID = {"meta", "img", "source", "br", "link", "hr"}
@@ -318,13 +319,14 @@ def test_histograms_of_inputs_are_of_what_the_quantizers_see(calibrated):
     tokens = torch.arange(24)[None] + 40
     linears = [Linear(1, "self_attn.v_proj", 0.1), Linear(0, "mlp.down_proj", 0.2), Linear(1, "self_attn.q_proj", 0.05)]
     seen = list(input_histograms(model, checkpoint, tokens, linears))
-    assert [(histogram.block, histogram.name) for histogram in seen] == [(0, "mlp.down_proj.input"), (1, INPUTS[0])]
+    first = "self_attn.q_proj.input"
+    assert [(histogram.block, histogram.name) for histogram in seen] == [(0, "mlp.down_proj.input"), (1, first)]
     # By hand: the last block's norm on the stream behind the block before it, through the quantizer.
     layout = format_of(checkpoint.manifest)
     hidden = stored_block(model, 0, checkpoint.read_block(0), layout)(model.embed()(tokens))
     stored = checkpoint.read_block(1)
     block = stored_block(model, 1, stored, layout)
-    quantizer = read_quantizers(block.layer, stored, block.prefix, layout)[INPUTS[0]]
+    quantizer = read_quantizers(block.layer, block.units, stored, block.prefix, layout)[first]
     given = quantizer(block.layer.input_layernorm(hidden))
     assert sum(table.share for table in seen[1].tables) == pytest.approx(1)
     for table in seen[1].tables:

@@ -15,6 +15,7 @@ from lbllm_cli.act_calib.search import fit_knee
 from lbllm_cli.data.sources import builtin_records
 from lbllm_cli.format.activations import KEYS, ActivationFormat, uniform_levels
 from lbllm_cli.runtime.kv_cache import QuantizedKVCache, read_record, record_bytes, write_record
+from lbllm_cli.runtime.quantizer import empty_quantizer
 from lbllm_cli.training.knees import tables_of
 
 
@@ -179,7 +180,7 @@ def test_a_cache_of_full_precision_is_refused(export):
 @pytest.mark.parametrize("bits", [3, 4, 5, 8])
 @pytest.mark.parametrize("width", [16, 24, 80])
 def test_records_hold_exactly_what_the_quantizer_gives(form, bits, width):
-    quantizer = ActivationFormat(4, bits, "group", "knee", form, 2, 64).empty(KEYS, width)
+    quantizer = empty_quantizer(ActivationFormat(4, bits, "group", "knee", form, 2, 64), KEYS, width)
     x = torch.randn(2, 3, 5, width, generator=torch.Generator().manual_seed(bits)) * 7
     if form == "uniform":
         quantizer.act_levels = uniform_levels(bits)

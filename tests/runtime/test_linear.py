@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from lbllm_cli.format.weights import decode
+from lbllm_cli.format.weights import PackedWeight
 from lbllm_cli.runtime.linear import PackedLinear
 
 SHAPES = [(576, 5, 128), (100, 7, 48), (16, 3, 16)]
@@ -30,7 +30,7 @@ def _layer(inn, out, size, bias, seed=0):
 def test_forward_is_the_decoded_linear(inn, out, size, bias):
     layer = _layer(inn, out, size, bias)
     inputs = torch.randn(2, 3, inn, generator=torch.Generator().manual_seed(1))
-    weight = decode(layer.weight, layer.levels, layer.scale, inn)
+    weight = PackedWeight(layer.weight, layer.levels, layer.scale, inn).values()
     assert torch.equal(layer.dense_weight(), weight)
     wanted = linear(inputs, weight, layer.bias)
     torch.testing.assert_close(layer(inputs), wanted, atol=0, rtol=0)

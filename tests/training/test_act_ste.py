@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from lbllm_cli.act_calib.search import Shape, tables_of
 from lbllm_cli.format.activations import Tables, quantize, snap_table, uniform_levels
-from lbllm_cli.runtime.cpu.quantizer import quantized
+from lbllm_cli.runtime.backend import backend_of
 from lbllm_cli.training.act_ste import fake_quantize, soft_quantize
+from lbllm_cli.training.knees import Shape, tables_of
 
 ONE = Shape(4, 5, 3, 3, 3, 3)
 TWO = Shape(7, 6, 1, 1, 14, 17)
@@ -28,7 +28,7 @@ def test_fake_quantization_is_the_quantizer_bit_for_bit(tables):
     for clip in (tables.clip, tables.clip * 0.8):
         clipped = tables._replace(clip=clip)
         for dtype in (torch.float32, torch.bfloat16):
-            assert torch.equal(fake_quantize(x, clip, clipped, dtype), quantized(x, clipped, dtype).values)
+            assert torch.equal(fake_quantize(x, clip, clipped, dtype), backend_of(x.device).quantized(x, clipped, dtype).values)
 
 
 def surrogate(x0: torch.Tensor, x: torch.Tensor, clip0: torch.Tensor, clip: torch.Tensor, tables: Tables) -> torch.Tensor:

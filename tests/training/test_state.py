@@ -1,7 +1,8 @@
 """The kept state of a training."""
 
 import torch
-from lbllm_cli.training.state import TrainingState
+
+from lbllm_cli.pipeline.training_state import TrainingState
 
 
 def test_training_state_of_another_block_counts_as_nothing(tmp_path):

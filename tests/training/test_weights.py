@@ -3,15 +3,7 @@
 import pytest
 import torch
 
-from lbllm_cli.format.weights import (
-    codes_from_ranks,
-    decode,
-    grouped,
-    level_values,
-    pack_codes,
-    project_levels,
-    unpack_codes,
-)
+from lbllm_cli.format.weights import PackedWeight, grouped, level_values, project_levels, unpack_codes
 from lbllm_cli.training.weights import BITMAP, LEVELS, PARAMETRISATIONS, WEIGHTS, Bitmap, Nearest
 
 SHAPES = [(5, 64, 16), (7, 72, 32), (3, 48, 16)]
@@ -32,8 +24,11 @@ def _generator(seed):
 
 def _packed(ranks, levels, size):
     stored, scale = project_levels(levels)
-    codes, by_code = codes_from_ranks(ranks, stored, scale)
-    return pack_codes(codes, size), by_code, scale
+    return PackedWeight.of_ranks(ranks, stored, scale, size)
+
+
+def _parts(packed):
+    return packed.codes, packed.levels, packed.scale
 
 
 def _case(out, inn, size, seed=0, magnitude=1.0):
@@ -66,8 +61,8 @@ def _perturb(linear, seed):
 
 def _assert_contract(packed):
     """Bitmap 0 is the inner pair, sign 1 the larger of a pair; dtypes as stored."""
-    weight, levels, scale = packed
-    assert [t.dtype for t in packed] == [torch.uint8, torch.int8, torch.float16]
+    weight, levels, scale = _parts(packed)
+    assert [t.dtype for t in _parts(packed)] == [torch.uint8, torch.int8, torch.float16]
     ascending = levels[..., [2, 0, 1, 3]].short()
     assert bool((ascending.diff(dim=2) >= 0).all())
     assert weight.shape[:2] == levels.shape[:2] == scale.shape
@@ -80,18 +75,18 @@ def test_start_is_the_packed_weight(name, out, inn, size, margin):
     weight, packed = _case(out, inn, size)
     for train in (KINDS[name], {LEVELS}, {WEIGHTS}):
         linear = PARAMETRISATIONS[name](weight, packed, train, margin)
-        assert torch.equal(linear(), decode(*packed, inn))
-        for now, before in zip(linear.packed(), packed, strict=True):
+        assert torch.equal(linear(), packed.values())
+        for now, before in zip(_parts(linear.packed()), _parts(packed), strict=True):
             assert now.dtype == before.dtype
             assert torch.equal(now, before)
 
 
 def test_case_has_codes_that_are_not_the_nearest():
     weight, packed = _case(7, 72, 32)
-    values = level_values(packed[1], packed[2])
+    values = level_values(packed.levels, packed.scale)
     nearest = (grouped(weight, 32).unsqueeze(3) - values.unsqueeze(2)).abs().argmin(3).flatten(1)[:, :72]
     # By chance a quarter are. Measured: 0.27.
-    assert float((nearest == unpack_codes(packed[0], 72)).float().mean()) < 0.35
+    assert float((nearest == packed.unpacked()).float().mean()) < 0.35
 
 
 @pytest.mark.parametrize("margin", MARGINS)
@@ -99,13 +94,12 @@ def test_case_has_codes_that_are_not_the_nearest():
 @pytest.mark.parametrize("name", PARAMETRISATIONS)
 def test_start_of_degenerate_groups(name, size, margin):
     weight, packed = _degenerate(size, 1)
-    inn = weight.shape[1]
-    assert int((packed[2] == 0).sum()) == 3
+    assert int((packed.scale == 0).sum()) == 3
     for train in (KINDS[name], {LEVELS}):
         linear = PARAMETRISATIONS[name](weight, packed, train, margin)
-        assert torch.equal(linear(), decode(*packed, inn))
+        assert torch.equal(linear(), packed.values())
         # Codes of equal levels may be exchanged, the weights not.
-        assert torch.equal(decode(*linear.packed(), inn), decode(*packed, inn))
+        assert torch.equal(linear.packed().values(), packed.values())
         _assert_contract(linear.packed())
 
 
@@ -113,7 +107,7 @@ def test_start_of_degenerate_groups(name, size, margin):
 def test_start_of_small_weights(name):
     weight, packed = _case(40, 64, 16, 1, magnitude=3e-4)
     linear = PARAMETRISATIONS[name](weight, packed, KINDS[name], 0.1)
-    assert torch.equal(linear(), decode(*packed, 64))
+    assert torch.equal(linear(), packed.values())
 
 
 @pytest.mark.parametrize("margin", MARGINS)
@@ -125,17 +119,17 @@ def test_start_of_narrow_groups(name, steps, margin):
     packed = _packed(ranks, torch.tensor([[steps, steps]]) * 2.0**-10, 16)
     weight = torch.tensor([[-0.2] * 4 + [0.2] * 4]).repeat(1, 4)
     linear = PARAMETRISATIONS[name](weight, packed, KINDS[name], margin)
-    assert torch.equal(linear(), decode(*packed, 32))
+    assert torch.equal(linear(), packed.values())
 
 
 @pytest.mark.parametrize("name", PARAMETRISATIONS)
 def test_start_leaves_its_arguments(name):
     weight, packed = _case(5, 64, 16)
-    kept = [t.clone() for t in (weight, *packed)]
+    kept = [t.clone() for t in (weight, *_parts(packed))]
     linear = PARAMETRISATIONS[name](weight, packed, KINDS[name], 0.1)
     _perturb(linear, 2)
     linear.constrain(0)
-    for now, before in zip((weight, *packed), kept, strict=True):
+    for now, before in zip((weight, *_parts(packed)), kept, strict=True):
         assert torch.equal(now, before)
 
 
@@ -144,7 +138,7 @@ def test_start_of_bfloat16_weights(name):
     weight, packed = _case(5, 64, 16)
     linear = PARAMETRISATIONS[name](weight.bfloat16(), packed, KINDS[name], 0.1)
     assert {p.dtype for p in linear.parameters()} == {torch.float32}
-    assert torch.equal(linear(), decode(*packed, 64))
+    assert torch.equal(linear(), packed.values())
 
 
 @pytest.mark.parametrize("name", PARAMETRISATIONS)
@@ -179,8 +173,8 @@ def test_packed_is_the_forward_pass(name, out, inn, size, seed):
     crossed = _crossed(linear)
     linear.constrain(0.1)
     now = linear.packed()
-    assert torch.equal(decode(*now, inn), linear())
-    assert not torch.equal(linear(), decode(*packed, inn))
+    assert torch.equal(now.values(), linear())
+    assert not torch.equal(linear(), packed.values())
     _assert_contract(now)
     # Measured: 0.67 of the groups at least.
     assert crossed > 0.3
@@ -201,7 +195,7 @@ def test_packed_is_the_forward_pass_of_small_weights(name):
     linear = PARAMETRISATIONS[name](weight, packed, KINDS[name], 0.1)
     _perturb(linear, 3)
     linear.constrain(0)
-    assert torch.equal(decode(*linear.packed(), 64), linear())
+    assert torch.equal(linear.packed().values(), linear())
 
 
 @pytest.mark.parametrize("name", PARAMETRISATIONS)
@@ -212,7 +206,7 @@ def test_packed_of_degenerate_groups_in_training(name):
         linear()
         linear.latent.add_(0.02 * torch.randn(linear.latent.shape, generator=_generator(6)))
     linear.constrain(0)
-    assert torch.equal(decode(*linear.packed(), weight.shape[1]), linear())
+    assert torch.equal(linear.packed().values(), linear())
     _assert_contract(linear.packed())
 
 
@@ -225,9 +219,9 @@ def test_packed_names_pairs_that_crossed_again(out, inn, size):
             parameter.copy_(parameter.flip(-1))
     # The pair named inner is now the outer one of every group.
     now = linear.packed()
-    assert torch.equal(decode(*now, inn), linear())
+    assert torch.equal(now.values(), linear())
     _assert_contract(now)
-    assert torch.equal(now[1], packed[1])
+    assert torch.equal(now.levels, packed.levels)
 
 
 def test_packed_by_hand():
@@ -239,11 +233,11 @@ def test_packed_by_hand():
         linear.alpha.copy_(torch.tensor([3, 0.5]))
         linear.latent.copy_(torch.tensor([-1.0, 1, -1, 1]).repeat(4))
         linear.bitmap.copy_(torch.tensor([0.0, 0, 1, 1]).repeat(4))
-    codes, levels, scale = linear.packed()
+    codes, levels, _ = _parts(linear.packed())
     assert unpack_codes(codes, 16).tolist() == [[2, 3, 0, 1] * 4]
     # Stored in steps of 3 / 127.
     assert levels.tolist() == [[[42, 85, -127, 127]]]
-    assert torch.equal(linear(), decode(codes, levels, scale, 16))
+    assert torch.equal(linear(), linear.packed().values())
 
 
 def test_packed_of_levels_that_crossed_by_hand():
@@ -254,7 +248,7 @@ def test_packed_of_levels_that_crossed_by_hand():
         linear.levels.copy_(torch.tensor([2.0, -3, 3, 1]))
         linear.latent.copy_(torch.tensor([-4.0, 0.9, 1.6, 9]).repeat(4))
     linear.constrain(0)
-    codes, levels, _ = linear.packed()
+    codes, levels, _ = _parts(linear.packed())
     assert unpack_codes(codes, 16).tolist() == [[2, 0, 1, 3] * 4]
     assert levels.tolist() == [[[42, 85, -127, 127]]]
 
@@ -286,14 +280,14 @@ def test_gradients_of_a_linear(name):
     linear = PARAMETRISATIONS[name](weight, packed, KINDS[name], 0.1)
     upstream = torch.randn(7, 72, generator=_generator(7))
     linear().backward(upstream)
-    codes, by_group = grouped(unpack_codes(packed[0], 72), 32), grouped(upstream, 32)
+    codes, by_group = grouped(packed.unpacked(), 32), grouped(upstream, 32)
     assert torch.equal(linear.latent.grad, by_group)
     wanted = torch.stack([(by_group * (codes == code)).sum(2) for code in range(4)], 2)
     if isinstance(linear, Nearest):
         found = {"levels": (linear.levels.grad, wanted[..., [2, 0, 1, 3]])}
     else:
         low, high = wanted[..., 0::2], wanted[..., 1::2]
-        values = level_values(packed[1], packed[2])
+        values = level_values(packed.levels, packed.scale)
         signs = (codes % 2).long()
         width = (values[..., 2:] - values[..., :2]).gather(2, signs)
         found = {
@@ -318,15 +312,15 @@ def test_levels_alone_keep_the_codes(name, out, inn, size):
             one()
             _set_levels(one, moved)
             one.constrain(0)
-        assert torch.equal(linear.packed()[0], packed[0])
-        assert not torch.equal(linear.packed()[1], packed[1])
+        assert torch.equal(linear.packed().codes, packed.codes)
+        assert not torch.equal(linear.packed().levels, packed.levels)
         # With the weights free, and no margin, the same step changes codes.
-        assert not torch.equal(free.packed()[0], packed[0])
+        assert not torch.equal(free.packed().codes, packed.codes)
 
 
 def _moved_levels(packed, seed):
     """Ascending levels, each moved by a fifth of the gap to the nearest other, up or down."""
-    levels = level_values(packed[1], packed[2]).sort(2).values
+    levels = level_values(packed.levels, packed.scale).sort(2).values
     gaps = levels.diff(dim=2)
     gap = torch.minimum(torch.cat([gaps, gaps[..., -1:]], 2), torch.cat([gaps[..., :1], gaps], 2))
     return levels + 0.2 * gap * (2 * torch.randint(0, 2, gap.shape, generator=_generator(seed)) - 1)
@@ -391,7 +385,7 @@ def test_nearest_constrain_sorts_the_levels(out, inn, size):
     linear = Nearest(weight, packed, KINDS["nearest"], 0.1)
     linear()
     linear.constrain(0)
-    assert torch.equal(linear.levels, level_values(packed[1], packed[2]).sort(2).values)
+    assert torch.equal(linear.levels, level_values(packed.levels, packed.scale).sort(2).values)
     _perturb(linear, 9)
     wanted = [[sorted(group) for group in row] for row in linear.levels.tolist()]
     kept = linear.latent.detach().clone()
@@ -426,7 +420,7 @@ def test_constrain_pulls_latents_towards_their_level(name, out, inn, size, share
         before = linear.latent.detach().clone().double()
         if name == "nearest":
             # The forward pass was that of the start, not of the moved levels.
-            goal = decode(*packed, inn).double()
+            goal = packed.values().double()
         else:
             mean, reach = linear.mu[..., :1].double(), linear.alpha[..., :1].double()
             goal = torch.where(linear.latent > linear.mu[..., :1], mean + reach, mean - reach).flatten(1)[:, :inn]
@@ -446,7 +440,7 @@ def test_dampening_alone_changes_no_sign():
         linear.alpha.copy_(torch.tensor([1.0, 0.5]).expand_as(linear.alpha))
         linear.latent.fill_(-0.2)
         linear.bitmap.fill_(0.9)
-    before = linear.packed()[0]
+    before = linear.packed().codes
     for _ in range(1000):
         linear.constrain(0.01)
-    assert torch.equal(linear.packed()[0], before)
+    assert torch.equal(linear.packed().codes, before)

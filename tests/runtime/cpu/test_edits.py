@@ -11,7 +11,6 @@ from torch import nn
 from transformers import DynamicCache
 
 import lbllm_cli.hf
-from lbllm_cli.act_calib.search import Shape, tables_of
 from lbllm_cli.core.errors import RunError
 from lbllm_cli.runtime.attachments import attach
 from lbllm_cli.runtime.cpu import block as kernel_block
@@ -19,6 +18,7 @@ from lbllm_cli.runtime.cpu.location import library_path
 from lbllm_cli.runtime.cpu.unit import Unit
 from lbllm_cli.runtime.kv_cache import QuantizedKVCache
 from lbllm_cli.runtime.quantizer import ActQuantizer
+from lbllm_cli.training.knees import Shape, tables_of
 
 if library_path() is None:
     pytest.skip("this installation has no compiled kernels", allow_module_level=True)
@@ -398,4 +398,4 @@ def test_an_attention_that_takes_no_known_cache_is_refused_by_name(model, monkey
     monkeypatch.setattr(attention, "forward", lambda self, hidden_states, memory=None: None)
     layer = model.model.layers[0]
     with pytest.raises(RunError, match=r"LlamaAttention .* takes no cache by a known name: .* got hidden_states, memory"):
-        attach(layer, {name: module for name, module in layer.named_modules() if isinstance(module, ActQuantizer)})
+        attach(layer, (), {name: module for name, module in layer.named_modules() if isinstance(module, ActQuantizer)})

@@ -10,20 +10,20 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from lbllm_cli.act_calib.search import Shape, tables_of
 from lbllm_cli.core.errors import UsageError
-from lbllm_cli.format.activations import Tables, dequantize, places, quantize, split_groups, uniform_levels
-from lbllm_cli.format.weights import decode, group_count, pack_codes
+from lbllm_cli.format.activations import Tables, dequantize, places, quantize, split_groups, stored_clip, uniform_levels
+from lbllm_cli.format.weights import PackedWeight, group_count, pack_codes
+from lbllm_cli.runtime.backend import backend_of
 from lbllm_cli.runtime.cpu import library as kernels
 from lbllm_cli.runtime.cpu.head import ROWS_MAX, HeadLinear
 from lbllm_cli.runtime.cpu.library import DTYPES, TIERS, VARIABLE, library, pointer, quantizer_struct, tier
 from lbllm_cli.runtime.cpu.location import library_path
 from lbllm_cli.runtime.cpu.quantizer import native_gradients
-from lbllm_cli.runtime.cpu.quantizer import quantized as quantized_groups
 from lbllm_cli.runtime.cpu.unit import Unit, usable
 from lbllm_cli.runtime.linear import PackedLinear
-from lbllm_cli.runtime.quantizer import ActQuantizer, stored_clip
-from lbllm_cli.training.act_ste import gradients
+from lbllm_cli.runtime.quantizer import ActQuantizer
+from lbllm_cli.runtime.torch.quantizer import gradients
+from lbllm_cli.training.knees import Shape, tables_of
 
 if library_path() is None:
     pytest.skip("this installation has no compiled kernels", allow_module_level=True)
@@ -82,6 +82,15 @@ def packed(inn: int, out: int, size: int, bias: bool = False, seed: int = 0) -> 
     if bias:
         layer.bias.data.copy_(torch.randn(out, generator=g))
     return layer
+
+
+def quantized_groups(x, tables, step_dtype=torch.float32):
+    return backend_of(x.device).quantized(x, tables, step_dtype)
+
+
+def _parts(layer):
+    held = layer.packed()
+    return held.codes, held.levels, held.scale
 
 
 def quantized(lib, x: torch.Tensor, quantizer: ActQuantizer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -179,20 +188,20 @@ def test_training_quantizes_as_torch_does(lib, form, dtype):
             assert float((lattice != expected * (found.step != 0).unsqueeze(-1)).float().mean()) < 2e-3  # measured 0
             upstream = torch.randn(x.shape, generator=seeded(number + 9))
             mine, wanted = (
-                native_gradients(x, tables, found, upstream, True, True),
-                gradients(x, tables, found, upstream, True, True),
+                native_gradients(x, tables, found, upstream, (True, True)),
+                gradients(x, tables, found, upstream, (True, True)),
             )
             assert mine is not None
             assert torch.equal(mine[0], wanted[0])
             assert 0 < float((mine[0] == 0).float().mean()) < 0.5
             torch.testing.assert_close(mine[1], wanted[1], rtol=1e-5, atol=1e-6 * float(wanted[1].abs().max()))  # measured 2e-7
-            assert native_gradients(x, tables, found, upstream, False, True)[0] is None
-            assert native_gradients(x, tables, found, upstream, True, False)[1] is None
+            assert native_gradients(x, tables, found, upstream, (False, True))[0] is None
+            assert native_gradients(x, tables, found, upstream, (True, False))[1] is None
 
 
 def test_what_the_library_does_not_quantize_torch_does(lib, monkeypatch):
     x, eight = torch.randn(4, 64, generator=seeded(1)), Tables(uniform_levels(8), None, torch.ones(1, 2))
-    assert native_gradients(x, eight, quantized_groups(x, eight), x, True, True) is None
+    assert native_gradients(x, eight, quantized_groups(x, eight), x, (True, True)) is None
     two = FORMS["two tables to 63"]
     # Other layouts and dtypes are brought into a form that it reads.
     assert torch.equal(quantized_groups(x.T.contiguous().T, two).values, quantized_groups(x, two).values)
@@ -200,7 +209,7 @@ def test_what_the_library_does_not_quantize_torch_does(lib, monkeypatch):
     chosen(monkeypatch, "off")
     for tables in (eight, two):
         assert torch.equal(quantized_groups(x, tables).values, dequantize(quantize(x, tables), tables.levels))
-    assert native_gradients(x, two, quantized_groups(x, two), x, True, True) is None
+    assert native_gradients(x, two, quantized_groups(x, two), x, (True, True)) is None
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -321,32 +330,32 @@ def test_the_quantizer_is_that_of_ops_actquant(lib, form, dtype):
 def test_packing_is_undone_bit_for_bit(lib):
     for inn, _, size in SHAPES:
         layers = [packed(inn, out, size, seed=out) for out in (13, 1, 8, 30)]
-        before = [[part.clone() for part in layer.canonical()] for layer in layers]
+        before = [[part.clone() for part in _parts(layer)] for layer in layers]
         states = [layer.state_dict() for layer in layers]
         unit = Unit(layers, ActQuantizer(FORMS["uniform of 4 bits"], size))
         assert unit.tiles.data_ptr() % 64 == 0
         for layer, parts, state in zip(layers, before, states, strict=True):
             assert layer.weight is layer.levels is layer.scale is None
-            for found, wanted in zip(layer.canonical(), parts, strict=True):
+            for found, wanted in zip(_parts(layer), parts, strict=True):
                 assert found.dtype == wanted.dtype
                 assert torch.equal(found, wanted)
             now = layer.state_dict()
             assert list(now) == list(state)
             assert all(torch.equal(now[name], tensor) for name, tensor in state.items())
-            assert torch.equal(layer.dense_weight(), decode(*parts, inn))
+            assert torch.equal(layer.dense_weight(), PackedWeight(*parts, inn).values())
 
 
 @pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.to("cpu", torch.float64).float()])
 def test_casts_copies_and_pickles_keep_the_weights(cast):
     layer = packed(200, 11, 64)
-    before = [part.clone() for part in layer.canonical()]
+    before = [part.clone() for part in _parts(layer)]
     Unit([layer], ActQuantizer(FORMS["two tables to 63"], 64))
     x = torch.randn(3, 200, generator=seeded(0))
     expected = layer(x)
     model = cast(nn.Sequential(layer))
     for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert other[0].unit is not None
-        assert all(torch.equal(found, wanted) for found, wanted in zip(other[0].canonical(), before, strict=True))
+        assert all(torch.equal(found, wanted) for found, wanted in zip(_parts(other[0]), before, strict=True))
         assert torch.equal(other[0](x), expected)
     twin = copy.deepcopy(model)
     twin[0].unit.tiles.zero_()
