@@ -1,5 +1,5 @@
-# The commands of a recipe as a batch job: every stage's manifest is a target, so that a job that was stopped goes on where
-# it was, and one that is done has nothing to do.
+# The stages of a recipe as a batch job: every stage's manifest is a target, so that a job that was stopped goes on where it was,
+# and one that is done has nothing to do.
 #
 #     make -f recipes/batch.mk RECIPE=recipes/llama2-7b.yaml RUN=runs/llama2-7b
 #
@@ -12,27 +12,35 @@ ifndef RUN
 $(error RUN is not set: give the recipe's output.dir)
 endif
 
+# One word a stage, `name,command,--only,phase`: its name, and the arguments that make it and no other.
+STAGES := $(shell $(LBLLM) config --stages --recipe $(RECIPE) | sed 's/\t.*\tlbllm / /; s/ /,/g')
+ifeq ($(STAGES),)
+$(error lbllm config --stages gives no stages of $(RECIPE))
+endif
+comma := ,
+fields = $(subst $(comma), ,$(1))
+name = $(firstword $(call fields,$(1)))
+command = $(wordlist 2,9,$(call fields,$(1)))
+manifest = $(RUN)/$(call name,$(1))/lbllm_stage.json
+
 .PHONY: all
 .DELETE_ON_ERROR:
 all: $(RUN)/report.html $(RUN)/export/lbllm_export.json
 
-$(RUN)/ptq/lbllm_stage.json: $(RECIPE)
-	$(LBLLM) ptq --recipe $(RECIPE)
+# The stages follow each other: two at once would wait for the output folder's lock.
+before := $(RECIPE)
+define stage
+$(call manifest,$(1)): $(before)
+	$(LBLLM) $(call command,$(1)) --recipe $(RECIPE)
+before := $(call manifest,$(1))
+endef
+$(foreach word,$(STAGES),$(eval $(call stage,$(word))))
 
-$(RUN)/distill/lbllm_stage.json: $(RUN)/ptq/lbllm_stage.json
-	$(LBLLM) distill --recipe $(RECIPE)
-
-# The command before is run once more: it finishes an end-to-end phase that was stopped, and otherwise has nothing to do.
-$(RUN)/act-calib/lbllm_stage.json: $(RUN)/distill/lbllm_stage.json
-	$(LBLLM) distill --recipe $(RECIPE)
-	$(LBLLM) act-calib --recipe $(RECIPE)
-
-$(RUN)/eval/results.json: $(RUN)/act-calib/lbllm_stage.json
-	$(LBLLM) act-calib --recipe $(RECIPE)
+$(RUN)/eval/results.json: $(before)
 	$(LBLLM) eval --recipe $(RECIPE)
 
 $(RUN)/report.html: $(RUN)/eval/results.json
 	$(LBLLM) report --recipe $(RECIPE)
 
-$(RUN)/export/lbllm_export.json: $(RUN)/act-calib/lbllm_stage.json
+$(RUN)/export/lbllm_export.json: $(before)
 	$(LBLLM) export --recipe $(RECIPE)

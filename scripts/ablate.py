@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lbllm_cli.recipe.load import load_recipe
+from lbllm_cli.recipe.stages import STAGES, TABLE, StageSpec
 
 PTQ: dict[str, list[str]] = {
     "default": [],
@@ -107,20 +108,18 @@ END_TO_END: dict[str, list[str]] = {
     "sampled text": ["{}.source=generate:", "{}.teacher=null"],
     "group 128": ["ptq.group_size=128"],
 }
-SECTIONS = {"distill-e2e": "distill.end_to_end", "act-calib-e2e": "act_calib.end_to_end"}
-ORDER = ("ptq", "distill", "distill-e2e", "act-calib", "act-calib-e2e")
 VARIANTS = {"ptq": PTQ, "distill": DISTILL, "act-calib": ACT_CALIB} | {
-    stage: {name: [key.format(section) for key in keys] for name, keys in END_TO_END.items()}
-    for stage, section in SECTIONS.items()
+    spec.name: {name: [key.format(spec.section) for key in keys] for name, keys in END_TO_END.items()}
+    for spec in TABLE
+    if spec.end_to_end
 }
 VARIANTS["distill-e2e"]["after ptq"] = ["distill.epochs=0"]
 
 
-def lbllm(stage: str, *arguments: str) -> None:
-    """One stage's command; its failure ends the script with the command's own message."""
-    name = stage.removesuffix("-e2e")
-    phase = ["--only", "blocks" if name == stage else "end-to-end"] if name in ("distill", "act-calib") else []
-    command = [sys.executable, "-m", "lbllm_cli", name, *phase, *arguments]
+def lbllm(name: str, *arguments: str) -> None:
+    """The command of a stage, or another by its name; its failure ends the script with the command's own message."""
+    own = STAGES[name].own_command.split() if name in STAGES else [name]
+    command = [sys.executable, "-m", "lbllm_cli", *own, *arguments]
     if code := subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
         sys.exit(code)
 
@@ -130,22 +129,20 @@ def folder_of(out: Path, name: str) -> Path:
     return out / "".join(letter if letter.isalnum() else "-" for letter in name)
 
 
-def parents_of(stage: str, recipe: str, overrides: list[str]) -> list[str]:
-    """The stages that a variant starts from; an end-to-end phase only where the recipe or the keys ask for one."""
+def parents_of(stage: str, recipe: str, overrides: list[str]) -> list[StageSpec]:
+    """The stages before a variant's; an end-to-end phase only where the recipe or the keys ask for one."""
     resolved = load_recipe(Path(recipe), overrides)
-    phases = {"distill-e2e": resolved.distill.end_to_end, "act-calib-e2e": resolved.act_calib.end_to_end}
-    asked = [name for name, settings in phases.items() if settings is not None]
-    return [name for name in ORDER[: ORDER.index(stage)] if name not in SECTIONS or name in asked]
+    return [spec for spec in TABLE[: TABLE.index(STAGES[stage])] if spec in resolved.stages]
 
 
 def give_parents(stage: str, recipe: str, out: Path, folder: Path, overrides: list[str]) -> None:
     """Puts the finished stages that a variant starts from into its folder; they depend on their own sections' keys alone."""
     parents = parents_of(stage, recipe, overrides)
-    sections = tuple(f"{name.partition('-e2e')[0].replace('-', '_')}." for name in parents)
-    left_out = tuple(section for name, section in SECTIONS.items() if name not in parents)
+    sections = tuple(f"{spec.section}." for spec in parents)
+    left_out = tuple(f"{spec.section}" for spec in TABLE if spec.end_to_end and spec not in parents)
     keys = [key for key in overrides if key.startswith(sections) and not key.startswith(left_out)]
     made = folder_of(out, " ".join(["parent", *keys]))
-    for name in parents:
+    for name in (spec.name for spec in parents):
         if (folder / name).exists():
             continue
         # A finished parent is not asked whether it is up to date: that takes as long as a toy's training.

@@ -41,11 +41,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.distill.fit import BinarizedStudent
 from lbllm_cli.format import weights as binarize
-from lbllm_cli.models.model import LINEARS, Block, block_prefix, choose_device
-from lbllm_cli.pipeline.block_loop import BlockTask, HiddenStream
+from lbllm_cli.models.block import Block, block_prefix
+from lbllm_cli.pipeline.block_loop import BlockTask
+from lbllm_cli.pipeline.streams import HiddenStream
 from lbllm_cli.ptq.em import quantile_levels
-from lbllm_cli.training.block import Trainer
-from lbllm_cli.training.block_linears import named
+from lbllm_cli.runtime.backend import choose_device
+from lbllm_cli.training.block import block_loop
+from lbllm_cli.training.interfaces import ParameterGroup
 from lbllm_cli.training.ste import nearest_ranks
 
 SHAPES = {
@@ -97,17 +99,17 @@ class DenseStudent:
         self.block = teacher.sharing()
         self.rate = settings.lr_weights
         self.masters: dict[str, nn.Parameter] = {}
-        for name in LINEARS:
+        for name in teacher.linears:
             weight = teacher.linear(name).weight
             master = nn.Parameter(weight.detach().to(torch.float32, copy=True))
             self.masters[name] = master
             own = weight.dtype == master.dtype
             self.block.linear(name).weight = master if own else nn.Parameter(torch.empty_like(weight))
 
-    def groups(self) -> list[dict[str, Any]]:
+    def groups(self) -> list[ParameterGroup]:
         """One AdamW group per linear, as for binarized ones."""
         scales = [(master, float(master.detach().square().mean().sqrt())) for master in self.masters.values()]
-        return [{"params": [master], "kind": "weights", "top": self.rate * rms, "unit": rms} for master, rms in scales]
+        return [ParameterGroup([master], "weights", self.rate * rms, rms) for master, rms in scales]
 
     @torch.no_grad()
     def begin(self, progress: float) -> None:
@@ -176,15 +178,14 @@ class Case:
     def start(self, teacher: Block) -> dict[str, Tensor]:
         """Packed tensors of the block in RAM: levels at each group's quantiles, the nearest one for every weight."""
         tensors: dict[str, Tensor] = {}
-        for name in LINEARS:
+        for name in teacher.linears:
             weight = teacher.linear(name).weight.detach().float()
             source = binarize.grouped(weight, self.group_size)
             fitted = quantile_levels(source.flatten(0, 1)).view(*source.shape[:2], binarize.LEVELS)
             levels, scale = binarize.project_levels(fitted)
             ranks = nearest_ranks(source, binarize.level_values(levels, scale)).flatten(1)[:, : weight.shape[1]]
-            codes, by_code = binarize.codes_from_ranks(ranks, levels, scale)
-            packed = binarize.pack_codes(codes, self.group_size), by_code, scale
-            tensors |= {key: tensor.cpu() for key, tensor in named(teacher.prefix + name, packed).items()}
+            packed = binarize.PackedWeight.of_ranks(ranks, levels, scale, self.group_size)
+            tensors |= packed.to(torch.device("cpu")).to_tensors(teacher.prefix + name)
         return tensors
 
 
@@ -202,14 +203,12 @@ class Runner:
     def __init__(self, name: str, case: Case, data: Data, teacher: Block):
         settings = Settings(name, TRAINED[name], case.rows, case.rows, case.rounds)
         inputs, targets = data.streams
-        task = BlockTask(0, teacher, inputs, inputs, targets, case.device, case.rows)
-        if name == DENSE:
-            student: Any = DenseStudent(teacher, settings)
-        else:
-            task.start = case.start(teacher)
-            student = BinarizedStudent(teacher, task.start, settings)  # type: ignore[arg-type]
+        start = {} if name == DENSE else case.start(teacher)
+        nobody: Any = None
+        task = BlockTask(0, teacher, inputs, inputs, targets, case.device, case.rows, start, nobody, nobody)
+        student: Any = DenseStudent(teacher, settings) if name == DENSE else BinarizedStudent(teacher, start, settings)
         self.task, self.device = task, case.device
-        self.trainer = Trainer(task, student, settings, "distill", 0, None, print)  # type: ignore[arg-type]
+        self.trainer = block_loop(task, student, settings, "distill", 0)  # type: ignore[arg-type]
         self.trainer.measure_start()
         self.rows, self.feed = torch.tensor(self.trainer.rows), repeat(data.batch)
 
@@ -217,7 +216,7 @@ class Runner:
         """Seconds of one optimizer step."""
         synchronize(self.device)
         began = time.perf_counter()
-        self.trainer._step(self.rows, self.feed)
+        self.trainer.step(self.rows, self.feed)
         synchronize(self.device)
         seconds = time.perf_counter() - began
         if self.trainer.progress.skipped:

@@ -17,9 +17,9 @@ import transformers
 from torch import Tensor
 
 import lbllm_cli.hf  # noqa: F401  registers the packed format
-from lbllm_cli.act_calib.search import Shape
 from lbllm_cli.core import files
 from lbllm_cli.runtime.cpu.library import pointer, tier
+from lbllm_cli.training.knees import Shape
 
 # Tables as calibration finds them, with 25 and 55 as the largest places.
 TABLES = [Shape(5, 5, 2, 3, 3, 3), Shape(3, 3, 4, 5, 6, 5)]

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
 import lbllm_cli.hf  # noqa: F401  registers the packed format
-from lbllm_cli.act_calib.search import tables_of
 from lbllm_cli.format.weights import LEVEL_MAX, LEVELS, group_count
 from lbllm_cli.runtime.cpu.library import DTYPES, Weights, pointer, quantizer_struct
 from lbllm_cli.runtime.cpu.unit import Unit, aligned
 from lbllm_cli.runtime.linear import PackedLinear
 from lbllm_cli.runtime.quantizer import ActQuantizer
+from lbllm_cli.training.knees import tables_of
 
 GRANULARITIES = ("group", "token")
 

@@ -19,13 +19,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 import lbllm_cli.hf  # noqa: F401  registers the packed format
-from lbllm_cli.act_calib.search import tables_of
 from lbllm_cli.core import files
-from lbllm_cli.export.writer import quantization_config
-from lbllm_cli.models.model import LINEARS
+from lbllm_cli.format.activations import ActivationFormat
+from lbllm_cli.format.settings import quantization_config
+from lbllm_cli.models.block import block_units
 from lbllm_cli.runtime.attachments import Arguments
 from lbllm_cli.runtime.linear import PackedLinear
-from lbllm_cli.runtime.quantizer import ActivationFormat, ActQuantizer, quantizer_widths
+from lbllm_cli.runtime.quantizer import ActQuantizer, quantizer_widths
+from lbllm_cli.training.knees import tables_of
 
 WORK = ("prefill", "decode", "generate")
 # Tokens of a prefill, of the prompt before a decode, and decoded.
@@ -53,21 +54,23 @@ def write_random(folder: Path, name: str) -> None:
     layout = ActivationFormat(4, 4, "group", "knee", "knee", len(TABLES), group_size)
     config.save_pretrained(folder)
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    stored["quantization_config"] = quantization_config(group_size, "act-calib", layout.as_dict())
+    units = block_units(config)
+    linears = tuple(name for unit in units for name in unit)
+    stored["quantization_config"] = quantization_config(group_size, "act-calib", linears, layout)
     files.write_json(folder / "config.json", stored)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     tensors = {}
     for key, like in model.state_dict().items():
         owner = key.removesuffix(".weight")
-        if owner.endswith(LINEARS):
+        if owner.endswith(linears):
             parts = random_packed(like.shape[1], like.shape[0], group_size)
             tensors |= {f"{owner}.{part}": tensor for part, tensor in parts.items()}
         elif owner != "lm_head":
             tensors[key] = torch.empty(like.shape, dtype=torch.bfloat16).normal_(0, WEIGHT_RMS).add_(like.ndim == 1)
     for index, layer in enumerate(model.model.layers):
-        for own, width in quantizer_widths(layer).items():
-            parts = ActQuantizer(tables_of(TABLES), layout.size(width)).state_dict()
+        for own, width in quantizer_widths(layer, units).items():
+            parts = ActQuantizer(tables_of(TABLES), layout.size(own, width)).state_dict()
             tensors |= {f"model.layers.{index}.{own}.{part}": tensor for part, tensor in parts.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 

@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -94,23 +95,40 @@ def test_recipe_headers_name_commands_that_exist(ok):
 
 def make_says(recipe: Path, run: Path) -> str:
     command = ["make", "--dry-run", "-f", str(ROOT / "recipes" / "batch.mk"), f"RECIPE={recipe}", f"RUN={run}"]
+    command.append(f"LBLLM={sys.executable} -m lbllm_cli")
     # Without the level of the `make test` around it: a make below another announces its directories.
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
     return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
 
 
+def arguments_of(said: str) -> list[str]:
+    """What stands between the command and its recipe in the lines that make would run."""
+    return [line.partition(" lbllm_cli ")[2].partition(" --recipe")[0] for line in said.splitlines()]
+
+
 def test_batch_job_runs_what_is_missing_and_then_has_nothing_to_do(tmp_path, ok):
     recipe = write_recipe(tmp_path / "r.yaml", save_toy(tmp_path / "model"), tmp_path / "run", ptq={"rounds": 0})
-    # A stage that may have a second phase is run again before the next one: the manifest tells of the first alone.
-    stages = ["ptq", "distill", "distill", "act-calib", "act-calib", "eval", "report", "export"]
-    assert [line.split()[1] for line in make_says(recipe, tmp_path / "run").splitlines()] == stages
-    for stage in stages:
-        ok(stage, "--recipe", recipe)
+    expected = ["ptq", "distill --only blocks", "act-calib --only blocks", "eval", "report", "export"]
+    said = arguments_of(make_says(recipe, tmp_path / "run"))
+    assert said == expected
+    for command in expected:
+        ok(*command.split(), "--recipe", recipe)
     assert "Nothing to be done" in make_says(recipe, tmp_path / "run")
     # A recipe that was only touched: what is up to date becomes newer than it, or Make would never end.
     os.utime(recipe, (time.time() + 5, time.time() + 5))
-    assert len(make_says(recipe, tmp_path / "run").splitlines()) == 8
+    assert len(make_says(recipe, tmp_path / "run").splitlines()) == len(expected)
     os.utime(recipe)
-    for stage in stages:
-        ok(stage, "--recipe", recipe)
+    for command in expected:
+        ok(*command.split(), "--recipe", recipe)
     assert "Nothing to be done" in make_says(recipe, tmp_path / "run")
+
+
+def test_a_batch_job_makes_every_stage_of_its_recipe_once(tmp_path):
+    """End-to-end phases are stages of their own, with a manifest that the next depends on and a command that makes it alone."""
+    last = {"epochs": 0, "sequences": 4}
+    recipe = write_recipe(
+        tmp_path / "r.yaml", tmp_path, tmp_path / "run", distill={"end_to_end": last}, act_calib={"end_to_end": last}
+    )
+    said = arguments_of(make_says(recipe, tmp_path / "run"))
+    stages = [f"{command} --only {phase}" for command in ("distill", "act-calib") for phase in ("blocks", "end-to-end")]
+    assert said == ["ptq", *stages, "eval", "report", "export"]
