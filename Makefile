@@ -1,4 +1,4 @@
-# Two commands: `make test` and `make demo`. Each sets itself up in .venv on first use.
+# `make test`, `make quick` and `make demo`. Each sets itself up in .venv on first use.
 VENV ?= .venv
 PYTHON ?= python3
 MODEL := models/smollm2-135m
@@ -14,7 +14,7 @@ TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 # What `test-newest` and `test-oldest` run: files or options of pytest, everything without them.
 TESTS ?=
 
-.PHONY: test check test-newest test-oldest demo clean
+.PHONY: test quick check test-newest test-oldest demo clean
 .DELETE_ON_ERROR:
 
 # What the editable install was made from: Python sources are read where they lie, the C++ library is built into it.
@@ -29,6 +29,11 @@ $(VENV)/.installed: $(INSTALLED)
 # The test suite, after style and types.
 test: check
 	$(PY) -m pytest --numprocesses $(JOBS)
+
+# What takes little time: while one works.
+quick: $(VENV)/.installed
+	$(VENV)/bin/ruff check src tests scripts
+	$(PY) -m pytest -m "not slow and not heavy" --numprocesses $(JOBS)
 
 check: $(VENV)/.installed
 	$(VENV)/bin/ruff check src tests scripts

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
@@ -15,10 +14,8 @@ COMMANDS = ("ptq", "distill", "act-calib", "eval", "report", "export", "generate
 
 def test_help_lists_every_command_and_imports_no_torch():
     code = "import sys\nfrom lbllm_cli.cli.app import app\ntry:\n    app(['--help'])\n"
-    code += "finally:\n    assert 'torch' not in sys.modules"
-    began = time.monotonic()
+    code += "finally:\n    assert not {'torch', 'transformers'} & set(sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert time.monotonic() - began < 5  # measured 0.4 s; a torch import alone takes longer than a slow machine's whole answer
     for command in COMMANDS:
         assert f" {command} " in result.stdout
 
@@ -91,12 +88,12 @@ def test_streams_on_disk_give_the_same_perplexity_and_leave_nothing(ok, tmp_path
 
 def test_messages_are_bounded_and_can_be_written(lbllm, tmp_path, recipe, monkeypatch):
     from lbllm_cli.core.errors import UsageError
-    from lbllm_cli.pipeline import commands
+    from lbllm_cli.pipeline import runner
 
     def refuse(*_: object, **options: object) -> None:
         raise UsageError("half a pair: \ud800 " + "x" * 100_000)
 
-    monkeypatch.setattr(commands, "ptq", refuse)
+    monkeypatch.setattr(runner, "run_command", refuse)
     result = lbllm("ptq", "--recipe", recipe)
     assert result.exit_code == 2
     assert "half a pair: \\ud800 xxx" in result.stderr
@@ -108,12 +105,12 @@ def test_messages_are_bounded_and_can_be_written(lbllm, tmp_path, recipe, monkey
     [(errno.ENOENT, 1), (errno.EPERM, 1), *((n, 2) for n in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP))],
 )
 def test_errors_of_the_system_are_one_message(lbllm, recipe, monkeypatch, number, code):
-    from lbllm_cli.pipeline import commands
+    from lbllm_cli.pipeline import runner
 
     def refuse(*_: object, **options: object) -> None:
         raise OSError(number, os.strerror(number), "run/ptq")
 
-    monkeypatch.setattr(commands, "ptq", refuse)
+    monkeypatch.setattr(runner, "run_command", refuse)
     result = lbllm("ptq", "--recipe", recipe)
     assert result.exit_code == code
     assert result.stderr.startswith(f"lbllm: {os.strerror(number)} (run/ptq); mend it")

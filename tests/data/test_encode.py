@@ -44,20 +44,35 @@ def tokenizers():
     }  # fmt: skip
 
 
+PIECE = 1 << 12
+
+
+class Watched:
+    """A tokenizer. calls: how many characters the texts of each of its calls have."""
+
+    is_fast = True
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.calls: list[list[int]] = []
+
+    def __call__(self, text, **options):
+        self.calls.append([len(text)] if isinstance(text, str) else list(map(len, text)))
+        return self.tokenizer(text, **options)
+
+
 @pytest.fixture
-def pieces(monkeypatch):
-    """Pieces of 4,096 characters; the list of what `_seam` found."""
-    found, real = [], encode._seam
-    monkeypatch.setattr(encode, "_PIECE", 1 << 12)
+def watched(tokenizers, monkeypatch):
+    """watched(name): a tokenizer that gets pieces of 4,096 characters, and remembers what it was given."""
+    monkeypatch.setattr(encode, "_PIECE", PIECE)
     monkeypatch.setattr(encode, "_OVERLAP", 1 << 9)
-    monkeypatch.setattr(encode, "_seam", lambda *of: found.append(real(*of)) or found[-1])
-    return found
+    return lambda name: Watched(tokenizers[name])
 
 
 @pytest.mark.parametrize("name", ["bytes", "pairs", "unigrams", "words"])
 @pytest.mark.parametrize("kind", ["book", "odd", "letters", "spaces", "words"])
-def test_pieces_give_the_ids_of_the_whole(tokenizers, pieces, name, kind):
-    tokenizer = tokenizers[name]
+def test_pieces_give_the_ids_of_the_whole(watched, name, kind):
+    tokenizer = watched(name)
     generator = random.Random(5)
     text = {
         "book": BOOK,
@@ -66,50 +81,45 @@ def test_pieces_give_the_ids_of_the_whole(tokenizers, pieces, name, kind):
         "spaces": " " * 20_000,
         "words": "ab " * 7000,
     }[kind]
-    whole = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    whole = tokenizer.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     assert encode.encode(text, tokenizer, "a.txt").tolist() == whole
-    assert pieces, "the text was cut"
+    assert max(tokenizer.calls[0]) == PIECE, "the text was cut"
     if kind in {"book", "odd", "words"}:
-        assert None not in pieces
+        assert max(map(max, tokenizer.calls)) == PIECE, "and never tokenized as a whole"
 
 
-def test_long_and_short_texts_of_a_batch(tokenizers, pieces):
+def test_long_and_short_texts_of_a_batch(watched):
     texts = ["", "short", BOOK[:9000], "", BOOK[100:200], "a" * 4096, "b" * 4097]
-    (found,) = encode.batches(iter(texts), tokenizers["bytes"], "a.jsonl")
-    each = [tokenizers["bytes"](text, add_special_tokens=False)["input_ids"] for text in texts]
+    tokenizer = watched("bytes")
+    (found,) = encode.batches(iter(texts), tokenizer, "a.jsonl")
+    assert 9000 not in [size for sizes in tokenizer.calls for size in sizes]
+    each = [tokenizer.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     assert torch.equal(found, torch.tensor([token for ids in each for token in ids]))
-    assert pieces
-    assert list(encode.batches(iter([]), tokenizers["bytes"], "a.jsonl")) == []
+    assert list(encode.batches(iter([]), tokenizer, "a.jsonl")) == []
 
 
-def test_a_text_without_a_place_to_cut_it(tokenizers, pieces, monkeypatch):
-    word = "x" + "é" * 20_000
-    assert encode.encode(word, tokenizers["words"], "a.txt").numel() == 1
-    assert pieces == [None]
+def test_a_text_without_a_place_to_cut_it(watched, monkeypatch):
+    word, tokenizer = "x" + "é" * 20_000, watched("words")
+    assert encode.encode(word, tokenizer, "a.txt").numel() == 1
+    assert max(tokenizer.calls[0]) == PIECE
+    assert tokenizer.calls[-1] == [20_001]
     monkeypatch.setattr(encode, "_WHOLE", 10_000)
     with pytest.raises(UsageError, match=r"a\.txt: a text of 20,001 characters cannot be tokenized in pieces, .* into records"):
-        encode.encode(word, tokenizers["words"], "a.txt")
+        encode.encode(word, tokenizer, "a.txt")
 
 
-def test_no_more_than_a_piece_is_tokenized_at_once(tokenizers, pieces):
-    tokenizer, sizes = tokenizers["bytes"], []
-
-    class Watched:
-        is_fast = True
-
-        def __call__(self, text, **options):
-            sizes.append(len(text) if isinstance(text, str) else sum(map(len, text)))
-            return tokenizer(text, **options)
-
-    list(encode.batches(iter([BOOK, *(BOOK[i : i + 1500] for i in range(0, 30_000, 1500))]), Watched(), "a.jsonl"))
-    assert len(sizes) > 4
-    assert max(sizes) <= encode._AT_ONCE << 12
+def test_no_more_than_a_piece_is_tokenized_at_once(watched):
+    tokenizer = watched("bytes")
+    list(encode.batches(iter([BOOK, *(BOOK[i : i + 1500] for i in range(0, 30_000, 1500))]), tokenizer, "a.jsonl"))
+    assert len(tokenizer.calls) > 4
+    assert max(map(sum, tokenizer.calls)) <= 2 * PIECE
 
 
-def test_no_more_is_tokenized_than_is_needed(tokenizers, pieces):
-    whole = tokenizers["bytes"](BOOK, add_special_tokens=False, verbose=False)["input_ids"]
+def test_no_more_is_tokenized_than_is_needed(watched):
+    tokenizer = watched("bytes")
+    whole = tokenizer.tokenizer(BOOK, add_special_tokens=False, verbose=False)["input_ids"]
     for enough in (1, 1500, 4000):
-        found = encode.encode(BOOK, tokenizers["bytes"], "a.txt", enough).tolist()
+        found = encode.encode(BOOK, tokenizer, "a.txt", enough).tolist()
         assert enough <= len(found) <= enough + 1600
         assert found == whole[: len(found)]
-    assert encode.encode(BOOK, tokenizers["bytes"], "a.txt", len(whole) + 1).tolist() == whole
+    assert encode.encode(BOOK, tokenizer, "a.txt", len(whole) + 1).tolist() == whole

@@ -1,11 +1,11 @@
 """The last phase over the whole model: exact start, gradients, what is stored, resume, fresh text, and what is refused."""
 
 import json
-import os
 import shutil
 import time
 from collections import namedtuple
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +28,7 @@ from lbllm_cli.end_to_end.loss import distillation_loss
 from lbllm_cli.end_to_end.student import WholeStudent
 from lbllm_cli.end_to_end.trainer import EndToEndObjective
 from lbllm_cli.models.model import FINAL_NORM, open_model
-from lbllm_cli.pipeline import forecast, streams
+from lbllm_cli.pipeline import streams
 from lbllm_cli.pipeline.checkpoint import Checkpoint
 from lbllm_cli.pipeline.lineage import stage_inputs
 from lbllm_cli.pipeline.plan import prepare
@@ -456,13 +456,21 @@ def test_validate_forecasts_the_phases_that_the_recipe_has(ok, run):
     assert elsewhere["distill-e2e"]["disk"] <= need["distill-e2e"]["disk"] - states
 
 
-def test_disk_of_the_teacher_s_folder(ok, lbllm, run, tmp_path, monkeypatch):
-    """Two disks: the states are asked for where they are to lie, and not again once they do."""
-    kept, usage = tmp_path / "kept", namedtuple("usage", "total used free")
-    stat = os.stat(tmp_path)
-    monkeypatch.setattr(forecast, "_device", lambda folder: (stat.st_dev, "kept" in str(folder)))
+@pytest.fixture
+def other_disk(tmp_path):
+    """A folder on another disk than the run's."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("one disk only")
+    with TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
+
+
+def test_disk_of_the_teacher_s_folder(ok, lbllm, run, tmp_path, other_disk, monkeypatch):
+    """The states are asked for where they are to lie, and not again once they do."""
+    kept, usage = other_disk / "kept", namedtuple("usage", "total used free")
     free = {True: 10**5, False: 10**9}
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**10, 0, free["kept" in str(folder)]))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10**10, 0, free[other_disk in (folder, *folder.parents)]))
     kept.mkdir()
     command = ("distill", "--recipe", run(distill={"teacher": str(kept)}), "--only", "end-to-end")
     message = refused(lbllm, tmp_path / "run", *command)

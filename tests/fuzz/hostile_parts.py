@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from lbllm_cli.format.activations import Quantized, Tables
 from lbllm_cli.runtime.backend import backend_of
@@ -60,7 +61,11 @@ def _unit(unit: Any, x: Tensor, slot: int) -> Part:
     """A unit's output through the library; in torch, from its canonical tensors."""
 
     def go(native: bool) -> Any:
-        return (unit.output(slot, x) if native else unit._in_torch(slot, x)).float()
+        if native:
+            return unit.output(slot, x).float()
+        weight, bias = unit.packed(slot).values().to(x.dtype), unit.linears[slot].bias
+        quantized = x if unit.quantizer is None else unit.quantizer(x)
+        return linear(quantized, weight, None if bias is None else bias.to(x.dtype)).float()
 
     return go
 

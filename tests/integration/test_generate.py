@@ -143,7 +143,7 @@ def test_configurations_that_nothing_can_be_computed_with(folder, refused, chang
     rewrite(folder / CONFIG, **changes)
     began = time.monotonic()
     assert re.search(message.replace("[", r"\["), refused(folder))
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60  # of a model of these sizes it would be minutes, or the memory's end
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,10 @@ def waits_for(child: subprocess.Popen, signum: int) -> None:
 def test_a_signal_while_a_command_starts(tmp_path, toy, recipe, command, seconds, signum):
     options = ["--model", toy, "--prompt", "x", "--max-new-tokens", "100"] if command == "generate" else ["--recipe", recipe]
     arguments = [sys.executable, "-m", "lbllm_cli", command, *map(str, options)]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as child:
+    # Where a shell has put the tests into the background, they ignore SIGINT, and so would the command.
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(arguments, cwd=tmp_path, preexec_fn=heard, **pipes) as child:
         waits_for(child, signal.SIGTERM)
         time.sleep(seconds)
         os.kill(child.pid, signum)

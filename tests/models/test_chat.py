@@ -1,7 +1,6 @@
 """Chat templates of strangers and messages of any kind: text, or one message that names where they are."""
 
 import threading
-import time
 
 import pytest
 from conftest import TOY
@@ -106,10 +105,8 @@ def test_long_text(render):
 def test_templates_without_an_end(render, monkeypatch, body):
     monkeypatch.setattr(chat, "SECONDS", 1)
     loop = "{% for i in range(100000) %}{% for j in range(100000) %}" + body + "{% endfor %}{% endfor %}"
-    start = time.monotonic()
     with pytest.raises(UsageError, match=r"a\.jsonl, record 3: the chat template (was stopped after 1 s|needs more than)"):
-        render(loop)
-    assert time.monotonic() - start < 20
+        render(loop)  # to its end it would take hours
     assert render() == "[user] hello\n", "the alarm is off again"
 
 

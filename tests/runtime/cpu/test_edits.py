@@ -14,6 +14,7 @@ import lbllm_cli.hf
 from lbllm_cli.core.errors import RunError
 from lbllm_cli.runtime.attachments import attach
 from lbllm_cli.runtime.cpu import block as kernel_block
+from lbllm_cli.runtime.cpu.library import library
 from lbllm_cli.runtime.cpu.location import library_path
 from lbllm_cli.runtime.cpu.unit import Unit
 from lbllm_cli.runtime.kv_cache import QuantizedKVCache
@@ -48,13 +49,14 @@ def stepping(export_of):
 def library_steps(monkeypatch) -> list[int]:
     """Grows by one with every block step that the library computes."""
     calls: list[int] = []
-    real = kernel_block.BlockStep._step
 
-    def counted(self, *arguments):
-        calls.append(1)
-        return real(self, *arguments)
+    class Counting:
+        def __getattr__(self, name):
+            if name == "lbllm_block_step":
+                calls.append(1)
+            return getattr(library(), name)
 
-    monkeypatch.setattr(kernel_block.BlockStep, "_step", counted)
+    monkeypatch.setattr(kernel_block, "library", Counting)
     return calls
 
 
