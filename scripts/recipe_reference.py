@@ -120,7 +120,7 @@ def shown(value: Any) -> str:
     if isinstance(value, list) and value and all(isinstance(item, dict) and "source" in item for item in value):
         names = [item["name"] if "name" in item else item["source"] for item in value]
         return ", ".join(f"`{name}`" for name in names)
-    return f"`{json.dumps(value)}`".replace('"', "") if not isinstance(value, dict) else ""
+    return "" if isinstance(value, dict) else f"`{json.dumps(value)}`".replace('"', "")
 
 
 def rows(section: dict[str, Any], values: dict[str, Any], definitions: dict[str, Any], prefix: str) -> Iterator[str]:
