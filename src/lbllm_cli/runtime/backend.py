@@ -25,12 +25,14 @@ class Backend(Protocol):
     """A kind of device.
 
     shares_ram: its memory is the process's. piece: values of a tensor that are best worked on at once, None for all. usual_dtype:
-    what models are computed in where nobody says, None for what they are stored in.
+    what models are computed in where nobody says, None for what they are stored in. scatters: whether many values are added to few
+    places at speed, and in the same order every time.
     """
 
     shares_ram: bool
     piece: int | None
     usual_dtype: torch.dtype | None
+    scatters: bool
 
     def count(self) -> int:
         """Devices of this kind that this process can use."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from lbllm_cli.format.weights import LEVELS, level_values, project_levels
+from lbllm_cli.runtime.backend import backend_of
 
 HALF = 0.5
 
@@ -42,7 +43,7 @@ def bitmap_codes(latent: Tensor, bitmap: Tensor, inner_mean: Tensor) -> Tensor:
 
 def sums_per_level(grad: Tensor, codes: Tensor) -> Tensor:
     """Sum of `grad` over the weights of each level: [out, groups, size] -> [out, groups, 4], level order that of the codes."""
-    if grad.device.type == "cpu":
+    if backend_of(grad.device).scatters:
         return grad.new_zeros(*grad.shape[:2], LEVELS).scatter_add_(2, codes.long(), grad)
     # On a GPU every group's weights would queue for four addresses, in an order that changes from run to run.
     return torch.stack([(grad * (codes == level)).sum(-1) for level in range(LEVELS)], dim=-1)

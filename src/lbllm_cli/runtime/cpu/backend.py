@@ -25,6 +25,7 @@ class CpuBackend:
     piece: int | None = 1 << 18
     # Every 16-bit value is exact in float32, and CPUs without bfloat16 units are slower in 16 bits.
     usual_dtype: torch.dtype | None = torch.float32
+    scatters = True
 
     def count(self) -> int:
         """There is always one."""

@@ -16,6 +16,7 @@ class TorchBackend:
     shares_ram = False
     piece: int | None = None
     usual_dtype: torch.dtype | None = None
+    scatters = False
 
     def __init__(self, kind: str):
         self.kind = kind
