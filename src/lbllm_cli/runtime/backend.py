@@ -25,8 +25,8 @@ class Backend(Protocol):
     """A kind of device.
 
     shares_ram: its memory is the process's. piece: values of a tensor that are best worked on at once, None for all. usual_dtype:
-    what models are computed in where nobody says, None for what they are stored in. scatters: whether many values are added to few
-    places at speed, and in the same order every time.
+    what models are computed in where nobody says, None for what they are stored in. scatters: whether many values are added to
+    few places at speed, and in the same order every time.
     """
 
     shares_ram: bool
