@@ -9,6 +9,7 @@ import torch
 
 from lbllm_cli.core import files, own_folders
 from lbllm_cli.core.errors import UsageError
+from lbllm_cli.core.fingerprint import fingerprint
 from lbllm_cli.pipeline import checkpoint
 from lbllm_cli.pipeline.checkpoint import MANIFEST, PROGRESS, Checkpoint, StageWriter
 from lbllm_cli.pipeline.stage_record import block_file
@@ -77,7 +78,7 @@ def test_a_stage_from_start_to_end(tmp_path):
     done.verify()
     assert _holds(done, 0)
     assert done.inputs == INPUTS
-    assert done.manifest["fingerprint"] == done.fingerprint == checkpoint.fingerprint(INPUTS)
+    assert done.manifest["fingerprint"] == done.fingerprint == fingerprint(INPUTS)
     assert (done.manifest["blocks"], done.manifest["parent"]) == (3, None)
     assert done.hashes == {block_file(i): files.sha256(done.block_path(i)) for i in range(3)}
     entries = done.entries()
