@@ -4,14 +4,16 @@ import importlib.util
 import subprocess
 import sys
 from types import ModuleType
+from xml.etree import ElementTree
 
 import pytest
 import yaml
 from conftest import ROOT
 
 from lbllm_cli.recipe.schema import Recipe
+from lbllm_cli.recipe.stages import TABLE
 
-SCRIPTS = ("recipe_reference",)
+SCRIPTS = ("recipe_reference", "draw_architecture")
 
 
 def script(name: str) -> ModuleType:
@@ -42,6 +44,43 @@ def test_a_stale_reference_is_found_and_written_anew(tmp_path, monkeypatch, caps
     assert module.main() == 0
     monkeypatch.setattr(sys, "argv", ["recipe_reference.py", "--check"])
     assert module.main() == 0
+
+
+def test_a_stale_drawing_is_found(tmp_path, monkeypatch, capsys):
+    module = script("draw_architecture")
+    monkeypatch.setattr(module, "DOCS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["draw_architecture.py"])
+    assert module.main() == 0
+    monkeypatch.setattr(sys, "argv", ["draw_architecture.py", "--check"])
+    assert module.main() == 0
+    drawing = tmp_path / "data-flow.svg"
+    drawing.write_text(drawing.read_text(encoding="utf-8").replace("distill-e2e", "distill-end"), encoding="utf-8")
+    assert module.main() == 1
+    assert capsys.readouterr().err.startswith("data-flow.svg: not what the code says")
+
+
+def test_drawings_are_of_the_code():
+    """Boxes are the packages and the stages, as Python sees them; an import for type checkers alone is none."""
+    module = script("draw_architecture")
+    folders = {path.parent.name for path in (ROOT / "src" / "lbllm_cli").glob("*/__init__.py")}
+    found = module.packages()
+    assert found.keys() == folders | {"hf"}
+    height = module.ranks(found)
+    assert all(height[name] > height[other] for name, others in found.items() for other in others)
+    for spec, drawn in zip(TABLE, module.stages(), strict=True):
+        assert {key: getattr(spec, key) for key in drawn} == drawn
+    for name, boxes in (("packages", found), ("data-flow", [spec.name for spec in TABLE])):
+        tree = ElementTree.parse(ROOT / "docs" / f"{name}.svg")
+        texts = {element.text for element in tree.iter("{http://www.w3.org/2000/svg}text") if element.get("class") == "name"}
+        assert texts >= set(boxes)
+
+
+def test_packages_that_import_each_other_are_refused(monkeypatch):
+    module = script("draw_architecture")
+    found = module.packages()
+    found["core"].add("cli")
+    with pytest.raises(SystemExit, match="packages import each other: "):
+        module.ranks(found)
 
 
 def test_every_key_has_a_row_with_its_default():
