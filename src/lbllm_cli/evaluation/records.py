@@ -26,7 +26,7 @@ class _Record(BaseModel):
 
 
 class Result(_Record):
-    """A checkpoint's entry in results.json; see `stages.evaluate.result`."""
+    """A checkpoint's entry in results.json; see `evaluation.sizes.result`."""
 
     perplexity: dict[Name, _Perplexity]
     kl: dict[Name, float] = {}
@@ -60,7 +60,7 @@ class Detail(_Record):
 
 
 class MeasuredText(Detail):
-    """A checkpoint on one text, as it is kept; see `stages.evaluate.Measured.as_dict`."""
+    """A checkpoint on one text, as it is kept; see `evaluation.perplexity.Measured.as_dict`."""
 
     perplexity: _Perplexity
     kl: float | None = None

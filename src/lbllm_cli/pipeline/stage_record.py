@@ -17,7 +17,7 @@ from lbllm_cli.recipe.stages import STAGES, StageName
 FORMAT_VERSION = 1
 # Tensors outside the blocks that a stage has changed; a stage that changes none has no such file.
 OUTER = "outer.safetensors"
-# Of the parent in the inputs of a stage: see `prepare.Plan.inputs`.
+# Of the parent in the inputs of a stage: see `lineage.stage_inputs`.
 PARENT = "parent.files"
 
 Count = Annotated[int, Field(ge=1)]

@@ -1,4 +1,4 @@
-"""The packed linear: thin, all arithmetic is in ops and in the kernels."""
+"""The packed linear: thin, all arithmetic is in `format` and in the backends."""
 
 from collections.abc import Callable
 from typing import Any, Protocol

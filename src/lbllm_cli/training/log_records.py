@@ -1,4 +1,4 @@
-"""Lines of a stage's events.jsonl: what `report.Reporter` writes, read again by those who draw it.
+"""Lines of a stage's events.jsonl: what `pipeline.reporter.Reporter` writes, read again by those who draw it.
 
 A run that was killed leaves half a line, and anybody may have edited the file: a line that cannot be used is passed over.
 """

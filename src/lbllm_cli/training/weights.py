@@ -45,7 +45,7 @@ class Nearest(nn.Module):
     """Latent weight [out, groups, size] and levels [out, groups, 4], ascending.
 
     weight: source weight [out, in]. packed: where to start, its forward pass gives exactly its values. train: kinds
-    of parameters that get gradients; what does not starts where moving levels change no code. margin: see `ops.latent`. rms:
+    of parameters that get gradients; what does not starts where moving levels change no code. margin: see `training.latent`. rms:
     root mean square of the source weight.
     """
 

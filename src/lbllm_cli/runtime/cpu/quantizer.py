@@ -1,7 +1,7 @@
 """The activation quantizer by the compiled library: the same codes as `runtime.torch.quantizer` but where two candidates are
 equally good; steps differ in the last bit, by the order of a sum.
 
-On a Zen 4 processor it is 8 to 13 times as fast as torch, the gradients 10 to 17 times (bench_kernels.py).
+On a Zen 4 processor it is 8 to 13 times as fast as torch, the gradients 10 to 17 times (scripts/bench_kernels.py).
 """
 
 from ctypes import byref

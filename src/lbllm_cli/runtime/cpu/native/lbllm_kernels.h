@@ -1,7 +1,7 @@
 // C ABI of the CPU kernels: what `lbllm_cli.kernels` calls through ctypes. No torch headers, no state but the chosen tier.
 //
-// Weights are the W(1+1) format of `ops/binarize.py`, repacked once at load (layout.h). Inputs are quantized as in
-// `ops/actquant.py`: x = d * (T - Z), T an integer in 0..127, d and Z per token and group. Then
+// Weights are the W(1+1) format of `format/weights.py`, repacked once at load (layout.h). Inputs are quantized as in
+// `format/activations.py`: x = d * (T - Z), T an integer in 0..127, d and Z per token and group. Then
 //
 //     y[r] = bias[r] + sum over groups of d * scale[r, g] * (dot(level[r, g, code], T) - Z * sum(level[r, g, code]))
 //
@@ -80,7 +80,7 @@ LBLLM_EXPORT int32_t lbllm_unpack(const lbllm_weights* weights, int32_t first, i
 LBLLM_EXPORT int32_t lbllm_quantize(const lbllm_quantizer* quantizer, const void* x, int32_t dtype, int64_t rows, int32_t width,
                                     uint8_t* places, float* values, float* steps, int32_t* zeros, int32_t* tables,
                                     int32_t step_dtype, int32_t threads);
-// What the gradient of values [groups, quantizer->size] is made of (ops/act_ste.py), x, values, steps, zeros and tables being
+// What the gradient of values [groups, quantizer->size] is made of (runtime/torch/quantizer.py), x, values, steps, zeros and tables being
 // those of lbllm_quantize. inputs float [groups, size], or NULL: the gradient where x lies within half a step of the table, else
 // 0. sums float [groups, 3], or NULL: of gradient * (value - x) over those, of gradient * value over x above, and below.
 LBLLM_EXPORT int32_t lbllm_quantize_backward(const lbllm_quantizer* quantizer, const void* x, int32_t dtype, int64_t groups,

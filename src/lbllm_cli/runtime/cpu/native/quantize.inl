@@ -1,11 +1,11 @@
-// The activation quantizer of ops/actquant.py, and inputs laid out for the dot products.
+// The activation quantizer of format/activations.py, and inputs laid out for the dot products.
 
 namespace {
 
 using lbllm::Layout;
 
-constexpr float kSmallestStep = 1e-30f;        // ops/actquant.py
-constexpr float kShares[2] = {1.0f, 0.88f};    // ops/actquant.py
+constexpr float kSmallestStep = 1e-30f;        // format/activations.py
+constexpr float kShares[2] = {1.0f, 0.88f};    // format/activations.py
 constexpr int64_t kValuesPerThread = 1 << 11;
 
 inline float reciprocal(float step) { return step > kSmallestStep ? 1.0f / step : 0.0f; }
