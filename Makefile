@@ -35,9 +35,13 @@ quick: $(VENV)/.installed
 	$(VENV)/bin/ruff check src tests scripts
 	$(PY) -m pytest -m "not slow and not heavy" --numprocesses $(JOBS)
 
+# Style, types, imports that go downward, and pages that are written from the code.
 check: $(VENV)/.installed
 	$(VENV)/bin/ruff check src tests scripts
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-logo --no-cache
+	$(PY) scripts/recipe_reference.py --check
+	$(PY) scripts/draw_architecture.py --check
 
 # The suite on the newest and on the oldest version of everything that pyproject.toml names, each in an environment of its own.
 # Newest and oldest change from day to day and with pyproject.toml: what is installed is brought up to date every time.
