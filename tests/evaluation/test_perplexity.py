@@ -218,7 +218,7 @@ def test_a_stage_that_overflows_leaves_the_others_and_what_was_measured(ok, lbll
 
 
 def test_an_export_that_overflows_is_named(lbllm, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "whole_perplexity", lambda model, tokens, device: None)
+    monkeypatch.setattr("lbllm_cli.evaluation.run.whole_perplexity", lambda model, tokens, device: None)
     result = lbllm("eval", "--recipe", finished, "eval.checkpoints=[base, export]")
     assert result.exit_code == 1
     assert "export: a prediction on novels is NaN or infinity" in result.stderr

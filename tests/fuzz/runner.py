@@ -21,11 +21,10 @@ MEMORY = 1 << 30
 _START = 0
 # Address space beyond the server's: what asks for more fails by itself, before the machine runs out of memory.
 _ADDRESSES = 3 << 30
+# Beside all of lbllm_cli.
 _PRELOADED = (
-    "lbllm_cli.__main__", "lbllm_cli.pipeline.commands", "lbllm_cli.cli.evaluate", "lbllm_cli.report.build",
-    "lbllm_cli.cli.validate", "lbllm_cli.models.sampling", "lbllm_cli.recipe.load", "lbllm_cli.hf", "lbllm_cli.report.figures",
-    "lbllm_cli.training.plots", "datasets", "pyarrow.parquet",
-    "jinja2", "transformers.models.llama.modeling_llama", "transformers.models.auto.tokenization_auto",
+    "datasets", "pyarrow.parquet", "jinja2", "transformers.models.llama.modeling_llama",
+    "transformers.models.auto.tokenization_auto",
 )  # fmt: skip
 
 
@@ -224,15 +223,19 @@ def _serve() -> None:
     global _START
     import importlib
 
-    import torch
+    from typer.testing import CliRunner
 
-    torch.set_num_threads(1)
+    import lbllm_cli
+    from lbllm_cli.cli.app import app
+
     os.environ.pop("LBLLM_KERNELS", None)
-    from lbllm_cli.cli.app import app as cli
-
-    cli._set_library_environment()
-    for name in _PRELOADED:
+    CliRunner().invoke(app, ["config", "--help"])  # what libraries read at their import is set by every command
+    root = Path(lbllm_cli.__file__).parents[1]
+    files = [path.relative_to(root).with_suffix("") for path in (root / "lbllm_cli").rglob("*.py") if path.stem != "__init__"]
+    modules = [".".join(path.parts) for path in files]
+    for name in (*modules, *_PRELOADED):
         importlib.import_module(name)
+    sys.modules["torch"].set_num_threads(1)
     _START = _idle()
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:

@@ -194,7 +194,7 @@ def test_missing_stage_names_the_command(lbllm, tmp_path, recipe):
 
 def test_second_process_on_one_folder_is_refused(lbllm, tmp_path, recipe):
     code = (
-        "import sys, pathlib, lbllm_cli.pipeline.checkpoint as c\n"
+        "import sys, pathlib, lbllm_cli.core.lock as c\n"
         "with c.locked(pathlib.Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(

@@ -1,14 +1,13 @@
 """`lbllm report`: everything that is known, on a page that needs nothing else and takes nothing of a run for markup."""
 
-import base64
 import json
 import re
 import shutil
-from html.parser import HTMLParser
 
 import pytest
 import torch
 from conftest import save_toy, write_recipe
+from pages import Checked, live_html
 from typer.testing import CliRunner
 
 from lbllm_cli.cli.app import app
@@ -19,36 +18,8 @@ from lbllm_cli.pipeline.plan import prepare
 from lbllm_cli.recipe.load import load_recipe
 from lbllm_cli.report import figures as plots
 from lbllm_cli.report.distributions import Linear, input_histograms, weight_histogram, worst_linears
-from lbllm_cli.report.page import Page, Section, Table, to_html, to_markdown
 from lbllm_cli.runtime.quantizer import read_quantizers
 from lbllm_cli.training.log_records import read_records
-
-VOID = {"meta", "img", "source", "br", "link", "hr"}
-
-
-class Checked(HTMLParser):
-    """Every element closed in order; keeps elements and the text of the page."""
-
-    def __init__(self, page: str):
-        super().__init__()
-        self.stack, self.elements, self.text = [], [], ""
-        self.feed(page)
-        self.close()
-        assert not self.stack
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes), list(self.stack)))
-        if tag not in VOID:
-            self.stack.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.stack.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-    def all(self, tag):
-        return [attributes for name, attributes, _ in self.elements if name == tag]
 
 
 @pytest.fixture(scope="module")
@@ -138,24 +109,6 @@ def test_a_whole_run(ok, finished):
     assert '"threads": 1' in markdown
 
 
-def test_images_have_the_colours_of_their_page():
-    def paint(figure):
-        axes = figure.add_subplot()
-        axes.plot([1, 2], [1, 3], color=plots.LIGHT.stages["distill"], label="x")
-        axes.legend()
-
-    image = plots.draw("two points", paint)
-    for uri, palette in ((image.light, plots.LIGHT), (image.dark, plots.DARK)):
-        svg = base64.b64decode(uri.partition(",")[2]).decode()
-        known = {palette.ink, palette.muted, palette.grid, *palette.stages.values()}
-        assert set(re.findall('#[0-9a-f]{6}(?=[;"])', svg)) <= known
-        assert palette.stages["distill"] in svg
-        assert "<text" in svg
-        assert "<dc:date>" not in svg
-    assert image == plots.draw("two points", paint)
-    assert plots.LIGHT.stages.keys() == plots.DARK.stages.keys() == plots.MARKERS.keys()
-
-
 def test_ptq_alone_names_what_is_missing_and_equal_runs_give_equal_bytes(ok, tmp_path, ptq_alone):
     recipe, written = ptq_alone(), []
     for _ in range(2):
@@ -211,54 +164,6 @@ def test_a_stage_made_again_after_eval_is_remarked(ok, tmp_path, recipe, undrawn
     ok("ptq", "--recipe", recipe, "ptq.levels=quantile", "ptq.rounds=0", "--force")
     ok("report", "--recipe", recipe)
     assert all(remark in (run / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "md"))
-
-
-def test_text_of_a_run_is_not_markup():
-    nasty = "a <b>bold</b> & `code` | _x_ [link](http://x)"
-    table = Table([nasty], [(nasty, [nasty])])
-    page = Page(nasty, [(nasty, nasty)], [Section(nasty, [nasty], table, [nasty], [], [(nasty, f"{nasty}\n````\n")])])
-    text, markdown = to_html(page), to_markdown(page)
-    assert not Checked(text).all("b")
-    assert Checked(text).text.count("<b>bold</b>") >= 9
-    outside = re.sub(r"(?s)`````\n.*?\n`````", "", markdown)
-    assert outside != markdown
-    assert "<b>" not in outside
-    row = next(line for line in markdown.splitlines() if line.startswith("| a"))
-    assert len(re.findall(r"(?<!\\)\|", row)) == 3
-
-
-NASTY = (
-    "x\n\n<script>alert(1)</script>",
-    "`x\n\n<script>alert(1)</script>`",
-    "x`\n\n<script>alert(1)</script>",
-    "``x\n\n<script>1</script>``",
-    "a`b`\n\n<script>`\n\n<script>`",
-    "x\n```\n\n<script>1</script>\n",
-    "</summary></details>\n\n<script>",
-    "a | b\n| <script>",
-    "\u2028\u2028<script>\x85\x85<script>",
-)
-
-
-def live_html(markdown):
-    """HTML that a renderer of Markdown hands on, beside that of folded parts."""
-    from markdown_it import MarkdownIt
-
-    tokens = MarkdownIt("commonmark").enable("table").parse(markdown)
-    pieces = [token.content for token in tokens if token.type == "html_block"]
-    pieces += [child.content for token in tokens for child in token.children or [] if child.type == "html_inline"]
-    folded = r"</?(details|summary)>"
-    return [piece for piece in pieces if re.search(r"<", re.sub(folded, "", piece))]
-
-
-@pytest.mark.parametrize("nasty", NASTY)
-def test_no_text_of_a_run_is_live_in_markdown(nasty):
-    notes = [nasty, f"Not drawn: model.path {nasty} is not there; run `lbllm ptq --recipe {nasty}`"]
-    table = Table([nasty, "b"], [(nasty, [nasty, nasty])], nasty)
-    page = Page(nasty, [(nasty, nasty)], [Section(nasty, notes, table, notes, [], [(nasty, f"path: {nasty}\n")])])
-    markdown = to_markdown(page)
-    assert not live_html(markdown)
-    assert not Checked(to_html(page)).all("script")
 
 
 def test_a_models_name_is_not_live_in_its_card(ok, tmp_path):

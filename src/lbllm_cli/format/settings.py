@@ -57,7 +57,7 @@ def check_settings(values: dict[str, Any]) -> None:
     check("group_size", good, "a multiple of 16 up to 4096", size)
     names = linears if isinstance(linears, list) else []
     good = bool(names) and all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
-    check("linears", good, "names of linears of a block", linears)
+    check("linears", good, "the linears of a block", linears)
     layout = values.get("activations")
     if layout is None:
         return

@@ -164,13 +164,18 @@ class PackedWeight:
         return [owner for owner, _, part in (name.rpartition(".") for name in names) if part == PARTS[-1]]
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """In the order of PARTS."""
+        return self.codes, self.levels, self.scale
+
+    @property
     def group_size(self) -> int:
         """Inputs that share four levels."""
         return self.codes.shape[2] * 4
 
     def to_tensors(self, owner: str) -> dict[str, Tensor]:
         """Under their full names. owner: full name of the linear."""
-        return {f"{owner}.{part}": tensor for part, tensor in zip(PARTS, (self.codes, self.levels, self.scale), strict=True)}
+        return {f"{owner}.{part}": tensor for part, tensor in zip(PARTS, self.tensors, strict=True)}
 
     def to(self, device: torch.device) -> "PackedWeight":
         """On a device."""
@@ -178,7 +183,7 @@ class PackedWeight:
 
     def split(self, sizes: list[int]) -> list["PackedWeight"]:
         """By rows, as linears that were fitted as one matrix are told apart again."""
-        parts = (torch.split(tensor, sizes) for tensor in (self.codes, self.levels, self.scale))
+        parts = (torch.split(tensor, sizes) for tensor in self.tensors)
         return [PackedWeight(codes, levels, scale, self.in_features) for codes, levels, scale in zip(*parts, strict=True)]
 
     def unpacked(self) -> Tensor:

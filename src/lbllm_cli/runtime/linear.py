@@ -63,7 +63,8 @@ class PackedLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination |= self.packed().to_tensors(prefix.removesuffix("."))
+        packed = self.packed()
+        destination |= {prefix + part: tensor for part, tensor in zip(PARTS, packed.tensors, strict=True)}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Moves the scale but never casts it: `model.bfloat16()` would round every weight a second time.
@@ -74,7 +75,7 @@ class PackedLinear(nn.Module):
             if self.unit.runs_on(fn(torch.empty(0, dtype=torch.uint8)).device):
                 return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             packed = self.packed()
-            self.weight, self.levels, self.scale = packed.codes, packed.levels, packed.scale
+            self.weight, self.levels, self.scale = packed.tensors
             self.unit = None
         scale = self.scale
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

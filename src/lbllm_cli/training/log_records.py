@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 Kind = Literal["block", "step", "phase"]
 _Seconds = Annotated[float, Field(ge=0, le=1e12)]
 _Bytes = Annotated[float, Field(ge=0, le=1e18)]
-_Name = Annotated[str, Field(pattern=r"^\w+(\.\w+){0,7}$", max_length=100)]
+_Name = Annotated[str, Field(pattern=r"^\w+(\.\w+){1,7}$", max_length=100)]
 _Count = Annotated[int, Field(ge=0, le=10**9)]
 
 

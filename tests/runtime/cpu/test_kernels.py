@@ -1,7 +1,6 @@
-"""The compiled kernels against the formats' definitions in float64: linears, quantizer, head, repacking, and their choice."""
+"""The compiled kernels against the formats' definitions in float64: linears, quantizer, head, repacking."""
 
 import copy
-import logging
 import pickle
 import random
 
@@ -10,13 +9,11 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from lbllm_cli.core.errors import UsageError
 from lbllm_cli.format.activations import Tables, dequantize, places, quantize, split_groups, stored_clip, uniform_levels
 from lbllm_cli.format.weights import PackedWeight, group_count, pack_codes
 from lbllm_cli.runtime.backend import backend_of
-from lbllm_cli.runtime.cpu import library as kernels
 from lbllm_cli.runtime.cpu.head import ROWS_MAX, HeadLinear
-from lbllm_cli.runtime.cpu.library import DTYPES, TIERS, VARIABLE, library, pointer, quantizer_struct, tier
+from lbllm_cli.runtime.cpu.library import DTYPES, pointer, quantizer_struct
 from lbllm_cli.runtime.cpu.location import library_path
 from lbllm_cli.runtime.cpu.quantizer import native_gradients
 from lbllm_cli.runtime.cpu.unit import Unit, usable
@@ -28,6 +25,7 @@ from lbllm_cli.training.knees import Shape, tables_of
 if library_path() is None:
     pytest.skip("this installation has no compiled kernels", allow_module_level=True)
 
+pytestmark = pytest.mark.usefixtures("restored")
 SMALL, MIDDLE, LARGE = Shape(5, 6, 2, 2, 3, 3), Shape(3, 4, 4, 4, 5, 6), Shape(3, 4, 4, 4, 13, 17)  # tops 23, 51, 127
 FORMS = {
     "one table to 31": tables_of([SMALL]),
@@ -40,31 +38,6 @@ FORMS = {
 }
 # in_features, out_features, group_size
 SHAPES = [(100, 7, 48), (200, 21, 64), (576, 10, 128), (96, 8, 16), (384, 13, 192), (300, 9, 256), (224, 17, 96), (33, 3, 32)]
-
-
-def chosen(monkeypatch, name: str):
-    monkeypatch.setenv(VARIABLE, name)
-    library.cache_clear()
-    return library()
-
-
-@pytest.fixture(autouse=True)
-def restored():
-    """The tier is the library's state, not only this process's variable: it is put back."""
-    library.cache_clear()
-    lib = library()
-    before = tier(lib)
-    yield
-    library.cache_clear()
-    lib.lbllm_choose_tier(before.encode())
-
-
-@pytest.fixture(params=TIERS)
-def lib(request, monkeypatch):
-    """The library with each tier of this CPU."""
-    if library().lbllm_choose_tier(request.param.encode()):
-        pytest.skip(f"this CPU or this build has no {request.param}")
-    return chosen(monkeypatch, request.param)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -199,14 +172,14 @@ def test_training_quantizes_as_torch_does(lib, form, dtype):
             assert native_gradients(x, tables, found, upstream, (True, False))[1] is None
 
 
-def test_what_the_library_does_not_quantize_torch_does(lib, monkeypatch):
+def test_what_the_library_does_not_quantize_torch_does(lib, choose):
     x, eight = torch.randn(4, 64, generator=seeded(1)), Tables(uniform_levels(8), None, torch.ones(1, 2))
     assert native_gradients(x, eight, quantized_groups(x, eight), x, (True, True)) is None
     two = FORMS["two tables to 63"]
     # Other layouts and dtypes are brought into a form that it reads.
     assert torch.equal(quantized_groups(x.T.contiguous().T, two).values, quantized_groups(x, two).values)
     assert torch.equal(quantized_groups(x.half(), two).values, quantized_groups(x.half().float(), two).values)
-    chosen(monkeypatch, "off")
+    choose("off")
     for tables in (eight, two):
         assert torch.equal(quantized_groups(x, tables).values, dequantize(quantize(x, tables), tables.levels))
     assert native_gradients(x, two, quantized_groups(x, two), x, (True, True)) is None
@@ -446,43 +419,6 @@ def test_a_head_of_another_kind_is_torchs():
     # A transposed weight is not what the library reads.
     head.weight = nn.Parameter(head.weight.detach().T.contiguous().T)
     torch.testing.assert_close(head(many[:2]), plain(many[:2]))
-
-
-def test_the_variable_chooses_a_tier(monkeypatch):
-    assert chosen(monkeypatch, "off") is None
-    assert tier(chosen(monkeypatch, "portable")) == "portable"
-    assert chosen(monkeypatch, "") is not None
-    with pytest.raises(UsageError, match="LBLLM_KERNELS=fastest: expected auto, off, or one of portable, avx2, avxvnni, avx512"):
-        chosen(monkeypatch, "fastest")
-
-
-def test_a_tier_that_is_not_here_is_refused(monkeypatch):
-    lib = library()
-    missing = [name for name in TIERS if lib.lbllm_choose_tier(name.encode())]
-    lib.lbllm_choose_tier(b"portable")
-    if not missing:
-        pytest.skip("this CPU has every tier")
-    with pytest.raises(UsageError, match=f"LBLLM_KERNELS={missing[0]}: not in this build, or not supported by this CPU"):
-        chosen(monkeypatch, missing[0])
-
-
-def test_without_a_library_one_warning_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(kernels, "library_path", lambda: None)
-    monkeypatch.setattr(logging.getLogger("lbllm"), "propagate", True)
-    with caplog.at_level(logging.WARNING, "lbllm"):
-        assert chosen(monkeypatch, "auto") is None
-        assert library() is None
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "no compiled kernels" in caplog.text
-    with pytest.raises(UsageError, match="LBLLM_KERNELS=avx2: this installation has no compiled kernels"):
-        chosen(monkeypatch, "avx2")
-    assert chosen(monkeypatch, "off") is None
-
-
-def test_a_library_of_another_abi_is_refused(monkeypatch):
-    monkeypatch.setattr(kernels, "ABI", 99)
-    with pytest.raises(UsageError, match="expected 99; install lbllm-cli again"):
-        chosen(monkeypatch, "auto")
 
 
 def test_what_the_library_cannot_run_stays_in_torch():

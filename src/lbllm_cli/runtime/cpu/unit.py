@@ -141,12 +141,12 @@ def _library() -> Any:
 def _repacked(linears: list[PackedLinear]) -> Tensor:
     first, lib = linears[0], _library()
     each = [packed.packed() for packed in linears]
-    parts = [torch.cat([getattr(packed, part) for packed in each]) for part in ("codes", "levels", "scale")]
+    parts = [torch.cat(tensors) for tensors in zip(*(packed.tensors for packed in each), strict=True)]
     shape = (first.in_features, len(parts[0]), first.group_size)
     tiles = aligned(int(lib.lbllm_tiles_bytes(*shape)))
     lib.lbllm_pack(*map(pointer, parts), *shape, pointer(tiles), torch.get_num_threads())
     for packed in each:
-        for tensor in (packed.codes, packed.levels, packed.scale):
+        for tensor in packed.tensors:
             _page_out(tensor)
     return tiles
 
