@@ -55,7 +55,7 @@ class Run:
 
 
 def _sizes(training: int, calibration: int, last: int) -> list[str]:
-    """Overrides for so many sequences of 128 tokens, of the last phases too, and one epoch."""
+    """Overrides for so many sequences of 128 tokens, of the end-to-end phases too, and one epoch."""
     return [
         f"data.training.sequences={training}", f"data.calibration.sequences={calibration}",
         "data.training.length=128", "data.calibration.length=128", "distill.epochs=1", "act_calib.epochs=1",
