@@ -25,7 +25,7 @@ CLASSES: dict[str, ModuleType] = {
     "exports": export_cases,
 }
 # Cases of a class in every run of the tests, and where slow ones run too.
-NORMAL, ALL = 30, 220
+NORMAL, ALL = 15, 220
 
 
 def folder_of(server: Server, name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
