@@ -105,6 +105,40 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("torch sees no GPU")
 
 
+def give_tables(patch: pytest.MonkeyPatch) -> None:
+    """Knee tables of 4 bits are given: the search for them is most of a toy's act-calib."""
+    from lbllm_cli.act_calib.search import fit_knee
+    from lbllm_cli.training.knees import Shape
+
+    shapes = [Shape(3, 4, 4, 4, 5, 6), Shape(5, 6, 2, 2, 3, 3)]
+
+    def fit(x: torch.Tensor, bits: int, tables: int) -> list[Shape]:
+        return shapes[:tables] if bits == 4 else fit_knee(x, bits, tables)
+
+    patch.setattr("lbllm_cli.act_calib.fit.fit_knee", fit)
+
+
+@pytest.fixture
+def given_tables(monkeypatch) -> None:
+    """See `give_tables`."""
+    give_tables(monkeypatch)
+
+
+@pytest.fixture
+def little_text(monkeypatch) -> None:
+    """Bundled texts end after 200,000 characters each: tokenizing megabytes is most of what a toy does with them."""
+
+    def beginning(part: str, style: str) -> Iterator[dict[str, str]]:
+        left = 200_000
+        for record in builtin_records(part, style):
+            yield {**record, "text": record["text"][:left]}
+            left -= len(record["text"])
+            if left <= 0:
+                return
+
+    monkeypatch.setattr("lbllm_cli.data.sources.builtin_records", beginning)
+
+
 @pytest.fixture(scope="session")
 def once(tmp_path_factory) -> Callable:
     """once(name, make): what `make(folder)` gives, made once for all processes of a test run. Tests copy what they change."""
@@ -124,7 +158,9 @@ def finished(once) -> Callable[..., tuple[Path, Path]]:
             else:
                 toy = save_toy(folder / "model", family)
             recipe = write_recipe(folder / "r.yaml", toy, folder / "run", distill={"epochs": 1}, act_calib={"epochs": 1})
-            result = CliRunner().invoke(app, [stages[-1], "--recipe", str(recipe)], catch_exceptions=False)
+            with pytest.MonkeyPatch.context() as patch:
+                give_tables(patch)
+                result = CliRunner().invoke(app, [stages[-1], "--recipe", str(recipe)], catch_exceptions=False)
             assert result.exit_code == 0, result.stderr
             return toy, folder / "run"
 

@@ -7,16 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_recipe
+from conftest import give_tables, write_recipe
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from lbllm_cli.act_calib import fit as act_calib
 from lbllm_cli.cli.app import app
 from lbllm_cli.runtime.cpu.library import VARIABLE, library
 from lbllm_cli.runtime.kv_cache import QuantizedKVCache
 from lbllm_cli.runtime.linear import PackedLinear
-from lbllm_cli.training.knees import Shape
 
 # Mean difference of logits, relative to their mean size. Where no value goes over an edge between two codes it is rounding alone.
 ROUNDING = 1e-5
@@ -39,11 +37,10 @@ def kernels(choice: str) -> Iterator[None]:
 
 
 def exported(base: Path, toy: Path, **sections) -> Path:
-    """A W(1+1)A4KV4 export of a toy. The search for tables takes 15 s and is not what is tested here: they are given."""
+    """A W(1+1)A4KV4 export of a toy."""
     recipe = write_recipe(base / "r.yaml", toy, base / "run", act_calib={"parent": "ptq", "epochs": 0}, **sections)
     with pytest.MonkeyPatch.context() as patch:
-        shapes = [Shape(3, 4, 4, 4, 5, 6), Shape(5, 6, 2, 2, 3, 3)]
-        patch.setattr(act_calib, "fit_knee", lambda x, bits, tables: shapes[:tables])
+        give_tables(patch)
         for command in ("ptq", "act-calib", "export"):
             result = CliRunner().invoke(app, [command, "--recipe", str(recipe)], catch_exceptions=False)
             assert result.exit_code == 0, result.stderr

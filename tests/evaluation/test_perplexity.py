@@ -1,13 +1,17 @@
 """`lbllm eval`: the same numbers as models that are whole in memory, and nothing measured twice."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import save_toy, write_recipe
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import lbllm_cli.hf  # noqa: F401 - packed folders
+from lbllm_cli.cli.app import app
 from lbllm_cli.core import files
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.evaluation import perplexity as evaluation
@@ -17,12 +21,26 @@ from lbllm_cli.report import figures as plots
 from lbllm_cli.runtime.cpu.library import VARIABLE, library
 
 
+@pytest.fixture(scope="session")
+def made(once) -> Path:
+    """A model, its ptq checkpoint and export."""
+
+    def make(folder: Path) -> Path:
+        recipe = write_recipe(folder / "recipe.yaml", save_toy(folder / "model"), folder / "run")
+        for command in ("ptq", "export"):
+            result = CliRunner().invoke(app, [command, "--recipe", str(recipe)], catch_exceptions=False)
+            assert result.exit_code == 0, result.stderr
+        return folder
+
+    return once("ptq-export", make)
+
+
 @pytest.fixture
-def finished(ok, recipe, tmp_path):
+def finished(made, tmp_path) -> Path:
     """A recipe whose ptq checkpoint and export are there."""
-    ok("ptq", "--recipe", recipe)
-    ok("export", "--recipe", recipe)
-    return recipe
+    for name in ("model", "run"):
+        shutil.copytree(made / name, tmp_path / name)
+    return write_recipe(tmp_path / "recipe.yaml", tmp_path / "model", tmp_path / "run")
 
 
 def test_an_export_is_known_by_its_weights(ok, lbllm, finished, tmp_path):

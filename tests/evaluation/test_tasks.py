@@ -17,10 +17,12 @@ from lbllm_cli.evaluation import tasks as lm_tasks
 from lbllm_cli.export import writer as exporting
 
 # Its command line twice in one process, since importing lm-eval takes longer than the task: for the model as it is, then for
-# its packed export with the plugin.
+# its packed export with the plugin. It looks for tasks in the folder that it is given alone: its own are thousands of files.
 TWICE = """
-import json, sys
+import functools, json, sys
+import lm_eval.tasks
 from lm_eval.__main__ import cli_evaluate
+lm_eval.tasks.TaskManager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
 for plugin, sys.argv in json.loads(sys.argv[1]):
     if plugin:
         import lbllm_cli.hf

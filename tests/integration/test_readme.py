@@ -35,7 +35,7 @@ def checkout(tmp_path_factory) -> Path:
     return folder
 
 
-def test_commands_run_as_written_in_order(checkout, ok, monkeypatch):
+def test_commands_run_as_written_in_order(checkout, ok, little_text, given_tables, monkeypatch):
     monkeypatch.chdir(checkout)
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("lbllm ")]
     assert len(commands) >= 6
@@ -43,7 +43,7 @@ def test_commands_run_as_written_in_order(checkout, ok, monkeypatch):
         ok(*shlex.split(command, comments=True)[1:])
 
 
-def test_python_runs_as_written(checkout, ok, monkeypatch):
+def test_python_runs_as_written(checkout, ok, little_text, monkeypatch):
     monkeypatch.chdir(checkout)
     if not (checkout / "runs" / "smollm2-135m" / "export").exists():
         ok("ptq", "--recipe", "recipes/smollm2-135m.yaml")
@@ -86,7 +86,7 @@ def arguments_of(said: str) -> list[str]:
     return [line.partition(" lbllm_cli ")[2].partition(" --recipe")[0] for line in said.splitlines()]
 
 
-def test_batch_job_runs_what_is_missing_and_then_has_nothing_to_do(tmp_path, ok):
+def test_batch_job_runs_what_is_missing_and_then_has_nothing_to_do(tmp_path, ok, given_tables):
     recipe = write_recipe(tmp_path / "r.yaml", save_toy(tmp_path / "model"), tmp_path / "run", ptq={"rounds": 0})
     expected = ["ptq", "distill --only blocks", "act-calib --only blocks", "eval", "report", "export"]
     said = arguments_of(make_says(recipe, tmp_path / "run"))

@@ -27,7 +27,7 @@ def test_every_variant_is_a_recipe_of_its_own(stage):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(tmp_path, monkeypatch, little_text, given_tables):
     """run(*arguments): the script on a toy; the commands that it ran, each by its first words."""
     monkeypatch.setattr(sys, "argv", [])
     recipe = write_recipe(tmp_path / "r.yaml", save_toy(tmp_path / "model"), tmp_path / "run")
