@@ -78,10 +78,11 @@ def test_only_what_is_named_is_trained(ok, made, run, tmp_path, train, moved):
     assert phase(folders[1])["best_epoch"] == 1
 
 
-def test_quantizers_are_trained_with_knees(ok, run, tmp_path):
-    settings = {"train": ["clip_factors", "knees"], "sequences": 64, "epochs": 2, "lr_clip_factors": 0.01}
-    ok("act-calib", "--recipe", run(act_calib=settings))
-    assert phase(tmp_path / "run" / "act-calib-e2e")["best_epoch"]
+def test_quantizers_are_trained_with_knees(ok, run, given_tables, tmp_path):
+    settings = {"train": ["clip_factors", "knees"], "sequences": 64, "lr_clip_factors": 0.008}
+    ok("act-calib", "--recipe", run(act_calib=settings), "--force", "act_calib.epochs=0")
+    found = phase(tmp_path / "run" / "act-calib-e2e")
+    assert found["after"]["error"] < found["before"]["error"]  # measured 0.151 and 0.156
     before, after = (
         {} | {n: t for f in BLOCKS for n, t in load_file(tmp_path / "run" / stage / f).items()}
         for stage in ("act-calib", "act-calib-e2e")
