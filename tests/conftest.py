@@ -39,6 +39,9 @@ FAMILIES = {
     "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 16},
 }  # fmt: skip
 
+if not torch.cuda.is_available():
+    # Kernels for GPUs are interpreted. It has to be there before Triton is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
 # One thread: equal runs give equal bytes, and a child of fork() may use torch.
 torch.set_num_threads(1)
 

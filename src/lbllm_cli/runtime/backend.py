@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.format.activations import Quantized, Tables
+from lbllm_cli.runtime.stage_kernels import StageKernels
 from lbllm_cli.runtime.units import Units
 
 # Kind of device -> the module that makes its backend. What is not here runs in torch.
@@ -33,6 +34,10 @@ class Backend(Protocol):
     piece: int | None
     usual_dtype: torch.dtype | None
     scatters: bool
+
+    @property
+    def kernels(self) -> StageKernels | None:
+        """Fused forms of what stages compute, None where there are none: they compute it in torch then."""
 
     def count(self) -> int:
         """Devices of this kind that this process can use."""

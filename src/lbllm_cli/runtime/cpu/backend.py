@@ -13,6 +13,7 @@ from lbllm_cli.runtime.cpu.head import HeadLinear
 from lbllm_cli.runtime.cpu.library import library
 from lbllm_cli.runtime.cpu.quantizer import native_gradients, native_quantized
 from lbllm_cli.runtime.cpu.unit import Unit, usable
+from lbllm_cli.runtime.stage_kernels import StageKernels
 from lbllm_cli.runtime.torch import quantizer
 from lbllm_cli.runtime.units import Units
 
@@ -26,6 +27,7 @@ class CpuBackend:
     # Every 16-bit value is exact in float32, and CPUs without bfloat16 units are slower in 16 bits.
     usual_dtype: torch.dtype | None = torch.float32
     scatters = True
+    kernels: StageKernels | None = None
 
     def count(self) -> int:
         """There is always one."""

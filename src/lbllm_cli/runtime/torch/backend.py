@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lbllm_cli.format.activations import Quantized, Tables
+from lbllm_cli.runtime.stage_kernels import StageKernels
 from lbllm_cli.runtime.torch import quantizer
 from lbllm_cli.runtime.units import Units
 
@@ -20,6 +21,11 @@ class TorchBackend:
 
     def __init__(self, kind: str):
         self.kind = kind
+
+    @property
+    def kernels(self) -> StageKernels | None:
+        """None."""
+        return None
 
     @property
     def _module(self) -> Any:

@@ -1,0 +1,135 @@
+"""Fused forms of what stages compute, for backends that have kernels for it.
+
+Each has a plain form in torch beside its user, which is the reference: a kernel gives the same values within the rounding that
+its test states. Widths need not be multiples of the group size; nothing here waits for the device.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lbllm_cli.format.activations import Tables
+
+
+class StageKernels(Protocol):
+    """What a backend may compute in kernels of its own. All floats are float32 where nothing else is said."""
+
+    # Stage 1. Columns of a group lie behind each other in memory: [size, rows].
+
+    def add_products(self, x: Tensor, y: Tensor | None, hessian: Tensor, drift: Tensor | None) -> None:
+        """hessian += x^T x, drift += (y - x)^T x: x, y 16-bit floats [tokens, in]; hessian, drift [in, in]. `ptq.moments`.
+
+        Products are exact, or rounded to 16 bits where y - x is; sums are float32.
+        """
+
+    def fit_levels(self, weight: Tensor, importance: Tensor, iterations: int) -> Tensor:
+        """`ptq.em.fit_levels`: weight [rows, n], importance [n] -> levels [rows, 4], ascending."""
+
+    def compensate_columns(self, block: Tensor, factor: Tensor, levels: Tensor, push: bool) -> tuple[Tensor, Tensor]:
+        """The columns of one group of `ptq.compensate.compensate`.
+
+        block [size, rows], factor [size, size] upper, levels [rows, 4] -> ranks uint8 [size, rows], errors [size, rows]. Nothing
+        is written to the arguments; `factor` may be a slice of a larger matrix.
+        """
+
+    def descend_columns(self, gradient: Tensor, current: Tensor, hessian: Tensor, levels: Tensor, ranks: Tensor) -> Tensor:
+        """The columns of one group of `ptq.refine.descend_codes`.
+
+        gradient, current [size, rows], hessian [size, size], levels [rows, 4] -> by how much each weight moved, [size, rows].
+        `ranks`, uint8 [size, rows], are replaced. `hessian` may be a slice of a larger matrix.
+        """
+
+    def normal_equations(self, ranks: Tensor, weighted: Tensor, hessian: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+        """S H S^T and S H w of `ptq.refine`: ranks uint8 [rows, in], weighted [rows, in], hessian [in, in] -> [rows, u, u],
+        of which the part above the diagonal is not written, and [rows, u], u = 4 * groups.
+        """
+
+    # Weights in training. A gradient is of the weight, in any float dtype [out, in]; sums are float32 in a fixed order.
+
+    def stored_levels(self, levels: Tensor) -> Tensor:
+        """`training.ste.StoredLevels`, without the check for infinities: [..., groups, 4] -> the same shape."""
+
+    def nearest(self, latent: Tensor, levels: Tensor, weight: Tensor) -> None:
+        """Writes each latent's nearest level.
+
+        latent [out, groups, size], levels [out, groups, 4] ascending -> weight [out, in], any float dtype.
+        """
+
+    def nearest_sums(self, gradient: Tensor, latent: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of the gradient over the weights of each level, [out, groups, 4], and of its squares over everything, []."""
+
+    def latent_step(
+        self,
+        latent: Tensor,
+        moments: tuple[Tensor, Tensor],
+        step: Tensor,
+        gradient: Tensor,
+        levels: Tensor,
+        factor: Tensor,
+        skipped: Tensor,
+        rate: float,
+        dampening: float,
+    ) -> None:
+        """AdamW without decay (betas 0.9, 0.95, epsilon 1e-8) on latents, then a share `dampening` of the way to the level that
+        each was nearest to before the step.
+
+        moments: exp_avg and exp_avg_sq, of latent's shape. step: [], this step's number. factor: [], what gradients are multiplied
+        by. skipped: [], 1 where nothing is to be changed. levels: as they were in `nearest`.
+        """
+
+    def decoded(self, codes: Tensor, levels: Tensor, weight: Tensor) -> None:
+        """Writes the level of each code: codes uint8 [out, groups, size / 4] packed, levels [out, groups, 4] in code order ->
+        weight [out, in], any float dtype."""
+
+    def code_sums(self, gradient: Tensor, codes: Tensor) -> Tensor:
+        """Sums of the gradient over the weights of each code: codes packed as in `decoded` -> [out, groups, 4]."""
+
+    # Quantizers in training: x any float dtype [..., width], quantized in groups of `size` along the last axis.
+
+    def fake_quantize(self, x: Tensor, tables: Tables, size: int, step_dtype: torch.dtype) -> Tensor:
+        """Values of the deployed form, in x's dtype: `training.act_ste.FakeQuantize`."""
+
+    def fake_quantize_gradients(
+        self, x: Tensor, tables: Tables, size: int, step_dtype: torch.dtype, gradient: Tensor, wanted: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of x, in its dtype, and of the clipping factors, [tables, 2]. wanted: whether each is."""
+
+    def soft_quantize(
+        self,
+        x: Tensor,
+        tables: Tables,
+        size: int,
+        step_dtype: torch.dtype,
+        counts: Tensor,
+        ratio: Tensor,
+        clip: Tensor,
+        tau: float,
+    ) -> Tensor:
+        """Values of the soft form, in x's dtype, each group with the table that its deployed form takes: `act_ste.soft_quantize`."""
+
+    def soft_quantize_gradients(
+        self,
+        x: Tensor,
+        tables: Tables,
+        size: int,
+        step_dtype: torch.dtype,
+        counts: Tensor,
+        ratio: Tensor,
+        clip: Tensor,
+        tau: float,
+        gradient: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of x, in its dtype, of ratio [tables, 2] and of clip [tables, 2]."""
+
+    def deployed_tables(self, counts: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
+        """Tables of shapes with rounded ratios, made to fit the lattice as `training.quantizers` does.
+
+        counts [tables, 4], ratio [tables, 2], below and above -> levels uint8 [tables, 2^bits], zero uint8 [tables].
+        """
+
+    def table_errors(self, x: Tensor, levels: Tensor, zero: Tensor) -> Tensor:
+        """Squared error of each group with each of some knee tables alone, nothing clipped.
+
+        x [groups, size], levels uint8 [n, 2^bits], zero uint8 [n] -> [n, groups].
+        """
