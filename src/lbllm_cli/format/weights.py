@@ -14,6 +14,7 @@ Fitting works on ranks: rank k is the k-th smallest of the group's four levels.
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import ceil
 
 import torch
@@ -23,6 +24,21 @@ LEVELS = 4
 LEVEL_MAX = 127
 # rank -> code: the two middle levels are the inner pair (bitmap 0), the extremes the outer pair (bitmap 1).
 RANK_TO_CODE = (2, 0, 1, 3)
+_CODE_TO_RANK = (1, 2, 0, 3)
+_SHIFTS = (0, 2, 4, 6)
+
+
+def _table(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """uint8 values on a device, made once: each time they are put on a GPU, it is waited for."""
+    # What is made while a graph is traced has no values.
+    return _new_table(values, device) if torch.compiler.is_compiling() else _kept_table(values, device)
+
+
+def _new_table(values: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.uint8, device=device)
+
+
+_kept_table = cache(_new_table)
 
 
 def group_count(in_features: int, group_size: int) -> int:
@@ -38,6 +54,17 @@ def grouped(matrix: Tensor, group_size: int) -> Tensor:
     return padded.view(out_features, groups, group_size)
 
 
+def stored_grid(levels: Tensor) -> tuple[Tensor, Tensor]:
+    """`project_levels` for levels that are known to fit, or are looked at later: the scale of others is infinite or NaN."""
+    wanted = levels.abs().amax(dim=-1).float() / LEVEL_MAX
+    scale = wanted.half()
+    up = torch.nextafter(scale, torch.full_like(scale, torch.inf))
+    scale = torch.where(scale.float() < wanted * (1 - 2e-6), up, scale)
+    divisor = torch.where(scale == 0, torch.ones_like(scale), scale).float().unsqueeze(-1)
+    stored = torch.round(levels.float() / divisor).clamp_(-LEVEL_MAX, LEVEL_MAX)
+    return stored.to(torch.int8), scale
+
+
 def project_levels(levels: Tensor) -> tuple[Tensor, Tensor]:
     """Rounds levels to the stored grid.
 
@@ -48,15 +75,11 @@ def project_levels(levels: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises ValueError when a level is not finite or too large for a float16 scale.
     """
-    wanted = levels.abs().amax(dim=-1).float() / LEVEL_MAX
-    scale = wanted.half()
-    up = torch.nextafter(scale, torch.full_like(scale, torch.inf))
-    scale = torch.where(scale.float() < wanted * (1 - 2e-6), up, scale)
+    stored, scale = stored_grid(levels)
     if not bool(torch.isfinite(scale).all()):
-        raise ValueError(f"levels reach {float(wanted.max()) * LEVEL_MAX:.3g}, the format holds at most {LEVEL_MAX * 65504:.3g}")
-    divisor = torch.where(scale == 0, torch.ones_like(scale), scale).float().unsqueeze(-1)
-    stored = torch.round(levels.float() / divisor).clamp_(-LEVEL_MAX, LEVEL_MAX)
-    return stored.to(torch.int8), scale
+        reach = float(levels.abs().amax())
+        raise ValueError(f"levels reach {reach:.3g}, the format holds at most {LEVEL_MAX * 65504:.3g}")
+    return stored, scale
 
 
 def level_values(levels: Tensor, scale: Tensor) -> Tensor:
@@ -90,8 +113,7 @@ def pack_codes(codes: Tensor, group_size: int) -> Tensor:
 
 def unpack_codes(packed: Tensor, in_features: int) -> Tensor:
     """Inverse of `pack_codes`: uint8 [out, groups, group_size / 4] -> uint8 [out, in]."""
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=packed.device)
-    codes = (packed.unsqueeze(-1) >> shifts) & 3
+    codes = (packed.unsqueeze(-1) >> _table(_SHIFTS, packed.device)) & 3
     return codes.flatten(1)[:, :in_features]
 
 
@@ -107,8 +129,8 @@ def ordered(ranks: Tensor, levels: Tensor, group_size: int) -> tuple[Tensor, Ten
 
 def ranks_from_codes(codes: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     """Inverse of `codes_from_ranks`: uint8 [..., n] and [..., groups, 4] in code order -> ranks, levels in rank order."""
-    by_code = torch.argsort(torch.tensor(RANK_TO_CODE, device=codes.device)).to(torch.uint8)
-    return by_code[codes.long()], levels[..., list(RANK_TO_CODE)]
+    order = _table(RANK_TO_CODE, codes.device).long()
+    return _table(_CODE_TO_RANK, codes.device)[codes.long()], levels.index_select(-1, order)
 
 
 def codes_from_ranks(ranks: Tensor, levels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,13 +139,12 @@ def codes_from_ranks(ranks: Tensor, levels: Tensor, scale: Tensor) -> tuple[Tens
     ranks: uint8 [out, in]. levels: int8 [out, groups, 4] ascending. scale is unchanged and not returned.
     Returns (codes uint8 [out, in], levels int8 [out, groups, 4] in code order).
 
-    Raises ValueError when the levels are not ascending.
+    Raises ValueError when the levels are not ascending, or a scale is not finite.
     """
-    if bool((levels[..., 1:] < levels[..., :-1]).any()) or scale.shape != levels.shape[:-1]:
-        raise ValueError("levels must ascend along the last axis, one scale per group")
-    to_code = torch.tensor(RANK_TO_CODE, dtype=torch.uint8, device=ranks.device)
-    by_code = torch.argsort(to_code.long())
-    return to_code[ranks.long()], levels[..., by_code]
+    if scale.shape != levels.shape[:-1] or bool(((levels[..., 1:] < levels[..., :-1]).any(-1) | ~torch.isfinite(scale)).any()):
+        raise ValueError("levels must ascend along the last axis, one scale per group, all of them finite")
+    to_code = _table(RANK_TO_CODE, ranks.device)
+    return to_code[ranks.long()], levels[..., _table(_CODE_TO_RANK, ranks.device).long()]
 
 
 # What the tensors of a packed weight are called behind the name of their linear: codes have the name of what they stand for, in a

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lbllm_cli.format.weights import LEVELS, group_count, level_values, project_levels
+from lbllm_cli.format.weights import LEVELS, group_count, level_values, project_levels, stored_grid
+from lbllm_cli.runtime.backend import backend_of
 
 LevelFit = Callable[[Tensor, Tensor], Tensor]
 
@@ -64,17 +65,32 @@ def compensate(
     ranks = torch.empty(in_features, out_features, dtype=torch.uint8, device=weight.device)
     levels = torch.empty(out_features, groups, LEVELS, dtype=torch.int8, device=weight.device)
     scale = torch.empty(out_features, groups, dtype=torch.float16, device=weight.device)
+    kernels = backend_of(weight.device).kernels
+    columns = _columns if kernels is None else kernels.compensate_columns
+    # Looking at each group's levels waits for the device; what does not fit is found when the whole is packed.
+    grid = project_levels if kernels is None else stored_grid
     for group in range(groups):
         start, end = group * group_size, min((group + 1) * group_size, in_features)
-        block = remaining[start:end].clone()
-        levels[:, group], scale[:, group] = project_levels(fit(block.T.contiguous(), importance[start:end]))
-        table = LevelTable(level_values(levels[:, group], scale[:, group]))
-        error = torch.empty_like(block)
-        for j in range(end - start):
-            ranks[start + j], value = table.choose(block[j])
-            error[j] = (block[j] - value) / factor[start + j, start + j]
-            if push:
-                block[j + 1 :].addr_(factor[start + j, start + j + 1 : end], error[j], alpha=-1)
+        block = remaining[start:end]
+        levels[:, group], scale[:, group] = grid(fit(block.T.contiguous(), importance[start:end]))
+        values = level_values(levels[:, group], scale[:, group])
+        ranks[start:end], error = columns(block, factor[start:end, start:end], values, push)
         if push:
             remaining[end:].addmm_(factor[start:end, end:].T, error, alpha=-1)
     return RankFit(ranks.T.contiguous(), levels, scale)
+
+
+def _columns(block: Tensor, factor: Tensor, levels: Tensor, push: bool) -> tuple[Tensor, Tensor]:
+    """Codes the columns of one group in turn.
+
+    block: [size, rows], left unchanged. factor: [size, size] of U. levels: [rows, 4]. Returns ranks uint8 [size, rows] and the
+    errors that columns of later groups absorb, [size, rows].
+    """
+    block = block.clone()
+    table, ranks, error = LevelTable(levels), torch.empty_like(block, dtype=torch.uint8), torch.empty_like(block)
+    for j in range(len(block)):
+        ranks[j], value = table.choose(block[j])
+        error[j] = (block[j] - value) / factor[j, j]
+        if push:
+            block[j + 1 :].addr_(factor[j, j + 1 :], error[j], alpha=-1)
+    return ranks, error

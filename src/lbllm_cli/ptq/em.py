@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lbllm_cli.format.weights import LEVELS
+from lbllm_cli.runtime.backend import backend_of
 
 
 def quantile_levels(weight: Tensor) -> Tensor:
@@ -37,6 +38,8 @@ def fit_levels(weight: Tensor, importance: Tensor, iterations: int) -> Tensor:
     that input (LBLLM stage 1). A level without members stays where it is. The weighted error never rises from one
     iteration to the next. Returns levels, float [rows, 4], ascending. rows=576, n=64 -> [576, 4].
     """
+    if (kernels := backend_of(weight.device).kernels) is not None:
+        return kernels.fit_levels(weight, importance, iterations)
     # In sorted order a level's members are a run, and its sums are differences of running totals: an iteration then costs
     # a few operations per row instead of per weight. Totals in float64, or a level of little mass beside a massive input
     # would be lost in their rounding.

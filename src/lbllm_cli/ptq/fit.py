@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -158,52 +158,72 @@ def fit_block(task: BlockTask, settings: Ptq) -> BlockResult:
     student = task.teacher.sharing()
     collector = _Collector(task, student, settings)
     tensors: dict[str, Tensor] = {}
-    facts: dict[str, Any] = {"linears": {}}
+    fits: dict[str, _Fit] = {}
     every = student.units
     passes: list[tuple[Unit, ...]] = [(unit,) for unit in every] if settings.sequential else [every]
     for units in passes:
         moments = collector.collect(units)
         for unit in units:
-            packed, linears = _fit_unit(task, unit, moments.pop(unit), settings)
-            facts["linears"] |= linears
-            for name, weight in packed.items():
-                tensors |= weight.to_tensors(block_prefix(task.index) + name)
-                student.set_weight(name, weight.values())
-    return BlockResult(tensors, facts)
+            found = _fit_unit(task, unit, moments.pop(unit), settings)
+            fits |= found
+            for name, fit in found.items():
+                tensors |= fit.packed.to_tensors(block_prefix(task.index) + name)
+                student.set_weight(name, fit.packed.values())
+    return BlockResult(tensors, {"linears": _facts(fits)})
 
 
-def _fit_unit(
-    task: BlockTask, unit: Unit, moments: _Moments, settings: Ptq
-) -> tuple[dict[str, PackedWeight], dict[str, Any]]:
+class _Fit(NamedTuple):
+    """A linear's fit. error: relative to its target, []. strength: of the asymmetric target, []. damping: used."""
+
+    packed: PackedWeight
+    error: Tensor
+    strength: Tensor
+    damping: float
+
+
+def _facts(fits: dict[str, _Fit]) -> dict[str, Any]:
+    """What a record says of each linear; the device is waited for once."""
+    numbers = torch.stack([torch.stack([fit.error, fit.strength]) for fit in fits.values()]).tolist()
+    return {
+        name: {"error": error, "asymmetric": round(strength, 4), "damping": fit.damping}
+        for (name, fit), (error, strength) in zip(fits.items(), numbers, strict=True)
+    }
+
+
+def _fit_unit(task: BlockTask, unit: Unit, moments: _Moments, settings: Ptq) -> dict[str, _Fit]:
     """Fits the linears that share an input, as one matrix: rows are independent given H."""
     everything = moments.fitted if moments.held_out is None else moments.fitted.plus(moments.held_out)
     sources = [task.teacher.linear(name).weight.float() for name in unit]
     try:
         hessian, factor, damping = inverse_factor(everything.mean_hessian(), settings.damping)
         strengths = _strengths(sources, moments, factor, settings)
-        targets = [
-            weight + strength * target_step(weight, everything.mean_drift(), factor) if strength else weight
-            for weight, strength in zip(sources, strengths, strict=True)
-        ]
+        targets = sources
+        if everything.drift is not None:
+            drift = everything.mean_drift()
+            targets = [
+                torch.where(strength > 0, weight + strength * target_step(weight, drift, factor), weight)
+                for weight, strength in zip(sources, strengths, strict=True)
+            ]
         packed = _fit_matrix(torch.cat(targets), hessian, factor, settings)
     except (FloatingPointError, ValueError) as error:
         raise RunError(f"block {task.index}, {' and '.join(unit)}: {error}; the block was not written") from None
     split = packed.split([weight.shape[0] for weight in sources])
-    facts = {}
-    for name, target, part, strength in zip(unit, targets, split, strengths, strict=True):
-        relative = output_error(target, part.values(), everything.mean_hessian())
-        facts[name] = {"error": relative, "asymmetric": round(strength, 4), "damping": damping}
-    return dict(zip(unit, split, strict=True)), facts
+    mean = everything.mean_hessian()
+    errors = [output_error(target, part.values(), mean) for target, part in zip(targets, split, strict=True)]
+    return {
+        name: _Fit(part, error, strength, damping)
+        for name, part, error, strength in zip(unit, split, errors, strengths, strict=True)
+    }
 
 
-def _strengths(weights: list[Tensor], moments: _Moments, factor: Tensor, settings: Ptq) -> list[float]:
-    """Length of each linear's step towards the asymmetric target.
+def _strengths(weights: list[Tensor], moments: _Moments, factor: Tensor, settings: Ptq) -> list[Tensor]:
+    """Length of each linear's step towards the asymmetric target, [].
 
     The held-out sequences take no part in the drift that the step follows, only in H, which gives it its metric.
     """
     if moments.held_out is None:
         assert settings.asymmetric != "auto"
-        return [settings.asymmetric] * len(weights)
+        return [factor.new_full((), settings.asymmetric)] * len(weights)
     steps = [target_step(weight, moments.fitted.mean_drift(), factor) for weight in weights]
     return [step_length(weight, step, moments.held_out) for weight, step in zip(weights, steps, strict=True)]
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lbllm_cli.runtime.backend import backend_of
+
 # Each retry multiplies the damping by ten. Four retries from 0.01 reach 100 x the mean diagonal, where H is a multiple
 # of the identity for every purpose: a failure there means non-finite numbers, not a lack of damping.
 CHOLESKY_RETRIES = 4
@@ -30,7 +32,13 @@ class InputMoments:
 
     def add(self, x: Tensor, y: Tensor | None = None) -> None:
         """Adds the tokens of one batch: x, y [..., in], any float dtype; summed in float32."""
-        x = x.reshape(-1, x.shape[-1]).float()
+        x = x.reshape(-1, x.shape[-1])
+        kernels = backend_of(x.device).kernels if x.itemsize == 2 else None
+        if kernels is not None:
+            kernels.add_products(x, None if y is None else y.reshape(x.shape), self.hessian, self.drift)
+            self.tokens += x.shape[0]
+            return
+        x = x.float()
         self.hessian.addmm_(x.T, x)
         if self.drift is not None and y is not None:
             self.drift.addmm_((y.reshape(x.shape).float() - x).T, x)
@@ -74,15 +82,22 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, flo
 
     Raises FloatingPointError when H is not finite or no damping helps.
     """
-    if not bool(torch.isfinite(hessian).all()):
-        raise FloatingPointError("the Hessian is not finite")
     for retry in range(CHOLESKY_RETRIES + 1):
         strength = damping * 10.0**retry
         h = damped(hessian, strength)
-        lower, failed = torch.linalg.cholesky_ex(h)
-        if int(failed):
-            continue
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not int(failed) and bool(torch.isfinite(upper).all()):
+        upper, good = _inverse_factor(h)
+        # The one look at the device. A Hessian that is not finite has no finite factor.
+        if bool(good):
             return h, upper, strength
+        if not bool(torch.isfinite(hessian).all()):
+            raise FloatingPointError("the Hessian is not finite")
     raise FloatingPointError(f"the Cholesky factorisation fails up to damping {strength:g}")
+
+
+def _inverse_factor(h: Tensor) -> tuple[Tensor, Tensor]:
+    """Upper Cholesky factor of the inverse of h, [in, in], and whether it is one, bool []."""
+    lower, failed = torch.linalg.cholesky_ex(h)
+    # torch refuses to invert what has a zero on its diagonal, and a factorisation that failed may.
+    lower.diagonal().copy_(torch.where(failed == 0, lower.diagonal(), 1))
+    upper, again = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    return upper, (failed == 0) & (again == 0) & torch.isfinite(upper).all()

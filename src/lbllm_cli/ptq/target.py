@@ -5,6 +5,7 @@ full step overfits (measured on SmolLM2-135M with 16k tokens: perplexity 417 ins
 chosen on tokens that C and H were not estimated from, where the error is a parabola with a closed-form minimum.
 """
 
+import torch
 from torch import Tensor
 
 from lbllm_cli.ptq.moments import InputMoments
@@ -18,11 +19,11 @@ def target_step(weight: Tensor, drift: Tensor, factor: Tensor) -> Tensor:
     return weight @ drift @ factor.T @ factor
 
 
-def step_length(weight: Tensor, step: Tensor, held_out: InputMoments) -> float:
-    """The length in [0, 1] that minimises |W Y - (W + length * step) X|^2 over held-out tokens.
+def step_length(weight: Tensor, step: Tensor, held_out: InputMoments) -> Tensor:
+    """The length in [0, 1] that minimises |W Y - (W + length * step) X|^2 over held-out tokens: float32 [].
 
     weight, step: float32 [out, in]. With R = W (Y - X):  length = <R X^T, step> / <step H, step>.
     """
     along = ((weight @ held_out.mean_drift()) * step).sum()
     curvature = ((step @ held_out.mean_hessian()) * step).sum()
-    return float((along / curvature).clamp(0, 1)) if float(curvature) > 0 else 0.0
+    return torch.where(curvature > 0, (along / curvature).clamp(0, 1), 0.0)

@@ -23,7 +23,8 @@ def _nothing(*_: Any, **__: Any) -> None:
 def operator(schema: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Registers a launch as torch.ops.lbllm.NAME.
 
-    schema: name and arguments, those that are written marked: "scale(Tensor x, Tensor(a!) y)". Returns what calls it through torch's dispatcher.
+    schema: name and arguments, those that are written marked: "scale(Tensor x, Tensor(a!) y)". Returns what calls it through
+    torch's dispatcher.
     """
     name = schema.partition("(")[0]
 
