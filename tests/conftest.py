@@ -110,15 +110,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def give_tables(patch: pytest.MonkeyPatch) -> None:
     """Knee tables of 4 bits are given: the search for them is most of a toy's act-calib."""
-    from lbllm_cli.act_calib.search import fit_knee
+    from lbllm_cli.act_calib.search import Sample, fit_knees
     from lbllm_cli.training.knees import Shape
 
     shapes = [Shape(3, 4, 4, 4, 5, 6), Shape(5, 6, 2, 2, 3, 3)]
 
-    def fit(x: torch.Tensor, bits: int, tables: int) -> list[Shape]:
-        return shapes[:tables] if bits == 4 else fit_knee(x, bits, tables)
+    def fit(samples: list[Sample]) -> list[list[Shape]]:
+        return [shapes[: sample.tables] if sample.bits == 4 else fit_knees([sample])[0] for sample in samples]
 
-    patch.setattr("lbllm_cli.act_calib.fit.fit_knee", fit)
+    patch.setattr("lbllm_cli.act_calib.fit.fit_knees", fit)
 
 
 @pytest.fixture

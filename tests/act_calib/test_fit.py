@@ -173,7 +173,7 @@ def test_quantizers_sit_where_the_block_reads_them(name, tmp_path):
     with torch.no_grad():
         samples = sample_inputs(block, hidden)
         torch.testing.assert_close(block(hidden), plain(hidden), rtol=0, atol=0)  # sampling leaves nothing behind
-        quantizers = {key: fitted(key, x, layout, 0, ()) for key, x in samples.items()}
+        quantizers = fitted(samples, layout, 0, ())
         handles = attach(block.layer, block.units, dict(quantizers))
         inputs: dict[str, torch.Tensor] = {}
         for linear in block.linears:
@@ -201,7 +201,7 @@ def test_disabled_quantizers_give_the_block_bit_for_bit(tmp_path):
     hidden = torch.randn(2, 24, 80, generator=torch.Generator().manual_seed(0))
     layout = ActivationFormat(3, 3, "token", "knee", "uniform", 1, 32)
     with torch.no_grad():
-        quantizers = {key: fitted(key, x, layout, 0, ()) for key, x in sample_inputs(block, hidden).items()}
+        quantizers = fitted(sample_inputs(block, hidden), layout, 0, ())
         attach(block.layer, block.units, dict(quantizers))
         assert not torch.equal(block(hidden), plain(hidden))
         for quantizer in quantizers.values():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lbllm_cli.act_calib.search import fit_knee
+from lbllm_cli.act_calib.search import Sample, fit_knees
 from lbllm_cli.format.activations import KEYS, ActivationFormat, uniform_levels
 from lbllm_cli.runtime.kv_cache import read_record, record_bytes, write_record
 from lbllm_cli.runtime.quantizer import empty_quantizer
@@ -19,7 +19,7 @@ def test_records_hold_exactly_what_the_quantizer_gives(form, bits, width):
     if form == "uniform":
         quantizer.act_levels = uniform_levels(bits)
     else:
-        tables = tables_of(fit_knee(x.reshape(-1, width)[:, :16], bits, 2))
+        tables = tables_of(fit_knees([Sample(x.reshape(-1, width)[:, :16], bits, 2)])[0])
         quantizer.act_levels, quantizer.act_zero = tables.levels, tables.zero
     records = write_record(x, quantizer)
     assert records.dtype == torch.uint8

@@ -76,7 +76,8 @@ def test_16_bit_outputs_are_summed_in_float32():
     narrow, wide = BlockError(), BlockError()
     narrow.add(teacher, student)
     wide.add(teacher.float(), student.float())
-    assert narrow == wide
+    sums = ("error", "energy", "ordinary_error", "ordinary_energy", "cosine")
+    assert [getattr(narrow, name) for name in sums] == [getattr(wide, name) for name in sums]
 
 
 def test_nothing_added():

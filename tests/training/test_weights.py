@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lbllm_cli.format.weights import PackedWeight, grouped, level_values, project_levels, unpack_codes
-from lbllm_cli.training.weights import BITMAP, LEVELS, PARAMETRISATIONS, WEIGHTS, Bitmap, Nearest
+from lbllm_cli.training.master import BITMAP, LEVELS, WEIGHTS
+from lbllm_cli.training.weights import PARAMETRISATIONS, Bitmap, Nearest
 
 SHAPES = [(5, 64, 16), (7, 72, 32), (3, 48, 16)]
 MARGINS = [0, 0.1, 0.5, 1]

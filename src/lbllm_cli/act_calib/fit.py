@@ -9,18 +9,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lbllm_cli.act_calib.search import SAMPLE, fit_knee
+from lbllm_cli.act_calib.search import SAMPLE, Sample, fit_knees
 from lbllm_cli.core.splits import data_seed
 from lbllm_cli.format.activations import KEYS, VALUES, ActivationFormat, Tables, input_name, split_groups, uniform_levels
 from lbllm_cli.format.weights import PackedWeight
 from lbllm_cli.models.block import Block
 from lbllm_cli.pipeline.block_loop import BlockResult, BlockTask
+from lbllm_cli.pipeline.streams import fetched
 from lbllm_cli.runtime.attachments import attach
+from lbllm_cli.runtime.backend import backend_of
 from lbllm_cli.runtime.quantizer import empty_quantizer
 from lbllm_cli.training.block import block_loop, train_block
 from lbllm_cli.training.block_linears import BlockLinears
-from lbllm_cli.training.interfaces import ParameterGroup
+from lbllm_cli.training.fixed import Fixed
+from lbllm_cli.training.interfaces import OwnStep, ParameterGroup
 from lbllm_cli.training.knees import tables_of
+from lbllm_cli.training.master import LEVELS, WEIGHTS
 from lbllm_cli.training.quantizers import (
     CLIP_FACTORS,
     KNEES,
@@ -30,7 +34,7 @@ from lbllm_cli.training.quantizers import (
     quantizer_groups,
     quantizer_tensors,
 )
-from lbllm_cli.training.weights import LEVELS, WEIGHTS, Fixed, Nearest, Trainable
+from lbllm_cli.training.weights import Nearest, Trainable
 
 if TYPE_CHECKING:
     from lbllm_cli.recipe.training import ActCalib
@@ -63,17 +67,33 @@ def sample_inputs(block: Block, hidden: Tensor) -> dict[str, Tensor]:
     return {name: sample.seen for name, sample in samples.items()}
 
 
-def fitted(name: str, x: Tensor, layout: ActivationFormat, seed: int, train: tuple[str, ...]) -> TrainableQuantizer:
-    """The quantizer `name` as training starts from it, for inputs x [..., width]."""
-    form = empty_quantizer(layout, name, x.shape[-1])
-    if form.tables.zero is None:
-        tables = Tables(uniform_levels(form.bits).to(x.device), None, form.tables.clip.to(x.device))
-        return TrainableQuantizer(tables, None, form.size, form.step_dtype, train)
-    groups = split_groups(x.float(), form.size).reshape(-1, form.size)
-    count = max(SAMPLE * _USUAL_GROUP // form.size, SAMPLE // 16)
-    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))[:count].to(x.device)
-    shapes = fit_knee(groups[order], form.bits, layout.tables)
-    return TrainableQuantizer(tables_of(shapes, x.device), shapes, form.size, form.step_dtype, train)
+def fitted(
+    inputs: dict[str, Tensor], layout: ActivationFormat, seed: int, train: tuple[str, ...]
+) -> dict[str, TrainableQuantizer]:
+    """Quantizers by name as training starts from them, for inputs x [..., width] by name. seed: of the first one's sample."""
+    forms = {name: empty_quantizer(layout, name, x.shape[-1]) for name, x in inputs.items()}
+    samples = {
+        name: Sample(_token_groups(x, forms[name].size, seed + number), forms[name].bits, layout.tables)
+        for number, (name, x) in enumerate(inputs.items())
+        if forms[name].tables.zero is not None
+    }
+    shapes = dict(zip(samples, fit_knees(list(samples.values())), strict=True))
+    found = {}
+    for name, form in forms.items():
+        device = inputs[name].device
+        uniform = Tables(uniform_levels(form.bits).to(device), None, form.tables.clip.to(device))
+        tables = tables_of(shapes[name], device) if name in shapes else uniform
+        found[name] = TrainableQuantizer(tables, shapes.get(name), form.size, form.step_dtype, train)
+    return found
+
+
+def _token_groups(x: Tensor, size: int, seed: int) -> Tensor:
+    """Some groups of inputs x [..., width], drawn by chance: float32 [n, size]."""
+    groups = split_groups(x.float(), size).reshape(-1, size)
+    count = max(SAMPLE * _USUAL_GROUP // size, SAMPLE // 16)
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))[:count]
+    transfers = backend_of(x.device).transfers(x.device)
+    return groups[order if transfers is None else transfers.small(order)]
 
 
 class ActivationStudent:
@@ -103,11 +123,9 @@ class ActivationStudent:
     def _fit(self, task: BlockTask, layout: ActivationFormat, seed: int) -> dict[str, TrainableQuantizer]:
         rows = task.quantized.rows
         taken = torch.linspace(0, rows - 1, min(_SEQUENCES, rows)).round().long()
-        samples = sample_inputs(self.block, task.quantized.data[taken].to(task.device))
-        own = data_seed(seed, task.index) << 3
-        return {
-            name: fitted(name, x, layout, own + number, self.settings.trained) for number, (name, x) in enumerate(samples.items())
-        }
+        ((hidden,),) = fetched((task.quantized,), [taken], task.device)
+        samples = sample_inputs(self.block, hidden)
+        return fitted(samples, layout, data_seed(seed, task.index) << 3, self.settings.trained)
 
     def groups(self) -> list[ParameterGroup]:
         """AdamW groups: those of the levels, and one per quantizer and kind."""
@@ -125,6 +143,10 @@ class ActivationStudent:
     def backward(self) -> None:
         """Carries the gradients of the block's weights to the levels; the quantizers have theirs."""
         self.weights.backward()
+
+    def own_steps(self) -> list[OwnStep]:
+        """Latents whose step is a kernel."""
+        return self.weights.own_steps(self.settings.dampening)
 
     def constrain(self) -> None:
         """After a step."""

@@ -6,12 +6,12 @@ clipped at the start: factors below 1 that lowered the squared error of keys rai
 SmolLM2-135M), since the few large entries of a key decide the attention.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lbllm_cli.format.activations import Tables
 from lbllm_cli.runtime.backend import backend_of
 from lbllm_cli.training.knees import Shape, tables_of
 
@@ -47,9 +47,16 @@ def _neighbours(shape: Shape) -> Iterator[Shape]:
         yield shape._replace(ratio_high=r_high + step)
 
 
-def _errors(x: Tensor, tables: Tables) -> Tensor:
-    """Squared error of each group, [groups]."""
-    return backend_of(x.device).quantized(x, tables, torch.float32).values.sub_(x).square_().sum(-1)
+def _errors(x: Tensor, shapes: list[Shape]) -> Tensor:
+    """Squared error of each group with each shape alone: x [groups, size] -> [shapes, groups]."""
+    backend = backend_of(x.device)
+    if backend.kernels is None:
+        each = (backend.quantized(x, tables_of([shape], x.device), torch.float32).values for shape in shapes)
+        return torch.stack([values.sub_(x).square_().sum(-1) for values in each])
+    tables, transfers = tables_of(shapes), backend.transfers(x.device)
+    assert tables.zero is not None
+    levels, zero = (tensor if transfers is None else transfers.small(tensor) for tensor in (tables.levels, tables.zero))
+    return backend.kernels.table_errors(x, levels, zero)
 
 
 def _score(mine: Tensor, other: Tensor | None) -> Tensor:
@@ -57,28 +64,57 @@ def _score(mine: Tensor, other: Tensor | None) -> Tensor:
     return (mine if other is None else torch.minimum(mine, other)).sum(-1)
 
 
-def fit_knee(x: Tensor, bits: int, tables: int) -> list[Shape]:
-    """Shapes of `tables` tables (1 or 2) for a sample of token-groups, float32 [groups, size]. Deterministic."""
+class Sample(NamedTuple):
+    """What to find tables for. x: token-groups, float32 [groups, size]. tables: 1 or 2."""
+
+    x: Tensor
+    bits: int
+    tables: int
+
+
+def fit_knees(samples: list[Sample]) -> list[list[Shape]]:
+    """Shapes of the tables for each of some samples. Deterministic.
+
+    All are searched for side by side: the device is waited for once for a choice of each, nine times in all.
+    """
+    searches = [_search(sample) for sample in samples]
+    asked: dict[int, Tensor] = {index: next(search) for index, search in enumerate(searches)}
+    found: dict[int, list[Shape]] = {}
+    while asked:
+        answers = torch.stack(list(asked.values())).tolist()
+        for index, answer in zip(list(asked), answers, strict=True):
+            try:
+                asked[index] = searches[index].send(answer)
+            except StopIteration as ended:
+                found[index] = ended.value
+                del asked[index]
+    return [found[index] for index in range(len(samples))]
+
+
+def _search(sample: Sample) -> Generator[Tensor, list[int], list[Shape]]:
+    """One search. Yields choices as they are on the device, int64 [2], and is sent them as numbers; returns the shapes."""
+    x, bits, tables = sample
     shapes = list(grid(bits))
-    table = torch.stack([_errors(x, tables_of([shape], x.device)) for shape in shapes])
-    chosen = [int(_score(table, None).argmin())]
+    table = _errors(x, shapes)
+    chosen = [_score(table, None).argmin()]
     if tables == 2:
-        chosen.append(int(_score(table, table[chosen[0]]).argmin()))
+        chosen.append(_score(table, table[chosen[0]]).argmin())
         for _ in range(_ROUNDS):
             for turn in (0, 1):
-                chosen[turn] = int(_score(table, table[chosen[1 - turn]]).argmin())
-    best, errors = [shapes[index] for index in chosen], [table[index] for index in chosen]
+                chosen[turn] = _score(table, table[chosen[1 - turn]]).argmin()
+    numbers = yield torch.stack([chosen[0], chosen[-1]])
+    best, errors = [shapes[number] for number in numbers[:tables]], [table[number] for number in numbers[:tables]]
     for _ in range(_ROUNDS):
         before = list(best)
         for turn in range(tables):
             other = errors[1 - turn] if tables == 2 else None
-            least = float(_score(errors[turn], other))
-            for shape in _neighbours(best[turn]):
-                if shape.valid() and shape != best[turn]:
-                    found = _errors(x, tables_of([shape], x.device))
-                    score = float(_score(found, other))
-                    if score < least:
-                        best[turn], errors[turn], least = shape, found, score
+            near = [shape for shape in _neighbours(best[turn]) if shape.valid() and shape != best[turn]]
+            tried = _errors(x, near)
+            scores = torch.stack([_score(row, other) for row in tried])
+            first = scores.argmin()
+            better, number = yield torch.stack([(scores[first] < _score(errors[turn], other)).long(), first])
+            if better:
+                best[turn], errors[turn] = near[number], tried[number]
         if best == before:
             break
     return best

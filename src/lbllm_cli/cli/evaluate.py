@@ -46,7 +46,7 @@ def evaluate(recipe: Recipe, dry_run: bool, as_json: bool, force: bool) -> None:
         say(f"eval: would measure {', '.join(checkpoints)} on {', '.join(counts + [task.name for task in tasks])}")
         return
     with locked(plan.output), interrupt.graceful():
-        run = EvaluationRun(plan, checkpoints, need.on_disk, force)
+        run = EvaluationRun(plan, checkpoints, need.place, force)
         results = run.results(sets, tasks)
     if as_json:
         print(json.dumps(results, indent=2))

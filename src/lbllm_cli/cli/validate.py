@@ -14,7 +14,7 @@ from lbllm_cli.evaluation.tasks import plan_tasks
 from lbllm_cli.export.forecast import export_need
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.pipeline.checkpoint import check_stage, complete_stages
-from lbllm_cli.pipeline.forecast import Need, check_disk, memory_warnings
+from lbllm_cli.pipeline.forecast import Need, check_device, check_disk, memory_warnings
 from lbllm_cli.pipeline.plan import prepare
 from lbllm_cli.pipeline.work import work_of
 from lbllm_cli.recipe.schema import Recipe
@@ -59,6 +59,7 @@ def validate(recipe: Recipe, as_json: bool) -> None:
             warnings += [f"{need.stage}: {warning}" for warning in memory_warnings(need, model)]
             if need.stage not in complete:
                 check_disk(need, plan.output)
+                check_device(need, model)
         except UsageError as error:
             problems.append(str(error))
     if problems:
@@ -95,7 +96,7 @@ def _print_validation(facts: dict[str, Any], needs: list[Need]) -> None:
         table.add_column(column, justify="left" if column == "stage" else "right")
     for need in needs:
         sizes = (f"{value / GIB:.1f}" for value in (need.device, need.ram, need.disk + need.teacher, need.streams))
-        table.add_row(need.stage, *sizes, "disk" if need.on_disk else "RAM")
+        table.add_row(need.stage, *sizes, "RAM" if need.place == "ram" else need.place)
     out = Console()
     out.print(
         f"valid: {facts['blocks']} blocks, {facts['parameters']:,} parameters, {facts['binarized_share']:.1%} of them binarized, "

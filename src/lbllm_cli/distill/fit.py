@@ -13,8 +13,9 @@ from lbllm_cli.models.block import Block
 from lbllm_cli.pipeline.block_loop import BlockResult, BlockTask
 from lbllm_cli.training.block import block_loop, train_block
 from lbllm_cli.training.block_linears import BlockLinears
-from lbllm_cli.training.interfaces import ParameterGroup
-from lbllm_cli.training.weights import BITMAP, LEVELS, PARAMETRISATIONS, WEIGHTS, Bitmap, Trainable
+from lbllm_cli.training.interfaces import OwnStep, ParameterGroup
+from lbllm_cli.training.master import BITMAP, LEVELS, WEIGHTS
+from lbllm_cli.training.weights import PARAMETRISATIONS, Bitmap, Trainable
 
 if TYPE_CHECKING:
     from lbllm_cli.recipe.training import Distill
@@ -60,6 +61,10 @@ class BinarizedStudent:
             for linear in linears:
                 assert isinstance(linear, Bitmap)
                 linear.polarise(self.settings.polarise * self._progress, begin + (end - begin) * self._progress, count)
+
+    def own_steps(self) -> list[OwnStep]:
+        """Latents whose step is a kernel."""
+        return self.weights.own_steps(self.settings.dampening)
 
     def constrain(self) -> None:
         """After a step."""

@@ -59,4 +59,4 @@ def end_to_end_need(recipe: Recipe, model: SourceModel, settings: EndToEnd, reco
     # The teacher's pass holds a block's inputs beside its outputs; training has its outputs alone.
     own, elsewhere = blocks + 2 * state, 2 * states if settings.teacher else 0.0
     disk = own if settings.teacher else max(2 * states, own + states)
-    return Need("", device, ram, disk, states, True, written, state, recipe.runtime.save_minutes, cheaper, elsewhere)
+    return Need("", device, ram, disk, states, "disk", written, state, recipe.runtime.save_minutes, cheaper, elsewhere)

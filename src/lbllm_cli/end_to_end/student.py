@@ -17,7 +17,9 @@ from lbllm_cli.pipeline.checkpoint import Checkpoint
 from lbllm_cli.runtime.attachments import attach
 from lbllm_cli.runtime.quantizer import read_quantizers
 from lbllm_cli.training.block_linears import linear_groups
-from lbllm_cli.training.interfaces import ParameterGroup
+from lbllm_cli.training.fixed import Fixed
+from lbllm_cli.training.interfaces import OwnStep, ParameterGroup
+from lbllm_cli.training.master import LEVELS, SCALES
 from lbllm_cli.training.quantizers import (
     CLIP_FACTORS,
     KNEES,
@@ -28,7 +30,6 @@ from lbllm_cli.training.quantizers import (
     quantizer_tensors,
 )
 from lbllm_cli.training.ste import rounded
-from lbllm_cli.training.weights import LEVELS, SCALES, Fixed
 
 if TYPE_CHECKING:
     from lbllm_cli.recipe.training import EndToEnd
@@ -89,9 +90,8 @@ class ResidentBlock:
             attach(block.layer, block.units, dict(self.quantizers))
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        weights = {
-            f"layers.0.{name}.weight": part().to(self.dtype) for name, part in (*self.linears.items(), *self.norms.items())
-        }
+        weights = {f"layers.0.{name}.weight": linear.weight(self.dtype) for name, linear in self.linears.items()}
+        weights |= {f"layers.0.{name}.weight": norm().to(self.dtype) for name, norm in self.norms.items()}
         inputs = {"inputs_embeds": hidden, "use_cache": False}
         outputs: Tensor = functional_call(self.model, weights, (), inputs).last_hidden_state
         return outputs
@@ -172,6 +172,10 @@ class WholeStudent:
 
     def backward(self) -> None:
         """Autograd has carried all gradients to the parameters."""
+
+    def own_steps(self) -> list[OwnStep]:
+        """None: no latent is trained here."""
+        return []
 
     def constrain(self) -> None:
         """After a step."""

@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 from lbllm_cli.end_to_end.loss import distillation_loss
 from lbllm_cli.end_to_end.student import WholeStudent
 from lbllm_cli.pipeline.streams import HiddenStream, fetched
+from lbllm_cli.runtime.backend import backend_of
 from lbllm_cli.training.agreement import POSITIONS, Agreement, log_probabilities
 from lbllm_cli.training.interfaces import Step
 from lbllm_cli.training.progress import Progress
@@ -42,8 +43,10 @@ class EndToEndObjective:
 
     def feed(self, pieces: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
         """Tokens and the teacher's states."""
+        transfers = backend_of(self.device).transfers(self.device)
         for rows, (states,) in zip(pieces, fetched((self.states,), pieces, self.device), strict=True):
-            yield self.tokens[rows].to(self.device), states
+            tokens = self.tokens[rows]
+            yield tokens if transfers is None else transfers.small(tokens), states
 
     def loss(self, piece: tuple[Tensor, ...], start: dict[str, float]) -> Tensor:
         """See `end_to_end.loss`; every position but the last predicts."""

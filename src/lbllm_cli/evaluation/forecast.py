@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from lbllm_cli.export.forecast import export_need
 from lbllm_cli.models.model import SourceModel
-from lbllm_cli.pipeline.forecast import Need, activation_bytes, block_bytes, host_bytes, outer_bytes, streams_on_disk
+from lbllm_cli.pipeline.forecast import Need, activation_bytes, block_bytes, host_bytes, outer_bytes, streams_place
 from lbllm_cli.recipe.schema import Recipe
 
 
@@ -16,11 +16,12 @@ def eval_need(recipe: Recipe, model: SourceModel, segments: dict[str, int], chec
     sizes = [(item.segments or segments.get(item.name, 0)) * item.length for item in recipe.data.evaluation]
     one = float(sum(sizes) * model.config.hidden_size * model.dtype.itemsize) * max(2, checkpoints)
     longest = max(item.length for item in recipe.data.evaluation)
-    on_disk = streams_on_disk(recipe, one, 1)
     device = 3 * block_bytes(model) + activation_bytes(model, recipe.runtime.batch_size, longest)
     device = max(device, outer_bytes(model) + 5 * 256 * model.config.vocab_size * 4)
-    ram = host_bytes(model, device) + (0 if on_disk else one)
-    return Need("eval", device, ram, one if on_disk else 0, one, on_disk)
+    place = streams_place(recipe, model, device, one)
+    ram = host_bytes(model, device) + (one if place == "ram" else 0)
+    device += one if place == "device" else 0
+    return Need("eval", device, ram, one if place == "disk" else 0, one, place)
 
 
 def whole_model_need(recipe: Recipe, model: SourceModel, need: Need) -> Need:

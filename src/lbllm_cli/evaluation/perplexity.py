@@ -13,9 +13,10 @@ from torch.nn import Module, Sequential
 from lbllm_cli.models.model import FINAL_NORM, SourceModel
 from lbllm_cli.models.stored import stored_block
 from lbllm_cli.pipeline.checkpoint import Checkpoint
+from lbllm_cli.pipeline.forecast import Place
 from lbllm_cli.pipeline.metrics import BlockError
 from lbllm_cli.pipeline.reporter import Reporter
-from lbllm_cli.pipeline.streams import HiddenStream, advance, batches, embed_stream
+from lbllm_cli.pipeline.streams import HiddenStream, advance, batches, embed_stream, fetched
 from lbllm_cli.recipe.stages import BASE
 from lbllm_cli.training.agreement import POSITIONS, Agreement, log_probabilities
 
@@ -44,14 +45,17 @@ class Evaluation:
     """The base model and checkpoints on the same texts, all of them block by block beside each other.
 
     So the teacher runs once for all, and neither a model nor the logits of a text are ever whole in memory. checkpoints: by
-    name; BASE is the teacher. folder: where streams lie on disk, None for RAM.
+    name; BASE is the teacher. folder: where streams lie on disk, None for memory. place: whose.
     """
 
-    def __init__(self, model: SourceModel, checkpoints: dict[str, Checkpoint], batch_size: int, folder: Path | None):
+    def __init__(
+        self, model: SourceModel, checkpoints: dict[str, Checkpoint], batch_size: int, folder: Path | None, place: Place = "ram"
+    ):
         self.model = model
         self.checkpoints = checkpoints
         self.batch_size = batch_size
         self.folder = folder
+        self.place = model.device if place == "device" else None
         self._streams: dict[tuple[str, str], HiddenStream] = {}
 
     def run(
@@ -67,7 +71,7 @@ class Evaluation:
         try:
             for name, text in blocks:
                 path = self.folder / f"{text}.{name}.bin" if self.folder else None
-                self._streams[name, text] = embed_stream(self.model, sets[text], path, self.batch_size)
+                self._streams[name, text] = embed_stream(self.model, sets[text], path, self.batch_size, self.place)
             for index in range(self.model.blocks):
                 reporter.begin_block(index)
                 # The base model first: the others are compared with its outputs.
@@ -93,11 +97,9 @@ class Evaluation:
             block = stored_block(model, index, checkpoint.read_block(index), checkpoint.activations)
         for text in texts:
             stream = self._streams[name, text]
-            advance(block, stream, stream, model.device, self.batch_size)
+            targets = None if name == BASE else self._streams[BASE, text]
+            error = advance(block, stream, stream, model.device, self.batch_size, targets)
             if name != BASE:
-                error = BlockError()
-                for rows in batches(0, stream.rows, self.batch_size):
-                    error.add(self._streams[BASE, text].data[rows].to(model.device), stream.data[rows].to(model.device))
                 blocks[name, text].append(error)
 
     def _heads(self) -> dict[str, Module]:
@@ -121,9 +123,11 @@ class Evaluation:
         blocks: dict[tuple[str, str], list[BlockError]],
     ) -> Iterator[tuple[tuple[str, str], Measured | None]]:
         found = {name: Agreement(tokens.shape[1]) for name in names}
-        for rows in batches(0, tokens.shape[0], 1):
+        pieces = list(batches(0, tokens.shape[0], 1))
+        streams = tuple(self._streams[name, text] for name in names)
+        for rows, states in zip(pieces, fetched(streams, pieces, self.model.device), strict=True):
             wanted = tokens[rows][0, 1:].to(self.model.device)
-            hidden = {name: self._streams[name, text].data[rows][0, :-1].to(self.model.device) for name in names}
+            hidden = {name: state[0, :-1] for name, state in zip(names, states, strict=True)}
             for start in range(0, len(wanted), POSITIONS):
                 piece = slice(start, start + POSITIONS)
                 teacher = log_probabilities(heads[BASE](hidden[BASE][piece]))

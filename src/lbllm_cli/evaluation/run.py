@@ -20,6 +20,7 @@ from lbllm_cli.format.activations import format_of
 from lbllm_cli.models import folder as source
 from lbllm_cli.pipeline.checkpoint import Checkpoint, complete_stages
 from lbllm_cli.pipeline.folders import EVAL_STREAMS, EXPORT_FOLDER
+from lbllm_cli.pipeline.forecast import Place
 from lbllm_cli.pipeline.lineage import open_checkpoint
 from lbllm_cli.pipeline.plan import Plan
 from lbllm_cli.pipeline.reporter import Reporter
@@ -39,11 +40,12 @@ def wanted_checkpoints(plan: Plan) -> dict[str, Checkpoint | None]:
 class EvaluationRun:
     """One run of the command in its output folder."""
 
-    def __init__(self, plan: Plan, checkpoints: dict[str, Checkpoint | None], on_disk: bool, fresh: bool):
+    def __init__(self, plan: Plan, checkpoints: dict[str, Checkpoint | None], place: Place, fresh: bool):
         self.plan = plan
         self.checkpoints = checkpoints
         self.folder = plan.output / "eval"
-        self.streams = self.folder / "streams" if on_disk else None
+        self.streams = self.folder / "streams" if place == "disk" else None
+        self.place = place
         self.known = Measurements(self.folder / "measured", fresh)
         # What could not be measured, by checkpoint and text.
         self.failed: list[tuple[str, str]] = []
@@ -89,7 +91,7 @@ class EvaluationRun:
         if any(wanted.values()):
             measured = {name for names in wanted.values() for name in names}
             stages = {name: found for name, found in self.checkpoints.items() if found is not None and name in measured}
-            run = Evaluation(self.plan.model, stages, self.plan.recipe.runtime.batch_size, self.streams)
+            run = Evaluation(self.plan.model, stages, self.plan.recipe.runtime.batch_size, self.streams, self.place)
             with Reporter("eval", self.plan.model) as reporter:
                 found = run.run({text: sets[text] for text in sets if wanted[text]}, wanted, reporter)
                 reporter.note(f"{', '.join([BASE, *stages])}: finished in {reporter.used()}")

@@ -6,6 +6,7 @@ blocks again, with the same arithmetic.
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from lbllm_cli.models.block import Block
 from lbllm_cli.models.stored import stored_block
 from lbllm_cli.pipeline.interfaces import Monitor, StateKeeper
 from lbllm_cli.pipeline.metrics import BlockError
-from lbllm_cli.pipeline.streams import HiddenStream, advance, batches, embed_stream
+from lbllm_cli.pipeline.streams import HiddenStream, Sink, advance, embed_stream, fetched, row_slices, sink
 from lbllm_cli.pipeline.training_state import TrainingState
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class BlockTask:
 
     teacher: the full-precision block. quantized: its inputs as the blocks before it give them. targets: the teacher's outputs.
     start: the parent's tensors of the block, none where a stage starts from the source model: then `targets` is filled row by row
-    by `run_teacher` from `full`, the full-precision inputs. Otherwise the targets are complete, and `full` is the same stream.
+    by `run_teacher` out of `full`, the full-precision inputs. Otherwise the targets are complete, and `full` is the same stream.
     keeper: for unfinished training. monitor: told how it goes.
     """
 
@@ -48,18 +49,21 @@ class BlockTask:
     monitor: Monitor
     _filled: set[int] = field(default_factory=set)
 
-    def run_teacher(self, rows: slice) -> None:
-        """Teacher outputs of some rows into `targets`."""
-        self.targets.data[rows] = self.teacher(self.full.data[rows].to(self.device)).cpu()
+    def run_teacher(self, rows: slice, hidden: Tensor, out: Sink) -> None:
+        """Teacher outputs of some rows into `targets`. hidden: their full-precision inputs. out: of `targets`."""
+        out.put(rows, self.teacher(hidden))
         self._filled.update(range(rows.start, rows.stop))
 
     def finish_targets(self) -> None:
         """Teacher outputs of the rows that the fit did not ask for, where targets were not complete from the start."""
         if self.targets is self.full:
             return
-        for rows in batches(0, self.full.rows, self.batch_size):
-            if not self._filled.issuperset(range(rows.start, rows.stop)):
-                self.run_teacher(rows)
+        every = row_slices(self.full.rows, self.batch_size)
+        pieces = [rows for rows in every if not self._filled.issuperset(range(rows.start, rows.stop))]
+        with sink(self.targets, self.device) as out:
+            for rows, (hidden,) in zip(pieces, fetched((self.full,), pieces, self.device), strict=True):
+                interrupt.check()
+                self.run_teacher(rows, hidden, out)
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,8 @@ class BlockLoop:
     def __init__(self, run: "StageRun"):
         self.stage, self.model, self.writer = run, run.plan.model, run.writer
         self.batch_size = run.plan.recipe.runtime.batch_size
-        self.folder = run.writer.path / "streams" if run.need.on_disk else None
+        self.folder = run.writer.path / "streams" if run.need.place == "disk" else None
+        self.place = self.model.device if run.need.place == "device" else None
         self.keeper = TrainingState(run.writer.path, run.plan.recipe.runtime.save_minutes)
 
     def _path(self, name: str, index: int) -> Path | None:
@@ -93,15 +98,16 @@ class BlockLoop:
         model, writer, reporter, parent = self.model, self.writer, self.stage.reporter, self.stage.parent
         first = writer.blocks_done
         full, quantized, taught = self._restore(first)
+        teacher: Block | None = None
         for index in range(first, model.blocks):
             interrupt.check()
             reporter.begin_block(index)
-            teacher = model.block(index)
+            teacher = model.block(index) if teacher is None else teacher
             if parent is None:
                 targets, start = full.like(self._path("full", index + 1)), {}
             else:
                 targets = full = full if taught else self._teach(index, teacher, full)
-                taught, start = False, parent.read_block(index)
+                start = parent.read_block(index)
             task = BlockTask(
                 index, teacher, full, quantized, targets, model.device, self.batch_size, start, self.keeper, reporter
             )  # fmt: skip
@@ -109,42 +115,75 @@ class BlockLoop:
             task.finish_targets()
             stored = writer.write_block(index, result.tensors)
             student = stored_block(model, index, stored, self.stage.activations)
-            # In RAM a crash loses the streams anyway, so that outputs may take their inputs' place.
-            outputs = quantized if self.folder is None else quantized.like(self._path("quantized", index + 1))
-            advance(student, quantized, outputs, model.device, self.batch_size)
-            error = self._error(index, targets, outputs)
-            targets.sync()
-            outputs.sync()
+            # Its memory is the next one's.
+            del task, start
+            teacher = model.block(index + 1) if parent is not None and index + 1 < model.blocks else None
+            ahead = None if teacher is None else self._unfinished(targets, index + 2)
+            outputs, error = self._leave(index, student, quantized, targets, teacher, ahead)
             writer.commit(index)
             self.keeper.clear()
             if full is not targets:
                 full.remove()
             quantized.remove()
-            full, quantized = targets, outputs
+            full, quantized, taught = targets, outputs, ahead is not None
+            if ahead is not None:
+                full = self._finished(targets, ahead, index + 2)
             reporter.end_block(index, result.facts | {"error": error.relative, "error_ordinary": error.relative_ordinary})
         full.remove()
         quantized.remove()
 
     def _teach(self, index: int, teacher: Block, full: HiddenStream) -> HiddenStream:
-        """The teacher's outputs; its inputs are deleted, so that one stream less lies on disk while the student is trained."""
-        path = self._path("full", index + 1)
-        if path is None:
-            advance(teacher, full, full, self.model.device, self.batch_size)
-            return full
-        # Under another name until they are whole: the name is what tells a resumed run that they are.
-        targets = full.like(self._path("unfinished_full", index + 1))
+        """The teacher's outputs; on disk its inputs are deleted."""
+        targets = self._unfinished(full, index + 1)
         advance(teacher, full, targets, self.model.device, self.batch_size)
-        targets.move(path)
-        full.remove()
-        return targets
+        return self._finished(full, targets, index + 1)
 
-    def _error(self, index: int, targets: HiddenStream, outputs: HiddenStream) -> BlockError:
-        error = BlockError()
-        for rows in batches(0, targets.rows, self.batch_size):
-            error.add(*(stream.data[rows].to(self.model.device) for stream in (targets, outputs)))
+    def _unfinished(self, inputs: HiddenStream, index: int) -> HiddenStream:
+        """Where the teacher's outputs that enter block `index` go."""
+        # In memory a crash loses streams anyway, so that outputs may take their inputs' place. On disk they go under
+        # another name until they are whole: the name is what tells a resumed run that they are.
+        path = self._path("unfinished_full", index)
+        return inputs if path is None else inputs.like(path)
+
+    def _finished(self, inputs: HiddenStream, outputs: HiddenStream, index: int) -> HiddenStream:
+        """The teacher's outputs, which are whole now."""
+        if outputs is not inputs:
+            outputs.move(self._path("full", index))
+            inputs.remove()
+        return outputs
+
+    def _leave(
+        self,
+        index: int,
+        student: Block,
+        quantized: HiddenStream,
+        targets: HiddenStream,
+        teacher: Block | None,
+        ahead: HiddenStream | None,
+    ) -> tuple[HiddenStream, BlockError]:
+        """Runs the student over its inputs: its outputs, and their error beside the targets.
+
+        teacher: the next block's, which turns the targets into `ahead` in the same pass: they are read once. Raises RunError
+        where an output is not finite.
+        """
+        outputs = quantized if self.folder is None else quantized.like(self._path("quantized", index + 1))
+        device, error = self.model.device, BlockError()
+        pieces = row_slices(quantized.rows, self.batch_size)
+        with ExitStack() as sinks:
+            out = sinks.enter_context(sink(outputs, device))
+            taught = None if ahead is None else sinks.enter_context(sink(ahead, device))
+            for rows, (hidden, wanted) in zip(pieces, fetched((quantized, targets), pieces, device), strict=True):
+                interrupt.check()
+                found = student(hidden)
+                error.add(wanted, found)
+                out.put(rows, found)
+                if taught is not None and teacher is not None:
+                    taught.put(rows, teacher(wanted))
         if not error.finite:
             raise RunError(f"block {index}: an output holds NaN or infinity; try model.dtype: float32")
-        return error
+        targets.sync()
+        outputs.sync()
+        return outputs, error
 
     def _restore(self, first: int) -> tuple[HiddenStream, HiddenStream, bool]:
         """Both streams as they enter block `first`; whether the first holds the teacher's outputs of that block instead."""
@@ -163,7 +202,7 @@ class BlockLoop:
             self.folder.mkdir(exist_ok=True)
         # Under other names until they are whole: a run that is killed while it derives them must not resume on half of them.
         unfinished = [self._path(f"unfinished_{name}", first) for name in ("full", "quantized")]
-        full, quantized = (embed_stream(self.model, tokens, path, self.batch_size) for path in unfinished)
+        full, quantized = (embed_stream(self.model, tokens, path, self.batch_size, self.place) for path in unfinished)
         for index in range(first):
             reporter.note(f"advancing the streams through finished block {index + 1} of {first}")
             student = stored_block(self.model, index, self.writer.read_block(index), self.stage.activations)

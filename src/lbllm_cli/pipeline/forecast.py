@@ -6,6 +6,7 @@ What a stage alone knows of its need is in its own package.
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
@@ -19,6 +20,11 @@ from lbllm_cli.pipeline.plan import Plan
 from lbllm_cli.recipe.schema import Recipe
 from lbllm_cli.recipe.stages import StageSpec
 
+Place = Literal["device", "ram", "disk"]
+# What blocks, fitting and streams may take of a GPU's free memory together: an allocator in pieces holds more than is used.
+_SHARE_OF_DEVICE = 0.8
+# Forecasts of device memory are at most this factor above what is used (`scripts/bench/device_counts.py`).
+_TOO_HIGH = 1.15
 # Resident memory of a process that has imported torch and transformers, rounded up.
 PROCESS = 0.7 * GIB
 
@@ -27,7 +33,7 @@ PROCESS = 0.7 * GIB
 class Need:
     """Bytes that a stage needs; on a CPU `device` is part of the same RAM.
 
-    streams: bytes of all hidden-state streams at once. on_disk: where these lie. written: bytes that the whole stage writes,
+    streams: bytes of all hidden-state streams at once. place: where these lie. written: bytes that the whole stage writes,
     where that is more than what it leaves behind. state: bytes of one unfinished training state, saved every save_minutes.
     cheaper: recipe keys that need less device memory. teacher: bytes of disk in a folder of the teacher's own, teacher_folder.
     """
@@ -37,7 +43,7 @@ class Need:
     ram: float
     disk: float
     streams: float
-    on_disk: bool
+    place: Place
     written: float = 0.0
     state: float = 0.0
     save_minutes: float = 0.0
@@ -47,13 +53,13 @@ class Need:
 
     def line(self) -> str:
         """One line of log."""
-        where = "disk" if self.on_disk else "RAM"
+        where = {"device": "on the device", "ram": "in RAM", "disk": "on disk"}[self.place]
         written = f", writes {self.written / GIB:.1f} GiB in all" if self.written else ""
         if self.state:
             written += f", saves {self.state / GIB:.2f} GiB of training state every {self.save_minutes:g} minutes"
         return (
             f"needs about {self.device / GIB:.1f} GiB for blocks and fitting, {self.ram / GIB:.1f} GiB of RAM, "
-            f"{(self.disk + self.teacher) / GIB:.1f} GiB of disk (streams in {where}: {self.streams / GIB:.1f} GiB){written}"
+            f"{(self.disk + self.teacher) / GIB:.1f} GiB of disk (streams {where}: {self.streams / GIB:.1f} GiB){written}"
         )
 
 
@@ -90,10 +96,24 @@ def check_disk(need: Need, output: Path) -> None:
             )
 
 
+def check_device(need: Need, model: SourceModel) -> None:
+    """Refuses a GPU that cannot hold what a stage needs. Raises UsageError naming keys that need less."""
+    backend = model.backend
+    if backend.shares_ram:
+        return
+    free = backend.free_memory(model.device)
+    if need.device / _TOO_HIGH > free:
+        raise UsageError(
+            f"{need.stage} needs about {need.device / GIB:.1f} GiB of device memory, {model.device} "
+            f"({backend.describe(model.device)}) has {free / GIB:.1f} GiB free; {need.cheaper}"
+        )
+
+
 def announce(need: Need, output: Path, model: SourceModel, done: bool = False) -> None:
     """Says what is needed, after what it rules out has been refused. done: nothing is left to be written."""
     if not done:
         check_disk(need, output)
+        check_device(need, model)
     say(f"{need.stage}: {need.line()}, on {model.device} in {str(model.dtype).removeprefix('torch.')}")
     for warning in memory_warnings(need, model):
         say(f"{need.stage}: warning: {warning}")
@@ -129,11 +149,16 @@ def checkpoint_bytes(model: SourceModel, group_size: int) -> float:
     return expected_bits(shapes, group_size) * model.count(model.binarized_names) / 8
 
 
-def streams_on_disk(recipe: Recipe, one: float, in_ram: float) -> bool:
-    """Whether streams go to disk: as the recipe says, or by half of the RAM that is free now."""
-    if recipe.runtime.streams == "auto":
-        return in_ram * one > psutil.virtual_memory().available / 2
-    return recipe.runtime.streams == "disk"
+def streams_place(recipe: Recipe, model: SourceModel, device: float, alive: float) -> Place:
+    """Where streams go: as the recipe says, or by what is free now. device: bytes of blocks and fitting. alive: of streams."""
+    wanted, backend = recipe.runtime.streams, model.backend
+    if backend.shares_ram:
+        wanted = "ram" if wanted == "device" else wanted
+    elif wanted == "auto" and device + alive < _SHARE_OF_DEVICE * backend.free_memory(model.device):
+        return "device"
+    if wanted != "auto":
+        return wanted
+    return "disk" if alive > psutil.virtual_memory().available / 2 else "ram"
 
 
 def host_bytes(model: SourceModel, device: float) -> float:
@@ -150,18 +175,18 @@ def stage_need(plan: Plan, spec: StageSpec, device: float, kept: float = 0, stat
     sequences = plan.settings(spec).subset or tokens.sequences
     one = float(sequences * tokens.length * model.config.hidden_size * model.dtype.itemsize)
     stored, alive = spec.streams
-    in_ram = alive + kept
-    on_disk = streams_on_disk(recipe, one, in_ram)
-    count = stored if on_disk else in_ram
     device = max(device, outer_bytes(model))
-    ram = host_bytes(model, device) + (0 if on_disk else count * one)
+    place = streams_place(recipe, model, device, (alive + kept) * one)
+    count = stored if place == "disk" else alive + kept
+    ram = host_bytes(model, device) + (count * one if place == "ram" else 0)
+    device += count * one if place == "device" else 0
     if any(item.sampled for item in tokens.source):
         ram = max(ram, PROCESS + sampling_bytes(model, sequences, tokens.length))
     blocks = checkpoint_bytes(model, recipe.ptq.group_size)
-    written = blocks + 2 * (model.blocks + 1) * one if on_disk else 0.0
+    written = blocks + 2 * (model.blocks + 1) * one if place == "disk" else 0.0
     # A state is replaced by a whole one: two exist for a moment.
-    disk = blocks + (count * one if on_disk else 0) + 2 * state
-    return Need(spec.name, device, ram, disk, count * one, on_disk, written, state, recipe.runtime.save_minutes)
+    disk = blocks + (count * one if place == "disk" else 0) + 2 * state
+    return Need(spec.name, device, ram, disk, count * one, place, written, state, recipe.runtime.save_minutes)
 
 
 def memory_warnings(need: Need, model: SourceModel) -> list[str]:
@@ -171,7 +196,7 @@ def memory_warnings(need: Need, model: SourceModel) -> list[str]:
     if need.ram > available:
         # Streams that are on disk already are not what takes the RAM: on a CPU that is what a GPU would hold.
         streams = "set runtime.streams: disk, or lower runtime.batch_size or the number of sequences"
-        remedy = need.cheaper if need.on_disk else streams
+        remedy = need.cheaper if need.place == "disk" else streams
         warnings.append(f"needs about {need.ram / GIB:.1f} GiB of RAM, {available / GIB:.1f} GiB are available; {remedy}")
     if not model.backend.shares_ram:
         room = model.backend.free_memory(model.device)

@@ -1,10 +1,11 @@
 """Errors of a block's output, with massive tokens told apart."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from lbllm_cli.runtime.backend import backend_of
 
 # Attention sinks (position 0 above all) have hidden states tens to hundreds of times larger than other tokens.
 _MASSIVE = 10.0
@@ -18,6 +19,12 @@ def massive_tokens(hidden: Tensor) -> Tensor:
     return norms > _MASSIVE * norms.median()
 
 
+def sum_where(values: Tensor, kept: Tensor) -> Tensor:
+    """Sum of the values that are kept, []: values float, kept bool, of one shape."""
+    # To pick them out a device would have to be asked how many they are.
+    return values[kept].sum() if backend_of(values.device).shares_ram else torch.where(kept, values, 0).sum()
+
+
 def robust_error(error: Tensor, usual: float) -> Tensor:
     """Huber's loss on the distance of each token: squared errors up to 100 times the usual one, linear in the distance beyond.
 
@@ -27,20 +34,18 @@ def robust_error(error: Tensor, usual: float) -> Tensor:
     return torch.where(error > limit, 2 * (limit * error.clamp(min=limit)).sqrt() - limit, error)
 
 
-@dataclass
 class BlockError:
     """Squared distance of the student's hidden states from the teacher's, relative to the teacher's, summed over batches.
 
     ordinary: without massive tokens, which carry nearly all of the energy of some blocks (SmolLM2-135M block 11: 99.9 %).
-    cosines: sum over all tokens of the cosine between both.
+    Sums stay on the device until one is asked for.
     """
 
-    error: float = 0.0
-    energy: float = 0.0
-    ordinary_error: float = 0.0
-    ordinary_energy: float = 0.0
-    cosines: float = 0.0
-    tokens: int = 0
+    def __init__(self) -> None:
+        self.tokens = 0
+        # float64 [5]: error, energy, both of ordinary tokens, and the sum over all tokens of the cosine between both.
+        self._totals: Tensor | None = None
+        self._read: tuple[float, ...] | None = (0.0,) * 5
 
     def add(self, teacher: Tensor, student: Tensor) -> None:
         """Adds one batch of block outputs, both [rows, length, hidden]."""
@@ -48,12 +53,37 @@ class BlockError:
         energy = teacher.float().square().sum(-1)
         cosine = torch.nn.functional.cosine_similarity(student.float(), teacher.float(), dim=-1)
         ordinary = ~massive_tokens(teacher)
-        self.error += float(error.sum())
-        self.energy += float(energy.sum())
-        self.ordinary_error += float(error[ordinary].sum())
-        self.ordinary_energy += float(energy[ordinary].sum())
-        self.cosines += float(cosine.sum())
+        parts = (error.sum(), energy.sum(), sum_where(error, ordinary), sum_where(energy, ordinary), cosine.sum())
+        sums = torch.stack(parts).double()
+        self._totals = sums if self._totals is None else self._totals + sums
+        self._read = None
         self.tokens += cosine.numel()
+
+    def _sums(self) -> tuple[float, ...]:
+        if self._read is None:
+            assert self._totals is not None
+            self._read = tuple(self._totals.tolist())
+        return self._read
+
+    @property
+    def error(self) -> float:
+        """Sum over all tokens of the squared distance."""
+        return self._sums()[0]
+
+    @property
+    def energy(self) -> float:
+        """Sum over all tokens of the teacher's squared norm."""
+        return self._sums()[1]
+
+    @property
+    def ordinary_error(self) -> float:
+        """As `error`, over ordinary tokens."""
+        return self._sums()[2]
+
+    @property
+    def ordinary_energy(self) -> float:
+        """As `energy`, over ordinary tokens."""
+        return self._sums()[3]
 
     @property
     def relative(self) -> float:
@@ -68,7 +98,7 @@ class BlockError:
     @property
     def cosine(self) -> float:
         """Mean cosine between a token's two hidden states."""
-        return self.cosines / max(self.tokens, 1)
+        return self._sums()[4] / max(self.tokens, 1)
 
     @property
     def decibels(self) -> float:

@@ -1,7 +1,7 @@
 """Stage 1: Hessian-weighted EM with error compensation, block by block (LBLLM stage 1; refinement and target are ours)."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lbllm_cli.core import interrupt
 from lbllm_cli.core.errors import RunError
 from lbllm_cli.core.splits import held_out_rows
 from lbllm_cli.format.weights import PackedWeight
 from lbllm_cli.models.block import Block, block_prefix
 from lbllm_cli.pipeline.block_loop import BlockResult, BlockTask
-from lbllm_cli.pipeline.streams import batches
+from lbllm_cli.pipeline.streams import HiddenStream, Sink, batches, fetched, sink
 from lbllm_cli.ptq.compensate import compensate
 from lbllm_cli.ptq.em import fit_levels, quantile_levels
 from lbllm_cli.ptq.moments import InputMoments, inverse_factor
@@ -75,7 +76,7 @@ class _Collector:
 
     In sequential order every unit needs a pass. What o_proj reads does not change after it was collected, so later passes
     start there: attention then runs 24 times instead of 56 for a block of eight batches. Kept only while the streams are in
-    RAM as well.
+    memory as well.
     """
 
     def __init__(self, task: BlockTask, student: Block, settings: Ptq):
@@ -86,7 +87,8 @@ class _Collector:
         self.held = held_out_rows(rows, settings.held_out) if settings.asymmetric == "auto" else 0
         self.parts = ((0, rows - self.held), (rows - self.held, rows))
         self.keep = settings.sequential and task.quantized.path is None
-        self.known: dict[tuple[Block, int], Tensor] = {}
+        # What o_proj reads in the student, and in the teacher.
+        self.known: dict[Block, HiddenStream] = {}
 
     def collect(self, units: tuple[Unit, ...]) -> dict[Unit, _Moments]:
         """Moments of some units' inputs, from one pass.
@@ -101,43 +103,57 @@ class _Collector:
             moments[unit] = _Moments(fitted, held_out)
         names = [unit[0] for unit in units]
         last = units[-1] == self.student.units[-1]
+        heads = self._heads(self.student.linear(names[0]).in_features) if self.keep and units == (_OUTPUT,) else {}
         with (
             self._attention() as attention,
             _inputs_of(self.student, names, stop=True) as read,
             _inputs_of(self.task.teacher, names, stop=not last) as wanted,
+            ExitStack() as sinks,
         ):
-            for first, end in self.parts:
-                for rows in batches(first, end, self.task.batch_size):
-                    for block, stub in attention.items():
-                        stub.heads = self.known[block, rows.start].to(self.task.device)
-                    self._pass(rows, last)
-                    for unit in units:
-                        held_out = moments[unit].held_out
-                        part = moments[unit].fitted if first == 0 or held_out is None else held_out
-                        part.add(read[unit[0]], wanted.get(unit[0]))
-                    if self.keep and units == (_OUTPUT,):
-                        self._remember(rows, read, wanted)
+            targets = sinks.enter_context(sink(self.task.targets, self.task.device)) if self.asymmetric and last else None
+            keeping = {block: sinks.enter_context(sink(stream, self.task.device)) for block, stream in heads.items()}
+            for rows, hidden, full, known in self._pieces(list(attention)):
+                for stub, state in zip(attention.values(), known, strict=True):
+                    stub.heads = state
+                self._pass(rows, hidden, full, targets)
+                for unit in units:
+                    held_out = moments[unit].held_out
+                    part = moments[unit].fitted if rows.start < self.parts[0][1] or held_out is None else held_out
+                    part.add(read[unit[0]], wanted.get(unit[0]))
+                for block, out in keeping.items():
+                    out.put(rows, (read if block is self.student else wanted)[_OUTPUT[0]])
+        self.known |= heads
         return moments
 
-    def _pass(self, rows: slice, last: bool) -> None:
+    def _pieces(self, attention: list[Block]) -> Iterator[tuple[slice, Tensor, Tensor | None, tuple[Tensor, ...]]]:
+        """Rows, their quantized and full-precision inputs, and what is known of their heads in some blocks."""
         task = self.task
-        with suppress(_StopForward):
-            if self.asymmetric and last:
-                task.run_teacher(rows)
-            elif self.asymmetric:
-                task.teacher(task.full.data[rows].to(task.device))
-        with suppress(_StopForward):
-            self.student(task.quantized.data[rows].to(task.device))
+        pieces = [rows for first, end in self.parts for rows in batches(first, end, task.batch_size)]
+        streams = [task.quantized, *([task.full] if self.asymmetric else []), *(self.known[block] for block in attention)]
+        for rows, (hidden, *others) in zip(pieces, fetched(tuple(streams), pieces, task.device), strict=True):
+            interrupt.check()
+            full = others.pop(0) if self.asymmetric else None
+            yield rows, hidden, full, tuple(others)
 
-    def _remember(self, rows: slice, read: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-        self.known[self.student, rows.start] = read[_OUTPUT[0]].cpu()
-        if self.asymmetric:
-            self.known[self.task.teacher, rows.start] = wanted[_OUTPUT[0]].cpu()
+    def _pass(self, rows: slice, hidden: Tensor, full: Tensor | None, targets: Sink | None) -> None:
+        with suppress(_StopForward):
+            if targets is not None and full is not None:
+                self.task.run_teacher(rows, full, targets)
+            elif full is not None:
+                self.task.teacher(full)
+        with suppress(_StopForward):
+            self.student(hidden)
+
+    def _heads(self, width: int) -> dict[Block, HiddenStream]:
+        """Streams for what o_proj reads, beside those of the hidden states."""
+        given, blocks = self.task.quantized, [self.student, *([self.task.teacher] if self.asymmetric else [])]
+        shape = (given.shape[0], given.shape[1], width)
+        return {block: HiddenStream(shape, given.dtype, device=given.device) for block in blocks}
 
     @contextmanager
     def _attention(self) -> Iterator[dict[Block, _KnownAttention]]:
         """Puts the stand-in where heads are known, and takes it out again."""
-        layers: dict[Block, Any] = {block: block.layer for block, _ in self.known}
+        layers: dict[Block, Any] = {block: block.layer for block in self.known}
         real = {block: layer.self_attn for block, layer in layers.items()}
         stubs = {block: _KnownAttention(block.linear(_OUTPUT[0])) for block in layers}
         for block, layer in layers.items():

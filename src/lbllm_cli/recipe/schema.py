@@ -34,8 +34,10 @@ class Runtime(Section):
 
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: the first GPU, else the CPU")
     seed: int = Field(0, ge=0, le=2**63 - 1, description="chooses calibration windows and samples text")
-    streams: Literal["auto", "ram", "disk"] = Field(
-        "auto", description="hidden states between blocks; auto: RAM while they need less than half of what is free"
+    streams: Literal["auto", "device", "ram", "disk"] = Field(
+        "auto",
+        description="hidden states between blocks; auto: the GPU's memory where they fit beside the work, else RAM while they "
+        "need less than half of what is free; device: the GPU's memory, of a CPU its RAM",
     )
     batch_size: Positive = Field(4, description="sequences in one forward pass of a block")
     save_minutes: float = Field(10, ge=0, le=1e6, description="a block's unfinished training is saved this often")

@@ -72,7 +72,7 @@ TABLE = (
     ),
     StageSpec(
         "distill", command="distill", section="distill", text="data.training", package="distill", parents=("ptq",),
-        streams=(3, 2),
+        streams=(4, 2),
         reads=(*_BLOCKS, "parametrisation", "lr_bitmap", "polarise", "polarise_beta"),
     ),
     StageSpec(
@@ -81,7 +81,7 @@ TABLE = (
     ),
     StageSpec(
         "act-calib", command="act-calib", section="act_calib", text="data.training", package="act_calib",
-        parents=("distill-e2e", "distill", "ptq"), streams=(3, 2),
+        parents=("distill-e2e", "distill", "ptq"), streams=(4, 2),
         reads=(
             *_BLOCKS, "parent", "sequences", "bits", "kv_bits", "granularity", "form", "kv_form", "tables", "lr_clip_factors",
             "lr_knees", "soft", "temperature",

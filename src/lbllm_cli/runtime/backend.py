@@ -12,9 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lbllm_cli.core.console import GIB
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.format.activations import Quantized, Tables
 from lbllm_cli.runtime.stage_kernels import StageKernels
+from lbllm_cli.runtime.torch.transfer import Transfers
 from lbllm_cli.runtime.units import Units
 
 # Kind of device -> the module that makes its backend. What is not here runs in torch.
@@ -42,6 +44,12 @@ class Backend(Protocol):
     def count(self) -> int:
         """Devices of this kind that this process can use."""
 
+    def absence(self) -> str:
+        """Why there are none, for messages: empty, or a text in brackets that begins with a space."""
+
+    def warn_of_kinds(self, key: str) -> None:
+        """Says where devices differ which one is taken. key: that chooses it."""
+
     def describe(self, device: torch.device) -> str:
         """Name of a device, for records."""
 
@@ -51,8 +59,8 @@ class Backend(Protocol):
     def peak_memory(self, device: torch.device) -> int | None:
         """Most bytes that this process has had so far; None where the process's own peak says it."""
 
-    def staged(self, tensor: Tensor) -> Tensor:
-        """A tensor in RAM, where a copy to the device can begin and the caller go on."""
+    def transfers(self, device: torch.device) -> Transfers | None:
+        """Copies to and from a device that hold up nobody; None where there is nothing to copy."""
 
     def check(self) -> None:
         """Raises UsageError where its settings ask for what is not there."""
@@ -95,7 +103,20 @@ def choose_device(wanted: str, key: str = "runtime.device") -> torch.device:
         wanted = "cuda" if count else "cpu"
     if wanted.startswith("cuda"):
         if not count:
-            raise UsageError(f"{key} {wanted}: this torch sees no GPU; set {key} to auto or cpu")
+            why = _made("cuda").absence()
+            raise UsageError(f"{key} {wanted}: this torch sees no GPU{why}; set {key} to auto or cpu")
         if int(wanted.partition(":")[2] or 0) >= count:
             raise UsageError(f"{key} {wanted}: this torch sees {count} GPUs, the last is cuda:{count - 1}")
+        if count > 1 and ":" not in wanted:
+            _made("cuda").warn_of_kinds(key)
     return torch.device(wanted)
+
+
+def measured_peak() -> str:
+    """What the GPU has held, for the message after its memory ran out; empty where none was used."""
+    backend = _made("cuda")
+    if not backend.count():
+        return ""
+    device = torch.device("cuda")
+    peak, free = backend.peak_memory(device) or 0, backend.free_memory(device)
+    return f" ({peak / GIB:.1f} GiB were allocated at most, {free / GIB:.1f} GiB are free outside torch's own pool)"

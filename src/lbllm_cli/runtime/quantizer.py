@@ -75,6 +75,9 @@ class ActQuantizer(nn.Module):
         return once(x, self, self._quantized) if self.enabled else plain(x)
 
     def _quantized(self, x: Tensor) -> Tensor:
+        kernels = None if torch.compiler.is_compiling() else backend_of(x.device).kernels
+        if kernels is not None:
+            return kernels.fake_quantize(x, self.tables, self.size, self.step_dtype)
         return join_groups(self.values(split_groups(x, self.size)), x.shape[-1]).to(x.dtype)
 
 

@@ -12,6 +12,7 @@ from torch.autograd import Function
 
 from lbllm_cli.format.activations import Quantized, Tables, extremes
 from lbllm_cli.runtime.backend import backend_of
+from lbllm_cli.runtime.stage_kernels import StageKernels
 
 
 class FakeQuantize(Function):
@@ -70,6 +71,74 @@ def _uniform_clip_gradient(
 
 
 fake_quantize: Callable[[Tensor, Tensor, Tables, torch.dtype], Tensor] = FakeQuantize.apply
+
+
+class FusedFake(Function):
+    """`FakeQuantize` in kernels, over whole inputs: x float [..., width] -> the same shape and dtype.
+
+    clip, tables: as there. size: values that share a step. Only x is kept for the way back. (4, 576), clip (2, 2) -> (4, 576).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, clip: Tensor, tables: Tables, size: int, step_dtype: torch.dtype) -> Tensor:
+        ctx.settings = tables, size, step_dtype
+        ctx.save_for_backward(x)
+        return kernels_of(x).fake_quantize(x, tables, size, step_dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        (x,) = ctx.saved_tensors
+        tables, size, step_dtype = ctx.settings
+        wanted: tuple[bool, bool] = ctx.needs_input_grad[:2]
+        found = kernels_of(x).fake_quantize_gradients(x, tables, size, step_dtype, grads[0], wanted)
+        return *found, None, None, None
+
+
+fused_fake: Callable[[Tensor, Tensor, Tables, int, torch.dtype], Tensor] = FusedFake.apply
+
+
+class FusedSoft(Function):
+    """`soft_quantize` in kernels, over whole inputs: x float [..., width] -> the same shape and dtype.
+
+    Each group takes the table that its deployed form takes. counts, ratio, clip, temperature: as there. Only x is kept for the
+    way back. (4, 576), counts (2, 4), ratio and clip (2, 2) -> (4, 576).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        ratio: Tensor,
+        clip: Tensor,
+        counts: Tensor,
+        temperature: float,
+        tables: Tables,
+        size: int,
+        step_dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.settings = tables, size, step_dtype
+        ctx.temperature = temperature
+        ctx.save_for_backward(x, ratio, clip, counts)
+        return kernels_of(x).soft_quantize(x, tables, size, step_dtype, counts, ratio, clip, temperature)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, ratio, clip, counts = ctx.saved_tensors
+        tables, size, step_dtype = ctx.settings
+        found = kernels_of(x).soft_quantize_gradients(
+            x, tables, size, step_dtype, counts, ratio, clip, ctx.temperature, grads[0]
+        )  # fmt: skip
+        return *found, None, None, None, None, None
+
+
+fused_soft: Callable[[Tensor, Tensor, Tensor, Tensor, float, Tables, int, torch.dtype], Tensor] = FusedSoft.apply
+
+
+def kernels_of(x: Tensor) -> StageKernels:
+    """Of the device that has some."""
+    found = backend_of(x.device).kernels
+    assert found is not None
+    return found
 
 
 def _round_through(x: Tensor) -> Tensor:

@@ -70,25 +70,25 @@ class BlockObjective:
     def _errors(self, rows: list[int], usual: float | None) -> dict[str, float]:
         """Errors of the block as it is on some sequences. usual: see `robust_error`; None leaves that one out."""
         error = BlockError()
-        robust = 0.0
+        robust = torch.zeros((), dtype=torch.float64, device=self.device)
         pieces = list(torch.tensor(rows).split(self.pieces))
         for inputs, targets in fetched((self.inputs, self.targets), pieces, self.device):
             outputs = self.student.block(inputs)
             error.add(targets, outputs)
             if usual is not None:
-                robust += float(robust_error((outputs.float() - targets.float()).square().sum(-1), usual).sum())
+                robust += robust_error((outputs.float() - targets.float()).square().sum(-1), usual).sum()
         kinds = ("per_token", "per_token_ordinary", "per_token_robust")
         if not error.finite:
             return dict.fromkeys(("error", "error_ordinary", *kinds), math.inf)
-        tokens = len(rows) * self.inputs.data.shape[1]
-        sums = (error.error, error.ordinary_error, robust)
+        tokens = len(rows) * self.inputs.shape[1]
+        sums = (error.error, error.ordinary_error, float(robust))
         per_token = {kind: max(total / tokens, 1e-30) for kind, total in zip(kinds, sums, strict=True)}
         return {"error": error.relative, "error_ordinary": error.relative_ordinary, **per_token}
 
 
 def block_loop(task: BlockTask, student: Student, settings: "Training", section: str, seed: int) -> TrainingLoop:
     """The training of one block. section: of the recipe, for messages. seed: of the data order."""
-    rows, length, _ = task.quantized.data.shape
+    rows, length, _ = task.quantized.shape
     job = Job(task.index, f"block {task.index}", section, (rows, length), seed, task.device)
     return TrainingLoop(BlockObjective(task, student, settings), settings, job, task.keeper, task.monitor)
 

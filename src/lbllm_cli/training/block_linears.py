@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from lbllm_cli.models.block import Block
 from lbllm_cli.models.stored import whole_tensors
-from lbllm_cli.training.interfaces import ParameterGroup
-from lbllm_cli.training.weights import LEVELS, WEIGHTS, Fixed, Trainable
+from lbllm_cli.training.fixed import Fixed
+from lbllm_cli.training.interfaces import OwnStep, ParameterGroup
+from lbllm_cli.training.master import LEVELS, WEIGHTS
+from lbllm_cli.training.weights import Trainable
 
 
 class BlockLinears:
@@ -27,7 +29,6 @@ class BlockLinears:
             setattr(self.block.layer.get_submodule(owner), last, nn.Parameter(tensor.to(value), requires_grad=False))
         self.linears = linears
         self.trained = trained
-        self._current: dict[str, Tensor] = {}
         for name in linears:
             self.block.linear(name).weight = nn.Parameter(torch.empty_like(teacher.linear(name).weight))
 
@@ -38,19 +39,19 @@ class BlockLinears:
     def begin(self) -> None:
         """Puts the present weights into the block."""
         for name, linear in self.linears.items():
-            self._current[name] = linear()
-            with torch.no_grad():
-                self.block.linear(name).weight.copy_(self._current[name])
+            linear.put(self.block.linear(name).weight)
 
     def backward(self) -> None:
         """Carries the gradients of the block's weights to the masters."""
-        for name in self.linears:
+        for name, linear in self.linears.items():
             weight = self.block.linear(name).weight
             assert weight.grad is not None
-            current = self._current.pop(name)
-            if current.requires_grad:
-                current.backward(weight.grad.float())
+            linear.take(weight.grad)
             weight.grad = None
+
+    def own_steps(self, dampening: float) -> list[OwnStep]:
+        """Parameters that move themselves."""
+        return [one for linear in self.linears.values() for one in linear.own_steps(dampening)]
 
     def followers(self) -> list[Tensor]:
         """Frozen latents: they stay on their levels, which move."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lbllm_cli.models.block import Block
 from lbllm_cli.training.progress import Progress
+from lbllm_cli.training.tally import Scale
 
 
 class ParameterGroup(NamedTuple):
@@ -19,11 +20,26 @@ class ParameterGroup(NamedTuple):
     unit: float
 
 
+class OwnStep(Protocol):
+    """A parameter whose gradient is never a tensor of its own: whoever has it measures it and takes AdamW's step with it."""
+
+    parameter: nn.Parameter
+
+    def norm(self) -> Tensor:
+        """Of the gradient, float32 []."""
+
+    def step(self, state: dict[str, Tensor], scale: Scale, rate: float) -> None:
+        """AdamW's step. state: the optimizer's, whose `step` is this one's number."""
+
+
 class Trained(Protocol):
     """What is trained."""
 
     def groups(self) -> list["ParameterGroup"]:
         """What AdamW moves."""
+
+    def own_steps(self) -> list[OwnStep]:
+        """Parameters among them that move themselves, after `backward`."""
 
     def begin(self, progress: float) -> None:
         """Before a step, and before it is measured: it runs with the present parameters. progress: share of the steps done."""
@@ -86,4 +102,4 @@ class Objective(Protocol):
         """Held-out loss, 1 for the start's, out of such errors; whether they allow the student to be the best."""
 
     def stepped(self, step: Step, progress: Progress) -> None:
-        """After every step."""
+        """After every step; on a GPU some steps later, in their order."""

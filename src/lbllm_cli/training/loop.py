@@ -6,8 +6,9 @@ scored on held-out sequences; the best state wins, and the start is one of the c
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,15 +18,18 @@ from lbllm_cli.core import interrupt
 from lbllm_cli.core.errors import Interrupted, RunError
 from lbllm_cli.core.splits import data_seed, held_out_rows
 from lbllm_cli.pipeline.interfaces import Monitor, StateKeeper
-from lbllm_cli.training.interfaces import Objective, Step
+from lbllm_cli.runtime.backend import backend_of
+from lbllm_cli.training.interfaces import Objective, OwnStep, Step
 from lbllm_cli.training.progress import Progress, check_kept, kept_progress
+from lbllm_cli.training.tally import Scale, Tally, store
 
 if TYPE_CHECKING:
     from lbllm_cli.recipe.training import Schedule
 
 _LAST_RATE = 0.05
-# The usual gradient norm follows the present one by this share a step.
-_FOLLOW = 0.1
+BETAS = (0.9, 0.95)
+# Steps whose numbers may still be on their way from a GPU: it has done the one before the last by the time they are asked for.
+_BEHIND = 2
 
 
 def rate_factor(step: int, steps: int, warmup: float) -> float:
@@ -74,13 +78,18 @@ class TrainingLoop:
         self.steps = -(-len(self.rows) // settings.batch_size)
         self.groups = self.trained.groups()
         options = [{"params": group.params, "lr": group.top} for group in self.groups]
-        self.optimizer = torch.optim.AdamW(options, weight_decay=0.0, betas=(0.9, 0.95), fused=True)
+        self.optimizer = torch.optim.AdamW(options, weight_decay=0.0, betas=BETAS, fused=True)
         self.progress = Progress(job.index)
+        self.backend = backend_of(job.device)
+        self.tally = Tally(job.device, settings.clip)
+        self._units: dict[tuple[float, ...], Tensor] = {}
+        self._untold: deque[tuple[Step, Callable[[], Tensor]]] = deque()
         self.best: dict[str, Tensor] | None = None
 
     def run(self) -> dict[str, Tensor] | None:
         """The best epoch's tensors, or None when no epoch was better than the start; `progress` tells how it went."""
         self._resume()
+        self.tally.load(self.progress)
         if not self.progress.start:
             self.measure_start()
         if not math.isfinite(self.progress.start["error"]):
@@ -124,10 +133,12 @@ class TrainingLoop:
             self.step(batch, feed)
             progress.step += 1
         self._count(began)
+        self._tell(0)
         self._score()
         progress.epoch, progress.step = progress.epoch + 1, 0
         progress.loss_sum = progress.norm_sum = progress.norm_max = progress.seconds = 0.0
         progress.taken = 0
+        self.tally.load(progress)
 
     def _count(self, began: float) -> float:
         now = time.monotonic()
@@ -144,8 +155,8 @@ class TrainingLoop:
         if self.keeper.due():
             self.save()
 
-    def step(self, batch: Tensor, feed: Iterator[tuple[Tensor, ...]]) -> float:
-        """One optimizer step over the rows of `batch`; returns its loss. feed: what the objective has for its micro-batches."""
+    def step(self, batch: Tensor, feed: Iterator[tuple[Tensor, ...]]) -> None:
+        """One optimizer step over the rows of `batch`. feed: what the objective has for its micro-batches."""
         began = time.monotonic()
         self.trained.begin(self._done())
         loss = torch.zeros((), device=self.job.device)
@@ -155,59 +166,83 @@ class TrainingLoop:
             part.backward()
             loss += part.detach()
         self.trained.backward()
-        found = float(loss)
-        self._update(found)
-        self.objective.stepped(self._taken(found, time.monotonic() - began), self.progress)
-        return found
+        self._update(loss)
+        transfers = self.backend.transfers(self.job.device)
+        values = self.tally.values
+        self._untold.append((self._step(time.monotonic() - began), transfers.later(values).wait if transfers else lambda: values))
+        self._tell(_BEHIND if transfers else 0)
 
-    def _taken(self, loss: float, seconds: float) -> Step:
+    def _tell(self, behind: int) -> None:
+        """Says what steps came to, of all but the last `behind`. Raises RunError where too many were skipped."""
+        while len(self._untold) > behind:
+            step, values = self._untold.popleft()
+            before = self.progress.skipped
+            loss, norm = store(values().tolist(), self.progress)
+            if self.progress.skipped > before:
+                self._check_skipped(step.number, loss, norm)
+            self.objective.stepped(replace(step, loss=loss), self.progress)
+
+    def _step(self, seconds: float) -> Step:
+        """The present step, whose loss is not known yet."""
         progress = self.progress
         rows = progress.epoch * len(self.rows) + min((progress.step + 1) * self.settings.batch_size, len(self.rows))
         number, steps = progress.epoch * self.steps + progress.step + 1, self.settings.epochs * self.steps
-        return Step(loss, seconds, number, steps, rows * self.job.shape[1])
+        return Step(math.nan, seconds, number, steps, rows * self.job.shape[1])
 
     def _done(self) -> float:
         """Share of all steps that are done."""
         return (self.progress.epoch * self.steps + self.progress.step) / (self.settings.epochs * self.steps)
 
-    def _update(self, loss: float) -> None:
+    def _update(self, loss: Tensor) -> None:
         """The one place where gradients become a step: they are complete here, and nothing is between here and the masters."""
-        progress = self.progress
-        gradients = [(group.unit, p.grad) for group in self.groups for p in group.params if p.grad is not None]
-        norms = torch.stack([grad.norm() * unit for unit, grad in gradients])
-        norm = float(norms.norm())
-        if math.isfinite(loss) and math.isfinite(norm):
-            done, whole = progress.epoch * self.steps + progress.step, self.settings.epochs * self.steps
-            factor = rate_factor(done, whole, self.settings.warmup)
-            for own, group in zip(self.optimizer.param_groups, self.groups, strict=True):
-                own["lr"] = group.top * factor
-            limit = self.settings.clip * progress.usual_norm if progress.usual_norm else math.inf
-            if norm > limit:
-                for _, grad in gradients:
-                    grad.mul_(limit / norm)
-            taken = min(norm, limit)
-            progress.usual_norm = (
-                taken if not progress.usual_norm else progress.usual_norm + _FOLLOW * (taken - progress.usual_norm)
-            )
-            self.optimizer.step()
-            self.trained.constrain()
-            progress.taken += 1
-            progress.loss_sum += loss
-            progress.norm_sum += norm
-            progress.norm_max = max(progress.norm_max, norm)
-        else:
-            progress.skipped += 1
-            self._check_skipped(loss, norm)
+        own = {id(one.parameter): one for one in self.trained.own_steps()}
+        every = [(p, group.unit) for group in self.groups for p in group.params]
+        plain = {id(p): p.grad for p, _ in every if p.grad is not None}
+        norms = dict(zip(plain, torch._foreach_norm(list(plain.values())), strict=True)) if plain else {}
+        norms |= {key: one.norm() for key, one in own.items()}
+        found = [(norms[id(p)], unit) for p, unit in every if id(p) in norms]
+        norm = (torch.stack([part for part, _ in found]) * self._on_device(tuple(unit for _, unit in found))).norm()
+        scale = self.tally.add(loss, norm)
+        # In RAM it costs nothing to look; elsewhere the optimizer looks where it computes.
+        if not self.backend.shares_ram or not bool(scale.skipped):
+            self._move(own, list(plain.values()), scale)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _check_skipped(self, loss: float, norm: float) -> None:
-        progress = self.progress
-        where, section = f"{self.job.where}, epoch {progress.epoch + 1}, step {progress.step + 1}", self.job.section
-        if progress.skipped > self.settings.max_skipped:
+    def _on_device(self, units: tuple[float, ...]) -> Tensor:
+        """Units of some parameters; there are as many of these tuples as kinds of steps."""
+        if units not in self._units:
+            self._units[units] = torch.tensor(units, device=self.job.device)
+        return self._units[units]
+
+    def _move(self, own: dict[int, OwnStep], gradients: list[Tensor], scale: Scale) -> None:
+        """AdamW's step, of own parameters and of all others."""
+        done, whole = self.progress.epoch * self.steps + self.progress.step, self.settings.epochs * self.steps
+        factor = rate_factor(done, whole, self.settings.warmup)
+        if gradients:
+            torch._foreach_mul_(gradients, scale.factor)
+        for options, group in zip(self.optimizer.param_groups, self.groups, strict=True):
+            options["lr"] = group.top * factor
+        if not self.backend.shares_ram:
+            self.optimizer.found_inf = scale.skipped  # type: ignore[attr-defined]
+        self.optimizer.step()
+        rates = {id(p): group.top * factor for group in self.groups for p in group.params}
+        for key, one in own.items():
+            state = self.optimizer.state[one.parameter]
+            if not state:
+                zeros = {name: torch.zeros_like(one.parameter) for name in ("exp_avg", "exp_avg_sq")}
+                state.update(step=torch.zeros((), device=self.job.device), **zeros)
+            state["step"] += 1 - scale.skipped
+            one.step(state, scale, rates[key])
+        self.trained.constrain()
+
+    def _check_skipped(self, number: int, loss: float, norm: float) -> None:
+        skipped, section = self.progress.skipped, self.job.section
+        epoch, step = divmod(number - 1, self.steps)
+        if skipped > self.settings.max_skipped:
             raise RunError(
-                f"{where}: loss {loss:.3g}, gradient norm {norm:.3g}; {progress.skipped} steps were not finite, "
-                f"{section}.max_skipped allows {self.settings.max_skipped}; lower {section}.lr_levels and the rates beside "
-                "it, or set model.dtype: float32"
+                f"{self.job.where}, epoch {epoch + 1}, step {step + 1}: loss {loss:.3g}, gradient norm {norm:.3g}; {skipped} "
+                f"steps were not finite, {section}.max_skipped allows {self.settings.max_skipped}; lower {section}.lr_levels and "
+                "the rates beside it, or set model.dtype: float32"
             )
 
     def _score(self) -> None:
@@ -244,6 +279,7 @@ class TrainingLoop:
 
     def save(self) -> None:
         """Keeps the present state, from which a resumed run goes on."""
+        self._tell(0)
         tensors = {f"best/{name}": tensor for name, tensor in (self.best or {}).items()}
         for name, parameter in self._parameters().items():
             tensors[f"{name}/value"] = parameter.detach()

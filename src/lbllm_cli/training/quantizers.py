@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from lbllm_cli.format.activations import CLIP_RANGE, TENSORS, Tables, stored_clip
+from lbllm_cli.runtime.backend import backend_of
 from lbllm_cli.runtime.quantizer import ActQuantizer
-from lbllm_cli.training.act_ste import fake_quantize, soft_quantize
+from lbllm_cli.training.act_ste import fake_quantize, fused_fake, fused_soft, soft_quantize
 from lbllm_cli.training.interfaces import ParameterGroup
 from lbllm_cli.training.knees import Shape, tables_of
 
@@ -46,6 +47,14 @@ class TrainableQuantizer(ActQuantizer):
         """Parameters by kind, frozen ones included."""
         return {CLIP_FACTORS: [self.clip]} | ({KNEES: [self.log_ratio]} if self.shapes else {})
 
+    def _quantized(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() or backend_of(x.device).kernels is None:
+            return super()._quantized(x)
+        if self.temperature and self.log_ratio.requires_grad:
+            counts, ratio = self.get_buffer("counts"), self.log_ratio.exp()
+            return fused_soft(x, ratio, self.clip, counts, self.temperature, self.tables, self.size, self.step_dtype)
+        return fused_fake(x, self.clip, self.tables, self.size, self.step_dtype)
+
     def values(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return super().values(x)
@@ -67,7 +76,10 @@ class TrainableQuantizer(ActQuantizer):
     def deploy(self) -> None:
         """The deployed form of the present parameters: ratios rounded to integers that fit the lattice."""
         levels, zero = self.act_levels, self.act_zero
-        if self.shapes:
+        kernels = backend_of(levels.device).kernels
+        if self.shapes and kernels is not None:
+            levels, zero = kernels.deployed_tables(self.get_buffer("counts"), self.log_ratio.exp())
+        elif self.shapes:
             moved = [self._rounded(shape, row) for shape, row in zip(self.shapes, self.log_ratio.exp().tolist(), strict=True)]
             tables = tables_of(moved, levels.device)
             assert tables.zero is not None

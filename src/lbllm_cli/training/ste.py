@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lbllm_cli.format.weights import LEVELS, level_values, project_levels
+from lbllm_cli.format.weights import LEVELS, level_values, project_levels, stored_grid
 from lbllm_cli.runtime.backend import backend_of
 
 HALF = 0.5
@@ -120,7 +120,9 @@ class StoredLevels(Function):
 
     @staticmethod
     def forward(ctx: Any, levels: Tensor) -> Tensor:
-        return level_values(*project_levels(levels))
+        # Whether all are finite is not looked at where that means to wait: the loss tells.
+        grid = project_levels if backend_of(levels.device).shares_ram else stored_grid
+        return level_values(*grid(levels))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:

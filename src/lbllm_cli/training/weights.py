@@ -16,19 +16,22 @@ from torch import Tensor, nn
 
 from lbllm_cli.format import weights as binarize
 from lbllm_cli.format.weights import PackedWeight, ordered
+from lbllm_cli.runtime.backend import backend_of
+from lbllm_cli.runtime.stage_kernels import StageKernels
+from lbllm_cli.training.fixed import Fixed
+from lbllm_cli.training.interfaces import OwnStep
 from lbllm_cli.training.latent import bitmap_latents, nearest_latents, starting_levels
+from lbllm_cli.training.master import BITMAP, LEVELS, WEIGHTS, Master
 from lbllm_cli.training.ste import (
     bitmap_codes,
     bitmap_level,
-    fixed_level,
     nearest_level,
     nearest_ranks,
     polarisation,
     polarisation_gradient,
     stored_levels,
 )
-
-WEIGHTS, LEVELS, BITMAP, SCALES = "weights", "levels", "bitmap", "scales"
+from lbllm_cli.training.tally import Scale
 
 
 def _follow(latent: nn.Parameter, values: Tensor, dampening: float) -> None:
@@ -41,7 +44,7 @@ def _follow(latent: nn.Parameter, values: Tensor, dampening: float) -> None:
         latent.lerp_(values, share)
 
 
-class Nearest(nn.Module):
+class Nearest(Master):
     """Latent weight [out, groups, size] and levels [out, groups, 4], ascending.
 
     weight: source weight [out, in]. packed: where to start, its forward pass gives exactly its values. train: kinds
@@ -65,15 +68,44 @@ class Nearest(nn.Module):
         """Parameters by kind, frozen ones included."""
         return {WEIGHTS: [self.latent], LEVELS: [self.levels]}
 
+    @property
+    def _kernels(self) -> StageKernels | None:
+        # Frozen latents are no bulk of work: they move with their levels.
+        return backend_of(self.latent.device).kernels if self.latent.requires_grad else None
+
     def forward(self) -> Tensor:
         grouped = nearest_level(self.latent, stored_levels(self.levels))
         self.values = grouped.detach()
         return grouped.flatten(1)[:, : self.in_features]
 
+    def put(self, weight: Tensor) -> None:
+        if (kernels := self._kernels) is None:
+            super().put(weight)
+            return
+        with torch.no_grad():
+            self._held = kernels.stored_levels(self.levels)
+            kernels.nearest(self.latent, self._held, weight)
+
+    def take(self, gradient: Tensor) -> None:
+        if (kernels := self._kernels) is None:
+            super().take(gradient)
+            return
+        sums, square = kernels.nearest_sums(gradient, self.latent.detach(), self._held)
+        self._gradient, self._norm = gradient, square.sqrt()
+        if self.levels.requires_grad:
+            self.levels.grad = sums
+
+    def own_steps(self, dampening: float) -> list[OwnStep]:
+        return [] if self._kernels is None else [_LatentStep(self, dampening)]
+
     @torch.no_grad()
     def constrain(self, dampening: float) -> None:
-        """After a step that followed a forward pass: levels that crossed are put in order again. dampening: see `_follow`."""
-        _follow(self.latent, self.values, dampening)
+        """After a step that followed a forward pass: levels that crossed are put in order again. dampening: see `_follow`.
+
+        What moved with the step itself is not pulled again.
+        """
+        if self._kernels is None:
+            _follow(self.latent, self.values, dampening)
         self.levels.copy_(self.levels.sort(dim=-1).values)
 
     @torch.no_grad()
@@ -84,7 +116,27 @@ class Nearest(nn.Module):
         return PackedWeight.of_ranks(ranks, stored, scale, self.group_size)
 
 
-class Bitmap(nn.Module):
+class _LatentStep:
+    """AdamW on latents whose gradient is that of the weights, and their pull, in one pass over memory."""
+
+    def __init__(self, owner: Nearest, dampening: float):
+        self.owner, self.parameter, self.dampening = owner, owner.latent, dampening
+
+    def norm(self) -> Tensor:
+        return self.owner._norm
+
+    @torch.no_grad()
+    def step(self, state: dict[str, Tensor], scale: Scale, rate: float) -> None:
+        owner, kernels = self.owner, self.owner._kernels
+        assert kernels is not None
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        kernels.latent_step(
+            owner.latent, moments, state["step"], owner.__dict__.pop("_gradient"), owner._held, scale.factor, scale.skipped, rate,
+            self.dampening,
+        )  # fmt: skip
+
+
+class Bitmap(Master):
     """Latent weight and bitmap, both [out, groups, size]; alpha and mu, both [out, groups, 2], inner and outer pair.
 
     Arguments as for `Nearest`.
@@ -148,46 +200,6 @@ class Bitmap(nn.Module):
             *binarize.ranks_from_codes(codes.flatten(1)[:, : self.in_features], stored), self.group_size
         )  # fmt: skip
         return PackedWeight.of_ranks(ranks, ascending, scale, self.group_size)
-
-
-class Fixed(nn.Module):
-    """Codes that never change, packed uint8 [out, groups, size / 4], and levels [out, groups, 4] in code order.
-
-    Arguments as for `Nearest`; there is no latent weight that a margin could mean. With scales trained, all levels of a group
-    move by one factor [out, groups, 1], and the stored int8 levels stay what they are.
-    """
-
-    codes: Tensor
-
-    def __init__(self, weight: Tensor, packed: PackedWeight, train: Collection[str]):
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.group_size = packed.group_size
-        self.rms = float(weight.float().square().mean().sqrt())
-        self.register_buffer("codes", packed.codes)
-        start = starting_levels(packed.levels, packed.scale)
-        self.levels = nn.Parameter(start.clone(), requires_grad=LEVELS in train)
-        self.factor = nn.Parameter(torch.ones_like(start[..., :1])) if SCALES in train else None
-
-    def kinds(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by kind, frozen ones included."""
-        return {LEVELS: [self.levels]} if self.factor is None else {SCALES: [self.factor]}
-
-    def _levels(self) -> Tensor:
-        return self.levels if self.factor is None else self.levels * self.factor
-
-    def forward(self) -> Tensor:
-        codes = binarize.grouped(binarize.unpack_codes(self.codes, self.in_features), self.group_size)
-        return fixed_level(codes, stored_levels(self._levels())).flatten(1)[:, : self.in_features]
-
-    def constrain(self, dampening: float) -> None:
-        """Nothing to keep in order: a level belongs to its code wherever it goes."""
-
-    @torch.no_grad()
-    def packed(self) -> PackedWeight:
-        """The present weights as a checkpoint holds them."""
-        stored, scale = binarize.project_levels(self._levels())
-        return PackedWeight(self.codes, stored, scale, self.in_features)
 
 
 Trainable = Nearest | Bitmap | Fixed

@@ -15,6 +15,7 @@ from lbllm_cli.runtime.cpu.quantizer import native_gradients, native_quantized
 from lbllm_cli.runtime.cpu.unit import Unit, usable
 from lbllm_cli.runtime.stage_kernels import StageKernels
 from lbllm_cli.runtime.torch import quantizer
+from lbllm_cli.runtime.torch.transfer import Transfers
 from lbllm_cli.runtime.units import Units
 
 
@@ -33,6 +34,13 @@ class CpuBackend:
         """There is always one."""
         return 1
 
+    def absence(self) -> str:
+        """There is always one."""
+        return ""
+
+    def warn_of_kinds(self, key: str) -> None:
+        """There is one kind."""
+
     def describe(self, device: torch.device) -> str:
         """What the system calls it."""
         return platform.processor() or "cpu"
@@ -47,9 +55,9 @@ class CpuBackend:
         """None: it is the process's."""
         return None
 
-    def staged(self, tensor: Tensor) -> Tensor:
-        """As it is."""
-        return tensor
+    def transfers(self, device: torch.device) -> Transfers | None:
+        """None: its memory is RAM."""
+        return None
 
     def check(self) -> None:
         """Raises UsageError as `library`: for what LBLLM_KERNELS asks for."""

@@ -5,9 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lbllm_cli.core.console import say
+from lbllm_cli.core.errors import reason
 from lbllm_cli.format.activations import Quantized, Tables
 from lbllm_cli.runtime.stage_kernels import StageKernels
 from lbllm_cli.runtime.torch import quantizer
+from lbllm_cli.runtime.torch.transfer import Transfers
 from lbllm_cli.runtime.units import Units
 
 
@@ -21,6 +24,7 @@ class TorchBackend:
 
     def __init__(self, kind: str):
         self.kind = kind
+        self._transfers: dict[int, Transfers] = {}
 
     @property
     def kernels(self) -> StageKernels | None:
@@ -35,6 +39,23 @@ class TorchBackend:
         """Devices that torch sees."""
         return int(self._module.device_count()) if self._module.is_available() else 0
 
+    def absence(self) -> str:
+        """What stands in the way: a torch without CUDA has no reason to give, a driver that does not suit it has one."""
+        if torch.version.cuda is None:
+            return " (it is built without CUDA)" if self.kind == "cuda" else ""
+        try:
+            self._module.init()
+        except (RuntimeError, AssertionError) as error:
+            return f" ({reason(error)})"
+        return ""
+
+    def warn_of_kinds(self, key: str) -> None:
+        """A run that goes on from another kind of device gives other last bits."""
+        names = [self.describe(torch.device(self.kind, index)) for index in range(self.count())]
+        if len(set(names)) > 1:
+            listed = ", ".join(f"{self.kind}:{index} {name}" for index, name in enumerate(names))
+            say(f"GPUs of different kinds: {listed}; the first is taken, {key}: {self.kind}:N takes another")
+
     def describe(self, device: torch.device) -> str:
         """The driver's name of it."""
         return str(self._module.get_device_name(device))
@@ -47,9 +68,12 @@ class TorchBackend:
         """What torch has allocated at most."""
         return int(self._module.max_memory_allocated(device))
 
-    def staged(self, tensor: Tensor) -> Tensor:
-        """In pinned memory."""
-        return tensor.pin_memory()
+    def transfers(self, device: torch.device) -> Transfers | None:
+        """Made once for each device."""
+        index = device.index or 0
+        if index not in self._transfers:
+            self._transfers[index] = Transfers(self._module, device)
+        return self._transfers[index]
 
     def check(self) -> None:
         """It has no settings."""

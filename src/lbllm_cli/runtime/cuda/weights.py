@@ -1,0 +1,109 @@
+"""The weights of linears that read one input, below each other, in the layout of the kernels; back to the stored form bit for bit.
+
+The layout is row-major like the stored one, so a warp's lanes lie along a row: each reads 16 bytes of codes, 64 weights, beside
+its neighbour's, 512 bytes in one coalesced load, and keeps its part of the activations in registers for all rows of a program.
+Only the order within a group differs. A word holds 16 codes as four selectors for `prmt`, which looks up four bytes by the low two
+bits of each nibble of a 16-bit half: no code has to be moved but by one shift. And the columns of `span` words are dealt out so
+that the first selectors of neighbouring words belong to neighbouring columns: what a lane needs of the activations are loads of
+up to 16 bytes too.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from lbllm_cli.format.weights import LEVELS, PackedWeight, group_count
+
+CODES_OF_WORD = 16
+# Where in a word the four selectors begin; their codes are 4 bits apart.
+SELECTOR_BITS = (0, 2, 16, 18)
+
+
+def span(group_size: int) -> int:
+    """Words whose columns are dealt out in turn: 8 at groups of 128, 2 at groups of 32."""
+    return gcd(group_size // CODES_OF_WORD, 8)
+
+
+def _spread(quads: Tensor) -> Tensor:
+    """Four 2-bit codes of a byte, 4 bits apart: int32 0..255 -> 0..0x3333."""
+    quads = (quads | (quads << 4)) & 0x0F0F
+    return (quads | (quads << 2)) & 0x3333
+
+
+def _gathered(halves: Tensor) -> Tensor:
+    """Inverse of `_spread`."""
+    halves = (halves | (halves >> 2)) & 0x0F0F
+    return (halves | (halves >> 4)) & 0xFF
+
+
+def words_of(codes: Tensor) -> Tensor:
+    """Stored codes as words: uint8 [out, groups, group_size / 4] -> int32 [out, groups, group_size / 16].
+
+    With V = span, selector s of word V * m + v holds columns 16 * V * m + 4 * V * s + 4 * v to + 3 of the group, column i of them
+    in the two bits from SELECTOR_BITS[s] + 4 * i. [6, 5, 32] -> [6, 5, 8].
+    """
+    width = span(codes.shape[2] * 4)
+    quads = codes.unflatten(2, (-1, len(SELECTOR_BITS), width))
+    parts = [_spread(quads[:, :, :, s].int()) << bit for s, bit in enumerate(SELECTOR_BITS)]
+    return (parts[0] | parts[1] | parts[2] | parts[3]).flatten(2)
+
+
+def codes_of(words: Tensor) -> Tensor:
+    """Inverse of `words_of`."""
+    width = span(words.shape[2] * CODES_OF_WORD)
+    split = words.unflatten(2, (-1, width))
+    quads = [_gathered((split >> bit) & 0x3333).to(torch.uint8) for bit in SELECTOR_BITS]
+    return torch.stack(quads, 3).flatten(2)
+
+
+@dataclass(frozen=True)
+class CudaWeights:
+    """Rows of several linears with one input, the first linear's first.
+
+    words: int32 [rows, groups, group_size / 16]. levels: int32 [rows, groups], a group's four int8 levels, that of code 0 lowest.
+    scale: float16 [rows, groups]. outs: rows of each linear. q, k and v of 4096 x 4096 at groups of 128: [12288, 32, 8],
+    [12288, 32], 2.375 bits a weight.
+    """
+
+    words: Tensor
+    levels: Tensor
+    scale: Tensor
+    in_features: int
+    group_size: int
+    outs: tuple[int, ...]
+
+    @classmethod
+    def of(cls, linears: Sequence[PackedWeight]) -> "CudaWeights":
+        """Repacked, on their device."""
+        first = linears[0]
+        words = torch.cat([words_of(linear.codes) for linear in linears])
+        levels = torch.cat([linear.levels for linear in linears]).contiguous().view(torch.int32).squeeze(-1)
+        scale = torch.cat([linear.scale for linear in linears])
+        return cls(words, levels, scale, first.in_features, first.group_size, tuple(len(linear.scale) for linear in linears))
+
+    def packed(self, slot: int) -> PackedWeight:
+        """One of the linears as its checkpoint has it."""
+        end = list(accumulate(self.outs))[slot]
+        words, levels, scale = (part[end - self.outs[slot] : end] for part in (self.words, self.levels, self.scale))
+        as_bytes = levels.unsqueeze(-1).view(torch.int8)
+        assert as_bytes.shape[-1] == LEVELS
+        return PackedWeight(codes_of(words), as_bytes, scale, self.in_features)
+
+    @property
+    def rows(self) -> int:
+        """Outputs of all linears."""
+        return self.scale.shape[0]
+
+    @property
+    def groups(self) -> int:
+        """Groups in a row, a ragged last one included."""
+        return group_count(self.in_features, self.group_size)
+
+    @property
+    def padded_width(self) -> int:
+        """Inputs with those that fill up the last group, whose codes are 0: their activations have to be 0."""
+        return self.groups * self.group_size
