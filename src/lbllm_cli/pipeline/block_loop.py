@@ -5,7 +5,7 @@ was read back, commit. A run whose streams lie on disk resumes from them, a run 
 blocks again, with the same arithmetic.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,6 +88,7 @@ class BlockLoop:
         self.batch_size = run.plan.recipe.runtime.batch_size
         self.folder = run.writer.path / "streams" if run.need.place == "disk" else None
         self.place = self.model.device if run.need.place == "device" else None
+        self._spare: list[HiddenStream] = []
         self.keeper = TrainingState(run.writer.path, run.plan.recipe.runtime.save_minutes)
 
     def _path(self, name: str, index: int) -> Path | None:
@@ -104,7 +105,7 @@ class BlockLoop:
             reporter.begin_block(index)
             teacher = model.block(index) if teacher is None else teacher
             if parent is None:
-                targets, start = full.like(self._path("full", index + 1)), {}
+                targets, start = self._room(full, self._path("full", index + 1)), {}
             else:
                 targets = full = full if taught else self._teach(index, teacher, full)
                 start = parent.read_block(index)
@@ -122,15 +123,28 @@ class BlockLoop:
             outputs, error = self._leave(index, student, quantized, targets, teacher, ahead)
             writer.commit(index)
             self.keeper.clear()
-            if full is not targets:
-                full.remove()
-            quantized.remove()
+            # Of a stage in memory the outputs are where their inputs were.
+            for stream in (full, quantized):
+                if stream is not targets and stream is not outputs:
+                    self._spare.append(stream)
             full, quantized, taught = targets, outputs, ahead is not None
             if ahead is not None:
                 full = self._finished(targets, ahead, index + 2)
             reporter.end_block(index, result.facts | {"error": error.relative, "error_ordinary": error.relative_ordinary})
-        full.remove()
-        quantized.remove()
+        for stream in (full, quantized, *self._spare):
+            stream.remove()
+
+    def _room(self, like: HiddenStream, path: Path | None) -> HiddenStream:
+        """A stream to be written, in the place of one that is no longer read where there is one.
+
+        New memory is handed out page by page, in a file's cache too: 4 KiB at a time, at 0.3 to 0.9 GB/s on a small machine where
+        memory that is there already takes 3.
+        """
+        if not self._spare:
+            return like.like(path)
+        found = self._spare.pop()
+        found.move(path)
+        return found
 
     def _teach(self, index: int, teacher: Block, full: HiddenStream) -> HiddenStream:
         """The teacher's outputs; on disk its inputs are deleted."""
@@ -143,13 +157,13 @@ class BlockLoop:
         # In memory a crash loses streams anyway, so that outputs may take their inputs' place. On disk they go under
         # another name until they are whole: the name is what tells a resumed run that they are.
         path = self._path("unfinished_full", index)
-        return inputs if path is None else inputs.like(path)
+        return inputs if path is None else self._room(inputs, path)
 
     def _finished(self, inputs: HiddenStream, outputs: HiddenStream, index: int) -> HiddenStream:
         """The teacher's outputs, which are whole now."""
         if outputs is not inputs:
             outputs.move(self._path("full", index))
-            inputs.remove()
+            self._spare.append(inputs)
         return outputs
 
     def _leave(
@@ -166,7 +180,7 @@ class BlockLoop:
         teacher: the next block's, which turns the targets into `ahead` in the same pass: they are read once. Raises RunError
         where an output is not finite.
         """
-        outputs = quantized if self.folder is None else quantized.like(self._path("quantized", index + 1))
+        outputs = quantized if self.folder is None else self._room(quantized, self._path("quantized", index + 1))
         device, error = self.model.device, BlockError()
         pieces = row_slices(quantized.rows, self.batch_size)
         with ExitStack() as sinks:
@@ -197,9 +211,11 @@ class BlockLoop:
             paths[0] = taught
         if (first or paths[0] == taught) and all(path is not None and path.exists() for path in paths):
             full, quantized = (HiddenStream(shape, self.model.dtype, path, create=False) for path in paths)
+            self._clear({full.path, quantized.path})
             return full, quantized, paths[0] == taught
         if self.folder is not None:
             self.folder.mkdir(exist_ok=True)
+            self._clear(set())
         # Under other names until they are whole: a run that is killed while it derives them must not resume on half of them.
         unfinished = [self._path(f"unfinished_{name}", first) for name in ("full", "quantized")]
         full, quantized = (embed_stream(self.model, tokens, path, self.batch_size, self.place) for path in unfinished)
@@ -211,3 +227,9 @@ class BlockLoop:
         for stream, path in zip((full, quantized), (self._path("full", first), self._path("quantized", first)), strict=True):
             stream.move(path)
         return full, quantized, False
+
+    def _clear(self, used: Collection[Path | None]) -> None:
+        """Deletes streams of the run before that nobody goes on from."""
+        if self.folder is not None:
+            for path in set(self.folder.glob("*.bin")) - set(used):
+                path.unlink()

@@ -56,8 +56,11 @@ def _knee_clip_gradient(
     up = torch.where(above > 0, tables.clip[:, 0] / above, 0)[table] * high
     down = torch.where(below > 0, tables.clip[:, 1] / below, 0)[table] * low
     side = (down > up).long()
-    sums = torch.zeros_like(tables.clip).flatten()
-    sums.index_add_(0, (2 * table + side).flatten(), (inner + over + under).flatten())
+    factor, parts = (2 * table + side).flatten(), (inner + over + under).flatten()
+    if backend_of(parts.device).scatters:
+        sums = torch.zeros_like(tables.clip).flatten().index_add_(0, factor, parts)
+    else:  # in the same order every time
+        sums = torch.stack([torch.where(factor == number, parts, 0).sum() for number in range(tables.clip.numel())])
     return sums.view_as(tables.clip) / tables.clip
 
 
