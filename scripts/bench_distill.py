@@ -127,6 +127,10 @@ class DenseStudent:
                 assert weight.grad is not None
                 master.grad, weight.grad = weight.grad.float(), None
 
+    def own_steps(self) -> list[Any]:
+        """AdamW moves all of it."""
+        return []
+
     def constrain(self) -> None:
         """Nothing to do."""
 

@@ -10,10 +10,12 @@ from lbllm_cli.core.errors import UsageError
 from lbllm_cli.format.activations import ActivationFormat
 from lbllm_cli.pipeline.block_loop import BlockLoop
 from lbllm_cli.pipeline.checkpoint import Checkpoint
+from lbllm_cli.pipeline.duration import Part
 from lbllm_cli.pipeline.forecast import Need, stage_need
 from lbllm_cli.pipeline.plan import Plan
 from lbllm_cli.pipeline.work import StageRun
 from lbllm_cli.recipe.stages import StageSpec
+from lbllm_cli.training.duration import block_training
 from lbllm_cli.training.forecast import training_device, training_state
 from lbllm_cli.training.plots import plot_errors
 
@@ -52,6 +54,11 @@ def activations(plan: Plan, parent: Checkpoint | None) -> ActivationFormat:
         tables=settings.tables,
         group_size=plan.recipe.ptq.group_size,
     )
+
+
+def work(plan: Plan, spec: StageSpec) -> list[Part]:
+    """Steps and passes of its blocks."""
+    return block_training(plan, spec, 5, 20)
 
 
 def run(run: StageRun) -> None:

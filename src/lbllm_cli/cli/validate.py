@@ -15,10 +15,11 @@ from lbllm_cli.export.forecast import export_need
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.pipeline.checkpoint import check_stage, complete_stages
 from lbllm_cli.pipeline.forecast import Need, check_device, check_disk, memory_warnings
-from lbllm_cli.pipeline.plan import prepare
+from lbllm_cli.pipeline.plan import Plan, prepare
 from lbllm_cli.pipeline.work import work_of
 from lbllm_cli.recipe.schema import Recipe
 from lbllm_cli.recipe.stages import EXPORT, STAGES, TABLE
+from lbllm_cli.runtime.cards import CARDS, card_of, probed
 
 _KINDS = ("device", "ram", "disk", "teacher", "streams")
 
@@ -62,8 +63,9 @@ def validate(recipe: Recipe, as_json: bool) -> None:
                 check_device(need, model)
         except UsageError as error:
             problems.append(str(error))
-    if problems:
+    if problems and as_json:
         raise UsageError("\n".join(problems))
+    durations = _Durations(plan)
     unread = [spec.name for spec in recipe.data.evaluation if spec.segments is None and spec.name not in segments]
     if unread:
         warnings.append(f"eval: the streams of {', '.join(unread)} are not counted, their length shows when the text is read")
@@ -76,12 +78,57 @@ def validate(recipe: Recipe, as_json: bool) -> None:
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "forecast_bytes": {need.stage: {kind: round(getattr(need, kind)) for kind in _KINDS} for need in needs},
+        "forecast_seconds": durations.seconds(needs),
         "warnings": warnings,
     }
     if as_json:
         print(json.dumps(facts, indent=2))
     else:
-        _print_validation(facts, needs)
+        _print_validation(facts, needs, not problems)
+        durations.show(needs)
+    # After the tables: they say how far what there is falls short.
+    if problems:
+        raise UsageError("\n".join(problems))
+
+
+class _Durations:
+    """What the stages of a recipe will take, here and on cards that everybody knows."""
+
+    def __init__(self, plan: Plan):
+        model = plan.model
+        own = card_of(model.backend.describe(model.device))
+        here = own or probed(model.device)
+        self.cards = [here, *(card for card in CARDS.values() if card is not here)]
+        self.usual = own or CARDS["h100"]
+        self.parts = {spec.name: work_of(spec).work(plan, spec) for spec in plan.recipe.stages}
+
+    def seconds(self, needs: list[Need]) -> dict[str, dict[str, int]]:
+        """By stage and card."""
+        places = {need.stage: need.place for need in needs}
+        return {
+            stage: {card.name: round(sum(part.seconds(card, places[stage]) for part in parts)) for card in self.cards}
+            for stage, parts in self.parts.items()
+        }
+
+    def show(self, needs: list[Need]) -> None:
+        """A table, and under it what takes longest in each stage and which key halves that."""
+        table = Table(title="forecast, time from operations and bytes")
+        table.add_column("stage")
+        for card in self.cards:
+            table.add_column(card.name, justify="right")
+        for stage, by_card in self.seconds(needs).items():
+            table.add_row(stage, *map(_span, by_card.values()))
+        Console().print(table)
+        places = {need.stage: need.place for need in needs}
+        for stage, parts in self.parts.items():
+            part = max(parts, key=lambda part: part.seconds(self.usual, places[stage]))
+            limit = part.limit(self.usual, places[stage])
+            say(f"{stage}: on the {self.usual.name} most of it for {part.name}, held up by {limit}; half of {part.key} halves that")
+
+
+def _span(seconds: float) -> str:
+    """5400 -> "1.5 h", 90 -> "2 min", 20 -> "20 s"."""
+    return f"{seconds / 3600:.1f} h" if seconds > 3600 else f"{seconds / 60:.0f} min" if seconds > 60 else f"{seconds:.0f} s"
 
 
 def _eval_need(recipe: Recipe, model: SourceModel, segments: dict[str, int], tasks: bool) -> Need:
@@ -90,7 +137,7 @@ def _eval_need(recipe: Recipe, model: SourceModel, segments: dict[str, int], tas
     return whole_model_need(recipe, model, need) if whole else need
 
 
-def _print_validation(facts: dict[str, Any], needs: list[Need]) -> None:
+def _print_validation(facts: dict[str, Any], needs: list[Need], valid: bool) -> None:
     table = Table(title="forecast, GiB")
     for column in ("stage", "device", "RAM", "disk", "streams", "streams in"):
         table.add_column(column, justify="left" if column == "stage" else "right")
@@ -99,7 +146,7 @@ def _print_validation(facts: dict[str, Any], needs: list[Need]) -> None:
         table.add_row(need.stage, *sizes, "RAM" if need.place == "ram" else need.place)
     out = Console()
     out.print(
-        f"valid: {facts['blocks']} blocks, {facts['parameters']:,} parameters, {facts['binarized_share']:.1%} of them binarized, "
+        f"{'valid: ' if valid else ''}{facts['blocks']} blocks, {facts['parameters']:,} parameters, {facts['binarized_share']:.1%} of them binarized, "
         f"computed in {facts['dtype']} on {facts['device']}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip

@@ -10,11 +10,13 @@ from lbllm_cli.core.console import GIB
 from lbllm_cli.distill.fit import fit_block
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.pipeline.block_loop import BlockLoop
+from lbllm_cli.pipeline.duration import Part
 from lbllm_cli.pipeline.forecast import Need, stage_need
 from lbllm_cli.pipeline.plan import Plan
 from lbllm_cli.pipeline.work import StageRun, parents_activations
 from lbllm_cli.recipe.schema import Recipe
 from lbllm_cli.recipe.stages import StageSpec
+from lbllm_cli.training.duration import block_training
 from lbllm_cli.training.forecast import training_device, training_state
 from lbllm_cli.training.plots import plot_errors
 
@@ -45,6 +47,11 @@ def _cheaper(recipe: Recipe, model: SourceModel) -> str:
     needs = {key: training_device(recipe, model, settings.model_copy(update=change)) for key, change in alternatives.items()}
     listed = ", ".join(f"{key} ({need / GIB:.1f} GiB)" for key, need in needs.items())
     return f"cheaper: {listed}" if needs else "a larger GPU is needed"
+
+
+def work(plan: Plan, spec: StageSpec) -> list[Part]:
+    """Steps and passes of its blocks."""
+    return block_training(plan, spec, 38)
 
 
 def run(run: StageRun) -> None:

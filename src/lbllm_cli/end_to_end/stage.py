@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lbllm_cli.core.splits import held_out_rows
 from lbllm_cli.end_to_end.forecast import end_to_end_need, recomputes
 from lbllm_cli.end_to_end.student import WholeStudent
 from lbllm_cli.end_to_end.teacher import check_states, teacher_folder, teacher_states
@@ -12,6 +13,7 @@ from lbllm_cli.end_to_end.trainer import EndToEndObjective
 from lbllm_cli.models.block import block_prefix
 from lbllm_cli.models.model import FINAL_NORM
 from lbllm_cli.pipeline.checkpoint import Checkpoint
+from lbllm_cli.pipeline.duration import BlockShape, Part
 from lbllm_cli.pipeline.forecast import Need
 from lbllm_cli.pipeline.plan import Plan
 from lbllm_cli.pipeline.training_state import TrainingState
@@ -34,6 +36,31 @@ def need(plan: Plan, spec: StageSpec, tokens: Tensor | None) -> Need:
     folder = teacher_folder(settings)
     kept = folder is not None and tokens is not None and check_states(folder, plan.model, tokens)
     return replace(found, stage=spec.name, teacher_folder=folder, teacher=0.0 if kept else found.teacher)
+
+
+def work(plan: Plan, spec: StageSpec) -> list[Part]:
+    """Steps of the whole model, and the teacher's pass before them."""
+    model, settings, blocks = plan.model, plan.recipe.end_to_end[spec], plan.model.blocks
+    length = plan.recipe.data.training.length
+    shape, held = BlockShape.of(model, length), held_out_rows(settings.sequences, settings.held_out)
+    every, again = float(settings.sequences * length), recomputes(plan.recipe, model, settings)
+    rows = (settings.sequences - held) * settings.epochs
+    trained, looked = float(rows * length), float(held * length * (settings.epochs + 1))
+    # Both distributions and the gradient.
+    head = 6.0 * model.config.vocab_size * shape.hidden * trained
+    # Weights are decoded, once more where blocks are computed again, and gradients of them are summed up.
+    decoded = rows / min(settings.micro_batch_size, settings.batch_size) * (3 + again) * 2.3 * shape.weights
+    training = Part(
+        "training steps", f"{spec.section}.sequences",
+        blocks * ((3 + again) * shape.forward(trained) + shape.forward(looked)) + head,
+        passed=blocks * (decoded + shape.passes(trained, 1 + again / 3)), read=shape.states(trained),
+    )  # fmt: skip
+    teaching = Part(
+        "the teacher's pass", f"{spec.section}.sequences", blocks * shape.forward(every),
+        passed=blocks * shape.passes(every, 1 / 3), read=blocks * shape.states(every),
+        written=blocks * shape.states(every),
+    )  # fmt: skip
+    return [training, teaching]
 
 
 def run(run: StageRun) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lbllm_cli.format.activations import ActivationFormat
 from lbllm_cli.pipeline.checkpoint import Checkpoint, StageWriter
+from lbllm_cli.pipeline.duration import Part
 from lbllm_cli.pipeline.forecast import Need
 from lbllm_cli.pipeline.plan import Plan
 from lbllm_cli.pipeline.reporter import Reporter
@@ -50,6 +51,9 @@ class StageWork(Protocol):
 
     def need(self, plan: Plan, spec: StageSpec, tokens: Tensor | None) -> Need:
         """What it will need. tokens: where they are known already; only kept results of theirs are looked up with them."""
+
+    def work(self, plan: Plan, spec: StageSpec) -> list[Part]:
+        """What it computes and moves, for a forecast of time."""
 
     def activations(self, plan: Plan, parent: Checkpoint | None) -> ActivationFormat | None:
         """How the blocks that it makes quantize activations, if they do. parent: what it goes on from."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from lbllm_cli.models.block import block_prefix
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.pipeline.block_loop import BlockLoop
+from lbllm_cli.pipeline.duration import BlockShape, Part
 from lbllm_cli.pipeline.forecast import Need, activation_bytes, block_bytes, stage_need
 from lbllm_cli.pipeline.plan import Plan
 from lbllm_cli.pipeline.work import StageRun, parents_activations
@@ -43,6 +44,30 @@ def _fit_bytes(model: SourceModel, settings: Ptq) -> float:
     moments = kinds * (max(squares) if settings.sequential else sum(squares))
     work = max(9 * 4.0 * unit[0][1] ** 2 + 7 * 4.0 * sum(out * inn for out, inn in unit) for unit in shapes.values())
     return moments + work
+
+
+def work(plan: Plan, spec: StageSpec) -> list[Part]:
+    """Passes that collect moments, the moments, and the fit."""
+    settings, text, blocks = plan.recipe.ptq, plan.token_set(spec), plan.model.blocks
+    shape, tokens = BlockShape.of(plan.model, text.length), float(text.sequences * text.length)
+    kinds = 2 if settings.asymmetric != 0 else 1
+    # Linears before each unit; from what o_proj reads on, which is kept, in later passes.
+    sizes = [width * rows for width, rows in shape.inputs]
+    before = [sum(sizes[min(1, index) : index]) if index > 1 else sum(sizes[:index]) for index in range(len(sizes))]
+    linears = kinds * sum(before) + sizes[-1] if settings.sequential else kinds * sum(sizes)
+    passed = tokens * (2 * linears + kinds * shape.attention)
+    moments = sum(float(width) ** 2 for width, _ in shape.inputs) * tokens * (3 if kinds == 2 else 1)
+    # Factorisations; then products with a width's square for each row: targets and their lengths, errors, descents, refits.
+    rounds = settings.rounds * (settings.refit + settings.code_descent)
+    fit = sum(4 / 3 * float(width) ** 3 + (16 + 5 * rounds) * float(rows) * float(width) ** 2 for width, rows in shape.inputs)
+    streams = 2 * shape.states(tokens)
+    return [
+        Part("passes over the calibration text", "data.calibration.sequences", blocks * (passed + shape.forward(tokens)),
+             passed=blocks * shape.passes(tokens, kinds), read=blocks * (len(sizes) + 1) * streams,
+             written=blocks * streams),
+        Part("moments", "data.calibration.sequences", blocks * moments),
+        Part("fits", "ptq.rounds", exact=blocks * fit, launches=blocks * 2e4),
+    ]  # fmt: skip
 
 
 def run(run: StageRun) -> None:

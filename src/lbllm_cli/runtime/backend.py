@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lbllm_cli.core.console import GIB
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.format.activations import Quantized, Tables
 from lbllm_cli.runtime.stage_kernels import StageKernels
@@ -114,6 +113,8 @@ def choose_device(wanted: str, key: str = "runtime.device") -> torch.device:
 
 def measured_peak() -> str:
     """What the GPU has held, for the message after its memory ran out; empty where none was used."""
+    from lbllm_cli.core.console import GIB  # it brings what loading an export can do without
+
     backend = _made("cuda")
     if not backend.count():
         return ""

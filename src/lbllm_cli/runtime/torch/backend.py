@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lbllm_cli.core.console import say
 from lbllm_cli.core.errors import reason
 from lbllm_cli.format.activations import Quantized, Tables
 from lbllm_cli.runtime.stage_kernels import StageKernels
@@ -51,6 +50,8 @@ class TorchBackend:
 
     def warn_of_kinds(self, key: str) -> None:
         """A run that goes on from another kind of device gives other last bits."""
+        from lbllm_cli.core.console import say  # it brings what loading an export can do without
+
         names = [self.describe(torch.device(self.kind, index)) for index in range(self.count())]
         if len(set(names)) > 1:
             listed = ", ".join(f"{self.kind}:{index} {name}" for index, name in enumerate(names))

@@ -1,0 +1,37 @@
+"""How long the stages that train a block take: what their steps and passes compute and move."""
+
+from typing import Any
+
+from lbllm_cli.core.splits import held_out_rows
+from lbllm_cli.pipeline.duration import BlockShape, Part, steps
+from lbllm_cli.pipeline.plan import Plan
+from lbllm_cli.recipe.stages import StageSpec
+
+# Launches of a step, at most.
+_STEP = 600
+
+
+def block_training(plan: Plan, spec: StageSpec, weight_bytes: float, value_bytes: float = 0) -> list[Part]:
+    """Parts of a stage that trains block by block.
+
+    weight_bytes: that a step moves for each weight. value_bytes: that quantizing moves for each value of a linear's input.
+    """
+    settings: Any = plan.settings(spec)
+    model, text = plan.model, plan.token_set(spec)
+    rows, blocks = settings.subset or text.sequences, model.blocks
+    shape, held = BlockShape.of(model, text.length), held_out_rows(rows, settings.held_out)
+    every, trained = float(rows * text.length), float((rows - held) * text.length * settings.epochs)
+    looked = float(held * text.length * (settings.epochs + 1))
+    count = steps(rows, held, settings.batch_size, settings.epochs)
+    values = sum(width for width, _ in shape.inputs) * value_bytes
+    training = Part(
+        "training steps", f"{spec.text}.sequences", blocks * (3 * shape.forward(trained) + shape.forward(looked)),
+        passed=blocks * (count * weight_bytes * shape.weights + shape.passes(trained) + trained * values),
+        read=blocks * 2 * shape.states(trained + looked), launches=blocks * count * _STEP,
+    )  # fmt: skip
+    passing = Part(
+        "passes of teacher and student", f"{spec.text}.sequences", blocks * 2 * shape.forward(every),
+        passed=blocks * (shape.passes(every, 2 / 3) + every * values / 3), read=blocks * 2 * shape.states(every),
+        written=blocks * 2 * shape.states(every),
+    )  # fmt: skip
+    return [training, passing]
