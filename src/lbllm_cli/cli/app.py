@@ -100,9 +100,9 @@ def _exit_codes() -> Iterator[None]:
             from lbllm_cli.runtime.backend import measured_peak
 
             _tell(
-                f"out of device memory{measured_peak()}; lower runtime.batch_size, or set runtime.streams: ram or disk, and run the "
-                "same command again to resume; micro_batch_size, ptq.sequential: true or ptq.asymmetric: 0 help too, but begin the "
-                "stage again (--force)"
+                f"out of device memory{measured_peak()}; lower runtime.batch_size, or set runtime.streams: ram or disk, and run "
+                "the same command again to resume; micro_batch_size, ptq.sequential: true or ptq.asymmetric: 0 help too, but "
+                "begin the stage again (--force)"
             )
             raise typer.Exit(1) from None
         if type(error).__name__ == "SafetensorError" and "No space left" in str(error):

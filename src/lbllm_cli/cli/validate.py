@@ -1,12 +1,14 @@
 """`lbllm validate`: everything that can be told without running a stage."""
 
 import json
+from functools import partial
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from lbllm_cli.cli.durations import Durations
 from lbllm_cli.core.console import GIB, say
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.evaluation.forecast import eval_need, whole_model_need
@@ -19,7 +21,6 @@ from lbllm_cli.pipeline.plan import Plan, prepare
 from lbllm_cli.pipeline.work import work_of
 from lbllm_cli.recipe.schema import Recipe
 from lbllm_cli.recipe.stages import EXPORT, STAGES, TABLE
-from lbllm_cli.runtime.cards import CARDS, card_of, probed
 
 _KINDS = ("device", "ram", "disk", "teacher", "streams")
 
@@ -51,21 +52,22 @@ def validate(recipe: Recipe, as_json: bool) -> None:
         _eval_need(recipe, model, segments, bool(tasks)),
         export_need(recipe, model),
     ]
-    warnings = []
+    # Of what is there too little: then the tables say how much is missing.
+    short, warnings = [], []
     complete = complete_stages(plan.output)
     for need in needs:
         try:
             if need.stage in STAGES:
                 check_stage(plan.output, need.stage, force=False)
             warnings += [f"{need.stage}: {warning}" for warning in memory_warnings(need, model)]
-            if need.stage not in complete:
-                check_disk(need, plan.output)
-                check_device(need, model)
         except UsageError as error:
             problems.append(str(error))
-    if problems and as_json:
-        raise UsageError("\n".join(problems))
-    durations = _Durations(plan)
+            continue
+        if need.stage not in complete:
+            short += _shortages(need, plan)
+    if problems or (short and as_json):
+        raise UsageError("\n".join(problems + short))
+    durations = Durations(plan)
     unread = [spec.name for spec in recipe.data.evaluation if spec.segments is None and spec.name not in segments]
     if unread:
         warnings.append(f"eval: the streams of {', '.join(unread)} are not counted, their length shows when the text is read")
@@ -84,51 +86,21 @@ def validate(recipe: Recipe, as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts, indent=2))
     else:
-        _print_validation(facts, needs, not problems)
+        _print_validation(facts, needs, not short)
         durations.show(needs)
-    # After the tables: they say how far what there is falls short.
-    if problems:
-        raise UsageError("\n".join(problems))
+    if short:
+        raise UsageError("\n".join(short))
 
 
-class _Durations:
-    """What the stages of a recipe will take, here and on cards that everybody knows."""
-
-    def __init__(self, plan: Plan):
-        model = plan.model
-        own = card_of(model.backend.describe(model.device))
-        here = own or probed(model.device)
-        self.cards = [here, *(card for card in CARDS.values() if card is not here)]
-        self.usual = own or CARDS["h100"]
-        self.parts = {spec.name: work_of(spec).work(plan, spec) for spec in plan.recipe.stages}
-
-    def seconds(self, needs: list[Need]) -> dict[str, dict[str, int]]:
-        """By stage and card."""
-        places = {need.stage: need.place for need in needs}
-        return {
-            stage: {card.name: round(sum(part.seconds(card, places[stage]) for part in parts)) for card in self.cards}
-            for stage, parts in self.parts.items()
-        }
-
-    def show(self, needs: list[Need]) -> None:
-        """A table, and under it what takes longest in each stage and which key halves that."""
-        table = Table(title="forecast, time from operations and bytes")
-        table.add_column("stage")
-        for card in self.cards:
-            table.add_column(card.name, justify="right")
-        for stage, by_card in self.seconds(needs).items():
-            table.add_row(stage, *map(_span, by_card.values()))
-        Console().print(table)
-        places = {need.stage: need.place for need in needs}
-        for stage, parts in self.parts.items():
-            part = max(parts, key=lambda part: part.seconds(self.usual, places[stage]))
-            limit = part.limit(self.usual, places[stage])
-            say(f"{stage}: on the {self.usual.name} most of it for {part.name}, held up by {limit}; half of {part.key} halves that")
-
-
-def _span(seconds: float) -> str:
-    """5400 -> "1.5 h", 90 -> "2 min", 20 -> "20 s"."""
-    return f"{seconds / 3600:.1f} h" if seconds > 3600 else f"{seconds / 60:.0f} min" if seconds > 60 else f"{seconds:.0f} s"
+def _shortages(need: Need, plan: Plan) -> list[str]:
+    """What there is too little of, in words."""
+    found = []
+    for check in (partial(check_disk, need, plan.output), partial(check_device, need, plan.model)):
+        try:
+            check()
+        except UsageError as error:
+            found.append(str(error))
+    return found
 
 
 def _eval_need(recipe: Recipe, model: SourceModel, segments: dict[str, int], tasks: bool) -> Need:
@@ -146,7 +118,8 @@ def _print_validation(facts: dict[str, Any], needs: list[Need], valid: bool) -> 
         table.add_row(need.stage, *sizes, "RAM" if need.place == "ram" else need.place)
     out = Console()
     out.print(
-        f"{'valid: ' if valid else ''}{facts['blocks']} blocks, {facts['parameters']:,} parameters, {facts['binarized_share']:.1%} of them binarized, "
+        f"{'valid: ' if valid else ''}{facts['blocks']} blocks, {facts['parameters']:,} parameters, "
+        f"{facts['binarized_share']:.1%} of them binarized, "
         f"computed in {facts['dtype']} on {facts['device']}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip

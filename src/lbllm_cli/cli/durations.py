@@ -1,0 +1,52 @@
+"""What the stages of a recipe will take, as `lbllm validate` shows it."""
+
+from rich.console import Console
+from rich.table import Table
+
+from lbllm_cli.pipeline.forecast import Need
+from lbllm_cli.pipeline.plan import Plan
+from lbllm_cli.pipeline.work import work_of
+from lbllm_cli.runtime.cards import CARDS, card_of, probed
+
+
+class Durations:
+    """What the stages of a recipe will take, here and on cards that everybody knows."""
+
+    def __init__(self, plan: Plan):
+        model = plan.model
+        own = card_of(model.backend.describe(model.device))
+        here = own or probed(model.device)
+        self.cards = [here, *(card for card in CARDS.values() if card is not here)]
+        self.usual = own or CARDS["h100"]
+        self.parts = {spec.name: work_of(spec).work(plan, spec) for spec in plan.recipe.stages}
+
+    def seconds(self, needs: list[Need]) -> dict[str, dict[str, int]]:
+        """By stage and card."""
+        places = {need.stage: need.place for need in needs}
+        return {
+            stage: {card.name: round(sum(part.seconds(card, places[stage]) for part in parts)) for card in self.cards}
+            for stage, parts in self.parts.items()
+        }
+
+    def show(self, needs: list[Need]) -> None:
+        """A table, and under it what takes longest in each stage and which key halves that."""
+        table = Table(title="forecast, time from operations and bytes")
+        table.add_column("stage")
+        for card in self.cards:
+            table.add_column(card.name, justify="right")
+        for stage, by_card in self.seconds(needs).items():
+            table.add_row(stage, *map(_span, by_card.values()))
+        Console().print(table)
+        places = {need.stage: need.place for need in needs}
+        for stage, parts in self.parts.items():
+            part = max(parts, key=lambda part: part.seconds(self.usual, places[stage]))
+            limit = part.limit(self.usual, places[stage])
+            cause = f"on the {self.usual.name} most of it for {part.name}, held up by {limit}"
+            Console().print(f"{stage}: {cause}; half of {part.key} halves it", highlight=False, soft_wrap=True)
+
+
+def _span(seconds: float) -> str:
+    """5400 -> "1.5 h", 90 -> "2 min", 20 -> "20 s"."""
+    if seconds > 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds > 60 else f"{seconds:.0f} s"
