@@ -28,7 +28,7 @@ class Durations:
             for stage, parts in self.parts.items()
         }
 
-    def show(self, needs: list[Need]) -> None:
+    def show(self, out: Console, needs: list[Need]) -> None:
         """A table, and under it what takes longest in each stage and which key halves that."""
         table = Table(title="forecast, time from operations and bytes")
         table.add_column("stage")
@@ -36,13 +36,13 @@ class Durations:
             table.add_column(card.name, justify="right")
         for stage, by_card in self.seconds(needs).items():
             table.add_row(stage, *map(_span, by_card.values()))
-        Console().print(table)
+        out.print(table)
         places = {need.stage: need.place for need in needs}
         for stage, parts in self.parts.items():
             part = max(parts, key=lambda part: part.seconds(self.usual, places[stage]))
             limit = part.limit(self.usual, places[stage])
             cause = f"on the {self.usual.name} most of it for {part.name}, held up by {limit}"
-            Console().print(f"{stage}: {cause}; half of {part.key} halves it", highlight=False, soft_wrap=True)
+            out.print(f"{stage}: {cause}; half of {part.key} halves it", highlight=False, soft_wrap=True)
 
 
 def _span(seconds: float) -> str:

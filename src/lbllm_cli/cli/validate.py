@@ -86,8 +86,10 @@ def validate(recipe: Recipe, as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts, indent=2))
     else:
-        _print_validation(facts, needs, not short)
-        durations.show(needs)
+        # What is refused has no result.
+        out = Console(stderr=bool(short))
+        _print_validation(out, facts, needs, not short)
+        durations.show(out, needs)
     if short:
         raise UsageError("\n".join(short))
 
@@ -109,14 +111,13 @@ def _eval_need(recipe: Recipe, model: SourceModel, segments: dict[str, int], tas
     return whole_model_need(recipe, model, need) if whole else need
 
 
-def _print_validation(facts: dict[str, Any], needs: list[Need], valid: bool) -> None:
+def _print_validation(out: Console, facts: dict[str, Any], needs: list[Need], valid: bool) -> None:
     table = Table(title="forecast, GiB")
     for column in ("stage", "device", "RAM", "disk", "streams", "streams in"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for need in needs:
         sizes = (f"{value / GIB:.1f}" for value in (need.device, need.ram, need.disk + need.teacher, need.streams))
         table.add_row(need.stage, *sizes, "RAM" if need.place == "ram" else need.place)
-    out = Console()
     out.print(
         f"{'valid: ' if valid else ''}{facts['blocks']} blocks, {facts['parameters']:,} parameters, "
         f"{facts['binarized_share']:.1%} of them binarized, "
