@@ -67,7 +67,7 @@ class ResidentBlock:
         stored = parent.read_block(index)
         block = stored_block(model, index, stored, None)
         self.prefix, self.dtype = block.prefix, block.dtype
-        self.model = block.model
+        self.block = block
         self.linears: dict[str, Fixed] = {}
         for name in block.linears:
             weight = block.linear(name).weight
@@ -90,10 +90,9 @@ class ResidentBlock:
             attach(block.layer, block.units, dict(self.quantizers))
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        weights = {f"layers.0.{name}.weight": linear.weight(self.dtype) for name, linear in self.linears.items()}
-        weights |= {f"layers.0.{name}.weight": norm().to(self.dtype) for name, norm in self.norms.items()}
-        inputs = {"inputs_embeds": hidden, "use_cache": False}
-        outputs: Tensor = functional_call(self.model, weights, (), inputs).last_hidden_state
+        weights = {f"{name}.weight": linear.weight(self.dtype) for name, linear in self.linears.items()}
+        weights |= {f"{name}.weight": norm().to(self.dtype) for name, norm in self.norms.items()}
+        outputs: Tensor = functional_call(self.block.layer, weights, (hidden,), self.block.arguments(hidden))
         return outputs
 
     def snapshot(self) -> dict[str, Tensor]:

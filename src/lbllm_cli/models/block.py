@@ -50,6 +50,7 @@ class Block(nn.Module):
         self.prefix = prefix
         self.units = block_units(config) if units is None else units
         self.dtype = dtype
+        self._arguments: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     @property
     def layer(self) -> nn.Module:
@@ -78,5 +79,36 @@ class Block(nn.Module):
         """Replaces a linear's weight, [out, in], cast to the block's dtype."""
         self.linear(name).weight = nn.Parameter(weight.to(self.dtype), requires_grad=False)
 
+    def arguments(self, hidden: Tensor) -> dict[str, Any]:
+        """What transformers gives the layer beside hidden states of this shape: mask, angles of the positions.
+
+        Asked of the model around it once for a shape: each time it looks at the positions, and a GPU is waited for.
+        """
+        key = (*hidden.shape[:2], hidden.dtype)
+        if key not in self._arguments:
+            handle = self.layer.register_forward_pre_hook(_stop_with_arguments, with_kwargs=True, prepend=True)
+            try:
+                with torch.no_grad():
+                    self.model(inputs_embeds=hidden, use_cache=False)
+            except _Arguments as found:
+                self._arguments[key] = found.values
+            finally:
+                handle.remove()
+        return self._arguments[key]
+
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        output: Tensor = self.layer(hidden, **self.arguments(hidden))
+        return output
+
+
+class _Arguments(Exception):
+    """Ends a pass that has come to the layer. values: what the layer was called with."""
+
+    def __init__(self, values: dict[str, Any]):
+        super().__init__()
+        self.values = values
+
+
+def _stop_with_arguments(_: nn.Module, args: tuple[Any, ...], values: dict[str, Any]) -> None:
+    assert len(args) == 1, "a layer takes hidden states by position, and all else by name"
+    raise _Arguments(values)

@@ -1,11 +1,11 @@
-"""The weights of linears that read one input, below each other, in the layout of the kernels; back to the stored form bit for bit.
+"""The weights of linears that read one input, below each other, in the layout of the kernels; and back, bit for bit.
 
 The layout is row-major like the stored one, so a warp's lanes lie along a row: each reads 16 bytes of codes, 64 weights, beside
 its neighbour's, 512 bytes in one coalesced load, and keeps its part of the activations in registers for all rows of a program.
-Only the order within a group differs. A word holds 16 codes as four selectors for `prmt`, which looks up four bytes by the low two
-bits of each nibble of a 16-bit half: no code has to be moved but by one shift. And the columns of `span` words are dealt out so
-that the first selectors of neighbouring words belong to neighbouring columns: what a lane needs of the activations are loads of
-up to 16 bytes too.
+Only the order within a group differs. A word holds 16 codes as four selectors for `prmt`, which looks up four bytes by the low
+two bits of each nibble of a 16-bit half: no code has to be moved but by one shift. And the columns of `span` words are dealt out
+so that the first selectors of neighbouring words belong to neighbouring columns: what a lane needs of the activations are loads
+of up to 16 bytes too.
 """
 
 from collections.abc import Sequence

@@ -1,0 +1,172 @@
+"""Prefill and batches: matrix products with packed weights that are decoded in the kernel.
+
+A program decodes a slice of a group, at most 128 columns, for its rows of weights; each is decoded once for every tile of rows of
+activations.
+"""
+
+# Kernels have the types of the compiler, which mypy does not know.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lbllm_cli.runtime.cuda.gemv import store_outputs
+from lbllm_cli.runtime.cuda.instructions import look_up, multiply_add, rounded_to
+from lbllm_cli.runtime.cuda.operators import operator
+from lbllm_cli.runtime.cuda.weights import CODES_OF_WORD, CudaWeights, span
+
+# Words of a slice: tensor cores take at least 32 columns, and 128 bytes are a line of shared memory.
+_SLICE_MIN, _SLICE_MAX = 2, 8
+
+
+@triton.jit
+def _selectors(words, n, outs, groups, group, start, W: tl.constexpr, V: tl.constexpr, SLICE: tl.constexpr):
+    """Selectors of the words from `start` on of a group, in the order of columns: [outs, SLICE / V, 4, V], n [outs]."""
+    n = n[:, None, None, None]
+    w = start + tl.arange(0, SLICE // V)[None, :, None, None] * V + tl.arange(0, V)[None, None, None, :]
+    word = tl.load(words + (n * groups + group) * W + w, mask=(n < outs) & (w < W), other=0)
+    selector = tl.arange(0, 4)
+    shift = (selector % 2 * 2 + selector // 2 * 16)[None, None, :, None]
+    return word >> shift
+
+
+@triton.jit
+def _joined(a, b, c, d, OUTS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Four neighbours of each selector beside each other: [outs, columns]."""
+    # Joining keeps all four in one thread, which then writes whole words to shared memory; a fifth axis would be spread.
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [OUTS, COLUMNS])
+
+
+@triton.jit
+def gemm_places(
+    words, levels, scale, places, step, bias, residual, out, rows, outs, groups,
+    W: tl.constexpr, V: tl.constexpr, SLICE: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, STEPS: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """A program: a tile [ROWS, OUTS] of outputs. places: int8 [rows, 16 * W * groups]. STEPS: 1 of each group, 0 of each row."""
+    n = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
+    m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    own = places + m.to(tl.int64)[:, None] * (groups * W * 16)
+    slices: tl.constexpr = (W + SLICE - 1) // SLICE
+    total = tl.zeros([ROWS, OUTS], tl.float32)
+    for at in range(0, groups * slices):
+        group, start = at // slices, at % slices * SLICE
+        column = start * 16 + tl.arange(0, SLICE * 16)[None, :]
+        x = tl.load(own + group * (W * 16) + column, mask=(m < rows)[:, None] & (column < W * 16), other=0)
+        level = tl.load(levels + n * groups + group, mask=n < outs, other=0)
+        four = look_up(_selectors(words, n, outs, groups, group, start, W, V, SLICE) & 0x33333333, level[:, None, None, None])
+        low, high = four.to(tl.int8), (four >> 8).to(tl.int8)
+        weight = _joined(low, high, (four >> 16).to(tl.int8), (four >> 24).to(tl.int8), OUTS, SLICE * 16)
+        dots = tl.dot(x, tl.trans(weight), out_dtype=tl.int32).to(tl.float32)
+        factor = tl.load(scale + n * groups + group, mask=n < outs, other=0.0).to(tl.float32)[None, :]
+        if STEPS == 1:
+            factor = factor * tl.load(step + m * groups + group, mask=m < rows, other=0.0)[:, None]
+        total += dots * factor
+    if STEPS == 0:
+        total *= tl.load(step + m, mask=m < rows, other=0.0)[:, None]
+    store_outputs(out, total, m[:, None], n[None, :], rows, outs, bias, residual, BIAS, RESIDUAL)
+
+
+@triton.jit
+def _level(levels, scale, CODE: tl.constexpr, TYPE: tl.constexpr):
+    """The value of a code, [outs, 1, 1, 1], rounded to TYPE as the decoded weight is."""
+    value = ((levels << (24 - 8 * CODE)) >> 24).to(tl.float32) * scale
+    return rounded_to(value, TYPE)[:, None, None, None]
+
+
+@triton.jit
+def _picked(selector, a, b, c, d):
+    """The value of a code, the low two bits of the selector."""
+    return tl.where((selector & 2) != 0, tl.where((selector & 1) != 0, d, c), tl.where((selector & 1) != 0, b, a))
+
+
+@triton.jit
+def gemm_values(
+    words, levels, scale, x, bias, residual, out, rows, outs, groups, width,
+    W: tl.constexpr, V: tl.constexpr, SLICE: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """`gemm_places` with x in floats, [rows, width], and weights rounded to its type."""
+    n = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
+    m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    own = x + m.to(tl.int64)[:, None] * width
+    slices: tl.constexpr = (W + SLICE - 1) // SLICE
+    TYPE: tl.constexpr = x.dtype.element_ty
+    total = tl.zeros([ROWS, OUTS], tl.float32)
+    for at in range(0, groups * slices):
+        group, start = at // slices, at % slices * SLICE
+        within = start * 16 + tl.arange(0, SLICE * 16)[None, :]
+        column = group * (W * 16) + within
+        tile = tl.load(own + column, mask=(m < rows)[:, None] & (within < W * 16) & (column < width), other=0.0)
+        level = tl.load(levels + n * groups + group, mask=n < outs, other=0)
+        factor = tl.load(scale + n * groups + group, mask=n < outs, other=0.0).to(tl.float32)
+        a, b = _level(level, factor, 0, TYPE), _level(level, factor, 1, TYPE)
+        c, d = _level(level, factor, 2, TYPE), _level(level, factor, 3, TYPE)
+        selector = _selectors(words, n, outs, groups, group, start, W, V, SLICE)
+        weight = _joined(
+            _picked(selector, a, b, c, d), _picked(selector >> 4, a, b, c, d), _picked(selector >> 8, a, b, c, d),
+            _picked(selector >> 12, a, b, c, d), OUTS, SLICE * 16,
+        )  # fmt: skip
+        total = multiply_add(tile, tl.trans(weight), total)
+    store_outputs(out, total, m[:, None], n[None, :], rows, outs, bias, residual, BIAS, RESIDUAL)
+
+
+def tile(rows: int, words: int, values: bool = False) -> dict[str, Any]:
+    """Constants of a program for `rows` of activations and groups of `words`, and how it is compiled.
+
+    values: of `gemm_values`. 700, 8 -> a tile of 64 x 128 outputs, 128 columns at once.
+    """
+    # What fits the registers of 128 threads beside the sums of a group, or a decoded slice in 16 bits.
+    m = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    each = min(max(triton.next_power_of_2(words), _SLICE_MIN), _SLICE_MAX)
+    constants = {
+        "W": words,
+        "V": span(words * CODES_OF_WORD),
+        "SLICE": each,
+        "ROWS": m,
+        "OUTS": 128 if rows > 32 and not values else 64,
+    }
+    return {**constants, "num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
+
+
+_WEIGHTS = "Tensor words, Tensor levels, Tensor scale"
+
+
+@operator(f"gemm_places({_WEIGHTS}, Tensor places, Tensor step, Tensor? bias, Tensor? residual, Tensor(a!) out)")
+def _gemm_places(
+    words: Tensor, levels: Tensor, scale: Tensor, places: Tensor, step: Tensor, bias: Tensor | None, residual: Tensor | None,
+    out: Tensor,
+) -> None:  # fmt: skip
+    rows, (outs, groups, each) = len(out), words.shape
+    constants = tile(rows, each)
+    gemm_places[(-(-outs // constants["OUTS"]), -(-rows // constants["ROWS"]))](
+        words, levels, scale, places, step, out if bias is None else bias, out if residual is None else residual, out, rows, outs,
+        groups, STEPS=int(step.shape[1] == groups), BIAS=bias is not None, RESIDUAL=residual is not None, **constants,
+    )  # fmt: skip
+
+
+@operator(f"gemm_values({_WEIGHTS}, Tensor x, Tensor? bias, Tensor? residual, Tensor(a!) out)")
+def _gemm_values(
+    words: Tensor, levels: Tensor, scale: Tensor, x: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor
+) -> None:
+    rows, (outs, groups, each) = len(out), words.shape
+    constants = tile(rows, each, values=True)
+    gemm_values[(-(-outs // constants["OUTS"]), -(-rows // constants["ROWS"]))](
+        words, levels, scale, x, out if bias is None else bias, out if residual is None else residual, out, rows, outs, groups,
+        x.shape[1], BIAS=bias is not None, RESIDUAL=residual is not None, **constants,
+    )  # fmt: skip
+
+
+def gemm_quantized(
+    weights: CudaWeights, places: Tensor, step: Tensor, out: Tensor, residual: Tensor | None = None, bias: Tensor | None = None
+) -> None:
+    """`gemv.gemv_quantized` for any number of rows."""
+    _gemm_places(weights.words, weights.levels, weights.scale, places, step, bias, residual, out)
+
+
+def gemm(weights: CudaWeights, x: Tensor, out: Tensor, residual: Tensor | None = None, bias: Tensor | None = None) -> None:
+    """`gemv.gemv` for any number of rows, with weights that are rounded to the type of x, and x of any width."""
+    _gemm_values(weights.words, weights.levels, weights.scale, x, bias, residual, out)

@@ -1,0 +1,1 @@
+"""What stages compute, as kernels: `TritonKernels` is the `StageKernels` of a GPU."""

@@ -1,0 +1,101 @@
+"""The columns of one group in turn, rows beside each other: what error compensation and coordinate descent spend their time on.
+
+A program keeps all columns of some rows in registers and takes one after another out of them by a masked sum: registers have no
+addresses.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lbllm_cli.runtime.cuda.operators import operator
+from lbllm_cli.runtime.cuda.stage.levels import level_at, load_levels, nearest_rank
+
+# Rows of a program, one warp: 128 columns of them are 64 registers a thread.
+ROWS = 16
+# Columns that a program can hold.
+COLUMNS_MAX = 128
+
+
+@triton.jit
+def _load_columns(block, row, size, rows, SIZE: tl.constexpr):
+    """Columns of some rows: block [size, rows], row [n] -> float32 [SIZE, n]."""
+    line = tl.arange(0, SIZE)[:, None]
+    return tl.load(block + line * rows + row[None, :], mask=(line < size) & (row < rows)[None, :], other=0.0)
+
+
+@triton.jit
+def _without(tile, matrix, j, moved, size, down, right, SIZE: tl.constexpr):
+    """The tile after `moved` [n] was pushed onto the columns behind column j: by the row j of a matrix, of which `down` and `right`
+    are the strides.
+    """
+    line = tl.arange(0, SIZE)
+    share = tl.load(matrix + j * down + line * right, mask=(line > j) & (line < size), other=0.0)
+    return tile - share[:, None] * moved[None, :]
+
+
+@triton.jit
+def compensate_columns(
+    block, factor, levels, ranks, errors, size, rows, down, right, between, PUSH: tl.constexpr, SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """A program: ROWS rows of a group. down, right: strides of factor. between: of levels, from row to row."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    here = row < rows
+    a, b, c, d = load_levels(levels, row.to(tl.int64) * between, here)
+    tile = _load_columns(block, row, size, rows, SIZE)
+    line = tl.arange(0, SIZE)[:, None]
+    for j in range(size):
+        target = tl.sum(tl.where(line == j, tile, 0.0), 0)
+        rank = nearest_rank(target, a, b, c, d)
+        pivot = tl.load(factor + j * down + j * right)
+        error = tl.div_rn(target - level_at(rank, a, b, c, d), tl.zeros([ROWS], tl.float32) + pivot)
+        tl.store(ranks + j * rows + row, rank.to(tl.uint8), mask=here)
+        tl.store(errors + j * rows + row, error, mask=here)
+        if PUSH:
+            tile = _without(tile, factor, j, error, size, down, right, SIZE)
+
+
+@triton.jit
+def descend_columns(
+    gradient, current, hessian, levels, ranks, moved, size, rows, down, right, between, SIZE: tl.constexpr, ROWS: tl.constexpr
+):
+    """A program: ROWS rows of a group. down, right: strides of hessian. between: of levels, from row to row."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    here = row < rows
+    a, b, c, d = load_levels(levels, row.to(tl.int64) * between, here)
+    tile = _load_columns(gradient, row, size, rows, SIZE)
+    line = tl.arange(0, SIZE)[:, None]
+    for j in range(size):
+        slope = tl.sum(tl.where(line == j, tile, 0.0), 0)
+        present = tl.load(current + j * rows + row, mask=here, other=0.0)
+        pivot = tl.load(hessian + j * down + j * right)
+        rank = nearest_rank(present + tl.div_rn(slope, tl.zeros([ROWS], tl.float32) + pivot), a, b, c, d)
+        step = level_at(rank, a, b, c, d) - present
+        tl.store(ranks + j * rows + row, rank.to(tl.uint8), mask=here)
+        tl.store(moved + j * rows + row, step, mask=here)
+        tile = _without(tile, hessian, j, step, size, down, right, SIZE)
+
+
+def _settings(block: Tensor) -> dict[str, int]:
+    return {"SIZE": triton.next_power_of_2(len(block)), "ROWS": ROWS, "num_warps": 1}
+
+
+@operator("compensate_columns(Tensor block, Tensor factor, Tensor levels, bool push, Tensor(a!) ranks, Tensor(b!) errors)")
+def compensate(block: Tensor, factor: Tensor, levels: Tensor, push: bool, ranks: Tensor, errors: Tensor) -> None:
+    """At most COLUMNS_MAX columns; see `StageKernels.compensate_columns`."""
+    size, rows = block.shape
+    compensate_columns[(triton.cdiv(rows, ROWS),)](
+        block, factor, levels, ranks, errors, size, rows, *factor.stride(), levels.stride(0), PUSH=push, **_settings(block)
+    )
+
+
+@operator(
+    "descend_columns(Tensor gradient, Tensor current, Tensor hessian, Tensor levels, Tensor(a!) ranks, Tensor(b!) moved)"
+)
+def descend(gradient: Tensor, current: Tensor, hessian: Tensor, levels: Tensor, ranks: Tensor, moved: Tensor) -> None:
+    """At most COLUMNS_MAX columns; see `StageKernels.descend_columns`."""
+    size, rows = gradient.shape
+    descend_columns[(triton.cdiv(rows, ROWS),)](
+        gradient, current, hessian, levels, ranks, moved, size, rows, *hessian.stride(), levels.stride(0), **_settings(gradient)
+    )

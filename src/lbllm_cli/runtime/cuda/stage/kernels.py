@@ -1,0 +1,92 @@
+"""The kernels of stages: what is allocated for them, and in which order they run."""
+
+import torch
+from torch import Tensor
+
+from lbllm_cli.format.weights import LEVELS, group_count
+from lbllm_cli.runtime.cuda.stage import codes as packed
+from lbllm_cli.runtime.cuda.stage import columns, em, latents, moments, normal
+
+
+class TritonKernels:
+    """`StageKernels` in Triton."""
+
+    def add_products(self, x: Tensor, y: Tensor | None, hessian: Tensor, drift: Tensor | None) -> None:
+        x = x.contiguous()
+        moments.square(x, hessian)
+        if y is not None and drift is not None:
+            moments.drift(x, y.contiguous(), drift)
+
+    def fit_levels(self, weight: Tensor, importance: Tensor, iterations: int) -> Tensor:
+        weight = weight.contiguous()
+        levels = weight.new_empty(len(weight), LEVELS)
+        em.fit(weight, importance.contiguous(), weight.sort(dim=1).values, iterations, levels)
+        return levels
+
+    def compensate_columns(self, block: Tensor, factor: Tensor, levels: Tensor, push: bool) -> tuple[Tensor, Tensor]:
+        ranks, errors = torch.empty_like(block, dtype=torch.uint8), torch.empty_like(block)
+        most, size = columns.COLUMNS_MAX, len(block)
+        if push and size > most:
+            block = block.clone()
+        for start in range(0, size, most):
+            part = slice(start, min(start + most, size))
+            columns.compensate(block[part], factor[part, part], levels, push, ranks[part], errors[part])
+            if push and part.stop < size:
+                block[part.stop :].addmm_(factor[part, part.stop :].T, errors[part], alpha=-1)
+        return ranks, errors
+
+    def descend_columns(self, gradient: Tensor, current: Tensor, hessian: Tensor, levels: Tensor, ranks: Tensor) -> Tensor:
+        moved = torch.empty_like(gradient)
+        most, size = columns.COLUMNS_MAX, len(gradient)
+        if size > most:
+            gradient = gradient.clone()
+        for start in range(0, size, most):
+            part = slice(start, min(start + most, size))
+            columns.descend(gradient[part], current[part], hessian[part, part], levels, ranks[part], moved[part])
+            if part.stop < size:
+                gradient[part.stop :].addmm_(hessian[part, part.stop :].T, moved[part], alpha=-1)
+        return moved
+
+    def normal_equations(self, ranks: Tensor, weighted: Tensor, hessian: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+        rows, width = ranks.shape
+        unknowns = group_count(width, group_size) * LEVELS
+        gram, right = weighted.new_empty(rows, unknowns, unknowns), weighted.new_empty(rows, unknowns)
+        normal.fill_gram(ranks, hessian, group_size, gram)
+        normal.sum_ranks(weighted, ranks, group_size, right)
+        return gram, right
+
+    def stored_levels(self, levels: Tensor) -> Tensor:
+        levels = levels.contiguous()
+        found = torch.empty_like(levels)
+        latents.store(levels, found)
+        return found
+
+    def nearest(self, latent: Tensor, levels: Tensor, weight: Tensor) -> None:
+        latents.nearest(latent, levels, weight)
+
+    def nearest_sums(self, gradient: Tensor, latent: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+        sums, squares = torch.empty_like(levels), latents.squares_of(latent)
+        latents.sum_levels(gradient.contiguous(), latent, levels, sums, squares)
+        return sums, squares.sum()
+
+    def latent_step(
+        self,
+        latent: Tensor,
+        moments: tuple[Tensor, Tensor],
+        step: Tensor,
+        gradient: Tensor,
+        levels: Tensor,
+        factor: Tensor,
+        skipped: Tensor,
+        rate: float,
+        dampening: float,
+    ) -> None:
+        latents.step_latents(latent, *moments, step, gradient.contiguous(), levels, factor, skipped, rate, dampening)
+
+    def decoded(self, codes: Tensor, levels: Tensor, weight: Tensor) -> None:
+        packed.decode(codes, levels, weight)
+
+    def code_sums(self, gradient: Tensor, codes: Tensor) -> Tensor:
+        sums = torch.empty(*codes.shape[:2], LEVELS, device=codes.device)
+        packed.sum_codes(gradient.contiguous(), codes, sums)
+        return sums

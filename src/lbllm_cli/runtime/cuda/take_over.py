@@ -1,0 +1,53 @@
+"""What the kernels compute of a loaded packed model."""
+
+from typing import Any
+
+from torch import nn
+
+from lbllm_cli.format.activations import input_name
+from lbllm_cli.runtime.attachments import share_inputs
+from lbllm_cli.runtime.cuda.head_linear import HeadLinear
+from lbllm_cli.runtime.cuda.step import DecodeStep, decoder_steppable
+from lbllm_cli.runtime.cuda.unit import CudaUnit, usable
+from lbllm_cli.runtime.units import Units
+
+
+class _Standing:
+    """A handle of a module's forward that was replaced."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def remove(self) -> None:
+        """Puts the module's own back."""
+        self.module.__dict__.pop("forward", None)
+
+
+def take_over(model: Any, units: Units, quantized: bool) -> list[Any]:
+    """Puts linears into units, and lets kernels compute decode steps and the head; returns handles that take hooks back.
+
+    quantized: whether the model quantizes activations.
+    """
+    decoder, handles, taken = model.get_decoder(), [], []
+    for layer in decoder.layers:
+        handles += [] if quantized else share_inputs(layer, units)
+        taken.append(_units_of(layer, units, quantized))
+    # A layer whose linears are not all in units is none that is known.
+    whole = all(len(its) == len(units) for its in taken)
+    if quantized and whole and decoder_steppable(decoder, units):
+        decoder.forward = DecodeStep(decoder, taken)
+        handles.append(_Standing(decoder))
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear and head.bias is None:
+        model.set_output_embeddings(HeadLinear.of(head))
+    return handles
+
+
+def _units_of(layer: nn.Module, units: Units, quantized: bool) -> list[CudaUnit]:
+    found = []
+    for names in units:
+        linears: list[Any] = [layer.get_submodule(name) for name in names]
+        by: Any = layer.get_submodule(input_name(names)) if quantized else None
+        if usable(linears, by):
+            found.append(CudaUnit(linears, by))
+    return found
