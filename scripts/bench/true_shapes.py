@@ -30,8 +30,8 @@ from lbllm_cli.recipe.load import load_recipe
 from lbllm_cli.recipe.stages import STAGES
 from lbllm_cli.training.knees import tables_of
 
-# Tokens of a sequence, sequences of the streams, and tokens of a prompt before decode steps.
-LENGTH, ROWS, PROMPT = 2048, 6, 512
+# Tokens of a sequence, sequences of the streams, and of an end-to-end phase: one step, and one held out. Tokens of a prompt.
+LENGTH, ROWS, WHOLE_ROWS, PROMPT = 2048, 6, 2, 512
 # Functions of the package whose work is counted under a name of its own. One that is gone is left out.
 PHASES = {
     "ptq": (
@@ -122,7 +122,7 @@ def _stage(device: Device, thing: str, config: Any, folder: Path, changes: list[
     parent = _Parent(model, FORMAT if name == "act-calib-e2e" else None) if spec.parents else None
     work = work_of(spec)
     need = work.need(plan, spec, None)
-    tokens = torch.zeros(ROWS // 2 if spec.end_to_end else ROWS, LENGTH, dtype=torch.int64)
+    tokens = torch.zeros(WHOLE_ROWS if spec.end_to_end else ROWS, LENGTH, dtype=torch.int64)
     given: Any = parent
     writer: Any = _Writer(folder)
     run = StageRun(spec, plan, need, tokens, given, work.activations(plan, given), writer, Reporter(name, model))
@@ -178,7 +178,9 @@ def _source_model(device: Device, config: Any, folder: Path) -> SourceModel:
     entries |= {name: TensorEntry(folder / "config.json", "BF16", shape) for name, shape in model.shapes.items()}
 
     def read_tensors(entries: dict[str, TensorEntry], names: list[str], _: torch.device) -> dict[str, Tensor]:
-        found = {name: torch.empty(entries[name].shape, dtype=torch.bfloat16, device=CUDA) for name in names}
+        made = {name: torch.empty(entries[name].shape, dtype=torch.bfloat16, device=CUDA) for name in names}
+        # Of what is small there are values: norms of zeros would be divided by.
+        found = {name: tensor if tensor.dim() > 1 else tensor.fill_(1) for name, tensor in made.items()}
         device.accounts.copied(uploads=sum(entries[name].nbytes for name in names))
         return found
 

@@ -64,6 +64,11 @@ def _score(mine: Tensor, other: Tensor | None) -> Tensor:
     return (mine if other is None else torch.minimum(mine, other)).sum(-1)
 
 
+def _row(table: Tensor, number: Tensor) -> Tensor:
+    """A row by its number, int64 [], which indexing would wait for."""
+    return table.index_select(0, number.view(1))[0]
+
+
 class Sample(NamedTuple):
     """What to find tables for. x: token-groups, float32 [groups, size]. tables: 1 or 2."""
 
@@ -98,10 +103,10 @@ def _search(sample: Sample) -> Generator[Tensor, list[int], list[Shape]]:
     table = _errors(x, shapes)
     chosen = [_score(table, None).argmin()]
     if tables == 2:
-        chosen.append(_score(table, table[chosen[0]]).argmin())
+        chosen.append(_score(table, _row(table, chosen[0])).argmin())
         for _ in range(_ROUNDS):
             for turn in (0, 1):
-                chosen[turn] = _score(table, table[chosen[1 - turn]]).argmin()
+                chosen[turn] = _score(table, _row(table, chosen[1 - turn])).argmin()
     numbers = yield torch.stack([chosen[0], chosen[-1]])
     best, errors = [shapes[number] for number in numbers[:tables]], [table[number] for number in numbers[:tables]]
     for _ in range(_ROUNDS):
@@ -111,8 +116,7 @@ def _search(sample: Sample) -> Generator[Tensor, list[int], list[Shape]]:
             near = [shape for shape in _neighbours(best[turn]) if shape.valid() and shape != best[turn]]
             tried = _errors(x, near)
             scores = torch.stack([_score(row, other) for row in tried])
-            first = scores.argmin()
-            better, number = yield torch.stack([(scores[first] < _score(errors[turn], other)).long(), first])
+            better, number = yield torch.stack([(scores.min() < _score(errors[turn], other)).long(), scores.argmin()])
             if better:
                 best[turn], errors[turn] = near[number], tried[number]
         if best == before:

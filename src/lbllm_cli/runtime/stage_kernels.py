@@ -50,6 +50,9 @@ class StageKernels(Protocol):
     def stored_levels(self, levels: Tensor) -> Tensor:
         """`training.ste.StoredLevels`, without the check for infinities: [..., groups, 4] -> the same shape."""
 
+    def sort_levels(self, levels: Tensor) -> None:
+        """Sorts the four levels of each group, [..., 4], in place."""
+
     def nearest(self, latent: Tensor, levels: Tensor, weight: Tensor) -> None:
         """Writes each latent's nearest level.
 
@@ -74,8 +77,8 @@ class StageKernels(Protocol):
         """AdamW without decay (betas 0.9, 0.95, epsilon 1e-8) on latents, then a share `dampening` of the way to the level that
         each was nearest to before the step.
 
-        moments: exp_avg and exp_avg_sq, of latent's shape. step: [], this step's number. factor: [], what gradients are multiplied
-        by. skipped: [], 1 where nothing is to be changed. levels: as they were in `nearest`.
+        moments: exp_avg and exp_avg_sq, of latent's shape. step: [], this step's number. factor: [], what gradients are
+        multiplied by. skipped: [], 1 where nothing is to be changed. levels: as they were in `nearest`.
         """
 
     def decoded(self, codes: Tensor, levels: Tensor, weight: Tensor) -> None:
@@ -106,7 +109,8 @@ class StageKernels(Protocol):
         clip: Tensor,
         tau: float,
     ) -> Tensor:
-        """Values of the soft form, in x's dtype, each group with the table that its deployed form takes: `act_ste.soft_quantize`."""
+        """Values of the soft form, in x's dtype: `training.act_ste.soft_quantize`, each group with the table that its deployed
+        form takes."""
 
     def soft_quantize_gradients(
         self,
@@ -122,10 +126,11 @@ class StageKernels(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of x, in its dtype, of ratio [tables, 2] and of clip [tables, 2]."""
 
-    def deployed_tables(self, counts: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
+    def deployed_tables(self, counts: Tensor, ratio: Tensor, codes: int) -> tuple[Tensor, Tensor]:
         """Tables of shapes with rounded ratios, made to fit the lattice as `training.quantizers` does.
 
-        counts [tables, 4], ratio [tables, 2], below and above -> levels uint8 [tables, 2^bits], zero uint8 [tables].
+        counts [tables, 4], ratio [tables, 2], below and above; codes: levels of a table, 2^bits -> levels uint8 [tables, codes],
+        zero uint8 [tables].
         """
 
     def table_errors(self, x: Tensor, levels: Tensor, zero: Tensor) -> Tensor:

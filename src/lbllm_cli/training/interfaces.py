@@ -25,8 +25,8 @@ class OwnStep(Protocol):
 
     parameter: nn.Parameter
 
-    def norm(self) -> Tensor:
-        """Of the gradient, float32 []."""
+    def square(self) -> Tensor:
+        """Sum of the gradient's squares, float32 []."""
 
     def step(self, state: dict[str, Tensor], scale: Scale, rate: float) -> None:
         """AdamW's step. state: the optimizer's, whose `step` is this one's number."""

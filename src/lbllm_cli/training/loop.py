@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lbllm_cli.core import interrupt
 from lbllm_cli.core.errors import Interrupted, RunError
@@ -199,7 +199,8 @@ class TrainingLoop:
         every = [(p, group.unit) for group in self.groups for p in group.params]
         plain = {id(p): p.grad for p, _ in every if p.grad is not None}
         norms = dict(zip(plain, torch._foreach_norm(list(plain.values())), strict=True)) if plain else {}
-        norms |= {key: one.norm() for key, one in own.items()}
+        if own:
+            norms |= dict(zip(own, torch._foreach_sqrt([one.square() for one in own.values()]), strict=True))
         found = [(norms[id(p)], unit) for p, unit in every if id(p) in norms]
         norm = (torch.stack([part for part, _ in found]) * self._on_device(tuple(unit for _, unit in found))).norm()
         scale = self.tally.add(loss, norm)
@@ -211,7 +212,8 @@ class TrainingLoop:
     def _on_device(self, units: tuple[float, ...]) -> Tensor:
         """Units of some parameters; there are as many of these tuples as kinds of steps."""
         if units not in self._units:
-            self._units[units] = torch.tensor(units, device=self.job.device)
+            transfers, values = self.backend.transfers(self.job.device), torch.tensor(units)
+            self._units[units] = values if transfers is None else transfers.small(values)
         return self._units[units]
 
     def _move(self, own: dict[int, OwnStep], gradients: list[Tensor], scale: Scale) -> None:
@@ -226,14 +228,20 @@ class TrainingLoop:
             self.optimizer.found_inf = scale.skipped  # type: ignore[attr-defined]
         self.optimizer.step()
         rates = {id(p): group.top * factor for group in self.groups for p in group.params}
-        for key, one in own.items():
-            state = self.optimizer.state[one.parameter]
-            if not state:
-                zeros = {name: torch.zeros_like(one.parameter) for name in ("exp_avg", "exp_avg_sq")}
-                state.update(step=torch.zeros((), device=self.job.device), **zeros)
-            state["step"] += 1 - scale.skipped
+        states = [self._state(one.parameter) for one in own.values()]
+        if states:
+            torch._foreach_add_([state["step"] for state in states], 1 - scale.skipped)
+        for (key, one), state in zip(own.items(), states, strict=True):
             one.step(state, scale, rates[key])
         self.trained.constrain()
+
+    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """What AdamW keeps of a parameter."""
+        state: dict[str, Tensor] = self.optimizer.state[parameter]
+        if not state:
+            zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            state.update(step=torch.zeros((), device=self.job.device), **zeros)
+        return state
 
     def _check_skipped(self, number: int, loss: float, norm: float) -> None:
         skipped, section = self.progress.skipped, self.job.section

@@ -78,7 +78,7 @@ class TrainableQuantizer(ActQuantizer):
         levels, zero = self.act_levels, self.act_zero
         kernels = backend_of(levels.device).kernels
         if self.shapes and kernels is not None:
-            levels, zero = kernels.deployed_tables(self.get_buffer("counts"), self.log_ratio.exp())
+            levels, zero = kernels.deployed_tables(self.get_buffer("counts"), self.log_ratio.exp(), levels.shape[1])
         elif self.shapes:
             moved = [self._rounded(shape, row) for shape, row in zip(self.shapes, self.log_ratio.exp().tolist(), strict=True)]
             tables = tables_of(moved, levels.device)

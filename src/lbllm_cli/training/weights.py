@@ -91,7 +91,7 @@ class Nearest(Master):
             super().take(gradient)
             return
         sums, square = kernels.nearest_sums(gradient, self.latent.detach(), self._held)
-        self._gradient, self._norm = gradient, square.sqrt()
+        self._gradient, self._square = gradient, square
         if self.levels.requires_grad:
             self.levels.grad = sums
 
@@ -104,8 +104,10 @@ class Nearest(Master):
 
         What moved with the step itself is not pulled again.
         """
-        if self._kernels is None:
-            _follow(self.latent, self.values, dampening)
+        if (kernels := self._kernels) is not None:
+            kernels.sort_levels(self.levels)
+            return
+        _follow(self.latent, self.values, dampening)
         self.levels.copy_(self.levels.sort(dim=-1).values)
 
     @torch.no_grad()
@@ -122,8 +124,8 @@ class _LatentStep:
     def __init__(self, owner: Nearest, dampening: float):
         self.owner, self.parameter, self.dampening = owner, owner.latent, dampening
 
-    def norm(self) -> Tensor:
-        return self.owner._norm
+    def square(self) -> Tensor:
+        return self.owner._square
 
     @torch.no_grad()
     def step(self, state: dict[str, Tensor], scale: Scale, rate: float) -> None:

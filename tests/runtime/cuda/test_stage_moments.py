@@ -21,7 +21,11 @@ def symmetric(width: int) -> Tensor:
     return (products + products.T) / 2
 
 
-@pytest.mark.parametrize(("rows", "width", "size"), [(3, 200, 64), (ROWS + 1, 96, 32), (2, 128, 128), (2, 100, 48), (1, 300, 160)])
+# The last group of columns is worked on in two pieces.
+SHAPES = [(3, 200, 64), (ROWS + 1, 96, 32), (2, 128, 128), (2, 100, 48), (1, 300, 160)]
+
+
+@pytest.mark.parametrize(("rows", "width", "size"), SHAPES)
 def test_normal_equations_are_those_of_torch(device, rows, width, size):
     random = torch.Generator().manual_seed(width)
     ranks = torch.randint(0, 4, (rows, width), generator=random).to(torch.uint8)
@@ -47,20 +51,17 @@ def test_moments_are_those_of_torch(device, tokens, width, dtype):
     x = torch.randn(tokens, width, generator=random)
     x[:, 5] *= 100
     x, y = x.to(dtype), (x + 0.1 * torch.randn(tokens, width, generator=random)).to(dtype)
-    before = symmetric(width)
-    hessian, drift = before.clone().to(device), before.clone().to(device)
+    before, started = symmetric(width), torch.randn(width, width, generator=random)
+    hessian, drift = before.clone().to(device), started.clone().to(device)
     KERNELS.add_products(x.to(device), y.to(device), hessian, drift)
-    exact = before.double() + x.T.double() @ x.double()
+    x, apart = x.double(), y.double() - x.double()
     assert torch.equal(hessian[SIDE:, :SIDE], hessian[:SIDE, SIDE:].T)
-    size = x.T.double().abs() @ x.double().abs() + before.abs()
-    print(tokens, width, dtype, ((hessian.cpu() - exact).abs() / size).max())
-    assert ((hessian.cpu() - exact).abs() / size).max() < 1e-6
-    apart = y.double() - x.double()
-    wrong = (drift.cpu() - before.double() - apart.T @ x.double()).abs()
-    size = apart.abs().T @ x.double().abs()
-    print((wrong/(size + 1e-5*before.abs())).max())
+    wrong = (hessian.cpu() - before - x.T @ x).abs() / (before.abs() + x.T.abs() @ x.abs())
+    assert wrong.max() < 1e-6  # measured 1.6e-7
     # The difference is rounded to x's dtype.
-    assert (wrong < torch.finfo(dtype).eps * size + 1e-7 * before.abs()).all()
+    wrong = (drift.cpu() - started - apart.T @ x).abs() / (started.abs() + apart.T.abs() @ x.abs())
+    print("drift", dtype, wrong.max() / torch.finfo(dtype).eps)
+    assert wrong.max() < torch.finfo(dtype).eps
 
 
 def test_moments_without_the_other_stream(device):

@@ -131,8 +131,8 @@ def join_parts(
         kept = tl.exp2(tl.load(weights + (first + part) * 2, mask=inside, other=0.0) - base)
         total += kept * tl.load(weights + (first + part) * 2 + 1, mask=inside, other=0.0)
         values += kept * tl.load(sums + (first + part) * width + column % width, mask=inside, other=0.0)
-    # A row that attends to nothing gives zeros.
-    values = tl.where(total > 0, values / total, 0.0)
+    # The largest weight is 1, so a sum below is that of a row that attends to nothing: it gives zeros.
+    values = values / tl.maximum(total, 1.0)
     values = tl.where(inside, rounded_to(values, TYPE).to(tl.float32), 0.0)
     store_places(values, lattice, factors, found, step, row, group, groups, padded, TABLES, PLACES, SIZE, BLOCK)
 

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from functools import partial
+from inspect import signature
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -71,6 +72,7 @@ class DecodeStep:
     def __init__(self, decoder: Any, units: list[list[CudaUnit]]):
         self.decoder = decoder
         self.arguments = Arguments(decoder)
+        self.names = list(signature(type(decoder).forward).parameters)[1:]
         self.layers = [StepLayer(layer, its) for layer, its in zip(decoder.layers, units, strict=True)]
         self.linears = [packed for its in units for unit in its for packed in unit.linears]
         self.linear_units = [packed.unit for packed in self.linears]
@@ -87,7 +89,7 @@ class DecodeStep:
         return {**self.__dict__, "_known": None, "_passes": OrderedDict()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = None if args else self._call(kwargs)
+        call = self._call({**dict(zip(self.names, args, strict=False)), **kwargs})
         if call is None or not self._ready():
             return type(self.decoder).forward(self.decoder, *args, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self._step(call), past_key_values=call.cache)

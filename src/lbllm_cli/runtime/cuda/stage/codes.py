@@ -19,9 +19,7 @@ def _codes(codes, group, here, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def decoded_weight(
-    codes, levels, weight, groups, total, width, SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr
-):
+def decoded_weight(codes, levels, weight, groups, total, width, SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr):
     """A program: GROUPS of `total` groups; see `group_places`."""
     group, _, place, here = group_places(tl.program_id(0) * GROUPS, groups, total, width, SIZE, BLOCK, GROUPS)
     a, b, c, d = load_levels(levels, group.to(tl.int64) * 4, group < total)
@@ -30,9 +28,7 @@ def decoded_weight(
 
 
 @triton.jit
-def code_sums(
-    gradient, codes, sums, groups, total, width, SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr
-):
+def code_sums(gradient, codes, sums, groups, total, width, SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr):
     """A program: GROUPS of `total` groups."""
     group, _, place, here = group_places(tl.program_id(0) * GROUPS, groups, total, width, SIZE, BLOCK, GROUPS)
     slope = tl.load(gradient + place, mask=here, other=0.0).to(tl.float32)
@@ -44,7 +40,7 @@ def code_sums(
 def decode(codes: Tensor, levels: Tensor, weight: Tensor) -> None:
     """See `StageKernels.decoded`."""
     out, groups, quads = codes.shape
-    grid, settings = tiling(out, groups, quads * 4, weight.shape[1])
+    grid, settings = tiling((out, groups, quads * 4), weight.shape[1])
     decoded_weight[grid](codes, levels, weight, **settings)
 
 
@@ -52,5 +48,5 @@ def decode(codes: Tensor, levels: Tensor, weight: Tensor) -> None:
 def sum_codes(gradient: Tensor, codes: Tensor, sums: Tensor) -> None:
     """See `StageKernels.code_sums`."""
     out, groups, quads = codes.shape
-    grid, settings = tiling(out, groups, quads * 4, gradient.shape[1])
+    grid, settings = tiling((out, groups, quads * 4), gradient.shape[1])
     code_sums[grid](gradient, codes, sums, **settings)

@@ -26,8 +26,9 @@ def _load_columns(block, row, size, rows, SIZE: tl.constexpr):
 
 @triton.jit
 def _without(tile, matrix, j, moved, size, down, right, SIZE: tl.constexpr):
-    """The tile after `moved` [n] was pushed onto the columns behind column j: by the row j of a matrix, of which `down` and `right`
-    are the strides.
+    """The tile after `moved` [n] was pushed onto the columns behind column j.
+
+    By row j of a matrix, whose strides are down and right.
     """
     line = tl.arange(0, SIZE)
     share = tl.load(matrix + j * down + line * right, mask=(line > j) & (line < size), other=0.0)
@@ -90,9 +91,7 @@ def compensate(block: Tensor, factor: Tensor, levels: Tensor, push: bool, ranks:
     )
 
 
-@operator(
-    "descend_columns(Tensor gradient, Tensor current, Tensor hessian, Tensor levels, Tensor(a!) ranks, Tensor(b!) moved)"
-)
+@operator("descend_columns(Tensor gradient, Tensor current, Tensor hessian, Tensor levels, Tensor(a!) ranks, Tensor(b!) moved)")
 def descend(gradient: Tensor, current: Tensor, hessian: Tensor, levels: Tensor, ranks: Tensor, moved: Tensor) -> None:
     """At most COLUMNS_MAX columns; see `StageKernels.descend_columns`."""
     size, rows = gradient.shape

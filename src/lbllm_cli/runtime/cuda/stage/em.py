@@ -21,9 +21,7 @@ def _mean(member, mass, moment, level):
 
 
 @triton.jit
-def fit_levels(
-    weight, importance, ordered, levels, rows, n, between, iterations, ROWS: tl.constexpr, SIZE: tl.constexpr
-):
+def fit_levels(weight, importance, ordered, levels, rows, n, between, iterations, ROWS: tl.constexpr, SIZE: tl.constexpr):
     """A program: ROWS rows. ordered: weight, each row sorted. between: stride of importance from row to row."""
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, SIZE)[None, :]
     known = row < rows

@@ -1,5 +1,7 @@
 """How groups of a weight, and pairs of them, are dealt out to programs."""
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 
@@ -30,8 +32,9 @@ def pair_below(number):
     return i, number - i * (i + 1) // 2
 
 
-def tiling(out: int, groups: int, size: int, width: int) -> tuple[tuple[int], dict[str, int]]:
-    """Grid and arguments of a kernel over all groups of a weight [out, width]: groups of a row, and columns of a group."""
+def tiling(shape: Sequence[int], width: int) -> tuple[tuple[int], dict[str, int]]:
+    """Grid and arguments of a kernel over a weight [out, width]. shape: out, groups of a row, columns of a group."""
+    out, groups, size = shape
     block = triton.next_power_of_2(size)
     count = max(1, _TILE // block)
     settings = {"groups": groups, "total": out * groups, "width": width, "SIZE": size, "BLOCK": block, "GROUPS": count}

@@ -3,9 +3,18 @@
 import torch
 from torch import Tensor
 
+from lbllm_cli.format.activations import Tables
 from lbllm_cli.format.weights import LEVELS, group_count
+from lbllm_cli.runtime.cuda.activations import quantize_values
 from lbllm_cli.runtime.cuda.stage import codes as packed
-from lbllm_cli.runtime.cuda.stage import columns, em, latents, moments, normal
+from lbllm_cli.runtime.cuda.stage import columns, em, latents, normal, order, quantizers, soft
+from lbllm_cli.runtime.cuda.stage import moments as products
+from lbllm_cli.runtime.cuda.stage import tables as knees
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., width] -> [rows, width], contiguous."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 class TritonKernels:
@@ -13,9 +22,9 @@ class TritonKernels:
 
     def add_products(self, x: Tensor, y: Tensor | None, hessian: Tensor, drift: Tensor | None) -> None:
         x = x.contiguous()
-        moments.square(x, hessian)
+        products.square(x, hessian)
         if y is not None and drift is not None:
-            moments.drift(x, y.contiguous(), drift)
+            products.drift(x, y.contiguous(), drift)
 
     def fit_levels(self, weight: Tensor, importance: Tensor, iterations: int) -> Tensor:
         weight = weight.contiguous()
@@ -61,6 +70,9 @@ class TritonKernels:
         latents.store(levels, found)
         return found
 
+    def sort_levels(self, levels: Tensor) -> None:
+        order.sort_levels(levels)
+
     def nearest(self, latent: Tensor, levels: Tensor, weight: Tensor) -> None:
         latents.nearest(latent, levels, weight)
 
@@ -90,3 +102,76 @@ class TritonKernels:
         sums = torch.empty(*codes.shape[:2], LEVELS, device=codes.device)
         packed.sum_codes(gradient.contiguous(), codes, sums)
         return sums
+
+    def fake_quantize(self, x: Tensor, tables: Tables, size: int, step_dtype: torch.dtype) -> Tensor:
+        rows = _rows(x)
+        if x.shape[-1] % size == 0:
+            # Heads are narrow: groups of many of them fill a program.
+            rows = rows.view(1, -1)
+        found = torch.empty_like(rows)
+        quantize_values(rows, quantizers.prepared(tables), size, found, step_dtype)
+        return found.view(x.shape)
+
+    def fake_quantize_gradients(
+        self, x: Tensor, tables: Tables, size: int, step_dtype: torch.dtype, gradient: Tensor, wanted: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        rows, made = _rows(x), quantizers.prepared(tables)
+        passed = torch.empty_like(rows) if wanted[0] else None
+        (programs,), _ = quantizers.grouping(rows, size)
+        parts = made.factors.new_empty(tables.clip.numel(), programs) if wanted[1] else None
+        quantizers.find_gradients(
+            rows, _rows(gradient), made.lattice, made.factors, tables.clip, made.count, made.places, size, step_dtype,
+            passed, parts,
+        )  # fmt: skip
+        sums = None if parts is None else parts.sum(1).view(tables.clip.shape)
+        return None if passed is None else passed.view(x.shape), sums
+
+    def soft_quantize(
+        self,
+        x: Tensor,
+        tables: Tables,
+        size: int,
+        step_dtype: torch.dtype,
+        counts: Tensor,
+        ratio: Tensor,
+        clip: Tensor,
+        tau: float,
+    ) -> Tensor:
+        rows, made = _rows(x), quantizers.prepared(tables)
+        found = torch.empty_like(rows)
+        soft.quantize(rows, made.lattice, made.factors, made.places, size, counts, ratio, clip, tau, found)
+        return found.view(x.shape)
+
+    def soft_quantize_gradients(
+        self,
+        x: Tensor,
+        tables: Tables,
+        size: int,
+        step_dtype: torch.dtype,
+        counts: Tensor,
+        ratio: Tensor,
+        clip: Tensor,
+        tau: float,
+        gradient: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows, made = _rows(x), quantizers.prepared(tables)
+        passed = torch.empty_like(rows)
+        (programs,), _ = quantizers.grouping(rows, size)
+        parts = ratio.new_empty(2 * ratio.numel(), programs)
+        soft.find_gradients(
+            rows, _rows(gradient), made.lattice, made.factors, made.places, size, counts, ratio, clip, tau, passed, parts
+        )
+        of_ratio, of_clip = parts.sum(1).view(2, *ratio.shape)
+        return passed.view(x.shape), of_ratio, of_clip
+
+    def deployed_tables(self, counts: Tensor, ratio: Tensor, codes: int) -> tuple[Tensor, Tensor]:
+        levels = torch.empty(len(counts), codes, dtype=torch.uint8, device=counts.device)
+        zero = levels.new_empty(len(counts))
+        knees.deploy(counts, ratio, levels, zero)
+        return levels, zero
+
+    def table_errors(self, x: Tensor, levels: Tensor, zero: Tensor) -> Tensor:
+        made = quantizers.prepared(Tables(levels, zero, x.new_ones(len(levels), 2)))
+        errors = x.new_empty(len(levels), len(x))
+        knees.find_errors(x.contiguous(), made.lattice, made.factors, errors)
+        return errors

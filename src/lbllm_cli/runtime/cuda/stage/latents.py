@@ -55,9 +55,7 @@ def _ranks(latent, a, b, c, d):
 
 
 @triton.jit
-def nearest_levels(
-    latent, levels, weight, groups, total, width, SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr
-):
+def nearest_levels(latent, levels, weight, groups, total, width, SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr):
     """A program: GROUPS of `total` groups; see `group_places`."""
     group, padded, place, here = group_places(tl.program_id(0) * GROUPS, groups, total, width, SIZE, BLOCK, GROUPS)
     a, b, c, d = load_levels(levels, group.to(tl.int64) * 4, group < total)
@@ -115,30 +113,30 @@ def store(levels: Tensor, found: Tensor) -> None:
 @operator("nearest_levels(Tensor latent, Tensor levels, Tensor(a!) weight)")
 def nearest(latent: Tensor, levels: Tensor, weight: Tensor) -> None:
     """See `StageKernels.nearest`."""
-    grid, settings = tiling(*latent.shape, weight.shape[1])
+    grid, settings = tiling(latent.shape, weight.shape[1])
     nearest_levels[grid](latent, levels, weight, **settings)
 
 
 @operator("level_sums(Tensor gradient, Tensor latent, Tensor levels, Tensor(a!) sums, Tensor(b!) squares)")
 def sum_levels(gradient: Tensor, latent: Tensor, levels: Tensor, sums: Tensor, squares: Tensor) -> None:
     """squares: of each program, [programs of `tiling`]; the rest as `StageKernels.nearest_sums`."""
-    grid, settings = tiling(*latent.shape, gradient.shape[1])
+    grid, settings = tiling(latent.shape, gradient.shape[1])
     level_sums[grid](gradient, latent, levels, sums, squares, **settings)
 
 
 @operator(
-    "latent_step(Tensor(a!) latent, Tensor(b!) mean, Tensor(c!) square, Tensor step, Tensor gradient, Tensor levels, Tensor factor,"
-    " Tensor skipped, float rate, float dampening)"
+    "latent_step(Tensor(a!) latent, Tensor(b!) mean, Tensor(c!) square, Tensor step, Tensor gradient, Tensor levels,"
+    " Tensor factor, Tensor skipped, float rate, float dampening)"
 )
 def step_latents(
     latent: Tensor, mean: Tensor, square: Tensor, step: Tensor, gradient: Tensor, levels: Tensor, factor: Tensor, skipped: Tensor,
     rate: float, dampening: float,
 ) -> None:  # fmt: skip
     """See `StageKernels.latent_step`."""
-    grid, settings = tiling(*latent.shape, gradient.shape[1])
+    grid, settings = tiling(latent.shape, gradient.shape[1])
     latent_step[grid](latent, mean, square, step, gradient, levels, factor, skipped, rate, dampening, **settings)
 
 
 def squares_of(latent: Tensor) -> Tensor:
     """Room for the squares of `sum_levels`."""
-    return torch.empty(tiling(*latent.shape, 1)[0], device=latent.device)
+    return torch.empty(tiling(latent.shape, 1)[0], device=latent.device)

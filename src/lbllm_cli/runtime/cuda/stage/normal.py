@@ -1,7 +1,7 @@
 """Normal equations of the levels of every row: S H S^T and S H w, S the 0/1 matrix that says which weight uses which level.
 
-H is taken as three bfloat16 numbers that are together what it is in float32: products with 0 and 1 are exact, and tensor cores sum
-them in float32.
+H is taken as three bfloat16 numbers that are together what it is in float32: products with 0 and 1 are exact, and tensor cores
+sum them in float32.
 """
 
 import triton
@@ -69,9 +69,7 @@ def gram_of_levels(
 
 
 @triton.jit
-def rank_sums(
-    values, ranks, sums, groups, total, width, SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr
-):
+def rank_sums(values, ranks, sums, groups, total, width, SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr):
     """A program: GROUPS of `total` groups; see `group_places`."""
     group, _, place, here = group_places(tl.program_id(0) * GROUPS, groups, total, width, SIZE, BLOCK, GROUPS)
     rank = tl.load(ranks + place, mask=here, other=_NONE).to(tl.int32)
@@ -99,5 +97,5 @@ def fill_gram(ranks: Tensor, hessian: Tensor, group_size: int, gram: Tensor) -> 
 def sum_ranks(values: Tensor, ranks: Tensor, group_size: int, sums: Tensor) -> None:
     """Sums over the columns of each rank: values [rows, in] -> [rows, 4 * groups]."""
     rows, width = ranks.shape
-    grid, settings = tiling(rows, group_count(width, group_size), group_size, width)
+    grid, settings = tiling((rows, group_count(width, group_size), group_size), width)
     rank_sums[grid](values, ranks, sums, **settings)
