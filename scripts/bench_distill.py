@@ -189,7 +189,7 @@ class Case:
             levels, scale = binarize.project_levels(fitted)
             ranks = nearest_ranks(source, binarize.level_values(levels, scale)).flatten(1)[:, : weight.shape[1]]
             packed = binarize.PackedWeight.of_ranks(ranks, levels, scale, self.group_size)
-            tensors |= packed.to(torch.device("cpu")).to_tensors(teacher.prefix + name)
+            tensors |= packed.moved(Tensor.cpu).to_tensors(teacher.prefix + name)
         return tensors
 
 

@@ -17,6 +17,11 @@ def random_weights(in_features: int, outs: tuple[int, ...], group_size: int, see
     return found
 
 
+def moved(linears: list[PackedWeight], device: torch.device) -> list[PackedWeight]:
+    """On a device."""
+    return [PackedWeight(*(tensor.to(device) for tensor in linear.tensors), linear.in_features) for linear in linears]
+
+
 def quantized_rows(
     rows: int, width: int, group_size: int, per: str, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

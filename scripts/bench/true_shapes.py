@@ -4,14 +4,12 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from random_models import FORMAT, GROUP, KNEES, dense_model, packed_model
-from simulated_gpu.accounting import Row
 from simulated_gpu.device import CUDA, Device
 from simulated_gpu.regions import phased, replace
 from simulated_gpu.sampling import sample
@@ -72,29 +70,24 @@ class _Committed(Exception):
     """What is to be counted is done."""
 
 
-@dataclass(frozen=True)
-class Counted:
-    """What was counted of a thing. times: how often each phase was entered. peaks: bytes. forecast: bytes, of stages."""
+def count(device: Device, thing: str, config: Any, folder: Path, changes: list[str]) -> dict[str, Any]:
+    """Does a thing with a model of a configuration. folder: to write to. changes: of the recipe, KEY=VALUE.
 
-    phases: dict[str, Row]
-    times: dict[str, int]
-    peaks: dict[str, int]
-    peak: int
-    forecast: float | None
-    broken: list[tuple[str, str]]
-
-
-def count(device: Device, thing: str, config: Any, folder: Path, changes: list[str]) -> Counted:
-    """Does a thing with a model of a configuration. folder: to write to. changes: of the recipe, KEY=VALUE."""
+    Gives `peak` and `forecast`, bytes, the latter of stages; `broken`, rules and lines; and for each of `phases` its
+    `accounting.Row`, how often it was entered (`times`), and the most bytes that were alive in it (`peak`).
+    """
     times: Counter[str] = Counter()
+    forecast = None
     with torch.no_grad(), device.accounts.within("passes" if thing in STAGE_THINGS else "load"):
         if thing in STAGE_THINGS:
             forecast = _stage(device, thing, config, folder, changes, times)
         else:
-            forecast = None
             _tokens(device, thing, config, times)
-    broken = sorted(device.rules.broken)
-    return Counted(device.accounts.phases(), dict(times), device.memory.peaks, device.memory.peak, forecast, broken)
+    phases = {
+        name: {**vars(row), "times": times.get(name, 1), "peak": device.memory.peaks.get(name, 0)}
+        for name, row in device.accounts.phases().items()
+    }
+    return {"peak": device.memory.peak, "forecast": forecast, "phases": phases, "broken": sorted(device.rules.broken)}
 
 
 def _counting(times: Counter[str], phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,7 +111,7 @@ def _stage(device: Device, thing: str, config: Any, folder: Path, changes: list[
     plan = Plan(load_recipe(_recipe(folder, sections), changes), folder / "run", model, None)
     _prepare(device, spec.end_to_end, times)
     if thing in ("act-calib", "act-calib-end-to-end"):
-        replace("lbllm_cli.act_calib.fit", "fit_knees", lambda _: lambda samples: [KNEES[: sample.tables] for sample in samples])
+        replace("lbllm_cli.act_calib.fit", "fit_knees", lambda _: lambda samples: [KNEES[: its.tables] for its in samples])
     parent = _Parent(model, FORMAT if name == "act-calib-e2e" else None) if spec.parents else None
     work = work_of(spec)
     need = work.need(plan, spec, None)
@@ -150,7 +143,7 @@ def _then_stop(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _recipe(folder: Path, sections: dict[str, Any]) -> Path:
-    """Settings of a large model: the defaults, at its own length. Streams are in RAM, so that the device's memory is the work's."""
+    """The defaults, at a large model's length. Streams are in RAM, so that the device's memory is the work's."""
     text = {"length": LENGTH, "source": "builtin:calibration"}
     micro = {"micro_batch_size": 1, "batch_size": 2, "epochs": 1}
     recipe: dict[str, Any] = {

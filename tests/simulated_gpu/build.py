@@ -33,11 +33,9 @@ def library(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     # Another process may be at it as well: whoever is last replaces the same bytes.
     unfinished = path.with_suffix(f".{os.getpid()}")
-    command = [
-        compiler() or "g++", "-std=c++20", "-O1", "-shared", "-fPIC", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        *(f"-I{path}" for path in include_paths()), str(SOURCE), f"-L{own}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{own}",
-        "-o", str(unfinished),
-    ]  # fmt: skip
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    command = [compiler() or "g++", "-std=c++20", "-O1", "-shared", "-fPIC", abi, *(f"-I{found}" for found in include_paths())]
+    command += [str(SOURCE), f"-L{own}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{own}", "-o", str(unfinished)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{SOURCE.name} cannot be compiled for torch {torch.__version__}:\n{done.stderr}")

@@ -1,15 +1,14 @@
-"""What one call of an operator costs on a device: kernels, bytes read and written, FLOP. Estimates where torch launches several."""
+"""What one call of an operator costs on a device: kernels, bytes read and written, FLOP."""
 
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from simulated_gpu.accounting import kind_of, touched
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils.flop_counter import flop_registry
-
-from simulated_gpu.accounting import kind_of, touched
 
 # Kernels of one call in torch's eager mode, where it is not one: roughly.
 _LAUNCHES = {
@@ -24,7 +23,7 @@ _FREE = {
 # What they read of the first argument is as much as they give.
 _PICKED = {"aten.gather", "aten.index", "aten.index_select", "aten.embedding", "aten.slice_backward", "aten.select_backward"}
 # Values that are there already are not read.
-_OVERWRITTEN = {"aten.zero_", "aten.fill_", "aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.new_zeros", "aten.new_full"}
+_OVERWRITTEN = {f"aten.{name}" for name in ("zero_", "fill_", "zeros_like", "ones_like", "full_like", "new_zeros", "new_full")}
 
 Named = dict[str, Any]
 
@@ -38,23 +37,38 @@ class Cost(NamedTuple):
     work: dict[str, float]
 
 
-def _weights(named: Named) -> int:
-    """Weights of a packed linear: words int32 [out, groups, words], 16 codes each."""
-    return int(named["words"].numel()) * 16
+def _packed(named: Named) -> float:
+    """Of a product with packed weights: words int32 [out, groups, words], 16 codes each."""
+    return 2.0 * len(named["out"]) * int(named["words"].numel()) * 16
 
 
-def _product(named: Named) -> float:
-    return 2.0 * len(named["out"]) * _weights(named)
+def _columns(weights: str) -> Callable[[Named], float]:
+    """Of columns [size, rows] in turn, each of which changes all of its group."""
+    return lambda named: 2.0 * named[weights].numel() * len(named[weights])
+
+
+def _gram(named: Named) -> float:
+    """Half of H, as three 16-bit numbers, with four levels of every row."""
+    rows, width = named["ranks"].shape
+    return 2.0 * 3 * 4 * rows * width * width / 2
 
 
 # FLOP of the package's own operators, by name: kind, and how many by named arguments. What is not here counts its bytes alone.
 PRODUCT: dict[str, tuple[str, Callable[[Named], float]]] = {
-    "gemv_places": ("int8", _product),
-    "gemm_places": ("int8", _product),
-    "gemv_values": ("bf16", _product),
-    "gemm_values": ("bf16", _product),
+    "gemv_places": ("int8", _packed),
+    "gemm_places": ("int8", _packed),
+    "gemv_values": ("bf16", _packed),
+    "gemm_values": ("bf16", _packed),
     "head_logits": ("bf16", lambda named: 2.0 * len(named["x"]) * named["weight"].numel()),
+    "attend_records": ("bf16", lambda named: 4.0 * named["query"].numel() * named["keys"].shape[2]),
+    "add_squares": ("bf16", lambda named: 1.0 * named["x"].numel() * named["x"].shape[1]),
+    "add_drift": ("bf16", lambda named: 2.0 * named["x"].numel() * named["x"].shape[1]),
+    "gram_of_levels": ("bf16", _gram),
+    "compensate_columns": ("fp32", _columns("block")),
+    "descend_columns": ("fp32", _columns("gradient")),
 }
+# What they change they read as well.
+_UPDATED = {"add_squares", "add_drift", "latent_step", "sort_levels"}
 
 
 def _square(tensor: Tensor) -> float:
@@ -107,8 +121,8 @@ def cost_of(
 
 def _of_product(name: str, named: Named, inputs: list[Tensor], outputs: list[Tensor]) -> Cost:
     """One kernel that reads what it is given and writes what it changes, each once."""
-    changed = {id(tensor) for tensor in outputs}
-    read = sum(touched(tensor) for tensor in inputs if id(tensor) not in changed)
+    changed = set() if name in _UPDATED else {id(tensor) for tensor in outputs}
+    read = sum(touched(tensor) for tensor in {id(x): x for x in inputs}.values() if id(tensor) not in changed)
     kind, flop = PRODUCT.get(name, ("fp32", lambda _: 0.0))
     work = float(flop(named))
     return Cost(1, float(read), float(sum(map(touched, outputs))), {kind: work} if work else {})

@@ -11,21 +11,20 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch._ops import OpOverload
-
 from simulated_gpu import values
 from simulated_gpu.accounting import Accounts, Memory
 from simulated_gpu.costs import cost_of, is_free
 from simulated_gpu.nested import mapped, mapped_values, tensors_of
 from simulated_gpu.rules import Rules, check_devices, computes, synchronises
 from simulated_gpu.streams import Timeline
+from torch import Tensor
+from torch._ops import OpOverload
 
 CUDA = torch.device("cuda:0")
 # What makes tensors out of none, or copies to the device.
 _FACTORIES = (
-    "empty.memory_format", "empty_strided", "full", "scalar_tensor", "arange", "arange.start", "arange.start_step", "eye", "eye.m",
-    "linspace", "randperm", "randperm.generator", "tril_indices", "triu_indices", "copy_", "_to_copy", "_copy_from",
+    "empty.memory_format", "empty_strided", "full", "scalar_tensor", "arange", "arange.start", "arange.start_step", "eye",
+    "eye.m", "linspace", "randperm", "randperm.generator", "tril_indices", "triu_indices", "copy_", "_to_copy",
 )  # fmt: skip
 _IMPLEMENTATIONS = torch.library.Library("aten", "IMPL")
 
@@ -65,10 +64,10 @@ class SimulatedTensor(torch.Tensor):
         return self.cpu().tolist()
 
     def numpy(self, *_: Any, **__: Any) -> Any:
-        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
+        raise TypeError("can't convert cuda:0 device type tensor to numpy; copy it to the host first")
 
     def pin_memory(self, *_: Any) -> Any:
-        raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
+        raise RuntimeError("only tensors of the CPU can be pinned")
 
     def __repr__(self, *_: Any, **__: Any) -> str:
         return f"SimulatedTensor({tuple(self.shape)}, {self.dtype})"
@@ -114,7 +113,7 @@ _operator = cache(Operator)
 
 
 class Device:
-    """One simulated GPU. shape: tensors of more than a few values have none, so that large models pass. total: its memory, bytes."""
+    """One simulated GPU. shape: large tensors have no values, so that large models pass. total: its memory, bytes."""
 
     def __init__(self, shape: bool):
         self.shape, self.total = shape, 0
@@ -222,7 +221,7 @@ class Device:
     def _copy(self, operator: Operator, args: Any, kwargs: dict[str, Any]) -> Any:
         if operator.name == "aten.copy_":
             to, source = args[:2]
-            non_blocking = bool(kwargs.get("non_blocking") or len(args) > 2 and args[2])
+            non_blocking = bool(kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
             return self._copy_into(operator, to, source, non_blocking)
         source, device = args[0], kwargs.get("device")
         own = {key: value for key, value in kwargs.items() if key not in ("device", "non_blocking", "pin_memory")}

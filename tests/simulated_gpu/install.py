@@ -1,12 +1,12 @@
 """Makes this process one with a GPU: before the package under test is imported."""
 
 import torch
-
-from lbllm_cli.runtime.cards import CARDS, Card
 from simulated_gpu.accounting import Rates
 from simulated_gpu.device import Device
 from simulated_gpu.patches import patch
 from simulated_gpu.regions import Regions, share_inputs
+
+from lbllm_cli.runtime.cards import CARDS, Card
 
 Installed = tuple[Device, Regions]
 

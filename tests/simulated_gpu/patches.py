@@ -4,12 +4,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd import Function
-
 from simulated_gpu.accounting import kind_of
 from simulated_gpu.device import CUDA, Device, SimulatedTensor
 from simulated_gpu.streams import stand_ins
+from torch import Tensor
+from torch.autograd import Function
 
 NAME = "simulated"
 CAPABILITY = (9, 0)
@@ -81,7 +80,8 @@ class _Answers:
 
     def get_device_properties(self, *_: Any) -> SimpleNamespace:
         return SimpleNamespace(
-            name=NAME, total_memory=self._device.total, multi_processor_count=_PROCESSORS, major=CAPABILITY[0], minor=CAPABILITY[1]
+            name=NAME, total_memory=self._device.total, multi_processor_count=_PROCESSORS,
+            major=CAPABILITY[0], minor=CAPABILITY[1],
         )  # fmt: skip
 
     def current_stream(self, *_: Any) -> Any:

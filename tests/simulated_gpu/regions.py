@@ -12,11 +12,10 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from simulated_gpu.device import Device, SimulatedTensor
 from simulated_gpu.nested import mapped, mapped_values, tensors_of
 from simulated_gpu.rules import PASS, STEP
+from torch import Tensor
 
 _STEP = ("lbllm_cli.training.loop", "TrainingLoop.step")
 _PASS = ("lbllm_cli.pipeline.streams", "fetched")

@@ -8,20 +8,20 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from simulated_gpu.accounting import site
 from torch import Tensor
 from torch._ops import OpOverload
-
-from simulated_gpu.accounting import site
 
 # Uploads of more bytes than this have to come from pinned memory wherever hidden states pass or steps are taken.
 PAGEABLE = 64 << 10
 # A training step, and a pass of hidden states.
 STEP, PASS = "training step", "pass of hidden states"
 
-# CUDA takes tensors of the CPU beside its own here: copies, and indices into a tensor on the device.
-_MIXED = {"aten.copy_", "aten._to_copy", "aten.index", "aten.index_put", "aten.index_put_", "aten._index_put_impl_"}
+_COPIES = {"aten.copy_", "aten._to_copy"}
+_INDEXED = {"aten.index", "aten._unsafe_index", "aten.index_put", "aten.index_put_", "aten._index_put_impl_"}
 # Not pointwise, but a number may lie on the CPU.
 _NUMBERS = {"aten.fill_", "aten.fill", "aten.masked_fill", "aten.masked_fill_", "aten.index_fill", "aten.index_fill_"}
 # The size of what they give is known only when the device is done.
@@ -70,7 +70,7 @@ def computes() -> bool:
     return not threading.current_thread().name.startswith("ThreadPoolExecutor")
 
 
-def synchronises(name: str, args: tuple[object, ...]) -> bool:
+def synchronises(name: str, args: tuple[Any, ...]) -> bool:
     """Whether an operator waits for the device to know the shape of its result."""
     if name in ("aten.index", "aten._unsafe_index"):
         return any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in _indices(args[1]))
@@ -79,37 +79,33 @@ def synchronises(name: str, args: tuple[object, ...]) -> bool:
         masks = [index for index in _indices(args[1]) if index.dtype in (torch.bool, torch.uint8)]
         accumulates = len(args) > 3 and bool(args[3])
         return bool(masks) and (accumulates or _elements(args[2]) > 1)
-    return name in _SIZES or name == "aten.repeat_interleave" and len(args) == 1
+    return name in _SIZES or (name == "aten.repeat_interleave" and len(args) == 1)
 
 
-def _indices(given: object) -> list[Tensor]:
+def _indices(given: Any) -> list[Tensor]:
     return [index for index in given if isinstance(index, Tensor)] if isinstance(given, list | tuple) else []
 
 
-def _elements(value: object) -> int:
+def _elements(value: Any) -> int:
     return value.numel() if isinstance(value, Tensor) else 1
 
 
 def check_devices(
-    function: OpOverload, name: str, args: tuple[object, ...], here: list[Tensor], elsewhere: list[Tensor], written: list[Tensor]
+    function: OpOverload, name: str, args: tuple[Any, ...], here: list[Tensor], elsewhere: list[Tensor], written: list[Tensor]
 ) -> None:
     """Raises DeviceMismatch for tensors of the CPU where CUDA takes none. here: on the device. written: of all, what changes."""
-    if not here or not elsewhere:
-        return
-    if name.startswith("aten._fused_adam") or name.startswith("lbllm."):
-        _refuse(function, here, elsewhere)
-    if name in ("aten.copy_", "aten._to_copy"):
-        return
-    if name in _MIXED:
+    if here and elsewhere and name not in _COPIES and not _mixes(function, name, args, elsewhere, written):
+        shapes = [*((tuple(x.shape), "cuda:0") for x in here), *((tuple(x.shape), "cpu") for x in elsewhere)]
+        raise DeviceMismatch(f"{function}: expected all tensors to be on the same device, got {shapes}")
+
+
+def _mixes(function: OpOverload, name: str, args: tuple[Any, ...], elsewhere: list[Tensor], written: list[Tensor]) -> bool:
+    """Whether an operator takes these tensors of the CPU beside others of the device."""
+    if name in _INDEXED:
+        # Indices may come from anywhere into a tensor of the device; what they put there may be one number.
         values = args[2] if len(args) > 2 else None
-        if any(args[0] is x for x in elsewhere) or isinstance(values, Tensor) and any(values is x for x in elsewhere) and values.dim():
-            _refuse(function, here, elsewhere)
-        return
-    scalars = torch.Tag.pointwise in function.tags or name in _NUMBERS or name.startswith("aten._foreach")
-    if not scalars or any(x.dim() for x in elsewhere) or any(x is y for x in elsewhere for y in written):
-        _refuse(function, here, elsewhere)
-
-
-def _refuse(function: OpOverload, here: list[Tensor], elsewhere: list[Tensor]) -> None:
-    shapes = [*((tuple(x.shape), "cuda:0") for x in here), *((tuple(x.shape), "cpu") for x in elsewhere)]
-    raise DeviceMismatch(f"{function}: expected all tensors to be on the same device, got {shapes}")
+        return not any(args[0] is x or (values is x and x.dim()) for x in elsewhere)
+    numbers = not any(x.dim() for x in elsewhere) and not any(x is y for x in elsewhere for y in written)
+    # The fused optimizers have kernels that read all from the device, and the package's own operators are kernels.
+    pointwise = torch.Tag.pointwise in function.tags or name in _NUMBERS or name.startswith("aten._foreach")
+    return numbers and pointwise and not name.startswith("aten._fused")

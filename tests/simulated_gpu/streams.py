@@ -32,7 +32,7 @@ def garbage(to: Tensor) -> None:
 
 @dataclass
 class Copy:
-    """A copy under way. stream, position: when it is done. host: the memory in RAM. values: to be there, or to have stayed there."""
+    """A copy under way. stream, position: where it is in the order. host: memory in RAM. values: that come to it, or stay."""
 
     stream: int
     position: int

@@ -9,10 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from simulated_gpu.nested import mapped, mapped_values, tensors_of
 from torch import Tensor
 from torch._ops import OpOverload
-
-from simulated_gpu.nested import mapped, mapped_values, tensors_of
 
 # Elements up to which tensors keep values: tables, indices and sums are worked out.
 SMALL = 8192

@@ -17,7 +17,7 @@ from lbllm_cli.models.block import Block
 from lbllm_cli.pipeline.block_loop import BlockResult, BlockTask
 from lbllm_cli.pipeline.streams import fetched
 from lbllm_cli.runtime.attachments import attach
-from lbllm_cli.runtime.backend import backend_of
+from lbllm_cli.runtime.backend import backend_of, weight_on
 from lbllm_cli.runtime.quantizer import empty_quantizer
 from lbllm_cli.training.block import block_loop, train_block
 from lbllm_cli.training.block_linears import BlockLinears
@@ -107,7 +107,7 @@ class ActivationStudent:
         linears: dict[str, Trainable] = {}
         for name in task.teacher.linears:
             weight = task.teacher.linear(name).weight
-            packed = PackedWeight.from_tensors(task.start, task.teacher.prefix + name, weight.shape[1]).to(weight.device)
+            packed = weight_on(PackedWeight.from_tensors(task.start, task.teacher.prefix + name, weight.shape[1]), weight.device)
             linears[name] = (
                 Nearest(weight, packed, settings.trained, settings.latent_margin)
                 if WEIGHTS in settings.train

@@ -1,7 +1,6 @@
 """Headers of safetensors files: which tensors a file holds, and whether they are the expected ones. No weight is read."""
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,6 +116,15 @@ def mismatch(entries: dict[str, TensorEntry], shapes: dict[str, tuple[int, ...]]
 
 def finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite. Takes no memory beside the tensor."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(tensor.detach()))
+    return first_not_finite({"": tensor}) is None
+
+
+def first_not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """Name of the first tensor that holds NaN or infinity, None where none does; all of one device, which is waited for once."""
+    checked = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()}
+    if not checked:
+        return None
+    # In float64 all dtypes are what they are.
+    extremes = [torch.stack(torch.aminmax(tensor.detach())).double() for tensor in checked.values()]
+    good = torch.stack(extremes).isfinite().all(1).tolist()
+    return next((name for name, well in zip(checked, good, strict=True) if not well), None)

@@ -11,6 +11,7 @@ from torch import Tensor
 from lbllm_cli.format.weights import PackedWeight
 from lbllm_cli.models.block import Block
 from lbllm_cli.pipeline.block_loop import BlockResult, BlockTask
+from lbllm_cli.runtime.backend import weight_on
 from lbllm_cli.training.block import block_loop, train_block
 from lbllm_cli.training.block_linears import BlockLinears
 from lbllm_cli.training.interfaces import OwnStep, ParameterGroup
@@ -34,7 +35,7 @@ class BinarizedStudent:
         self.codes: dict[str, PackedWeight] = {}
         for name in teacher.linears:
             weight = teacher.linear(name).weight
-            packed = PackedWeight.from_tensors(start, teacher.prefix + name, weight.shape[1]).to(weight.device)
+            packed = weight_on(PackedWeight.from_tensors(start, teacher.prefix + name, weight.shape[1]), weight.device)
             linears[name] = kind(weight, packed, settings.trained, settings.latent_margin)
             self.codes[name] = packed
         self.weights = BlockLinears(teacher, start, linears, settings.trained)

@@ -15,6 +15,7 @@ from lbllm_cli.models.model import FINAL_NORM, SourceModel
 from lbllm_cli.models.stored import stored_block, whole_tensors
 from lbllm_cli.pipeline.checkpoint import Checkpoint
 from lbllm_cli.runtime.attachments import attach
+from lbllm_cli.runtime.backend import weight_on
 from lbllm_cli.runtime.quantizer import read_quantizers
 from lbllm_cli.training.block_linears import linear_groups
 from lbllm_cli.training.fixed import Fixed
@@ -71,7 +72,7 @@ class ResidentBlock:
         self.linears: dict[str, Fixed] = {}
         for name in block.linears:
             weight = block.linear(name).weight
-            packed = PackedWeight.from_tensors(stored, block.prefix + name, weight.shape[1]).to(model.device)
+            packed = weight_on(PackedWeight.from_tensors(stored, block.prefix + name, weight.shape[1]), model.device)
             self.linears[name] = Fixed(weight, packed, train)
             # Decoded anew in every pass; what was read of it is let go of.
             block.linear(name).weight = nn.Parameter(torch.empty(0), requires_grad=False)

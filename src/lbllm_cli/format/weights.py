@@ -12,7 +12,7 @@ levels as int8 is this project's choice, not the paper's: it makes integer kerne
 Fitting works on ranks: rank k is the k-th smallest of the group's four levels.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
@@ -198,9 +198,10 @@ class PackedWeight:
         """Under their full names. owner: full name of the linear."""
         return {f"{owner}.{part}": tensor for part, tensor in zip(PARTS, self.tensors, strict=True)}
 
-    def to(self, device: torch.device) -> "PackedWeight":
-        """On a device."""
-        return PackedWeight(self.codes.to(device), self.levels.to(device), self.scale.to(device), self.in_features)
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "PackedWeight":
+        """With each tensor as `move` returns it, on another device."""
+        codes, levels, scale = map(move, self.tensors)
+        return PackedWeight(codes, levels, scale, self.in_features)
 
     def split(self, sizes: list[int]) -> list["PackedWeight"]:
         """By rows, as linears that were fitted as one matrix are told apart again."""

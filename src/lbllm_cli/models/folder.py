@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lbllm_cli.core import files
 from lbllm_cli.core.errors import RunError, UsageError, reason
-from lbllm_cli.core.tensor_files import TensorEntry, finite, read_header
+from lbllm_cli.core.tensor_files import TensorEntry, finite, first_not_finite, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -93,9 +93,8 @@ def read_tensors(entries: dict[str, TensorEntry], names: list[str], device: torc
             for name in names:
                 if entries[name].file == file:
                     tensors[name] = handle.get_tensor(name)
-    for name, tensor in tensors.items():
-        if not finite(tensor):
-            raise _not_finite(entries, name)
+    if (bad := first_not_finite(tensors)) is not None:
+        raise _not_finite(entries, bad)
     return tensors
 
 

@@ -7,6 +7,7 @@ from lbllm_cli.format.weights import PackedWeight
 from lbllm_cli.models.block import Block
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.runtime.attachments import attach
+from lbllm_cli.runtime.backend import weight_on
 from lbllm_cli.runtime.quantizer import read_quantizers
 
 
@@ -25,7 +26,7 @@ def decoded(stored: dict[str, Tensor], model: SourceModel) -> dict[str, Tensor]:
     weights = {name: tensor.to(model.device) for name, tensor in whole_tensors(stored).items()}
     for owner in PackedWeight.owners(stored):
         in_features = model.shapes[f"{owner}.weight"][1]
-        weights[f"{owner}.weight"] = PackedWeight.from_tensors(stored, owner, in_features).to(model.device).values()
+        weights[f"{owner}.weight"] = weight_on(PackedWeight.from_tensors(stored, owner, in_features), model.device).values()
     return weights
 
 

@@ -21,6 +21,7 @@ from lbllm_cli.format.activations import ActivationFormat, format_of
 from lbllm_cli.pipeline.folders import STAGE, STREAMS, UNFINISHED_STAGE
 from lbllm_cli.pipeline.stage_record import FORMAT_VERSION, OUTER, Manifest, block_file, read_manifest, read_progress
 from lbllm_cli.recipe.stages import STAGES
+from lbllm_cli.runtime.backend import in_ram
 
 MANIFEST = "lbllm_stage.json"
 PROGRESS = "progress.json"
@@ -193,7 +194,7 @@ class StageWriter:
         self._commit(OUTER)
 
     def _write(self, file: str, tensors: dict[str, Tensor]) -> None:
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        contiguous = in_ram(tensors)
         files.write_atomic(self.path / file, lambda temporary: save_file(contiguous, temporary, metadata={"format": "pt"}))
 
     def read_block(self, index: int) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lbllm_cli.core import files
 from lbllm_cli.core.errors import UsageError
+from lbllm_cli.runtime.backend import in_ram
 
 _FILE = "training.safetensors"
 
@@ -43,7 +44,7 @@ class TrainingState:
 
     def save(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Replaces what was kept. facts: must hold `block`."""
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        contiguous = in_ram(tensors)
         said = json.dumps(facts)
         metadata = {"facts": said, "sha256": _digest(contiguous, said)}
         files.write_atomic(self.path, lambda temporary: save_file(contiguous, temporary, metadata=metadata))

@@ -5,7 +5,7 @@ that kind is first used. Everything that computes without one is in `format` and
 """
 
 import re
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.format.activations import Quantized, Tables
+from lbllm_cli.format.weights import PackedWeight
 from lbllm_cli.runtime.stage_kernels import StageKernels
 from lbllm_cli.runtime.torch.transfer import Transfers
 from lbllm_cli.runtime.units import Units
@@ -88,6 +89,31 @@ def _made(kind: str) -> Backend:
 def backend_of(device: torch.device) -> Backend:
     """The backend of a device."""
     return _made(device.type)
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of RAM on a device, for whoever computes there next."""
+    transfers = backend_of(device).transfers(device)
+    if transfers is None or tensor.device == device:
+        return tensor.to(device)
+    return transfers.upload(transfers.buffer(tuple(tensor.shape), tensor.dtype).copy_(tensor))
+
+
+def weight_on(packed: PackedWeight, device: torch.device) -> PackedWeight:
+    """A packed weight of RAM on a device."""
+    return packed.moved(partial(on_device, device=device))
+
+
+def in_ram(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of any devices in RAM, contiguous."""
+    landings, found = {}, {}
+    for name, tensor in tensors.items():
+        transfers = backend_of(tensor.device).transfers(tensor.device)
+        if transfers is None:
+            found[name] = tensor.detach().contiguous()
+        else:
+            landings[name] = transfers.download(tensor.detach())
+    return {name: found[name] if name in found else landings[name].wait() for name in tensors}
 
 
 def choose_device(wanted: str, key: str = "runtime.device") -> torch.device:

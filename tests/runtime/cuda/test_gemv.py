@@ -2,14 +2,21 @@
 
 import pytest
 import torch
-from packed_weights import off, quantized_rows, random_weights
+from packed_weights import moved, off, quantized_rows, random_weights
 
+import lbllm_cli.runtime.cuda.gemv as module
 from lbllm_cli.runtime.cuda.gemv import gemv, gemv_quantized, tile
 from lbllm_cli.runtime.cuda.weights import CudaWeights, words_of
 
-TOLERANCE = 4e-7
+TOLERANCE = 2e-7
 # in_features, out_features of each linear, group_size: ragged ends, groups of 1, 3 and 4 words of a span
 SHAPES = [(200, (5, 3), 64), (96, (6,), 32), (300, (4, 1, 2), 128), (130, (3,), 48), (80, (5,), 16), (600, (3,), 512)]
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """Programs take as many rows of weights as they do of a large model's linears."""
+    monkeypatch.setattr(module, "_PROGRAMS", 1)
 
 
 @pytest.mark.parametrize("group_size", [16, 32, 48, 64, 96, 128, 160, 256, 4096])
@@ -42,39 +49,38 @@ def test_a_code_lies_where_the_layout_says():
 
 
 @pytest.mark.parametrize("per", ["group", "token"])
-def test_quantized_rows_times_weights(device, per):
+def test_quantized_rows_times_weights(device, large, per):
     worst = 0.0
     for number, ((inn, outs, size), rows) in enumerate(zip(SHAPES, (1, 2, 3, 5, 8, 1), strict=True)):
         linears = random_weights(inn, outs, size, seed=number)
-        weights = CudaWeights.of([linear.to(device) for linear in linears])
+        weights = CudaWeights.of(moved(linears, device))
         places, step, x = quantized_rows(rows, inn, size, per, seed=number)
         bias = torch.randn(sum(outs)) if number % 2 else None
         out = torch.full((rows, sum(outs)), torch.nan, device=device)
         on = None if bias is None else bias.to(device)
         gemv_quantized(weights, places.to(device), step.to(device), out, bias=on)
         worst = max(worst, off(out, x, linears, bias))
-    assert worst < TOLERANCE  # measured 1.4e-7
+    assert worst < TOLERANCE  # measured 3.7e-8
 
 
-def test_values_times_weights(device):
+def test_values_times_weights(device, large):
     worst = 0.0
     types = (torch.float32, torch.bfloat16, torch.float16, torch.float32, torch.bfloat16, torch.float32)
-    for number, ((inn, outs, size), rows, dtype) in enumerate(zip(SHAPES, (3, 1, 2, 1, 5, 2), types, strict=True)):
-        inn -= inn % 4
+    for number, ((inn, outs, size), rows, dtype) in enumerate(zip(SHAPES, (3, 1, 2, 1, 4, 2), types, strict=True)):
         linears = random_weights(inn, outs, size, seed=number)
-        weights = CudaWeights.of([linear.to(device) for linear in linears])
+        weights = CudaWeights.of(moved(linears, device))
         x = torch.randn(rows, inn, generator=torch.Generator().manual_seed(number)).to(dtype)
         bias = torch.randn(sum(outs)) if number % 2 else None
         out = torch.full((rows, sum(outs)), torch.nan, device=device)
         gemv(weights, x.to(device), out, bias=None if bias is None else bias.to(device))
         worst = max(worst, off(out, x.double(), linears, bias))
-    assert worst < TOLERANCE  # measured 1.6e-7
+    assert worst < TOLERANCE  # measured 3.9e-8
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_a_residual_is_added_before_anything_is_rounded(device, dtype):
+def test_a_residual_is_added_before_anything_is_rounded(device, large, dtype):
     (linear,) = random_weights(64, (6,), 32)
-    weights, places, step, x = CudaWeights.of([linear.to(device)]), *quantized_rows(2, 64, 32, "group")
+    weights, places, step, x = CudaWeights.of(moved([linear], device)), *quantized_rows(2, 64, 32, "group")
     residual = torch.randn(2, 6).to(dtype)
     wanted = (x @ linear.values().double().T + residual.double()).to(dtype)
     out = residual.clone().to(device)
@@ -88,7 +94,7 @@ def test_a_residual_is_added_before_anything_is_rounded(device, dtype):
 @pytest.mark.parametrize("rows", [1, 2])
 def test_more_groups_than_are_read_at_once(device, rows):
     linears = random_weights(9600, (1,), 16)
-    weights = CudaWeights.of([linear.to(device) for linear in linears])
+    weights = CudaWeights.of(moved(linears, device))
     assert tile(rows, *weights.words.shape)["SHAPE"][2] < weights.groups
     places, step, x = quantized_rows(rows, 9600, 16, "group")
     out = torch.empty(rows, 1, device=device)

@@ -54,7 +54,7 @@ def test_columns_descend_as_in_torch(device, size, rows):
     gradient *= hessian.diagonal().mean()
     ranks = torch.randint(0, 4, (size, rows), generator=torch.Generator().manual_seed(rows)).to(torch.uint8)
     current = levels.T.gather(0, ranks.long())
-    chosen, found = ranks.clone(), ranks.to(device)
+    chosen, found = ranks.clone(), ranks.clone().to(device)
     expected = _descend(gradient.clone(), current, hessian, levels, chosen)
     moved = KERNELS.descend_columns(gradient.to(device), current.to(device), hessian.to(device), levels.to(device), found)
     compare(found, moved, chosen, expected)

@@ -58,10 +58,9 @@ def test_moments_are_those_of_torch(device, tokens, width, dtype):
     assert torch.equal(hessian[SIDE:, :SIDE], hessian[:SIDE, SIDE:].T)
     wrong = (hessian.cpu() - before - x.T @ x).abs() / (before.abs() + x.T.abs() @ x.abs())
     assert wrong.max() < 1e-6  # measured 1.6e-7
-    # The difference is rounded to x's dtype.
+    # The difference is rounded to the dtype of x.
     wrong = (drift.cpu() - started - apart.T @ x).abs() / (started.abs() + apart.T.abs() @ x.abs())
-    print("drift", dtype, wrong.max() / torch.finfo(dtype).eps)
-    assert wrong.max() < torch.finfo(dtype).eps
+    assert wrong.max() < torch.finfo(dtype).eps / 2  # measured 0.15 eps
 
 
 def test_moments_without_the_other_stream(device):

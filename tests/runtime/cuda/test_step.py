@@ -259,7 +259,9 @@ def test_edits_that_it_can_follow_are_followed(device, steps):
     model, reference = both(device, "qwen2")
     tokens = ids(1, 7).to(device)
     caches = [prefilled(each, tokens[:, :5]) for each in (model, reference)]
-    before = model(tokens[:, 5:6], past_key_values=copy.deepcopy(caches[0])).logits
+    for each, cache in zip((model, reference), caches, strict=True):
+        each(tokens[:, 5:6], past_key_values=cache)
+    before = reference(tokens[:, 6:], past_key_values=copy.deepcopy(caches[1])).logits
     for each in (model, reference):
         layer = each.model.layers[1]
         layer.input_layernorm.weight.mul_(-2)
@@ -269,11 +271,11 @@ def test_edits_that_it_can_follow_are_followed(device, steps):
         layer.self_attn.scaling *= 4
         layer.mlp.down_proj.input.act_clip.floor_divide_(2)
         layer.self_attn.value_cache.act_clip.floor_divide_(2)
-    found = model(tokens[:, 5:6], past_key_values=caches[0]).logits
-    wanted = reference(tokens[:, 5:6], past_key_values=caches[1]).logits
+    found = model(tokens[:, 6:], past_key_values=caches[0]).logits
+    wanted = reference(tokens[:, 6:], past_key_values=caches[1]).logits
     assert difference(found, wanted) < ROUNDING
     assert difference(found, before) > 0.1
-    assert steps == [5, 5]
+    assert steps == [5, 6]
 
 
 def test_a_copy_has_steps_of_its_own(device, skipped):

@@ -48,7 +48,7 @@ def _of_rows(values, group, outs, groups, OUTS: tl.constexpr):
     # Row by row: for so few values at once Triton takes the lanes that need them, and shuffles nothing. No select is left, as
     # a thread has all rows.
     for row in tl.static_range(1, OUTS):
-        own = tl.load(values + (first + row) * groups + group, mask=(first + row < outs) & (group < groups), other=0)
+        own = tl.load(values + (first + row) * groups + group, mask=group < tl.where(first + row < outs, groups, 0), other=0)
         found = tl.where(index == row, own, found)
     return tl.broadcast_to(found, [1, OUTS, group.shape[2], 1])
 

@@ -45,3 +45,11 @@ def rooms_for(layer: RecordLayer, tokens: int) -> tuple[Tensor, Tensor]:
     if layer.values.data_ptr() != values.data_ptr():
         layer.values, layer._value_room = values.narrow(2, 0, held), values
     return keys, values
+
+
+def kept_rooms(layer: RecordLayer) -> tuple[Tensor, Tensor]:
+    """The same, of a layer that nothing has happened to since."""
+    keys, values = layer._key_room, layer._value_room
+    assert keys is not None
+    assert values is not None
+    return keys, values

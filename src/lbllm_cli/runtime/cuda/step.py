@@ -3,7 +3,6 @@
 from collections import OrderedDict
 from functools import partial
 from inspect import signature
-from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +12,13 @@ from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lbllm_cli.runtime.attachments import CACHE_ARGUMENTS, Arguments
-from lbllm_cli.runtime.cpu.captured import CapturedModules, CapturedQuantizers
+from lbllm_cli.runtime.cpu.captured import CapturedModules
 from lbllm_cli.runtime.cuda.activations import TYPES
 from lbllm_cli.runtime.cuda.fused import norm
 from lbllm_cli.runtime.cuda.graph import Replayed, capturable
+from lbllm_cli.runtime.cuda.known import Held, Known
 from lbllm_cli.runtime.cuda.layer import StepBuffers, StepLayer, steppable, weight_of
-from lbllm_cli.runtime.cuda.rooms import rooms_for
+from lbllm_cli.runtime.cuda.rooms import kept_rooms, rooms_for
 from lbllm_cli.runtime.cuda.unit import CudaUnit
 from lbllm_cli.runtime.kv_cache import RecordLayer
 from lbllm_cli.runtime.units import Units
@@ -35,17 +35,17 @@ _LOOKING = ("dynamic", "longrope")
 Room = tuple[Tensor, Tensor]
 
 
-class _Known(NamedTuple):
-    """What the kernels read where it lies, and what they were told, as it was when it was last looked at."""
+class _Pass(NamedTuple):
+    """A graph, and the tensors that it works in. tokens: that its rooms hold. known: what it was captured with."""
 
-    tensors: list[Tensor | None]
-    addresses: list[int]
-    numbers: list[float]
-    quantizers: CapturedQuantizers
+    buffers: StepBuffers
+    replayed: Replayed[list[Room]]
+    tokens: int
+    known: Known
 
 
 class _Call(NamedTuple):
-    """A pass that the step can compute."""
+    """A pass that the step can compute. found: what the last step was computed in, where the cache is the same."""
 
     ids: Tensor
     positions: Tensor | None
@@ -53,13 +53,7 @@ class _Call(NamedTuple):
     cache: Any
     layers: list[RecordLayer]
     held: int
-
-
-class _Pass(NamedTuple):
-    """A graph, and the tensors that it works in."""
-
-    buffers: StepBuffers
-    replayed: Replayed[list[Room]]
+    found: _Pass | None
 
 
 class DecodeStep:
@@ -76,17 +70,23 @@ class DecodeStep:
         self.layers = [StepLayer(layer, its) for layer, its in zip(decoder.layers, units, strict=True)]
         self.linears = [packed for its in units for unit in its for packed in unit.linears]
         self.linear_units = [packed.unit for packed in self.linears]
-        self.biased = [unit for its in units for unit in its if unit.bias is not None]
+        self.units = [unit for its in units for unit in its]
+        self.biased: list[CudaUnit] = []
         self.quantizers = [quantizer for layer in self.layers for quantizer in layer.quantizers]
         self.norms: list[Any] = [*(norm for layer in self.layers for norm in layer.norms), decoder.norm]
         self.device = units[0][0].weights.words.device
         self.looks = any(kind in str(getattr(decoder.rotary_emb, "rope_type", "")) for kind in _LOOKING)
         self.modules = CapturedModules(decoder)
-        self._known: _Known | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Graphs, and what they read."""
+        self._known: Known | None = None
         self._passes: OrderedDict[Any, _Pass] = OrderedDict()
+        self._last: tuple[Held, _Pass] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_known": None, "_passes": OrderedDict()}
+        return {**self.__dict__, "_known": None, "_passes": OrderedDict(), "_last": None}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self._call({**dict(zip(self.names, args, strict=False)), **kwargs})
@@ -101,17 +101,22 @@ class DecodeStep:
             return None
         if ids.dim() != 2 or ids.shape[1] != 1 or ids.device != self.device or self._asks_for_more(given):
             return None
-        layers = self._record_layers(cache, len(ids))
-        if not layers:
+        rows, layers, last = len(ids), list(getattr(cache, "layers", None) or []), self._last
+        if len(layers) != len(self.layers) or not all(isinstance(layer, RecordLayer) for layer in layers):
             return None
-        held, rows = layers[0].keys.shape[2], len(ids)
+        found = last[1] if last is not None and last[0].still(layers) else None
+        if found is None and not self._has_records(layers):
+            return None
+        held = layers[0].keys.shape[2]
+        if len(layers[0].keys) != rows:
+            return None
         positions, mask = given.get("position_ids"), given.get("attention_mask")
         if positions is not None and positions.shape not in ((rows, 1), (1, 1)):
             return None
         # Of four axes it is the caller's own.
         if mask is not None and not (isinstance(mask, Tensor) and mask.shape == (rows, held + 1)):
             return None
-        return _Call(ids, positions, mask, cache, layers, held)
+        return _Call(ids, positions, mask, cache, layers, held, found)
 
     def _asks_for_more(self, given: dict[str, Any]) -> bool:
         """Whether a call wants what the step has not."""
@@ -122,23 +127,23 @@ class DecodeStep:
             return True
         return any(value is not None and value is not False for name, value in given.items() if name not in _READ)
 
-    def _record_layers(self, cache: Any, rows: int) -> list[RecordLayer]:
-        """Layers of a cache that holds as many tokens in each, in records; empty for another cache, and one that does not fit."""
-        found = list(getattr(cache, "layers", None) or [])
-        if len(found) != len(self.layers) or not all(isinstance(x, RecordLayer) and x.holds_records for x in found):
-            return []
-        held = found[0].keys.shape[2]
-        for layer, own in zip(found, self.layers, strict=True):
+    def _has_records(self, layers: list[RecordLayer]) -> bool:
+        """Whether layers of a cache hold as many tokens each, in records of the decoder's form."""
+        if not all(layer.holds_records and layer.keys.numel() for layer in layers):
+            return False
+        rows, _, held, _ = layers[0].keys.shape
+        for layer, own in zip(layers, self.layers, strict=True):
             shapes = [(rows, own.kv_heads, held, size) for size in own.record_bytes]
-            if not held or [layer.keys.shape, layer.values.shape] != shapes or layer.keys.device != self.device:
-                return []
-        return found
+            if [layer.keys.shape, layer.values.shape] != shapes or layer.keys.device != self.device:
+                return False
+        return True
 
     def _tensors(self) -> list[Tensor | None]:
         """What the kernels read where it lies, as the modules have it now."""
         rotary = [] if self.looks else self.decoder.rotary_emb._buffers.values()
         weights = (weight_of(module) for module in (self.decoder.embed_tokens, *self.norms))
-        return [*weights, *rotary, *(unit.bias for unit in self.biased)]
+        biases = (packed._parameters.get("bias") for packed in self.linears)
+        return [*weights, *rotary, *biases, *(unit.bias for unit in self.biased)]
 
     def _numbers(self) -> list[float]:
         """What else the kernels were told."""
@@ -152,24 +157,16 @@ class DecodeStep:
             return False
         if False in [quantizer.enabled for quantizer in self.quantizers]:
             return False
-        tensors, numbers, known = self._tensors(), self._numbers(), self._known
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        if (
-            known is not None
-            and (addresses, numbers) == (known.addresses, known.numbers)
-            and all(map(is_, tensors, known.tensors))
-            and known.quantizers.hold()
-        ):
+        if self._known is not None and self._known.holds(self._tensors(), self._numbers()):
             return True
-        # Graphs read what was there before.
-        self._passes.clear()
-        self._known = None
-        dtype = self._dtype()
-        if dtype is None or numbers[0] != len(self.layers) or not all(layer.fits(dtype, self.device) for layer in self.layers):
+        self._forget()
+        dtype, count = self._dtype(), self.decoder.config.num_hidden_layers
+        if dtype is None or count != len(self.layers) or not all(layer.fits(dtype, self.device) for layer in self.layers):
             return False
         for layer in self.layers:
             layer.read_tables()
-        self._known = _Known(tensors, addresses, numbers, CapturedQuantizers(self.quantizers))
+        self.biased = [unit for unit in self.units if unit.bias is not None]
+        self._known = Known(self._tensors(), self._numbers(), self.quantizers)
         return True
 
     def _dtype(self) -> torch.dtype | None:
@@ -182,8 +179,12 @@ class DecodeStep:
 
     def _step(self, call: _Call) -> Tensor:
         """Hidden states after the last norm, [rows, 1, hidden]; the cache holds one token more."""
-        rooms = [rooms_for(layer, 1) for layer in call.layers]
-        found = self._pass(len(call.ids), rooms)
+        found = call.found
+        if found is not None and found.known is self._known and call.held < found.tokens:
+            rooms = [kept_rooms(layer) for layer in call.layers]
+        else:
+            rooms = [rooms_for(layer, 1) for layer in call.layers]
+            found = self._pass(len(call.ids), rooms)
         b = found.buffers
         b.ids.copy_(call.ids)
         b.length.fill_(call.held)
@@ -200,21 +201,26 @@ class DecodeStep:
             self._turn(b)
         found.replayed(rooms)
         out = b.out.unsqueeze(1).clone()
+        # While the device computes.
         for layer in call.layers:
             layer.grown(1)
+        self._last = Held(call.layers), found
         return out
 
     def _pass(self, rows: int, rooms: list[Room]) -> _Pass:
         """What was captured for these rooms, or is going to be."""
-        key = (rows, *(part.data_ptr() for room in rooms for part in room), rooms[0][0].shape[2])
+        tokens = rooms[0][0].shape[2]
+        key = (rows, tokens, *(part.data_ptr() for room in rooms for part in room))
         found = self._passes.get(key)
         if found is None:
             dtype, captures = self._dtype(), capturable(self.layers[0].units[0].weights.words)
             assert dtype is not None
+            assert self._known is not None
             # Buffers of inference mode could not be written to outside of it.
             with torch.inference_mode(False):
-                buffers = StepBuffers(self.layers[0], rows, rooms[0][0].shape[2], dtype, self.device)
-            found = self._passes[key] = _Pass(buffers, Replayed(partial(self._compute, buffers), self.device, captures))
+                buffers = StepBuffers(self.layers[0], rows, tokens, dtype, self.device)
+            replayed = Replayed(partial(self._compute, buffers), self.device, captures)
+            found = self._passes[key] = _Pass(buffers, replayed, tokens, self._known)
             while len(self._passes) > _KEPT:
                 self._passes.popitem(last=False)
         else:
