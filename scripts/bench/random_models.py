@@ -56,11 +56,12 @@ def packed_model(config: LlamaConfig, device: torch.device, quantized: bool = Tr
     model.to_empty(device=device)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     for module in model.modules():
-        _fill(module, device)
+        fill(module, device)
     return quantizer._process_model_after_weight_loading(model.eval().requires_grad_(False))
 
 
-def _fill(module: nn.Module, device: torch.device) -> None:
+def fill(module: nn.Module, device: torch.device) -> None:
+    """Random values for a module of a packed model, on a device."""
     with torch.no_grad():
         if isinstance(module, PackedLinear):
             module.weight.random_(0, 256)

@@ -5,7 +5,6 @@ computes on the inside. What makes tensors without being given one (`torch.empty
 dispatcher as CUDA's own, so that it is met on every thread, autograd's included.
 """
 
-import threading
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -121,7 +120,6 @@ class Device:
         self.accounts = Accounts()
         self.timeline = Timeline(self.rules.complain)
         self.memory = Memory(self.timeline.freed)
-        self.lock = threading.RLock()
 
     def install(self) -> None:
         """Lets torch make tensors here."""
@@ -154,7 +152,7 @@ class Device:
 
     def call(self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One operator."""
-        with self.lock:
+        with self.timeline.lock:
             return self._call(function, args, kwargs)
 
     def _call(self, function: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

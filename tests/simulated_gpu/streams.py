@@ -63,6 +63,8 @@ class Timeline:
 
     def __init__(self, complain: Complain):
         self.complain = complain
+        # Of all that is known: threads wait for copies of others, and must not go on before these are finished.
+        self.lock = threading.RLock()
         self.host: Clock = {}
         self.clocks: dict[int, Clock] = defaultdict(dict)
         self.copies: list[Copy] = []
@@ -91,15 +93,19 @@ class Timeline:
         clock[self.current] = clock.get(self.current, 0) + 1
         return clock[self.current]
 
+    def follow(self, stream: int, clock: Clock) -> None:
+        """A stream goes on after everything in `clock`."""
+        with self.lock:
+            self.clocks[stream] = later(self.clocks[stream], clock)
+
     def wait(self, clock: Clock) -> None:
         """The host knows of everything in `clock`."""
-        if all(self.host.get(number, 0) >= count for number, count in clock.items()):
-            return
-        self.host = later(self.host, clock)
-        done = [copy for copy in self.copies if copy.position <= self.host.get(copy.stream, 0)]
-        self.copies = [copy for copy in self.copies if copy.position > self.host.get(copy.stream, 0)]
-        for copy in done:
-            copy.finish(self.complain)
+        with self.lock:
+            self.host = later(self.host, clock)
+            done = [copy for copy in self.copies if copy.position <= self.host.get(copy.stream, 0)]
+            self.copies = [copy for copy in self.copies if copy.position > self.host.get(copy.stream, 0)]
+            for copy in done:
+                copy.finish(self.complain)
 
     def wait_for_all(self) -> None:
         """The host waits for the device."""
@@ -148,11 +154,11 @@ def stand_ins(timeline: Timeline, waited: Callable[[str], None]) -> dict[str, ty
             self.clock: Clock = {}
 
         def record(self, stream: "Stream | None" = None) -> None:
-            self.clock = dict(timeline.clocks[timeline.current if stream is None else stream.number])
+            with timeline.lock:
+                self.clock = dict(timeline.clocks[timeline.current if stream is None else stream.number])
 
         def wait(self, stream: "Stream | None" = None) -> None:
-            number = timeline.current if stream is None else stream.number
-            timeline.clocks[number] = later(timeline.clocks[number], self.clock)
+            timeline.follow(timeline.current if stream is None else stream.number, self.clock)
 
         def query(self) -> bool:
             timeline.wait(self.clock)
@@ -169,7 +175,7 @@ def stand_ins(timeline: Timeline, waited: Callable[[str], None]) -> dict[str, ty
             self.number = timeline.new_stream() if number is None else number
 
         def wait_stream(self, other: "Stream") -> None:
-            timeline.clocks[self.number] = later(timeline.clocks[self.number], timeline.clocks[other.number])
+            timeline.follow(self.number, timeline.clocks[other.number])
 
         def wait_event(self, event: Event) -> None:
             event.wait(self)

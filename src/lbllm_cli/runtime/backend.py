@@ -20,7 +20,7 @@ from lbllm_cli.runtime.torch.transfer import Transfers
 from lbllm_cli.runtime.units import Units
 
 # Kind of device -> the module that makes its backend. What is not here runs in torch.
-TABLE = {"cpu": "lbllm_cli.runtime.cpu.backend", "cuda": "lbllm_cli.runtime.torch.backend"}
+TABLE = {"cpu": "lbllm_cli.runtime.cpu.backend", "cuda": "lbllm_cli.runtime.cuda.backend"}
 _OTHERS = "lbllm_cli.runtime.torch.backend"
 
 
@@ -72,6 +72,9 @@ class Backend(Protocol):
         self, x: Tensor, tables: Tables, found: Quantized, gradient: Tensor, wanted: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
         """See `runtime.torch.quantizer.gradients`."""
+
+    def records(self, x: Tensor, tables: Tables, size: int) -> Tensor:
+        """Keys or values as a cache keeps them; see `format.kv_record.write_record`."""
 
     def take_over(self, model: nn.Module, units: Units, quantized: bool) -> list[Any]:
         """Hands what it computes faster of a loaded packed model over to it; returns handles that take hooks back.

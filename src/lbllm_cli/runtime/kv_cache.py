@@ -18,7 +18,7 @@ from lbllm_cli.runtime.quantizer import ActQuantizer
 
 def write_record(x: Tensor, quantizer: ActQuantizer) -> Tensor:
     """Records of keys or values by a quantizer; see `format.kv_record`."""
-    return kv_record.write_record(x, quantizer.tables, quantizer.size, backend_of(x.device).piece)
+    return backend_of(x.device).records(x, quantizer.tables, quantizer.size)
 
 
 def read_record(records: Tensor, quantizer: ActQuantizer, width: int) -> Tensor:
@@ -85,6 +85,9 @@ class _Records:
         written = (write_record(x, by) for x, by in ((key_states, self.keys_by), (value_states, self.values_by)))
         keys, values = super().update(*written, *args, **kwargs)  # type: ignore[misc]
         dtype = key_states.dtype
+        if not holds_tokens and backend_of(key_states.device).kernels is not None:
+            # What was just written, without reading it: in torch that is hundreds of launches a layer.
+            return self.keys_by.in_dtype(key_states), self.values_by.in_dtype(value_states)
         return read_record(keys, self.keys_by, width).to(dtype), read_record(values, self.values_by, width).to(dtype)
 
 

@@ -72,9 +72,10 @@ class ActQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Linears that read one input call in turn; it is quantized once.
-        return once(x, self, self._quantized) if self.enabled else plain(x)
+        return once(x, self, self.in_dtype) if self.enabled else plain(x)
 
-    def _quantized(self, x: Tensor) -> Tensor:
+    def in_dtype(self, x: Tensor) -> Tensor:
+        """Values that the codes stand for, in the input's dtype: [..., width] -> the same."""
         kernels = None if torch.compiler.is_compiling() else backend_of(x.device).kernels
         if kernels is not None:
             return kernels.fake_quantize(x, self.tables, self.size, self.step_dtype)

@@ -230,7 +230,9 @@ class TrainingLoop:
         rates = {id(p): group.top * factor for group in self.groups for p in group.params}
         states = [self._state(one.parameter) for one in own.values()]
         if states:
-            torch._foreach_add_([state["step"] for state in states], 1 - scale.skipped)
+            numbers = [state["step"] for state in states]
+            torch._foreach_add_(numbers, 1.0)
+            torch._foreach_sub_(numbers, [scale.skipped] * len(numbers))
         for (key, one), state in zip(own.items(), states, strict=True):
             one.step(state, scale, rates[key])
         self.trained.constrain()

@@ -47,9 +47,9 @@ class TrainableQuantizer(ActQuantizer):
         """Parameters by kind, frozen ones included."""
         return {CLIP_FACTORS: [self.clip]} | ({KNEES: [self.log_ratio]} if self.shapes else {})
 
-    def _quantized(self, x: Tensor) -> Tensor:
+    def in_dtype(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled() or backend_of(x.device).kernels is None:
-            return super()._quantized(x)
+            return super().in_dtype(x)
         if self.temperature and self.log_ratio.requires_grad:
             counts, ratio = self.get_buffer("counts"), self.log_ratio.exp()
             return fused_soft(x, ratio, self.clip, counts, self.temperature, self.tables, self.size, self.step_dtype)

@@ -43,7 +43,8 @@ def both(layers, by, x):
 
 
 def close(found, wanted, dtype=torch.float32):
-    rtol = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}[dtype]  # of the largest output
+    # Of the largest output; measured 6e-7, 9e-4 and 7e-3: torch rounds weights and quantized inputs to 16 bits.
+    rtol = {torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     for a, b in zip(found, wanted, strict=True):
         assert a.dtype == dtype
         torch.testing.assert_close(a, b, rtol=0, atol=rtol * float(b.abs().max()))
@@ -134,8 +135,9 @@ def test_a_quantizer_is_met_and_may_be_switched_off_and_edited(device):
     by.act_clip.fill_(30000)
     assert unit.tables is not kept
     close([layers[0](x)], [by(x) @ layers[0].dense_weight().T])
+    kept = unit.tables
     by.act_levels = by.act_levels.clone()
-    assert unit.tables is not None
+    assert unit.tables is not kept
 
 
 def test_a_bias_is_read_as_it_is_now(device):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lbllm_cli.format import kv_record
 from lbllm_cli.format.activations import Quantized, Tables, input_name
 from lbllm_cli.runtime.attachments import share_inputs
 from lbllm_cli.runtime.cpu.block import BlockStep, steppable
@@ -74,6 +75,10 @@ class CpuBackend:
         """By the library where it has the quantizer."""
         native = native_gradients(x, tables, found, gradient, wanted)
         return quantizer.gradients(x, tables, found, gradient, wanted) if native is None else native
+
+    def records(self, x: Tensor, tables: Tables, size: int) -> Tensor:
+        """Piece by piece."""
+        return kv_record.write_record(x, tables, size, self.piece)
 
     def take_over(self, model: nn.Module, units: Units, quantized: bool) -> list[Any]:
         """Linears, decode steps and the head, where the library has them."""

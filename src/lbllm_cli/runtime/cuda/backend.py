@@ -4,9 +4,10 @@ import os
 from functools import cache
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lbllm_cli.core.errors import reason
+from lbllm_cli.format.activations import Tables
 from lbllm_cli.runtime.stage_kernels import StageKernels
 from lbllm_cli.runtime.torch.backend import TorchBackend
 from lbllm_cli.runtime.units import Units
@@ -33,6 +34,17 @@ class CudaBackend(TorchBackend):
     def kernels(self) -> StageKernels | None:
         """In Triton."""
         return _stage_kernels() if self.runs else None
+
+    def records(self, x: Tensor, tables: Tables, size: int) -> Tensor:
+        """In one launch, where codes have 4 bits."""
+        if not self.runs:
+            return super().records(x, tables, size)
+        from lbllm_cli.runtime.cuda.prompts import write_records  # it imports Triton
+        from lbllm_cli.runtime.cuda.records import RecordTables, recordable
+
+        if not recordable(tables, size):
+            return super().records(x, tables, size)
+        return write_records(x, RecordTables.of(tables, size))
 
     def take_over(self, model: nn.Module, units: Units, quantized: bool) -> list[Any]:
         """Linears, the decoder's decode steps and the head, where the kernels have them."""

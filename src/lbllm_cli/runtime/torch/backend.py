@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lbllm_cli.core.errors import reason
+from lbllm_cli.format import kv_record
 from lbllm_cli.format.activations import Quantized, Tables
 from lbllm_cli.runtime.stage_kernels import StageKernels
 from lbllm_cli.runtime.torch import quantizer
@@ -88,6 +89,10 @@ class TorchBackend:
     ) -> tuple[Tensor | None, Tensor | None]:
         """The reference itself."""
         return quantizer.gradients(x, tables, found, gradient, wanted)
+
+    def records(self, x: Tensor, tables: Tables, size: int) -> Tensor:
+        """The reference itself."""
+        return kv_record.write_record(x, tables, size)
 
     def take_over(self, model: nn.Module, units: Units, quantized: bool) -> list[Any]:
         """Nothing: linears decode their weights as they run."""

@@ -1,0 +1,140 @@
+"""The whole pipeline on a simulated GPU: every stage runs by CUDA's rules, waits for nothing in its steps, and resumes."""
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_toy, write_recipe
+from stages import events, promised
+
+pytestmark = pytest.mark.heavy
+
+PHASE = {"sequences": 4, "epochs": 1, "batch_size": 2}
+SECTIONS = {
+    "runtime": {"device": "cuda", "batch_size": 4, "streams": "ram"},
+    "ptq": {"rounds": 0, "em_iterations": 2},
+    "distill": {"epochs": 1, "batch_size": 4, "end_to_end": PHASE},
+    "act_calib": {"epochs": 1, "batch_size": 4, "end_to_end": PHASE},
+}
+# Stages, in the order in which commands make them.
+MADE = {"ptq": ("ptq",), "distill": ("distill", "distill-e2e"), "act-calib": ("act-calib", "act-calib-e2e")}
+# In torch alone the quantizer looks at its tables in every pass.
+LOOKING = ("format/activations.py", "training/quantizers.py", "training/knees.py")
+
+
+def recipe_in(folder: Path, name: str = "recipe", **changes: dict) -> Path:
+    """A recipe for the toy in a folder that writes to `run` beside it."""
+    sections = {key: {**values, **changes.get(key, {})} for key, values in SECTIONS.items()}
+    return write_recipe(folder / f"{name}.json", folder / "model", folder / "run", **sections)
+
+
+def obeys(found, but: tuple[str, ...] = ()) -> None:
+    """A command that ended well and broke no rule. but: files whose lines may."""
+    assert found.code == 0, found.stderr
+    assert [item for item in found.broken if not item[0].startswith(but or "nothing")] == []
+
+
+@pytest.fixture(scope="session")
+def finished_on_gpu(once, simulated):
+    """finished_on_gpu(command): a folder with the toy, its recipe, and the checkpoints of all commands up to this one."""
+
+    def run(command: str) -> Path:
+        before = list(MADE)[: list(MADE).index(command)]
+
+        def make(folder: Path) -> Path:
+            if before:
+                shutil.copytree(run(before[-1]), folder, dirs_exist_ok=True)
+                # The recipe names folders.
+            else:
+                folder.mkdir(exist_ok=True)
+                save_toy(folder / "model", dtype=torch.bfloat16, num_hidden_layers=2)
+            recipe = recipe_in(folder)
+            obeys(simulated(command, "--recipe", recipe, tables=True), LOOKING if command == "act-calib" else ())
+            return folder
+
+        return once(f"simulated-{command}", make)
+
+    return run
+
+
+@pytest.fixture
+def copied(finished_on_gpu, tmp_path):
+    """copied(command): a copy of `finished_on_gpu` of this test's own."""
+
+    def copy(command: str) -> Path:
+        shutil.copytree(finished_on_gpu(command), tmp_path, dirs_exist_ok=True)
+        return tmp_path
+
+    return copy
+
+
+def test_every_stage_breaks_no_rule(finished_on_gpu):
+    folder = finished_on_gpu("act-calib")
+    for stage in (stage for stages in MADE.values() for stage in stages):
+        records = events(folder / "run" / stage)
+        assert records
+        assert all(record["peak_device_bytes"] > 0 for record in records if "peak_device_bytes" in record), stage
+
+
+def test_what_was_made_is_measured_exported_and_generated_from(copied, simulated):
+    folder = copied("act-calib")
+    recipe = recipe_in(folder)
+    obeys(simulated("eval", "--recipe", recipe))
+    obeys(simulated("export", "--recipe", recipe))
+    export = folder / "run" / "export"
+    command = ("generate", "--model", export, "--device", "cuda", "--raw", "--prompt", "the", "--max-new-tokens", "4")
+    first = simulated.ok(*command)
+    assert first.stdout
+    assert simulated.ok(*command).stdout == first.stdout
+    text = f"""
+import lbllm_cli.hf
+from transformers import AutoModelForCausalLM
+tokens = torch.randint(1, 1024, (2, 12), generator=torch.Generator().manual_seed(3))
+with torch.no_grad():
+    expected = AutoModelForCausalLM.from_pretrained({str(export)!r}, dtype=torch.float32)(tokens).logits
+    model = AutoModelForCausalLM.from_pretrained({str(export)!r}, dtype=torch.float32).to('cuda')
+    found = model(tokens.to('cuda')).logits
+    assert found.is_cuda
+    assert model.generate(tokens[:1].to('cuda'), max_new_tokens=3, do_sample=False).shape == (1, 15)
+torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+"""
+    found = simulated.python(text)
+    assert found.code == 0, found.stderr
+
+
+def test_bitmaps_are_trained(copied, simulated):
+    folder = copied("ptq")
+    recipe = recipe_in(folder, distill={"parametrisation": "bitmap"})
+    obeys(simulated("distill", "--recipe", recipe, "--only", "blocks"))
+
+
+def _made(folder: Path, stage: str) -> dict[str, str]:
+    return promised(folder / "run" / stage)
+
+
+@pytest.mark.parametrize("streams", ["disk", "device"])
+def test_streams_may_lie_anywhere(finished_on_gpu, copied, simulated, streams):
+    folder = copied("ptq")
+    before = _made(folder, "ptq")
+    recipe = recipe_in(folder, runtime={"streams": streams})
+    obeys(simulated("ptq", "--recipe", recipe, "--force"))
+    assert _made(folder, "ptq") == before
+    obeys(simulated("distill", "--recipe", recipe, "--only", "blocks"))
+    assert _made(folder, "distill") == _made(finished_on_gpu("distill"), "distill")
+
+
+@pytest.mark.parametrize(
+    ("command", "only", "stop"), [("ptq", None, "piece:9"), ("distill", "blocks", "step:3"), ("act-calib", "end-to-end", "step:1")]
+)
+def test_a_stopped_stage_goes_on_to_the_same_bytes(finished_on_gpu, copied, simulated, command, only, stop):
+    folder = copied(command)
+    stage = MADE[command][only == "end-to-end"]
+    run = partial(simulated, command, "--recipe", recipe_in(folder), *(("--only", only) if only else ()), tables=True)
+    shutil.rmtree(folder / "run" / stage)
+    stopped = run(stop=stop)
+    assert stopped.code == 130, stopped.stderr
+    assert (folder / "run" / f"{stage}.partial").is_dir()
+    obeys(run(), LOOKING if command == "act-calib" else ())
+    assert _made(folder, stage) == _made(finished_on_gpu(command), stage)
