@@ -26,6 +26,7 @@ from lbllm_cli.pipeline.reporter import Reporter
 from lbllm_cli.pipeline.work import StageRun, work_of
 from lbllm_cli.recipe.load import load_recipe
 from lbllm_cli.recipe.stages import STAGES
+from lbllm_cli.runtime.backend import in_ram
 from lbllm_cli.training.knees import tables_of
 
 # Tokens of a sequence, sequences of the streams, and of an end-to-end phase: one step, and one held out. Tokens of a prompt.
@@ -190,7 +191,7 @@ class _Writer:
         self.path = path
 
     def write_block(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+        return in_ram(tensors)
 
     def commit(self, index: int) -> None:
         raise _Committed

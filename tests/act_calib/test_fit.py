@@ -99,6 +99,7 @@ def test_training_moves_levels_and_quantizers_but_no_code(ok, run, tmp_path):
     assert sum(gains) / 3 < 0.98  # measured 0.967
 
 
+@pytest.mark.slow
 def test_rates_that_ruin_everything_return_what_was_fitted(ok, run, tmp_path):
     ok("act-calib", "--recipe", run(epochs=0))
     expected = block_bytes(tmp_path / "run" / "act-calib")
@@ -266,6 +267,7 @@ def test_other_formats_are_evaluated_as_they_are_stored(ok, run, tmp_path, setti
     assert model.model.layers[0].self_attn.key_cache.bits == layout.kv_bits
 
 
+@pytest.mark.slow
 def test_more_bits_are_nearer_to_full_precision(ok, run, tmp_path):
     errors = []
     for bits in (3, 4, 6, 8):

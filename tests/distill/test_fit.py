@@ -120,6 +120,7 @@ def test_interrupted_between_any_two_steps_and_resumed_equals_uninterrupted(ok, 
     assert not (tmp_path / "run" / "distill" / "training.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("parametrisation", "train", "rate"), [("nearest", ["levels"], 0.1), ("bitmap", ["levels", "bitmap"], 0.01)]
 )
@@ -178,6 +179,7 @@ def test_plot_is_a_picture(ok, run, tmp_path):
     assert (tmp_path / "run" / "distill" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [["levels"], ["weights"]])
 def test_only_what_is_named_is_trained(ok, run, tmp_path, train):
     ok("distill", "--recipe", run(train=train), MORE)

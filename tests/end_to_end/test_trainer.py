@@ -62,6 +62,7 @@ def test_training_lowers_the_divergence_and_what_is_stored_is_what_is_measured(o
     assert results["export"]["bits_per_weight"] == after["bits_per_weight"] == results[stage]["bits_per_weight"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("train", "moved"), [("levels", {"levels", "scale"}), ("scales", {"scale"}), ("norms", {"weight"})])
 def test_only_what_is_named_is_trained(ok, made, run, tmp_path, train, moved):
     ok("distill", "--recipe", run(distill={"train": [train], "sequences": 100, "lr_levels": 0.003}))

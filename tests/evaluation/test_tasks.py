@@ -72,6 +72,7 @@ def own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
 
 
+@pytest.mark.slow
 def test_same_numbers_as_lm_evals_command_line(ok, recipe, tmp_path):
     task = write_task(tmp_path / "tasks", "stories")
     ok("ptq", "--recipe", recipe)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 from conftest import save_toy, write_recipe
 
 RUN = (
@@ -57,6 +58,7 @@ SAMPLED = (
 )
 
 
+@pytest.mark.slow
 def test_eval_holds_less_than_half_of_a_models_weights(tmp_path):
     folder = save_toy(tmp_path / "model", num_hidden_layers=20, hidden_size=1024, intermediate_size=4096, head_dim=64)
     recipe = write_recipe(tmp_path / "r.yaml", folder, tmp_path / "run", ptq={"rounds": 0})

@@ -48,6 +48,7 @@ def test_two_bits_cost_little_on_the_toy(perplexity):
     assert base["technical"] < ptq["technical"] < 1.22 * base["technical"]  # measured 1.176
 
 
+@pytest.mark.slow
 def test_each_part_of_the_method_earns_its_place(perplexity):
     default = perplexity("default")
     crude = perplexity("crude", levels="quantile", rounds=0)
@@ -56,5 +57,6 @@ def test_each_part_of_the_method_earns_its_place(perplexity):
     assert uncompensated["novels"] > 1.05 * crude["novels"]
 
 
+@pytest.mark.slow
 def test_larger_groups_cost_little(perplexity):
     assert perplexity("group 128", group_size=128)["novels"] < 1.05 * perplexity("default")["novels"]  # measured 0.997

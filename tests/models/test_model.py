@@ -35,6 +35,7 @@ def opened(folder: Path) -> SourceModel:
     return open_model(Model(path=str(folder)), CPU)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_head_beside_tied_embeddings_is_used_as_transformers_uses_it(ok, toy, recipe, tmp_path):
     from lbllm_cli.pipeline.plan import prepare

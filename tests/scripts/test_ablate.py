@@ -50,6 +50,7 @@ def run(tmp_path, monkeypatch, little_text, given_tables):
     return script
 
 
+@pytest.mark.slow
 def test_variants_of_a_last_phase_start_from_one_parent(run, tmp_path):
     command = ("--stage", "distill-e2e", "--only", "default", "norms", "distill.end_to_end.sequences=16", "distill.epochs=1")
     first = run(*command)
@@ -90,6 +91,7 @@ def test_a_phase_that_the_recipe_itself_has_is_a_parent(run, tmp_path):
     assert all(step.endswith(" ran") for step in found)
 
 
+@pytest.mark.slow
 def test_variants_with_other_text_have_their_own_teacher_s_states(run, tmp_path):
     teacher = f"distill.end_to_end.teacher={tmp_path / 'teacher'}"
     sizes = ("distill.end_to_end.sequences=16", "distill.epochs=0", "distill.end_to_end.epochs=0")

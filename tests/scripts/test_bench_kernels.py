@@ -33,6 +33,7 @@ def numbers(record):
     return [x for value in record.values() for x in (numbers(value) if isinstance(value, dict) else [value])]
 
 
+@pytest.mark.slow
 def test_sections(bench, tmp_path, capsys):
     out = tmp_path / "kernels.json"
     bench("--out", out, "--only", "linear", "--shapes", "96:48", "--groups", 32, "--rows", 1)

@@ -69,7 +69,6 @@ class Timeline:
         self.clocks: dict[int, Clock] = defaultdict(dict)
         self.copies: list[Copy] = []
         self.uses: dict[int, Use] = {}
-        self.waits = 0
         self._current = threading.local()
         self._streams = 0
 
@@ -165,7 +164,6 @@ def stand_ins(timeline: Timeline, waited: Callable[[str], None]) -> dict[str, ty
             return True
 
         def synchronize(self) -> None:
-            timeline.waits += 1
             timeline.wait(self.clock)
 
     class Stream:

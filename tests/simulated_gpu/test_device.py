@@ -91,7 +91,8 @@ assert y.shape == x.shape and torch.cuda.memory_allocated() >= 2 * 2 * 2**34
 norm = y.float().norm()
 assert norm.item() == 1 and bool(torch.isfinite(y).all()) and not bool(y.isnan().any())
 assert torch.arange(5, device='cuda').sum().item() == 10
-weight, hidden = torch.empty(32000, 4096, dtype=torch.bfloat16, device='cuda'), torch.empty(1, 4096, dtype=torch.bfloat16, device='cuda')
+shapes = ((32000, 4096), (1, 4096))
+weight, hidden = (torch.empty(shape, dtype=torch.bfloat16, device='cuda') for shape in shapes)
 logits = torch.empty(1, 32000, device='cuda')
 with device.accounts.within('head'):
     torch.ops.lbllm.head_logits(weight, hidden, logits)

@@ -126,7 +126,8 @@ def test_streams_may_lie_anywhere(finished_on_gpu, copied, simulated, streams):
 
 
 @pytest.mark.parametrize(
-    ("command", "only", "stop"), [("ptq", None, "piece:9"), ("distill", "blocks", "step:3"), ("act-calib", "end-to-end", "step:1")]
+    ("command", "only", "stop"),
+    [("ptq", None, "piece:9"), ("distill", "blocks", "step:3"), ("act-calib", "end-to-end", "step:1")],
 )
 def test_a_stopped_stage_goes_on_to_the_same_bytes(finished_on_gpu, copied, simulated, command, only, stop):
     folder = copied(command)

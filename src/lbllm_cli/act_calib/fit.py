@@ -22,6 +22,7 @@ from lbllm_cli.runtime.quantizer import empty_quantizer
 from lbllm_cli.training.block import block_loop, train_block
 from lbllm_cli.training.block_linears import BlockLinears
 from lbllm_cli.training.fixed import Fixed
+from lbllm_cli.training.forecast import SEQUENCES
 from lbllm_cli.training.interfaces import OwnStep, ParameterGroup
 from lbllm_cli.training.knees import tables_of
 from lbllm_cli.training.master import LEVELS, WEIGHTS
@@ -39,8 +40,6 @@ from lbllm_cli.training.weights import Nearest, Trainable
 if TYPE_CHECKING:
     from lbllm_cli.recipe.training import ActCalib
 
-# Sequences whose activations the quantizers' tables are fitted on.
-_SEQUENCES = 8
 # What SAMPLE is meant for: of larger groups fewer are taken, so that a search costs the same.
 _USUAL_GROUP = 64
 
@@ -122,7 +121,7 @@ class ActivationStudent:
     @torch.no_grad()
     def _fit(self, task: BlockTask, layout: ActivationFormat, seed: int) -> dict[str, TrainableQuantizer]:
         rows = task.quantized.rows
-        taken = torch.linspace(0, rows - 1, min(_SEQUENCES, rows)).round().long()
+        taken = torch.linspace(0, rows - 1, min(SEQUENCES, rows)).round().long()
         ((hidden,),) = fetched((task.quantized,), [taken], task.device)
         samples = sample_inputs(self.block, hidden)
         return fitted(samples, layout, data_seed(seed, task.index) << 3, self.settings.trained)

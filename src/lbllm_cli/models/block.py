@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import DynamicCache, PretrainedConfig
 
 from lbllm_cli.models.config import layers, one_block
+from lbllm_cli.runtime.attachments import Arguments
 from lbllm_cli.runtime.units import Units, find_units
 
 BLOCKS = "model.layers."
@@ -51,6 +52,7 @@ class Block(nn.Module):
         self.units = block_units(config) if units is None else units
         self.dtype = dtype
         self._arguments: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self._cache = Arguments(self.model).name
 
     @property
     def layer(self) -> nn.Module:
@@ -82,16 +84,17 @@ class Block(nn.Module):
     def arguments(self, hidden: Tensor) -> dict[str, Any]:
         """What transformers gives the layer beside hidden states of this shape: mask, angles of the positions.
 
-        Asked of the model around it once for a shape: each time it looks at the positions, and a GPU is waited for.
+        Asked of the model around it once for a shape: it takes a dozen launches. With an empty cache, which is taken out again,
+        it does not look whether positions are those of several texts, for which a GPU would be waited for.
         """
         key = (*hidden.shape[:2], hidden.dtype)
         if key not in self._arguments:
             handle = self.layer.register_forward_pre_hook(_stop_with_arguments, with_kwargs=True, prepend=True)
             try:
                 with torch.no_grad():
-                    self.model(inputs_embeds=hidden, use_cache=False)
+                    self.model(inputs_embeds=hidden, use_cache=False, **{self._cache: DynamicCache()})
             except _Arguments as found:
-                self._arguments[key] = found.values
+                self._arguments[key] = {name: None if name == self._cache else value for name, value in found.values.items()}
             finally:
                 handle.remove()
         return self._arguments[key]

@@ -76,7 +76,7 @@ def refit_levels(weight: Tensor, hessian: Tensor, fit: RankFit, group_size: int)
     grid = project_levels if backend.kernels is None else stored_grid
     values = fit.values().clone()
     unknowns = groups * LEVELS
-    most = _CHUNK_BYTES if backend.shares_ram else min(_MOST_BYTES, backend.free_memory(weight.device) // _SHARE_OF_FREE)
+    most = _CHUNK_BYTES if backend.kernels is None else min(_MOST_BYTES, backend.free_memory(weight.device) // _SHARE_OF_FREE)
     # Beside a row's system its Cholesky factor, and in torch the one-hot form of its ranks.
     chunk = max(1, most // (4 * unknowns * (unknowns + groups * group_size)))
     for start in range(0, out_features, chunk):

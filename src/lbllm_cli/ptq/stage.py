@@ -27,9 +27,13 @@ def need(plan: Plan, spec: StageSpec, tokens: Tensor | None) -> Need:
     """Need of `lbllm ptq`."""
     recipe, model, text = plan.recipe, plan.model, plan.token_set(spec)
     heads = model.shapes[f"{block_prefix(0)}self_attn.o_proj.weight"][1] / model.config.hidden_size
-    passing = activation_bytes(model, min(text.sequences, recipe.runtime.batch_size), text.length)
-    # Teacher, and the student's replaced weights beside it; then the fit, when no activations are alive.
-    device = 2 * block_bytes(model) + passing + _fit_bytes(model, recipe.ptq)
+    rows = min(text.sequences, recipe.runtime.batch_size)
+    # Teacher, and the student's replaced weights beside it.
+    device = 2 * block_bytes(model)
+    if model.backend.kernels is None:
+        device += activation_bytes(model, rows, text.length) + _fit_bytes(model, recipe.ptq)
+    else:
+        device += _fused_bytes(model, recipe.ptq, rows * text.length)
     # In sequential order the fit keeps what both streams' attention heads gave instead of computing it again.
     found = stage_need(plan, spec, device, 2 * heads if recipe.ptq.sequential else 0)
     keys = "lower runtime.batch_size, or set ptq.sequential: true or ptq.asymmetric: 0, which hold fewer Hessians at once"
@@ -44,6 +48,23 @@ def _fit_bytes(model: SourceModel, settings: Ptq) -> float:
     moments = kinds * (max(squares) if settings.sequential else sum(squares))
     work = max(9 * 4.0 * unit[0][1] ** 2 + 7 * 4.0 * sum(out * inn for out, inn in unit) for unit in shapes.values())
     return moments + work
+
+
+def _fused_bytes(model: SourceModel, settings: Ptq, tokens: int) -> float:
+    """What the fit in kernels holds beside the block, or a pass that collects moments. tokens: of one pass.
+
+    Of a unit's widest matrix of moments: those that are kept, their sums where some sequences were held out, and 5.2 in
+    factorisations; of its weights three. Counted on the shapes of three models (scripts/bench/device_counts.py).
+    """
+    shapes = [[model.shapes[f"{block_prefix(0)}{name}.weight"] for name in unit] for unit in model.units]
+    held = settings.asymmetric == "auto"
+    kinds = (2 if settings.asymmetric != 0 else 1) * (2 if held else 1)
+    squares = [4.0 * unit[0][1] ** 2 for unit in shapes]
+    weights = [4.0 * sum(out * inn for out, inn in unit) for unit in shapes]
+    kept = kinds * (max(squares) if settings.sequential else sum(squares))
+    fit = max((kinds / 2 * held + 5.2) * square + 3 * weight for square, weight in zip(squares, weights, strict=True))
+    passing = tokens * (10 * model.config.hidden_size + 4 * model.config.intermediate_size) * model.dtype.itemsize
+    return 1.05 * (kept + max(fit, passing))
 
 
 def work(plan: Plan, spec: StageSpec) -> list[Part]:

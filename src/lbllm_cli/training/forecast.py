@@ -8,6 +8,8 @@ from lbllm_cli.training.quantizers import KNEES
 
 # float32 tensors of an input's size that a quantizer keeps for its backward pass: measured 2.0, and 17.3 while knees are soft.
 KEPT_DEPLOYED, KEPT_SOFT = 2.0, 20.0
+# Sequences whose activations the quantizers' tables are fitted on.
+SEQUENCES = 8
 
 
 def masters(model: SourceModel, settings: Distill | ActCalib, group_size: int) -> tuple[float, float]:
@@ -36,6 +38,25 @@ def quantizer_activations(model: SourceModel, settings: ActCalib | ActEndToEnd, 
     return (KEPT_SOFT if soft else KEPT_DEPLOYED) * 4 * rows * length * inputs
 
 
+def _fused_device(model: SourceModel, settings: Distill | ActCalib, group_size: int, length: int) -> float:
+    """`training_device` where weights and quantizers are trained in kernels.
+
+    The teacher's block, the present weights and their gradient; latents with both moments; levels with all of it and as they are
+    stored; codes. Of a token 14 states of the hidden width and 5 of the intermediate one, and the loss in float32. Before that
+    act-calib looks at some sequences at once. Counted on the shapes of three models (scripts/bench/device_counts.py).
+    """
+    config, weights, itemsize = model.config, model.count(model.binarized_names) / model.blocks, model.dtype.itemsize
+    latents = 4.0 * weights * (3 if isinstance(settings, Distill) or "weights" in settings.trained else 0)
+    levels = 20.0 * weights * 4 / group_size
+    resident = block_bytes(model) + 2 * weights * itemsize + latents + levels + weights * 0.3
+    states = 14 * config.hidden_size + 5 * config.intermediate_size
+    rows = min(settings.micro_batch_size, settings.batch_size)
+    passing = rows * length * (states * itemsize + 12 * config.hidden_size)
+    if isinstance(settings, ActCalib):
+        passing = max(passing, SEQUENCES * length * 1.1 * states - weights * itemsize)
+    return 1.05 * (resident + passing)
+
+
 def training_device(recipe: Recipe, model: SourceModel, settings: Distill | ActCalib) -> float:
     """The teacher's block; masters, their gradients and AdamW's two moments; the weights they stand for, in float32 and in the
     compute dtype with a gradient; activations. Or the teacher's pass over the data, if that is more."""
@@ -43,11 +64,18 @@ def training_device(recipe: Recipe, model: SourceModel, settings: Distill | ActC
     weights = model.count(model.binarized_names) / model.blocks
     length = recipe.data.training.length
     current = weights * (4.0 + 1.0 + 2.0 * model.dtype.itemsize)
+    fused = not (isinstance(settings, Distill) and settings.parametrisation == "bitmap")
+    if fused and model.backend.kernels is not None:
+        return max(_fused_device(model, settings, recipe.ptq.group_size, length), teaching_device(recipe, model))
     rows = min(settings.micro_batch_size, settings.batch_size)
     passing = training_activations(model, rows, length)
     passing += quantizer_activations(model, settings, rows, length) if isinstance(settings, ActCalib) else 0
-    teaching = 2 * block_bytes(model) + activation_bytes(model, recipe.runtime.batch_size, length)
-    return max(block_bytes(model) + 16 * trained + 4 * frozen + current + passing, teaching)
+    return max(block_bytes(model) + 16 * trained + 4 * frozen + current + passing, teaching_device(recipe, model))
+
+
+def teaching_device(recipe: Recipe, model: SourceModel) -> float:
+    """The teacher's pass over the data."""
+    return 2 * block_bytes(model) + activation_bytes(model, recipe.runtime.batch_size, recipe.data.training.length)
 
 
 def training_state(recipe: Recipe, model: SourceModel, settings: Distill | ActCalib) -> float:

@@ -95,7 +95,7 @@ def test_a_residual_is_added_before_anything_is_rounded(device, large, dtype):
 def test_more_groups_than_are_read_at_once(device, rows):
     linears = random_weights(9600, (1,), 16)
     weights = CudaWeights.of(moved(linears, device))
-    assert tile(rows, *weights.words.shape)["SHAPE"][2] < weights.groups
+    assert tile(rows, *weights.words.shape)["GROUPS"] < weights.groups
     places, step, x = quantized_rows(rows, 9600, 16, "group")
     out = torch.empty(rows, 1, device=device)
     gemv_quantized(weights, places.to(device), step.to(device), out)
@@ -106,5 +106,6 @@ def test_more_groups_than_are_read_at_once(device, rows):
 
 def test_a_tile_covers_a_layer_of_seven_billion():
     shapes = (1, 4096, 32, 8), (8, 4096, 86, 8), (1, 960, 5, 8), (3, 5000, 1, 256)
-    found = [(tile(*shape)["SHAPE"], tile(*shape)["num_warps"]) for shape in shapes]
-    assert found == [((1, 4, 32, 8), 2), ((8, 2, 32, 8), 2), ((1, 1, 8, 8), 1), ((4, 4, 1, 256), 2)]
+    keys = ("ROWS", "OUTS", "GROUPS", "WORDS", "num_warps")
+    found = [tuple(tile(*shape)[key] for key in keys) for shape in shapes]
+    assert found == [(1, 4, 32, 8, 2), (8, 2, 32, 8, 2), (1, 1, 8, 8, 1), (4, 4, 1, 256, 2)]

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 import lbllm_cli.hf
 from lbllm_cli.runtime.cuda import unit as units
-from lbllm_cli.runtime.cuda.graph import capturable
+from lbllm_cli.runtime.cuda.graph import Replayed, capturable
 from lbllm_cli.runtime.cuda.rooms import rooms_for
 from lbllm_cli.runtime.cuda.step import DecodeStep, decoder_steppable
 from lbllm_cli.runtime.cuda.take_over import take_over
@@ -68,6 +68,19 @@ def skipped(monkeypatch, device) -> list[int]:
         return torch.zeros(len(call.ids), 1, self.decoder.config.hidden_size, device=device)
 
     monkeypatch.setattr(DecodeStep, "_step", skip)
+    return calls
+
+
+@pytest.fixture
+def replayed(monkeypatch) -> list[Replayed]:
+    """What was replayed; nothing is computed, and hidden states are how many there are by then."""
+    calls: list[Replayed] = []
+
+    def replay(self, rooms):
+        calls.append(self)
+        self._work.args[0].out.fill_(len(calls))
+
+    monkeypatch.setattr(Replayed, "__call__", replay)
     return calls
 
 
@@ -129,7 +142,6 @@ def test_steps_in_a_row_with_padding_and_a_copied_cache(device, steps):
         return {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
 
     own, its = (prefilled(each, tokens[:, :7], **options(7, 0)) for each in (model, reference))
-    found = []
     for end in (8, 9):
         part = tokens[:, end - 1 : end]
         if end == 9:
@@ -138,11 +150,8 @@ def test_steps_in_a_row_with_padding_and_a_copied_cache(device, steps):
         wanted = reference.model(part, past_key_values=its, **options(end, end - 1)).last_hidden_state
         assert difference(output.last_hidden_state, wanted) < ROUNDING
         assert output.past_key_values is own
-        found.append((output.last_hidden_state, output.last_hidden_state.clone()))
     assert steps == [7, 8]
     assert records_are_equal(own, its)
-    # What was handed out is the caller's.
-    assert torch.equal(*found[0])
 
 
 def test_sixteen_bits(device, steps):
@@ -157,6 +166,57 @@ def test_sixteen_bits(device, steps):
     assert found.logits.dtype == torch.bfloat16
     # Values that tip over an edge between two codes: measured 0.075.
     assert difference(found.logits.float(), wanted.logits.float()) < 0.2
+
+
+# What is replayed
+
+
+def test_a_pass_is_replayed_until_what_it_reads_lies_elsewhere(device, replayed):
+    model = taken(device)
+    tokens = ids(1, 260).to(device)
+    cache = prefilled(model, tokens[:, :6])
+
+    def step(cache, many: int = 1):
+        for _ in range(many):
+            found = model.model(tokens[:, 6:7], past_key_values=cache).last_hidden_state
+        return found, replayed[-1]
+
+    first, one = step(cache)
+    second, again = step(cache)
+    assert again is one
+    # What was handed out is the caller's.
+    assert (float(first[0, 0, 0]), float(second[0, 0, 0])) == (1, 2)
+    other = copy.deepcopy(cache)
+    assert step(other)[1] is not one
+    assert step(cache)[1] is one
+    cache.crop(-1)
+    assert step(cache)[1] is one
+    model.model.norm.weight.mul_(2)  # it is read where it lies
+    assert step(cache, 200)[1] is one
+    assert cache.get_seq_length() == 209
+    assert step(cache, 47)[1] is one
+    _, larger = step(cache)
+    assert larger is not one
+    for edit in (_epsilon, _replace_weight, _clip, _scaling):
+        edit(model)
+        _, now = step(cache)
+        assert now is not larger
+        assert step(cache)[1] is now
+        larger = now
+    assert step(other)[1] is not larger
+
+
+def test_a_batch_is_reordered_within_its_pass(device, replayed):
+    model = taken(device)
+    tokens = ids(2, 7).to(device)
+    cache = prefilled(model, tokens[:, :6])
+    model(tokens[:, 6:], past_key_values=cache)
+    cache.reorder_cache(torch.tensor([1, 0], device=device))
+    model(tokens[:, 6:], past_key_values=cache)
+    assert replayed[0] is replayed[1]
+    cache.batch_select_indices(torch.tensor([1], device=device))
+    model(tokens[1:, 6:], past_key_values=cache)
+    assert replayed[1] is not replayed[2]
 
 
 # What goes another way
@@ -241,6 +301,24 @@ def _fewer_layers(model) -> None:
     model.config.num_hidden_layers = 1
 
 
+def _epsilon(model) -> None:
+    model.model.layers[1].post_attention_layernorm.variance_epsilon = 10.0
+
+
+def _replace_weight(model) -> None:
+    old = model.model.layers[1].post_attention_layernorm.weight
+    model.model.layers[1].post_attention_layernorm.weight = nn.Parameter(torch.full_like(old, 2.5), requires_grad=False)
+
+
+def _scaling(model) -> None:
+    model.model.layers[1].self_attn.scaling *= 4
+
+
+def _clip(model) -> None:
+    model.model.layers[1].mlp.down_proj.input.act_clip.floor_divide_(2)
+    model.model.layers[1].self_attn.value_cache.act_clip.floor_divide_(2)
+
+
 @pytest.mark.parametrize(
     "edit", [_wrap, _hook, _hook_layer, _method, _activation, _switch_off, _other_dtype, _head_dim, _fewer_layers]
 )
@@ -263,14 +341,10 @@ def test_edits_that_it_can_follow_are_followed(device, steps):
         each(tokens[:, 5:6], past_key_values=cache)
     before = reference(tokens[:, 6:], past_key_values=copy.deepcopy(caches[1])).logits
     for each in (model, reference):
-        layer = each.model.layers[1]
-        layer.input_layernorm.weight.mul_(-2)
-        layer.post_attention_layernorm.weight = nn.Parameter(torch.full((72,), 2.5, device=device), requires_grad=False)
-        layer.post_attention_layernorm.variance_epsilon = 10.0
-        layer.self_attn.k_proj.bias.add_(3)
-        layer.self_attn.scaling *= 4
-        layer.mlp.down_proj.input.act_clip.floor_divide_(2)
-        layer.self_attn.value_cache.act_clip.floor_divide_(2)
+        each.model.layers[1].input_layernorm.weight.mul_(-2)
+        each.model.layers[1].self_attn.k_proj.bias.add_(3)
+        for edit in (_epsilon, _replace_weight, _scaling, _clip):
+            edit(each)
     found = model(tokens[:, 6:], past_key_values=caches[0]).logits
     wanted = reference(tokens[:, 6:], past_key_values=caches[1]).logits
     assert difference(found, wanted) < ROUNDING

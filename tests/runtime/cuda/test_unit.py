@@ -9,6 +9,7 @@ from packed_weights import random_weights
 from lbllm_cli.format.activations import Tables, uniform_levels
 from lbllm_cli.format.weights import PARTS
 from lbllm_cli.runtime.attachments import _MET
+from lbllm_cli.runtime.cuda import gemv
 from lbllm_cli.runtime.cuda.unit import CudaUnit, usable
 from lbllm_cli.runtime.linear import PackedLinear
 from lbllm_cli.runtime.quantizer import ActQuantizer
@@ -16,6 +17,12 @@ from lbllm_cli.runtime.shared_input import SharedInput
 from lbllm_cli.training.knees import Shape, tables_of
 
 KNEE = tables_of([Shape(3, 4, 4, 4, 5, 6), Shape(5, 6, 2, 2, 3, 3)])
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """As many rows of weights to a program as of a large model's linears: interpreted, a program costs more than its rows."""
+    monkeypatch.setattr(gemv, "_PROGRAMS", 1)
 
 
 def linears(device, inn=72, outs=(3, 2), size=32, biases=(False, False)) -> list[PackedLinear]:

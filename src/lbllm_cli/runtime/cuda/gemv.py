@@ -54,49 +54,53 @@ def _of_rows(values, group, outs, groups, OUTS: tl.constexpr):
 
 
 @triton.jit
-def _codes(words, levels, group, outs, groups, W: tl.constexpr, SHAPE: tl.constexpr):
+def _codes(words, levels, group, outs, groups, W: tl.constexpr, OUTS: tl.constexpr, WORDS: tl.constexpr):
     """Selectors of the even and the odd codes of some groups, [1, outs, groups, words], and levels [1, outs, groups, 1]."""
-    n, w = tl.arange(0, SHAPE[1])[None, :, None, None], tl.arange(0, SHAPE[3])[None, None, None, :]
-    n += tl.program_id(0) * SHAPE[1]
+    n, w = tl.arange(0, OUTS)[None, :, None, None], tl.arange(0, WORDS)[None, None, None, :]
+    n += tl.program_id(0) * OUTS
     word = tl.load(words + (n * groups + group) * W + w, mask=(n < outs) & (group < groups) & (w < W), other=0)
-    return word & 0x33333333, (word >> 2) & 0x33333333, _of_rows(levels, group, outs, groups, SHAPE[1])
+    return word & 0x33333333, (word >> 2) & 0x33333333, _of_rows(levels, group, outs, groups, OUTS)
 
 
 @triton.jit
-def _finish(out, total, rows, outs, bias, residual, SHAPE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr):
+def _finish(
+    out, total, rows, outs, bias, residual,
+    ROWS: tl.constexpr, OUTS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
     """total float32 [rows, outs, groups, 1] -> out."""
-    sums = tl.reshape(tl.sum(total, 2), [SHAPE[0], SHAPE[1]])
-    m, n = tl.arange(0, SHAPE[0])[:, None], tl.program_id(0) * SHAPE[1] + tl.arange(0, SHAPE[1])[None, :]
+    sums = tl.reshape(tl.sum(total, 2), [ROWS, OUTS])
+    m, n = tl.arange(0, ROWS)[:, None], tl.program_id(0) * OUTS + tl.arange(0, OUTS)[None, :]
     store_outputs(out, sums, m, n, rows, outs, bias, residual, BIAS, RESIDUAL)
 
 
 @triton.jit
 def gemv_places(
     words, levels, scale, places, step, bias, residual, out, rows, outs, groups,
-    W: tl.constexpr, V: tl.constexpr, SHAPE: tl.constexpr, STEPS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    W: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
+    STEPS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """A program: SHAPE[1] rows of weights. SHAPE: rows, outs, groups and words of a tile. places: as int32. V: `span`. STEPS: 1
+    """A program: OUTS rows of weights. ROWS, OUTS, GROUPS, WORDS: of a tile. places: as int32. V: `span`. STEPS: 1
     of each group, 0 of each row.
     """
-    m, w = tl.arange(0, SHAPE[0])[:, None, None, None], tl.arange(0, SHAPE[3])[None, None, None, :]
-    total = tl.zeros([SHAPE[0], SHAPE[1], SHAPE[2], 1], tl.float32)
-    for start in range(0, groups, SHAPE[2]):
-        group = start + tl.arange(0, SHAPE[2])[None, None, :, None]
-        even, odd, level = _codes(words, levels, group, outs, groups, W, SHAPE)
+    m, w = tl.arange(0, ROWS)[:, None, None, None], tl.arange(0, WORDS)[None, None, None, :]
+    total = tl.zeros([ROWS, OUTS, GROUPS, 1], tl.float32)
+    for start in range(0, groups, GROUPS):
+        group = start + tl.arange(0, GROUPS)[None, None, :, None]
+        even, odd, level = _codes(words, levels, group, outs, groups, W, OUTS, WORDS)
         x = places + (m * groups + group) * (4 * W) + w // V * (4 * V) + w % V
         there = (m < rows) & (group < groups) & (w < W)
-        dots = tl.zeros(SHAPE, tl.int32)
+        dots = tl.zeros([ROWS, OUTS, GROUPS, WORDS], tl.int32)
         dots = dot4(look_up(even, level), tl.load(x, mask=there, other=0), dots)
         dots = dot4(look_up(odd, level), tl.load(x + V, mask=there, other=0), dots)
         dots = dot4(look_up(even >> 16, level), tl.load(x + 2 * V, mask=there, other=0), dots)
         dots = dot4(look_up(odd >> 16, level), tl.load(x + 3 * V, mask=there, other=0), dots)
-        factor = _of_rows(scale, group, outs, groups, SHAPE[1]).to(tl.float32)
+        factor = _of_rows(scale, group, outs, groups, OUTS).to(tl.float32)
         if STEPS == 1:
             factor = factor * tl.load(step + m * groups + group, mask=(m < rows) & (group < groups), other=0.0)
         total += tl.sum(dots, 3, keep_dims=True).to(tl.float32) * factor
     if STEPS == 0:
         total *= tl.load(step + m, mask=m < rows, other=0.0)
-    _finish(out, total, rows, outs, bias, residual, SHAPE, BIAS, RESIDUAL)
+    _finish(out, total, rows, outs, bias, residual, ROWS, OUTS, BIAS, RESIDUAL)
 
 
 @triton.jit
@@ -115,29 +119,31 @@ def deal_columns(x, planes, width, words, V: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def gemv_values(
     words, levels, scale, planes, bias, residual, out, rows, outs, groups,
-    W: tl.constexpr, V: tl.constexpr, SHAPE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    W: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """`gemv_places` with activations in float32, as `deal_columns` leaves them."""
-    m, w = tl.arange(0, SHAPE[0])[:, None, None, None], tl.arange(0, SHAPE[3])[None, None, None, :]
-    total = tl.zeros([SHAPE[0], SHAPE[1], SHAPE[2], 1], tl.float32)
-    for start in range(0, groups, SHAPE[2]):
-        group = start + tl.arange(0, SHAPE[2])[None, None, :, None]
-        even, odd, level = _codes(words, levels, group, outs, groups, W, SHAPE)
+    m, w = tl.arange(0, ROWS)[:, None, None, None], tl.arange(0, WORDS)[None, None, None, :]
+    total = tl.zeros([ROWS, OUTS, GROUPS, 1], tl.float32)
+    for start in range(0, groups, GROUPS):
+        group = start + tl.arange(0, GROUPS)[None, None, :, None]
+        even, odd, level = _codes(words, levels, group, outs, groups, W, OUTS, WORDS)
         x, there = planes + (m * (16 * groups) + group) * W + w, (m < rows) & (group < groups) & (w < W)
-        sums = tl.zeros(SHAPE, tl.float32)
+        sums = tl.zeros([ROWS, OUTS, GROUPS, WORDS], tl.float32)
         for code in tl.static_range(16):
             selector = (even if code // 4 % 2 == 0 else odd) >> (code // 8 * 16)
             value = (look_up(selector, level) << (24 - code % 4 * 8)) >> 24
             sums += value.to(tl.float32) * tl.load(x + code * (groups * W), mask=there, other=0.0)
-        total += tl.sum(sums, 3, keep_dims=True) * _of_rows(scale, group, outs, groups, SHAPE[1]).to(tl.float32)
-    _finish(out, total, rows, outs, bias, residual, SHAPE, BIAS, RESIDUAL)
+        total += tl.sum(sums, 3, keep_dims=True) * _of_rows(scale, group, outs, groups, OUTS).to(tl.float32)
+    _finish(out, total, rows, outs, bias, residual, ROWS, OUTS, BIAS, RESIDUAL)
 
 
 def tile(rows: int, outs: int, groups: int, words: int, values: bool = False) -> dict[str, Any]:
     """Constants of a program for `rows` of activations and weights [outs, groups], words of a group; and how it is compiled.
 
     values: of `gemv_values`.
-    1 x 4096 x 32 groups of 128: SHAPE (1, 4, 32, 8), 2 warps: four rows of weights, the 4,096 columns of each read at once.
+    1 x 4096 x 32 groups of 128: tiles of 1 x 4 x 32 x 8 words, 2 warps: four rows of weights, the 4,096 columns of
+    each read at once.
     """
     m, each = triton.next_power_of_2(rows), triton.next_power_of_2(words)
     n = 4 if m <= (2 if values else 4) else 2  # what registers hold
@@ -146,8 +152,8 @@ def tile(rows: int, outs: int, groups: int, words: int, values: bool = False) ->
     at_once = _WORDS if outs >= n * _PROGRAMS else 2 * _WORDS
     count = max(1, min(triton.next_power_of_2(groups), at_once // each))
     warps = min(max(count * each // 128, 1), 8)
-    shape = (m, n, count, each)
-    return {"W": words, "V": span(words * CODES_OF_WORD), "SHAPE": shape, "num_warps": warps, "enable_fp_fusion": True}
+    shape = {"ROWS": m, "OUTS": n, "GROUPS": count, "WORDS": each}
+    return {"W": words, "V": span(words * CODES_OF_WORD), **shape, "num_warps": warps, "enable_fp_fusion": True}
 
 
 _WEIGHTS = "Tensor words, Tensor levels, Tensor scale"
@@ -160,7 +166,7 @@ def _gemv_places(
 ) -> None:  # fmt: skip
     rows, (outs, groups, each) = len(out), words.shape
     constants = tile(rows, outs, groups, each)
-    gemv_places[(-(-outs // constants["SHAPE"][1]),)](
+    gemv_places[(-(-outs // constants["OUTS"]),)](
         words, levels, scale, places.view(torch.int32), step, out if bias is None else bias,
         out if residual is None else residual, out, rows, outs, groups, STEPS=int(step.shape[1] == groups),
         BIAS=bias is not None, RESIDUAL=residual is not None, **constants,
@@ -179,7 +185,7 @@ def _gemv_values(
 ) -> None:
     rows, (outs, groups, each) = len(out), words.shape
     constants = tile(rows, outs, groups, each, values=True)
-    gemv_values[(-(-outs // constants["SHAPE"][1]),)](
+    gemv_values[(-(-outs // constants["OUTS"]),)](
         words, levels, scale, planes, out if bias is None else bias, out if residual is None else residual, out, rows, outs,
         groups, BIAS=bias is not None, RESIDUAL=residual is not None, **constants,
     )  # fmt: skip
