@@ -10,6 +10,7 @@ Times are medians of CUDA events over many calls, each call on another copy of i
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -184,13 +185,14 @@ def _compiled(model: Any, vocab: int, tokens: int = 64) -> dict[str, float]:
 
 
 def blocks(record: Record) -> None:
-    """ptq, distill and act-calib of a 7B's first block from random weights, and their peaks beside the forecasts."""
-    from real_blocks import run_block
+    """Two blocks of a 7B's and an 8B's shape through ptq, distill and act-calib, and their peaks beside the forecasts."""
+    from real_blocks import run_blocks
 
     for model in ("llama2-7b", "llama3-8b"):
-        for stage in ("ptq", "distill", "act-calib"):
-            record.add(model=model, stage=stage, **run_block(model, stage))
-            torch.cuda.empty_cache()
+        folder = record.path.parent / "blocks" / model
+        for facts in run_blocks(model, folder):
+            record.add(model=model, **facts)
+        shutil.rmtree(folder)
 
 
 def pipeline(record: Record) -> None:

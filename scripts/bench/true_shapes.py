@@ -30,7 +30,7 @@ from lbllm_cli.runtime.backend import in_ram
 from lbllm_cli.training.knees import tables_of
 
 # Tokens of a sequence, sequences of the streams, and of an end-to-end phase: one step, and one held out. Tokens of a prompt.
-LENGTH, ROWS, WHOLE_ROWS, PROMPT = 2048, 6, 2, 512
+LENGTH, ROWS, WHOLE_ROWS, PROMPT = 2048, 8, 3, 512
 # Functions of the package whose work is counted under a name of its own. One that is gone is left out.
 PHASES = {
     "ptq": (

@@ -11,6 +11,8 @@ from stages import events, promised
 
 pytestmark = pytest.mark.heavy
 
+# Narrow: in torch alone stage 1 takes a few operators for each column. Neither is a multiple of the group.
+WIDTHS = {"hidden_size": 48, "intermediate_size": 72}
 PHASE = {"sequences": 4, "epochs": 1, "batch_size": 2}
 SECTIONS = {
     "runtime": {"device": "cuda", "batch_size": 4, "streams": "ram"},
@@ -45,11 +47,10 @@ def finished_on_gpu(once, simulated):
 
         def make(folder: Path) -> Path:
             if before:
-                shutil.copytree(run(before[-1]), folder, dirs_exist_ok=True)
-                # The recipe names folders.
+                shutil.copytree(run(before[-1]), folder)
             else:
-                folder.mkdir(exist_ok=True)
-                save_toy(folder / "model", dtype=torch.bfloat16, num_hidden_layers=2)
+                folder.mkdir()
+                save_toy(folder / "model", dtype=torch.bfloat16, num_hidden_layers=2, **WIDTHS)
             recipe = recipe_in(folder)
             obeys(simulated(command, "--recipe", recipe, tables=True), LOOKING if command == "act-calib" else ())
             return folder
@@ -114,28 +115,27 @@ def _made(folder: Path, stage: str) -> dict[str, str]:
     return promised(folder / "run" / stage)
 
 
-@pytest.mark.parametrize("streams", ["disk", "device"])
-def test_streams_may_lie_anywhere(finished_on_gpu, copied, simulated, streams):
-    folder = copied("ptq")
-    before = _made(folder, "ptq")
+@pytest.mark.parametrize(("streams", "commands"), [("disk", ("ptq", "distill")), ("device", ("distill",))])
+def test_streams_may_lie_anywhere(finished_on_gpu, copied, simulated, streams, commands):
+    folder = copied("distill")
     recipe = recipe_in(folder, runtime={"streams": streams})
-    obeys(simulated("ptq", "--recipe", recipe, "--force"))
-    assert _made(folder, "ptq") == before
-    obeys(simulated("distill", "--recipe", recipe, "--only", "blocks"))
-    assert _made(folder, "distill") == _made(finished_on_gpu("distill"), "distill")
+    for command in commands:
+        shutil.rmtree(folder / "run" / command)
+        obeys(simulated(command, "--recipe", recipe, *(("--only", "blocks") if command == "distill" else ())))
+        assert _made(folder, command) == _made(finished_on_gpu(command), command)
 
 
 @pytest.mark.parametrize(
     ("command", "only", "stop"),
-    [("ptq", None, "piece:9"), ("distill", "blocks", "step:3"), ("act-calib", "end-to-end", "step:1")],
+    [("ptq", None, "piece:9"), ("distill", "blocks", "step:3"), ("distill", "end-to-end", "step:1")],
 )
 def test_a_stopped_stage_goes_on_to_the_same_bytes(finished_on_gpu, copied, simulated, command, only, stop):
     folder = copied(command)
     stage = MADE[command][only == "end-to-end"]
-    run = partial(simulated, command, "--recipe", recipe_in(folder), *(("--only", only) if only else ()), tables=True)
+    run = partial(simulated, command, "--recipe", recipe_in(folder), *(("--only", only) if only else ()))
     shutil.rmtree(folder / "run" / stage)
     stopped = run(stop=stop)
     assert stopped.code == 130, stopped.stderr
     assert (folder / "run" / f"{stage}.partial").is_dir()
-    obeys(run(), LOOKING if command == "act-calib" else ())
+    obeys(run())
     assert _made(folder, stage) == _made(finished_on_gpu(command), stage)

@@ -14,13 +14,15 @@ from lbllm_cli.pipeline.forecast import (
 )
 from lbllm_cli.recipe.schema import Recipe
 from lbllm_cli.recipe.training import ActEndToEnd, EndToEnd
-from lbllm_cli.training.forecast import quantizer_activations, training_activations
+from lbllm_cli.training.forecast import fused_activations, quantizer_activations, training_activations
 
 
 def _passing_bytes(recipe: Recipe, model: SourceModel, settings: EndToEnd) -> float:
     """What a block of an end-to-end phase keeps for its backward pass, decoded weights included."""
     length, rows = recipe.data.training.length, min(settings.micro_batch_size, settings.batch_size)
     weights = model.count(model.binarized_names) / model.blocks
+    if model.backend.kernels is not None:
+        return weights * model.dtype.itemsize + fused_activations(model, rows, length)
     kept = weights * (1 + model.dtype.itemsize) + training_activations(model, rows, length)
     return kept + (quantizer_activations(model, settings, rows, length) if isinstance(settings, ActEndToEnd) else 0)
 
@@ -44,7 +46,9 @@ def end_to_end_need(recipe: Recipe, model: SourceModel, settings: EndToEnd, reco
     levels = weights * 4 / recipe.ptq.group_size
     trained = levels / 4 if "scales" in settings.trained else levels if "levels" in settings.trained else 0
     passing = (1 if recomputed else model.blocks) * _passing_bytes(recipe, model, settings)
-    passing += model.blocks * rows * length * model.config.hidden_size * itemsize + 8 * weights / model.blocks
+    passing += model.blocks * rows * length * model.config.hidden_size * itemsize
+    # In torch weights are decoded in several steps.
+    passing += 8 * weights / model.blocks if model.backend.kernels is None else 0
     resident = weights / 4 + 4 * levels + 12 * trained + model.count(model.outer_names()) * itemsize
     loss = 4.0 * 4 * max(LOGITS, model.config.vocab_size)
     teaching = outer_bytes(model) + 2 * block_bytes(model) + activation_bytes(model, recipe.runtime.batch_size, length)

@@ -1,5 +1,6 @@
 """What the stages that train will need: masters, gradients, moments and activations, of a block."""
 
+from lbllm_cli.models.block import block_prefix
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.pipeline.forecast import activation_bytes, block_bytes
 from lbllm_cli.recipe.schema import Recipe
@@ -42,19 +43,26 @@ def _fused_device(model: SourceModel, settings: Distill | ActCalib, group_size: 
     """`training_device` where weights and quantizers are trained in kernels.
 
     The teacher's block, the present weights and their gradient; latents with both moments; levels with all of it and as they are
-    stored; codes. Of a token 14 states of the hidden width and 5 of the intermediate one, and the loss in float32. Before that
-    act-calib looks at some sequences at once. Counted on the shapes of three models (scripts/bench/device_counts.py).
+    stored; codes. Before that act-calib looks at some sequences at once. Counted on the shapes of three models
+    (scripts/bench/device_counts.py).
     """
     config, weights, itemsize = model.config, model.count(model.binarized_names) / model.blocks, model.dtype.itemsize
     latents = 4.0 * weights * (3 if isinstance(settings, Distill) or "weights" in settings.trained else 0)
     levels = 20.0 * weights * 4 / group_size
     resident = block_bytes(model) + 2 * weights * itemsize + latents + levels + weights * 0.3
-    states = 14 * config.hidden_size + 5 * config.intermediate_size
-    rows = min(settings.micro_batch_size, settings.batch_size)
-    passing = rows * length * (states * itemsize + 12 * config.hidden_size)
+    passing = fused_activations(model, min(settings.micro_batch_size, settings.batch_size), length)
     if isinstance(settings, ActCalib):
+        keys = model.shapes[f"{block_prefix(0)}self_attn.k_proj.weight"][0]
+        states = 10 * config.hidden_size + 4 * keys + 5 * config.intermediate_size
         passing = max(passing, SEQUENCES * length * 1.1 * states - weights * itemsize)
     return 1.05 * (resident + passing)
+
+
+def fused_activations(model: SourceModel, rows: int, length: int) -> float:
+    """What a pass of a block in kernels keeps for its way back, and the loss in float32."""
+    config = model.config
+    states = 14 * config.hidden_size + 5 * config.intermediate_size
+    return float(rows * length * (states * model.dtype.itemsize + 12 * config.hidden_size))
 
 
 def training_device(recipe: Recipe, model: SourceModel, settings: Distill | ActCalib) -> float:
