@@ -22,7 +22,9 @@ def _passing_bytes(recipe: Recipe, model: SourceModel, settings: EndToEnd) -> fl
     length, rows = recipe.data.training.length, min(settings.micro_batch_size, settings.batch_size)
     weights = model.count(model.binarized_names) / model.blocks
     if model.backend.kernels is not None:
-        return weights * model.dtype.itemsize + fused_activations(model, rows, length)
+        # The loss in float32 is of the last states alone; what quantizers keep is about as much.
+        loss = 0 if isinstance(settings, ActEndToEnd) else rows * length * 12 * model.config.hidden_size
+        return weights * model.dtype.itemsize + fused_activations(model, rows, length) - loss
     kept = weights * (1 + model.dtype.itemsize) + training_activations(model, rows, length)
     return kept + (quantizer_activations(model, settings, rows, length) if isinstance(settings, ActEndToEnd) else 0)
 
