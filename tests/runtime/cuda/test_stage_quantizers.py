@@ -161,5 +161,5 @@ def test_errors_of_tables_are_those_of_the_search(device):
     tables = tables_of(shapes)
     for x in (inputs((9, 64)), inputs((3, 200))):
         found = KERNELS.table_errors(x.to(device), tables.levels.to(device), tables.zero.to(device))
-        # Measured 2.1e-7.
+        # Measured 2.4e-7, relative.
         torch.testing.assert_close(found.cpu(), _errors(x, shapes), rtol=1e-5, atol=1e-9)
