@@ -20,6 +20,16 @@ def _nothing(*_: Any, **__: Any) -> None:
     """On tensors without values there is nothing to write."""
 
 
+def _where_it_lies(launch: Callable[..., None]) -> Callable[..., None]:
+    """A launch on the GPU of its first argument: Triton's own choice is the current one, whatever tensors lie on."""
+
+    def launched(first: torch.Tensor, *others: Any, **named: Any) -> None:
+        with torch.cuda.device_of(first):
+            launch(first, *others, **named)
+
+    return launched
+
+
 def operator(schema: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Registers a launch as torch.ops.lbllm.NAME.
 
@@ -30,7 +40,7 @@ def operator(schema: str) -> Callable[[Callable[..., None]], Callable[..., None]
 
     def register(launch: Callable[..., None]) -> Callable[..., None]:
         _LIBRARY.define(f"{schema} -> ()")
-        _LIBRARY.impl(name, launch, "CUDA")
+        _LIBRARY.impl(name, _where_it_lies(launch), "CUDA")
         _LIBRARY.impl(name, _nothing, "Meta")
         if INTERPRETED:
             _LIBRARY.impl(name, launch, "CPU")
