@@ -101,6 +101,9 @@ CASES = [
     _linear("gemv, 8 rows", gemv.gemv_places, 8, 32, 8, STEPS=1),
     _linear("gemv of values, 1 row", gemv.gemv_values, 1, 32, 8),
     _linear("gemv of values, 4 rows", gemv.gemv_values, 4, 32, 8),
+    Case(
+        "deal columns", gemv.deal_columns, {"x": "*bf16", "planes": "*fp32"}, {"width": 4096, "words": 256}, {"V": 8, "BLOCK": 64}
+    ),
     _linear("gemm, 16 rows", gemm.gemm_places, 16, 32, 8, STEPS=1),
     replace(_linear("gemm, 2048 rows", gemm.gemm_places, 2048, 32, 8, STEPS=1), everywhere=True),
     _linear("gemm of values, 2048 rows", gemm.gemm_values, 2048, 32, 8),

@@ -64,7 +64,9 @@ def nearest_integer(x):
 @triton.jit
 def rounded_to(x, TYPE: tl.constexpr):
     """float32 -> TYPE, to the nearest value, ties to the even one."""
-    if tl.bfloat16 == TYPE and not NATIVE:
+    if NATIVE:
+        return x.to(TYPE)
+    elif tl.bfloat16 == TYPE:
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         return tl.where(x == x, bits.to(tl.float32, bitcast=True), x).to(tl.bfloat16)
