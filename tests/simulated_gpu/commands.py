@@ -69,10 +69,9 @@ def run(
     syncs: dict[str, float] = {}
     for (_, where), row in sorted(device.accounts.rows.items()):
         syncs |= {f"{where}: {kind}": times for kind, times in row.syncs.items()}
-    operators = {name for row in device.accounts.rows.values() for name in row.operators if name.startswith("lbllm.")}
     broken = [[where, rule, times] for (rule, where), times in sorted(device.rules.broken.items())]
     return {
-        "code": code, "broken": broken, "syncs": syncs, "met": dict(regions.count), "operators": sorted(operators),
+        "code": code, "broken": broken, "syncs": syncs, "met": dict(regions.count), "operators": sorted(device.operators),
         "peak": device.memory.peak,
     }  # fmt: skip
 

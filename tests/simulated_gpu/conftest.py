@@ -57,11 +57,11 @@ class Simulated:
         assert found.code == 0, found.stderr
         return found
 
-    def python(self, text: str) -> Outcome:
+    def python(self, text: str, **options: Any) -> Outcome:
         """Runs a piece of Python, for which `device` is the device and `regions` where the program is."""
         script = self.folder / "piece.py"
         script.write_text(f"import torch\n{text}\n", encoding="utf-8")
-        return self(script, script=True)
+        return self(script, script=True, **options)
 
 
 @pytest.fixture(scope="session")

@@ -97,7 +97,7 @@ class Operator:
         self.function = function
         self.name = str(function.overloadpacket)
         self.arguments = [argument.name for argument in function._schema.arguments]
-        self.free = is_free(function, self.name)
+        self.free, self.own = is_free(function, self.name), self.name.startswith("lbllm.")
         schema = function._schema.arguments
         self.changed = [(n, a.name) for n, a in enumerate(schema) if a.alias_info is not None and a.alias_info.is_write]
 
@@ -112,14 +112,21 @@ _operator = cache(Operator)
 
 
 class Device:
-    """One simulated GPU. shape: large tensors have no values, so that large models pass. total: its memory, bytes."""
+    """One simulated GPU.
+
+    shape: large tensors have no values, so that large models pass. counting: whether kernels, bytes and FLOP are counted, a
+    fifth of the time that an operator takes here. total: its memory, bytes.
+    """
 
     def __init__(self, shape: bool):
-        self.shape, self.total = shape, 0
+        self.shape = self.counting = shape
+        self.total = 0
         self.rules = Rules()
         self.accounts = Accounts()
         self.timeline = Timeline(self.rules.complain)
         self.memory = Memory(self.timeline.freed)
+        # Of the package's own, those that ran.
+        self.operators: set[str] = set()
 
     def install(self) -> None:
         """Lets torch make tensors here."""
@@ -195,6 +202,8 @@ class Device:
             return changed.get(id(x)) if id(x) in changed else self.wrap(x)
 
         results = mapped(outside, found) if isinstance(found, list | tuple) else outside(found)
+        if operator.own:
+            self.operators.add(operator.name)
         if not operator.free:
             made = tensors_of(results if isinstance(results, list | tuple) else (results,), {})
             outputs = {id(x): inside(x) for x in (*made, *written) if isinstance(x, SimulatedTensor)}
@@ -204,8 +213,10 @@ class Device:
     def _account(
         self, operator: Operator, args: Any, kwargs: dict[str, Any], inputs: list[Tensor], outputs: list[Tensor]
     ) -> None:
-        named = dict(zip(operator.arguments, args, strict=False)) | kwargs
-        self.accounts.launched(operator.name, *cost_of(operator.function, operator.name, args, named, inputs, outputs))
+        if self.counting:
+            named = dict(zip(operator.arguments, args, strict=False)) | kwargs
+            cost = cost_of(operator.function, operator.name, args, named, inputs, outputs)
+            self.accounts.launched(operator.name, *cost)
         self._touch(inputs, outputs)
 
     def _touch(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
@@ -226,10 +237,13 @@ class Device:
         non_blocking = bool(kwargs.get("non_blocking"))
         if not isinstance(source, SimulatedTensor):
             self._upload(source, non_blocking)
-            inner = operator.function(source.detach(), **own)
-            if inner.untyped_storage()._cdata == source.untyped_storage()._cdata:
-                inner = inner.clone()
-            made = self.wrap(values.shrunk(inner) if self.shape else inner)
+            if self.shape and source.numel() > values.SMALL:
+                inner = values.without(source, own.get("dtype"))
+            else:
+                inner = operator.function(source.detach(), **own)
+                if inner.untyped_storage()._cdata == source.untyped_storage()._cdata:
+                    inner = inner.clone()
+            made = self.wrap(inner)
             self._touch([], [made.inner])
             return made
         if device is None or torch.device(device).type == "cuda":

@@ -41,8 +41,7 @@ def patch(device: Device) -> None:
         (SimulatedTensor.record_stream if isinstance(tensor, SimulatedTensor) else pageable)(tensor, stream)
 
     torch.Tensor.record_stream = record_stream  # type: ignore[method-assign]
-    if device.shape:
-        _attend(device)
+    _attend(device)
 
 
 class _Answers:
@@ -162,7 +161,7 @@ def _attend(device: Device) -> None:
 
     def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0,
                   is_causal: bool = False, **options: Any) -> Tensor:  # fmt: skip
-        if not isinstance(query, SimulatedTensor):
+        if not device.shape or not isinstance(query, SimulatedTensor):
             return plain(query, key, value, attn_mask, dropout_p, is_causal, **options)
         found: Tensor = Flash.apply(query, key, value, is_causal)
         return found

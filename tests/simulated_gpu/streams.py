@@ -124,9 +124,9 @@ class Timeline:
         """An operation of the current stream, the last one enqueued, reads or writes a storage."""
         stream, clock = self.current, self.clocks[self.current]
         use = self.uses.setdefault(key, Use(stream))
-        others = [use.write, *(use.reads.items() if written else ())]
-        if any(number != stream and clock.get(number, 0) < position for number, position in others):
-            self.complain("memory is used on a stream that has not waited for the stream that it was last used on")
+        for number, position in (use.write, *use.reads.items()) if written else (use.write,):
+            if number != stream and clock.get(number, 0) < position:
+                self.complain("memory is used on a stream that has not waited for the stream that it was last used on")
         if written:
             use.write, use.reads = (stream, clock.get(stream, 0)), {}
         else:

@@ -48,6 +48,7 @@ assert not torch.equal(weight.detach().cpu(), values) and torch.equal(twin.weigh
 def test_a_product_is_counted(simulated):
     text = """
 a, b = torch.ones(8, 16, device='cuda'), torch.ones(16, 32, device='cuda')
+device.counting = True
 with device.accounts.within('counted'):
     c = a @ b
     view = c.T[1:]
@@ -82,7 +83,7 @@ def test_large_tensors_have_no_values(simulated):
     """2^34 elements, multiplied: a norm is 1, a flag says that all is well, and an operator of the package is one kernel."""
     text = """
 import lbllm_cli.runtime.cuda.head
-device.shape = True
+device.shape = device.counting = True
 x = torch.randn(1 << 17, 1 << 17, dtype=torch.bfloat16, device='cuda')
 with device.accounts.within('counted'):
     y = x @ x
@@ -113,6 +114,7 @@ def twice(x, out):
     out.copy_(2 * x)
 
 x, out = torch.arange(3.0, device='cuda'), torch.empty(3, device='cuda')
+device.counting = True
 with device.accounts.within('counted'):
     twice(x, out)
 assert out.tolist() == [0, 2, 4]

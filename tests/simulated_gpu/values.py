@@ -60,7 +60,7 @@ def run_without(function: OpOverload, name: str, args: Any, kwargs: dict[str, An
         return None
     if not any(x.is_meta for x in leaves):
         if kwargs.get("device") is not None or name.startswith(_MAKING):
-            shapes = function(*mapped(_without, args), **_without_device(kwargs))
+            shapes = function(*mapped(without, args), **_without_device(kwargs))
             if math.prod(shapes.shape) > SMALL:
                 return shapes
         found = function(*args, **kwargs)
@@ -68,16 +68,16 @@ def run_without(function: OpOverload, name: str, args: Any, kwargs: dict[str, An
         return _each(lambda x: x if x.untyped_storage()._cdata in own else shrunk(x), found)
     if name in _SIZES and (made := _sized(name, args)) is not None:
         return made
-    without = {id(x): _without(x) for x in leaves}
+    bare = {id(x): without(x) for x in leaves}
 
     def replaced(x: Tensor) -> Tensor:
-        return without[id(x)]
+        return bare[id(x)]
 
     found = function(*mapped(replaced, args), **_without_device(mapped_values(replaced, kwargs)))
     for out in written:
         fill(out, name)
-    back = {id(without[id(x)]): x for x in written}
-    own = {x.untyped_storage()._cdata for x in without.values()}
+    back = {id(bare[id(x)]): x for x in written}
+    own = {x.untyped_storage()._cdata for x in bare.values()}
 
     def result(x: Tensor) -> Tensor:
         if id(x) in back:
@@ -93,10 +93,9 @@ def _each(change: Callable[[Tensor], Tensor], found: Any) -> Any:
     return mapped(change, found) if isinstance(found, list | tuple) else change(found) if isinstance(found, Tensor) else found
 
 
-def _without(x: Any) -> Any:
-    if not isinstance(x, Tensor) or x.is_meta:
-        return x
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+def without(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of the same form that has no values."""
+    return x if x.is_meta else torch.empty_strided(x.shape, x.stride(), dtype=dtype or x.dtype, device="meta")
 
 
 def _without_device(kwargs: dict[str, Any]) -> dict[str, Any]:
