@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lbllm_cli.data import tokens as data
-from lbllm_cli.data.sources import PRESETS
+from lbllm_cli.data.presets import PRESETS
 from lbllm_cli.recipe.base import Source
 from lbllm_cli.recipe.schema import EvaluationSet, TokenSet
 

@@ -13,7 +13,7 @@ from lbllm_cli.core.errors import UsageError
 from lbllm_cli.data import records
 from lbllm_cli.data import sources as text_sources
 from lbllm_cli.data import tokens as data
-from lbllm_cli.data.sources import PRESETS
+from lbllm_cli.data.presets import PRESETS
 from lbllm_cli.recipe.base import Source
 from lbllm_cli.recipe.schema import EvaluationSet
 

@@ -7,7 +7,7 @@ from texts import calibrate, cut, evaluate, ids_of, preset, words_of, written
 
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.data import sources as text_sources
-from lbllm_cli.data.sources import PRESETS
+from lbllm_cli.data.presets import PRESETS
 from lbllm_cli.recipe.base import Source
 
 
@@ -41,7 +41,11 @@ def test_what_check_refuses(tmp_path):
     (tmp_path / "folder").mkdir()
     for item, evaluating, message in [
         (Source(source="builtin:evaluation/poems"), True, "no such bundled text; valid: builtin:calibration, "),
-        (Source(source="wikitext3"), False, "source wikitext3: no such file; presets: wikitext2, ptb, c4, redpajama; also"),
+        (
+            Source(source="wikitext3"),
+            False,
+            "source wikitext3: no such file; presets: wikitext2, ptb, c4, fineweb-edu, slimpajama, dclm, ultrachat, smoltalk; also",
+        ),
         (Source(source="ptb", path=str(tmp_path / "no.jsonl")), False, r"no\.jsonl: no such file"),
         (Source(source=str(tmp_path / "a.csv")), False, r"unknown kind '\.csv'; expected \.txt"),
         (Source(source=str(tmp_path / "folder")), False, "is a folder but not a dataset written by save_to_disk"),

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 import torch
@@ -201,18 +201,46 @@ def test_too_little_text_beside_what_another_set_reads(tmp_path, tokenizer, monk
     texts = [words_of(number, 30) for number in range(10)]
     _streamed(monkeypatch, texts)
     counts = [len(ids_of(tokenizer, text + "\n\n")) for text in texts]
-    pairs = [sum(counts[i : i + 2]) for i in range(0, 10, 2)]
-    assert pairs[0] >= 4 * 2 * 16
-    message = f"holds {sum(counts) - pairs[0]:,} tokens after the {pairs[0]:,} that another set reads, 4,000 are needed"
-    with pytest.raises(UsageError, match=message):
+    whole = f"holds {sum(counts):,} tokens"
+    with pytest.raises(UsageError, match=f"{whole}, 4,000 are needed .250 sequences x 16.; lower"):
+        calibrate([Source(source="hub:some/data")], tokenizer, 250, 16)
+    left = (sum(counts) - 2 * 16) // 16
+    with pytest.raises(UsageError, match=rf"{whole}, 2 sequences of it are of other sets and \d+ more are left, 4,000"):
         calibrate([Source(source="hub:some/data")], tokenizer, 250, 16, taken=[(2,)])
-    with pytest.raises(UsageError, match=f"holds 0 tokens after the {sum(counts):,} that another set reads"):
-        calibrate([Source(source="hub:some/data")], tokenizer, 2, 16, taken=[(250,)])
+    for count in range(1, left - 1):  # two places are lost where windows of different sets do not meet
+        assert calibrate([Source(source="hub:some/data")], tokenizer, count, 16, taken=[(2,)]).shape == (count, 16)
     item = preset(tmp_path, "c4", texts)
-    with pytest.raises(UsageError, match="holds 10 records of more than 16 tokens, the first 8 of them for another set, 3 "):
-        calibrate([item], tokenizer, 3, 16, taken=[(2,)])
-    with pytest.raises(UsageError, match="holds 10 records of more than 16 tokens, the first 10 of them for another set, 1 "):
-        calibrate([item], tokenizer, 1, 16, taken=[(3,)])
+    assert calibrate([item], tokenizer, 8, 16, taken=[(2,)]).shape == (8, 16)
+    with pytest.raises(UsageError, match="holds 10 records of more than 16 tokens, 2 of them for other sets, 9 are needed"):
+        calibrate([item], tokenizer, 9, 16, taken=[(2,)])
+    with pytest.raises(UsageError, match="holds 10 records of more than 16 tokens, 10 of them for other sets, 1 are needed"):
+        calibrate([item], tokenizer, 1, 16, taken=[(3, 7)])
+
+
+@pytest.mark.parametrize("kind", ["hub", "records"])
+@pytest.mark.parametrize("records", [40, 150, 400])
+@pytest.mark.parametrize("batch", [1, 16, 256])
+def test_sets_of_a_short_source_share_no_text(tmp_path, tokenizer, monkeypatch, kind, records, batch):
+    """Every set chooses from four times what it needs, of which a short source has not enough for all."""
+    monkeypatch.setattr(encode, "BATCH", batch)
+    texts = [" ".join(f"{number:03d}{place:02d}" for place in range(9 if kind == "hub" else 20)) for number in range(records)]
+    _streamed(monkeypatch, texts)
+    item = Source(source="hub:some/data") if kind == "hub" else preset(tmp_path, "c4", texts)
+    sets, seen = (6, 5, 9), []
+    for index, count in enumerate(sets):
+        taken = [sets[:last] for last in range(1, index + 1)]
+        rows = calibrate([item], tokenizer, count, 32, taken=taken)
+        assert rows.shape == (count, 32)
+        assert torch.equal(rows, calibrate([item], tokenizer, count, 32, taken=taken))
+        seen.append(rows)
+    if kind == "records":
+        found = [{word[:3] for row in rows for word in tokenizer.decode(row).split() if len(word) == 5} for rows in seen]
+        assert sum(map(len, found)) == len(set.union(*found)) == 20
+    else:
+        whole = torch.tensor([token for text in texts for token in ids_of(tokenizer, text + "\n\n")])
+        every = whole.unfold(0, 32, 1)
+        places = sorted(int((every == row).all(1).nonzero()[0]) for rows in seen for row in rows)
+        assert all(after - before >= 32 for before, after in pairwise(places))
 
 
 def test_fresh_records_are_none_of_another_set(tmp_path, tokenizer):

@@ -1,14 +1,10 @@
-"""Records of local files, save_to_disk folders and hub datasets: mappings, or whatever a file has in their place."""
+"""Records of local files and save_to_disk folders: mappings, or whatever a file has in their place."""
 
 import gzip
 import json
-import re
-import socket
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
-from urllib.parse import urlparse
 
 from lbllm_cli.core import files
 from lbllm_cli.core.errors import UsageError, reason
@@ -16,7 +12,6 @@ from lbllm_cli.core.errors import UsageError, reason
 # Characters of one record. More is no text to train on, but a file that lacks its line ends, or zeros that gzip unfolds.
 RECORD_LIMIT = 64 << 20
 _READ = 1 << 20
-_REPOSITORY = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
 def local_records(path: Path, split: str) -> Iterator[Any]:
@@ -140,36 +135,3 @@ class _Window:
             self.text, self.place = self.text[self.place :] + more, 0
             if not more or len(self.text) > RECORD_LIMIT:
                 raise ValueError
-
-
-def check_hub_name(name: str) -> None:
-    """Raises UsageError for what cannot be a dataset of the hub, without asking it."""
-    if not _REPOSITORY.fullmatch(name) or ".." in name or "--" in name or len(name) > 96:
-        raise UsageError(f"source {f'hub:{name}'[:120]!r}: expected hub:NAME or hub:OWNER/NAME, the dataset's name on the hub")
-
-
-def hub_records(repository: str, config: str | None, split: str, file: str | None) -> Iterator[Any]:
-    """Records of a dataset of the Hugging Face hub, as they come. Raises UsageError when it cannot be read."""
-    import datasets
-
-    try:
-        _check_network()
-        options: dict[str, Any] = {"data_files": {split: file}} if file else {}
-        yield from datasets.load_dataset(repository, config, split=split, streaming=True, **options)
-    except Exception as error:  # hub, network and builder errors have no common base
-        raise UsageError(
-            f"dataset {repository} cannot be read from the Hugging Face hub: {reason(error)}. "
-            "Without a network give a local file, or `path:` with the preset's schema"
-        ) from None
-
-
-def _check_network() -> None:
-    """Without a network the libraries try again for half a minute before they say so."""
-    from huggingface_hub import constants
-
-    if not constants.HF_HUB_OFFLINE and not urllib.request.getproxies():
-        host = urlparse(constants.ENDPOINT).hostname
-        try:
-            socket.getaddrinfo(host, None)
-        except OSError as error:
-            raise UsageError(f"there is no network, or it does not know {host} ({error.strerror})") from None

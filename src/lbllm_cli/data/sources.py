@@ -1,61 +1,24 @@
-"""Where text comes from: bundled text, local files, and hub datasets in the forms the quantization papers use."""
+"""Where text comes from: bundled text, local files, datasets of the hub."""
 
 import json
 import lzma
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
 from lbllm_cli.core import files
 from lbllm_cli.core.errors import UsageError
-from lbllm_cli.data.records import RECORD_LIMIT, check_hub_name, hub_records, local_records
+from lbllm_cli.data.hub import check_hub_name, hub_records, preset_records
+from lbllm_cli.data.presets import PRESETS, alternatives
+from lbllm_cli.data.records import RECORD_LIMIT, local_records
 from lbllm_cli.models import chat
 from lbllm_cli.recipe.base import Source
 
 STYLES = ("novels", "technical", "modern")
 PARTS = ("calibration", "evaluation")
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A hub dataset as the quantization papers use it (the GPTQ code's loaders are the common ancestor).
-
-    joiner: text put between records before tokenizing; None: windows are cut from single records longer than a
-    sequence, a random window of each (calibration), as for the web corpora. evaluation_records: records that the evaluation
-    text is made of, evaluation_tokens: how many of its tokens count; None: all.
-    """
-
-    repository: str
-    config: str | None
-    key: str
-    joiner: str | None
-    calibration: tuple[str, str | None]
-    evaluation: tuple[str, str | None] | None
-    evaluation_joiner: str = " "
-    evaluation_records: int | None = None
-    evaluation_tokens: int | None = None
-
-
-# (split, data file) of each part. Conventions: wikitext2 joins all lines by a blank line; ptb joins sentences by a space;
-# c4 calibrates on random windows of random documents of the first training file and evaluates on the first 1,100 validation
-# documents joined by a space, cut to 256 segments of 2,048 tokens; redpajama, the LBLLM and EfficientQAT training set, draws
-# windows as c4 does and has no evaluation part.
-PRESETS = {
-    "wikitext2": Preset(
-        "Salesforce/wikitext", "wikitext-2-raw-v1", "text", "\n\n", ("train", None), ("test", None), evaluation_joiner="\n\n"
-    ),
-    "ptb": Preset("ptb-text-only/ptb_text_only", None, "sentence", " ", ("train", None), ("test", None)),
-    "c4": Preset(
-        "allenai/c4", None, "text", None,
-        ("train", "en/c4-train.00000-of-01024.json.gz"), ("validation", "en/c4-validation.00000-of-00008.json.gz"),
-        evaluation_records=1100, evaluation_tokens=256 * 2048,
-    ),
-    "redpajama": Preset("togethercomputer/RedPajama-Data-1T-Sample", None, "text", None, ("train", None), None),
-}  # fmt: skip
 
 
 def expand(sources: list[Source]) -> list[Source]:
@@ -93,6 +56,11 @@ def check(item: Source, evaluating: bool) -> None:
             raise UsageError(f"source {name} has no evaluation part; choose wikitext2, ptb, c4 or a path")
         if item.path is not None:
             _existing(item.path, "path")
+        elif PRESETS[name].instead:
+            raise UsageError(
+                f"source {name}: {PRESETS[name].repository} is gone from the Hugging Face hub; use "
+                f"{' or '.join(PRESETS[name].instead)}, or `path:` with a local file of its records"
+            )
     elif name.startswith("hub:"):
         check_hub_name(name.removeprefix("hub:"))
     elif not item.sampled:
@@ -128,7 +96,9 @@ def _check_keys(item: Source) -> None:
 def _existing(name: str, key: str) -> Path:
     path = files.user_path(name, key)
     if not os.path.exists(path):  # Path.exists raises where a folder above may not be entered
-        raise UsageError(f"source {name}: no such file; presets: {', '.join(PRESETS)}; also builtin:, generate:, hub:NAME")
+        raise UsageError(
+            f"source {name}: no such file; presets: {', '.join(alternatives(None, False))}; also builtin:, generate:, hub:NAME"
+        )
     if not path.is_dir():
         files.check_regular(path)
     return path
@@ -143,17 +113,18 @@ def documents(item: Source, evaluating: bool, tokenizer: Any) -> Iterator[str]:
         return
     if name in PRESETS:
         preset = PRESETS[name]
-        place = preset.evaluation if evaluating else preset.calibration
-        assert place is not None  # `check` refused this
         if item.path:
-            records = local_records(files.user_path(item.path, "path"), item.split or place[0])
+            place = preset.evaluation if evaluating else preset.calibration
+            assert place is not None  # `check` refused this
+            records = local_records(files.user_path(item.path, "path"), item.split or place.split)
         else:
-            records = hub_records(preset.repository, preset.config, *place)
-        yield from _texts(records, item.model_copy(update={"text_key": preset.key}), tokenizer)
+            records = preset_records(name, evaluating)
+        keys = {"messages_key": preset.key} if preset.chat else {"text_key": preset.key}
+        yield from _texts(records, item.model_copy(update=keys), tokenizer)
         return
     split = item.split or ("test" if evaluating else "train")
     if name.startswith("hub:"):
-        yield from _texts(hub_records(name.removeprefix("hub:"), item.config, split, None), item, tokenizer)
+        yield from _texts(hub_records(name.removeprefix("hub:"), item.config, split), item, tokenizer)
     elif (path := files.user_path(name, "source")).suffix == ".txt":
         try:
             yield files.read_text(path)
@@ -180,7 +151,8 @@ def _texts(records: Iterator[Any], item: Source, tokenizer: Any) -> Iterator[str
         value = record[key]
         if item.messages_key:
             if not tokenizer.chat_template:
-                raise UsageError(f"{describe(item)}: messages_key needs a chat template and the tokenizer has none; use text_key")
+                remedy = "another preset" if item.source in PRESETS else "text_key"
+                raise UsageError(f"{describe(item)}: messages_key needs a chat template and the tokenizer has none; use {remedy}")
             value = chat.render(tokenizer, value, f"{where}, field `{key}`")
         elif not isinstance(value, str):
             raise UsageError(f"{describe(item)}: field `{key}` of record {number} is {type(value).__name__}, expected text")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,6 @@ class Plan:
         phases = self.recipe.end_to_end
         if spec not in phases:
             return []
-        if (skip := phases[spec].skip) is not None:
-            return [(skip,)]
         source = self.token_set(spec).source
         taken: list[tuple[int, ...]] = []
         if self.recipe.data.training.source == source:
@@ -67,7 +66,10 @@ class Plan:
             if earlier.fresh < spec.fresh and self.token_set(earlier).source == source:
                 # The first one that it reads follows what it passes over itself.
                 taken += [(*passed, settings.sequences) for passed in self._taken(earlier) or [()]]
-        return taken
+        if (skip := phases[spec].skip) is None:
+            return taken
+        # A number that covers other sets passes over each as that set was read: of a stream, to the end of a batch.
+        return [_divided(skip, sets) for sets in taken or [()]]
 
     def generates(self, spec: StageSpec) -> bool:
         """Whether a stage's text is sampled from the model, which writes its cache into the output folder."""
@@ -140,6 +142,12 @@ def prepare(recipe: Recipe, weights: bool = True, stages: Iterable[StageSpec] = 
     if problems:
         raise UsageError("\n".join(problems))
     return Plan(recipe, folder, model, tokenizer)
+
+
+def _divided(skip: int, sets: tuple[int, ...]) -> tuple[int, ...]:
+    """A number of sequences, as far as possible as those of sets that follow each other."""
+    ends = [min(end, skip) for end in (0, *accumulate(sets))]
+    return tuple(stop - start for start, stop in pairwise([*ends, skip]) if stop > start)
 
 
 def _beyond_positions(lengths: dict[str, int], model: SourceModel) -> list[str]:
