@@ -1,7 +1,7 @@
-"""Writes docs/recipe.md, every key of the recipe, from the schema.
+"""Writes docs/recipe.md, every key of the recipe, and recipes/recipe.schema.json, the same for editors, from the schema.
 
-    python scripts/recipe_reference.py             write it
-    python scripts/recipe_reference.py --check     exit code 1 where it is not what the schema says
+    python scripts/recipe_reference.py             write them
+    python scripts/recipe_reference.py --check     exit code 1 where one is not what the schema says
 """
 
 import argparse
@@ -11,10 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lbllm_cli.recipe.json_schema import schema_text
 from lbllm_cli.recipe.schema import Recipe
+from lbllm_cli.recipe.shipped import SCHEMA
 from lbllm_cli.recipe.stages import NOT_IN_FINGERPRINT
 
-PAGE = Path(__file__).parents[1] / "docs" / "recipe.md"
+ROOT = Path(__file__).parents[1]
+PAGE, SCHEMA_FILE = ROOT / "docs" / "recipe.md", ROOT / "recipes" / SCHEMA
 _INTRODUCTION = """\
 <!-- Written by scripts/recipe_reference.py; change the schema, not this page. -->
 
@@ -23,9 +26,33 @@ _INTRODUCTION = """\
 One YAML file serves all commands of a run. Only `model.path` and `output.dir` have no default. Unknown keys, duplicate keys,
 wrong types and values out of range are errors, all reported at once. `null` means that nothing is given.
 
-- `lbllm config --recipe FILE` prints a recipe with all defaults.
+- `lbllm init MODEL` writes one that fits the machine that it is run on; see [below](#a-recipe-for-a-model).
+- `--recipe` takes a file, or the name of a recipe that comes with lbllm: `--recipe llama2-7b`; `lbllm config --list` has them.
+- `lbllm config --recipe FILE` prints a recipe with all defaults; `lbllm config --schema` the JSON schema, for editors.
 - Behind any command, `key.sub=value` overrides a key: `ptq.group_size=64`. A list is replaced whole.
 - `${env:NAME}`, `${env:NAME:-default}` and `${recipe_dir}`, the folder of the recipe, are replaced in values.
+"""
+_INIT = """
+## A recipe for a model
+
+```sh
+lbllm init Qwen/Qwen3-8B                      # writes qwen3-8b.yaml here
+lbllm init ./my-model -o recipes/mine.yaml    # of a folder, into a file of another name
+```
+
+`init` reads the model's configuration and tokenizer, asks what is free (device memory, RAM, disk) and begins with generous
+settings: 1,024 sequences of 2,048 tokens and both end-to-end phases on a GPU, less text of 512 tokens on a CPU. Where a forecast
+does not fit, it lowers what costs least: hidden states go to RAM, then to disk; fewer sequences pass at once; phases, the
+asymmetric target, sequences and their length follow. Every value that was lowered has the reason behind it. What fits with no
+settings is refused, stage by stage, and no file is written. Groups are of 128 weights; of 64 below a billion parameters, and
+where widths are far from multiples of 128.
+
+Text is `fineweb-edu`, samples of the model, and `ultrachat` where the tokenizer has a chat template. On a CPU only models below a
+billion parameters sample text. A file that is there already is replaced with `--force` alone.
+
+The first line of a recipe, `# yaml-language-server: $schema=...`, names the JSON schema: editors with that language server then
+complete keys and mark mistakes. `init` writes the place of the installed schema; `lbllm config --schema > recipe.schema.json`
+puts it elsewhere.
 """
 # Lines of a table cannot be broken.
 _SOURCES = """
@@ -162,6 +189,7 @@ def page() -> str:
     lines = [_INTRODUCTION]
     version = schema["properties"].pop("recipe_version")
     lines.append(f"`recipe_version`: {kind(version, definitions)}; {version['description']}.")
+    lines.append(_INIT.rstrip())
     for key, part in schema["properties"].items():
         found = section_of(part, definitions)
         assert found is not None
@@ -176,13 +204,15 @@ def page() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
-    if not parser.parse_args().check:
-        PAGE.write_text(page(), encoding="utf-8")
-        return 0
-    if PAGE.exists() and PAGE.read_text(encoding="utf-8") == page():
-        return 0
-    print(f"{PAGE.name} is not what the schema says; run: python scripts/recipe_reference.py", file=sys.stderr)
-    return 1
+    check = parser.parse_args().check
+    stale = False
+    for file, write in ((PAGE, page), (SCHEMA_FILE, schema_text)):
+        if not check:
+            file.write_text(write(), encoding="utf-8")
+        elif not file.exists() or file.read_text(encoding="utf-8") != write():
+            print(f"{file.name} is not what the schema says; run: python scripts/recipe_reference.py", file=sys.stderr)
+            stale = True
+    return int(stale)
 
 
 if __name__ == "__main__":

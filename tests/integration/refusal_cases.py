@@ -389,7 +389,7 @@ export: {shard_gb: -1, format: 3}
     return [
         *found,
         Case("recipe: a variable of any size", reading, variable),
-        Case("recipe: not there", ("ptq", "--recipe", "none.yaml")),
+        Case("recipe: not there", ("ptq", "--recipe", "no/none.yaml")),
         Case("recipe: a folder", ("distill", "--recipe", "model")),
         Case("recipe: a pipe", ("act-calib", "--recipe", "r.yaml"), pipe("r.yaml")),
         Case("recipe: below a file", ("eval", "--recipe", "recipe.yaml/r.yaml")),

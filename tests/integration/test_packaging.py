@@ -11,9 +11,12 @@ from zipfile import ZipFile
 import pytest
 from conftest import ROOT
 
+from lbllm_cli.recipe.load import load_recipe
 from lbllm_cli.runtime.cpu.location import library_path
 
-SOURCES = ROOT / "src"
+SOURCES, RECIPES = ROOT / "src", ROOT / "recipes"
+# Of the recipes those that name folders of a checkout.
+IN_A_CHECKOUT = {"batch.mk", "demo.yaml", "smollm2-135m.yaml", "smollm2-135m-end-to-end.yaml", "toy.yaml"}
 LIBRARY = "lbllm_cli/runtime/cpu/liblbllm_kernels"
 
 needs_compiler = pytest.mark.skipif(
@@ -39,9 +42,10 @@ def packaged(wheel: Path) -> set[str]:
 
 
 def expected() -> set[str]:
-    """Every file of the package, code and data, but for the C++ sources."""
+    """Every file of the package, code and data, but for the C++ sources, and the recipes."""
     files = (path.relative_to(SOURCES) for path in (SOURCES / "lbllm_cli").rglob("*") if path.is_file())
-    return {path.as_posix() for path in files if not {"__pycache__", "native"} & set(path.parts)}
+    recipes = {f"lbllm_cli/recipes/{path.name}" for path in RECIPES.iterdir() if path.name not in IN_A_CHECKOUT}
+    return recipes | {path.as_posix() for path in files if not {"__pycache__", "native"} & set(path.parts)}
 
 
 @needs_compiler
@@ -59,6 +63,26 @@ def test_without_a_compiler_the_wheel_lacks_the_library_alone_and_the_build_says
     wheel, printed = build(tmp_path, CXX=str(tmp_path / "absent"))
     assert packaged(wheel) == expected()
     assert "No C++ compiler" in printed
+
+
+def test_recipes_of_the_wheel_need_no_checkout_and_are_found_in_it(tmp_path):
+    """As in an installation, where the package has no checkout around it; the compiled library is not needed for that."""
+    wheel, _ = build(tmp_path, CXX=str(tmp_path / "absent"))
+    ZipFile(wheel).extractall(tmp_path / "site")
+    names = {path.stem for path in RECIPES.glob("*.yaml") if path.name not in IN_A_CHECKOUT}
+    assert len(names) > 0
+    found = subprocess.run(
+        [sys.executable, "-S", "-c", _LIST, str(tmp_path / "site"), *sys.path], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    assert {line.split("\t")[0] for line in found.stdout.splitlines()} == names
+    for name in names:
+        model = load_recipe(RECIPES / f"{name}.yaml").model.path
+        assert not model.startswith(("models/", "tests/", "/")), f"{name} names {model}"
+
+
+# Without `site`, which would bring the editable installation's finder.
+_LIST = "import sys; sys.path[:] = sys.argv[1:]; from lbllm_cli.cli.app import app; app(['config', '--list'])"
 
 
 @needs_compiler

@@ -15,6 +15,7 @@ from lbllm_cli.core import files
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.core.strict_yaml import StrictDumper, parse_yaml
 from lbllm_cli.recipe.schema import Recipe
+from lbllm_cli.recipe.shipped import find_recipe
 
 _ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
@@ -29,10 +30,10 @@ _LEVELS = 12  # of an override's key; a recipe has seven
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     """Reads, overrides and checks a recipe.
 
-    overrides: `key.sub=value`, the value in YAML; lists are replaced whole.
+    path: of a file, or the name of a shipped recipe. overrides: `key.sub=value`, the value in YAML; lists are replaced whole.
     Raises UsageError with every mistake, each with its key path and, for unknown keys, the nearest valid name.
     """
-    path = files.user_path(str(path), "--recipe")
+    path = find_recipe(files.user_path(str(path), "--recipe"))
     try:
         text = files.read_text(path, _BYTES)
     except FileNotFoundError:

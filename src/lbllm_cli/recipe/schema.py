@@ -65,8 +65,8 @@ class TokenSet(Section):
 class EvaluationSet(Section):
     """One text to measure perplexity on."""
 
-    name: Name
-    source: Sources
+    name: Name = Field(description="what results call it")
+    source: Sources = Field(description="one source or a mixture")
     length: int = Field(1024, ge=8, le=LENGTH, description="tokens in a segment")
     segments: Positive | None = Field(None, description="segments from the start of the text; default all")
     bos: bool = Field(False, description="start every segment with the tokenizer's BOS")
