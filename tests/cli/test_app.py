@@ -9,7 +9,7 @@ import sys
 import pytest
 import yaml
 
-COMMANDS = ("ptq", "distill", "act-calib", "eval", "report", "export", "generate", "validate", "config")
+COMMANDS = ("init", "ptq", "distill", "act-calib", "eval", "report", "export", "generate", "validate", "config")
 
 
 def test_help_lists_every_command_and_imports_no_torch():
@@ -69,6 +69,24 @@ def test_config_prints_a_recipe_that_reads_back_the_same(ok, tmp_path, recipe):
     (tmp_path / "again.yaml").write_text(printed)
     assert yaml.safe_load(printed)["ptq"]["group_size"] == 48
     assert ok("config", "--recipe", tmp_path / "again.yaml").stdout == printed
+
+
+def test_config_lists_the_recipes_that_come_with_lbllm(ok):
+    lines = dict(line.split("\t") for line in ok("config", "--list").stdout.splitlines())
+    assert lines["llama2-7b"].startswith("LLaMA-2-7B, group 128")
+    assert not any(text.startswith(("#", "yaml-language-server")) for text in lines.values())
+
+
+def test_config_prints_the_schema(ok):
+    schema = json.loads(ok("config", "--schema").stdout)
+    assert schema["required"] == ["model", "output"]
+    assert "act-calib-e2e" in schema["$defs"]["Export"]["properties"]["checkpoint"]["enum"]
+
+
+def test_config_without_a_recipe_says_what_it_needs(lbllm):
+    result = lbllm("config")
+    assert result.exit_code == 2
+    assert "config needs --recipe" in result.stderr
 
 
 def test_eval_prints_a_table_and_measures_what_is_asked(ok, recipe):

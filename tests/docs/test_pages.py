@@ -53,11 +53,13 @@ def test_links_lead_to_files_and_headings(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_of_lbllm_can_be_given(page):
     for _, name, *arguments in commands(page, "lbllm [a-z]"):
-        if "--model" not in arguments and "--recipe" not in arguments:  # the name of a command, perhaps with an option
+        if name == "init":
+            arguments = arguments or ["model"]
+        elif "--model" not in arguments and "--recipe" not in arguments:  # the name of a command, perhaps with an option
             arguments += ["--model", "m", "--prompt", "p"] if name == "generate" else ["--recipe", "recipes/toy.yaml"]
         context = COMMANDS[name].make_context(name, arguments)
         if recipe := context.params.get("recipe"):
-            load_recipe(ROOT / recipe, list(context.params["overrides"] or []))
+            load_recipe(ROOT / recipe if recipe.suffix else recipe, list(context.params["overrides"] or []))
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -21,7 +21,9 @@ app = typer.Typer(
     epilog="Example: `lbllm ptq --recipe llama2-7b.yaml`, then `lbllm eval --recipe llama2-7b.yaml`",
 )
 
-RecipeOption = Annotated[Path, typer.Option("--recipe", "-r", help="YAML recipe", show_default=False)]
+_RECIPE = typer.Option("--recipe", "-r", help="YAML recipe, or the name of one that comes with lbllm", show_default=False)
+RecipeOption = Annotated[Path, _RECIPE]
+OptionalRecipe = Annotated[Path | None, _RECIPE]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="override recipe keys", show_default=False)
 ]
@@ -140,6 +142,22 @@ for _name, _command in COMMANDS.items():
     app.command(_name, help=_command.text, epilog=_example)(_stage_command(_name))
 
 
+@app.command(epilog="Example: `lbllm init Qwen/Qwen3-8B -o qwen3-8b.yaml`, then `lbllm validate --recipe qwen3-8b.yaml`")
+def init(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="model folder, or a Hugging Face id", show_default=False)],
+    output: Annotated[str, typer.Option("--output", "-o", help="the recipe's file; -: <model's name>.yaml, here")] = "-",
+    force: Annotated[bool, typer.Option("--force", help="replace a recipe that is there")] = False,
+) -> None:
+    """Write a recipe for a model that fits this machine: its GPU or CPU, memory and disk as they are free now.
+
+    Only the model's configuration and tokenizer are read. Every value that was chosen has its reason beside it.
+    """
+    with _exit_codes():
+        from lbllm_cli.cli.init import init as write
+
+        write(model, output, force)
+
+
 @app.command("eval", epilog="Example: `lbllm eval --recipe smollm2-135m.yaml 'eval.tasks=[builtin:continuation]' --json`")
 def evaluate(
     recipe: RecipeOption,
@@ -216,22 +234,23 @@ def validate(recipe: RecipeOption, overrides: Overrides = None, json: Json = Fal
 
 @app.command(epilog="Example: `lbllm config --recipe smollm2-135m.yaml ptq.group_size=64 > resolved.yaml`")
 def config(
-    recipe: RecipeOption,
+    recipe: OptionalRecipe = None,
     overrides: Overrides = None,
     stages: Annotated[bool, typer.Option("--stages", help="print the recipe's stages instead: name, parent, command")] = False,
+    names: Annotated[bool, typer.Option("--list", help="print the recipes that come with lbllm")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema of recipes, for editors")] = False,
 ) -> None:
     """Print the resolved recipe, defaults and overrides included.
 
     With `--stages` one line per stage, its fields apart by a tab: name, the stage that it goes on from (- for none), and the
-    command that makes it, behind which belongs `--recipe`.
+    command that makes it, behind which belongs `--recipe`. `--list` and `--schema` need no recipe.
     """
     with _exit_codes():
-        from lbllm_cli.recipe.load import dump_recipe, load_recipe
+        from lbllm_cli.cli.config import print_list, print_recipe, print_schema
 
-        loaded = load_recipe(recipe, overrides)
-        if not stages:
-            typer.echo(dump_recipe(loaded), nl=False)
-            return
-        for spec in loaded.stages:
-            parent = loaded.parent(spec)
-            typer.echo(f"{spec}\t{parent or '-'}\tlbllm {spec.own_command}")
+        if names:
+            print_list()
+        elif schema:
+            print_schema()
+        else:
+            print_recipe(recipe, overrides, stages)

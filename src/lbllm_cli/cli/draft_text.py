@@ -1,0 +1,145 @@
+"""How a drafted recipe is written: the values that were chosen, and beside them why."""
+
+import re
+import shlex
+from dataclasses import dataclass
+
+import yaml
+
+from lbllm_cli.core.strict_yaml import StrictDumper, parse_yaml
+from lbllm_cli.recipe.stages import COMMANDS
+
+# Text that is drafted with, and its shares: of the web; sampled from the model, which is text as it writes itself; chat.
+WEB, OWN, CHAT = "fineweb-edu", "generate:", "ultrachat"
+BASE_MIXTURE = {WEB: 3, OWN: 1}
+CHAT_MIXTURE = {WEB: 2, OWN: 1, CHAT: 1}
+_SOURCE_WORDS = {
+    WEB: "web text, random windows of random documents",
+    OWN: "sampled from the model itself",
+    CHAT: "conversations, with the model's chat template",
+}
+EVALUATION = ("wikitext2", "c4")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is chosen for a recipe; the defaults are the most generous values for a GPU.
+
+    path, name: of the model. measured: length of segments of evaluation text; segments: how many of each text, None for all.
+    mixture: source -> weight, of which `own_text` False leaves out what the model samples. batch: sequences in a forward pass,
+    micro: in a pass of training. phases: sequences of each end-to-end phase, 0 for none. processor: the device is a CPU.
+    """
+
+    path: str
+    name: str
+    dtype: str
+    group_size: int
+    length: int
+    measured: int
+    mixture: dict[str, int]
+    calibration: int = 128
+    training: int = 1024
+    segments: int | None = None
+    streams: str = "device"
+    batch: int = 4
+    micro: int = 2
+    phases: int = 512
+    asymmetric: str = "auto"
+    own_text: bool = True
+    processor: bool = False
+
+
+def recipe_text(settings: Settings, reasons: dict[str, str]) -> str:
+    """The recipe as YAML, but for what stands above it. reasons: setting -> why it is what it is."""
+    parts = (_model(settings), _runtime(settings, reasons), _data(settings, reasons), _stages(settings, reasons))
+    return "\n".join(["recipe_version: 1", *(line for part in parts for line in part)]) + "\n"
+
+
+def _model(settings: Settings) -> list[str]:
+    why = "CPUs without 16-bit units are slower in 16 bits" if settings.processor else "float16 has no range for gradients"
+    return [
+        "model:",
+        f"  path: {_scalar(settings.path)}",
+        _line(f"  dtype: {settings.dtype}", why),
+        "output:",
+        f"  dir: {_scalar(f'runs/{settings.name}')}",
+    ]
+
+
+def _runtime(settings: Settings, reasons: dict[str, str]) -> list[str]:
+    where = {"device": "beside the work on the GPU", "ram": "in RAM", "disk": "on disk, read ahead and written behind"}
+    streams = reasons.get("streams", f"hidden states between blocks fit {where[settings.streams]}")
+    return [
+        "runtime:",
+        _line(f"  streams: {settings.streams}", streams),
+        _line(f"  batch_size: {settings.batch}", reasons.get("batch", "sequences in one forward pass of a block")),
+    ]
+
+
+def _data(settings: Settings, reasons: dict[str, str]) -> list[str]:
+    lines = ["data:"]
+    for key, count in (("calibration", settings.calibration), ("training", settings.training)):
+        lines += [f"  {key}:", "    source:"]
+        lines += [
+            _line(f"      - {{source: {_scalar(source)}, weight: {weight}}}", _SOURCE_WORDS[source], 46)
+            for source, weight in settings.mixture.items()
+            if source != OWN or settings.own_text
+        ]
+        if not settings.own_text:
+            lines.append(f"      # no {OWN} among them: {reasons.get('own_text', 'sampling takes hours on a CPU')}")
+        more = "the paper: 8192" if key == "training" else ""
+        lines.append(_line(f"    sequences: {count}", reasons.get(key, more)))
+        lines.append(_line(f"    length: {settings.length}", reasons.get("length", "")))
+    lines.append(_line("  evaluation:", "the beginning of each text: a CPU takes long for all" if settings.segments else ""))
+    segments = f", segments: {settings.segments}" if settings.segments else ""
+    return [*lines, *(f"    - {{name: {name}, source: {name}, length: {settings.measured}{segments}}}" for name in EVALUATION)]
+
+
+def _stages(settings: Settings, reasons: dict[str, str]) -> list[str]:
+    lines = ["ptq:", _line(f"  group_size: {settings.group_size}", reasons.get("group_size", ""))]
+    if settings.asymmetric != "auto":
+        lines.append(_line(f"  asymmetric: {settings.asymmetric}", reasons.get("asymmetric", "")))
+    lines.append("distill:")
+    if settings.processor:
+        lines.append(_line("  batch_size: 1", "more steps for the same text"))
+    micro = _line(f"  micro_batch_size: {settings.micro}", reasons.get("micro", "sequences in one pass of training"))
+    lines.append(micro)
+    lines += _phase(settings, reasons, "text that data.training does not hold")
+    lines.append("act_calib:")
+    if settings.processor:
+        lines.append(_line("  soft: 0", "coarse ratios stay as fitted: to train them gained nothing on a toy"))
+    lines.append(micro)
+    return lines + _phase(settings, reasons, "and text that the phase before it does not hold")
+
+
+def _phase(settings: Settings, reasons: dict[str, str], text: str) -> list[str]:
+    if not settings.phases:
+        return [f"  # no end_to_end: {reasons.get('phases', 'it trains the whole model at once, which takes a CPU long')}"]
+    return ["  end_to_end:", _line(f"    sequences: {settings.phases}", reasons.get("phases", text))]
+
+
+def _line(text: str, comment: str, column: int = 30) -> str:
+    """A line of YAML and a comment behind it, in a column where the value leaves room."""
+    return f"{text:<{column - 1}} # {comment}" if comment else text
+
+
+def _scalar(text: str) -> str:
+    """Text as YAML has it, in quotes where they are needed."""
+    plain = re.fullmatch(r"[\w./][\w./-]*", text) and parse_yaml(text, "") == text
+    return text if plain else yaml.dump(text, Dumper=StrictDumper, default_style='"', allow_unicode=True, width=10**6).strip()
+
+
+def run_lines(target: str) -> list[str]:
+    """The commands of a whole run."""
+    names = ("validate", *COMMANDS, "eval", "report", "export")
+    return [f"lbllm {name:<9} --recipe {shlex.quote(target)}" for name in names]
+
+
+def header_text(titles: list[str], target: str, name: str, needs: list[str]) -> str:
+    """What stands above a recipe, as comments. titles: what it is and where it comes from. needs: forecasts in words."""
+    first, *others = run_lines(target)
+    tries = f"lbllm ptq --recipe {shlex.quote(target)} data.calibration.source=builtin:calibration output.dir=runs/{name}-builtin"
+    lines = [*titles, "", f"Run:    {first}     (check everything, forecast memory, disk and time)"]
+    lines += [*(f"        {line}" for line in others), f"Try:    {tries}"]
+    lines += [f"{'Needs:' if place == 0 else '':<8}{line}" for place, line in enumerate(needs)]
+    return "".join(f"# {line}".rstrip() + "\n" for line in lines)

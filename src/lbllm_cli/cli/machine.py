@@ -1,0 +1,103 @@
+"""A machine that a recipe is drafted for, and a model as it would be computed there: shapes and sizes, nothing is allocated."""
+
+import os
+import shutil
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+
+from lbllm_cli.core.console import GIB
+from lbllm_cli.models.model import SourceModel, open_model
+from lbllm_cli.recipe.schema import Model
+from lbllm_cli.runtime.backend import Backend, backend_of, choose_device
+from lbllm_cli.runtime.stage_kernels import StageKernels
+from lbllm_cli.runtime.torch.backend import TorchBackend
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is free on a machine, in bytes. kind: of the device that computes. name: of that device. On a CPU memory is RAM."""
+
+    kind: Literal["cpu", "cuda"]
+    name: str
+    memory: int
+    ram: int
+    disk: int
+    cores: int
+
+    @classmethod
+    def here(cls) -> "Machine":
+        """This one, as it is now; its disk is that of the current folder."""
+        device = choose_device("auto")
+        backend = backend_of(device)
+        return cls(
+            kind="cpu" if backend.shares_ram else "cuda",
+            name=backend.describe(device),
+            memory=backend.free_memory(device),
+            ram=psutil.virtual_memory().available,
+            disk=shutil.disk_usage(Path.cwd()).free,
+            cores=os.cpu_count() or 1,
+        )
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether its device has memory of its own."""
+        return self.kind == "cuda"
+
+    @cached_property
+    def backend(self) -> Backend:
+        """What forecasts ask of its device."""
+        return _ForecastBackend(self)
+
+    def __str__(self) -> str:
+        gpu = f"a GPU ({self.name}) with {self.memory / GIB:.0f} GiB free, " if self.has_gpu else "no GPU, "
+        return f"{gpu}{self.ram / GIB:.0f} GiB of RAM, {self.disk / GIB:.0f} GiB of disk, {self.cores} cores"
+
+
+class _ForecastBackend(TorchBackend):
+    """A machine's device. What does not depend on the single device is as its kind's backend has it."""
+
+    def __init__(self, machine: Machine):
+        super().__init__(machine.kind)
+        self._machine, self._usual = machine, backend_of(torch.device(machine.kind))
+        self.shares_ram = self._usual.shares_ram
+
+    @property
+    def kernels(self) -> StageKernels | None:
+        """Those of its kind."""
+        return self._usual.kernels
+
+    def count(self) -> int:
+        """One: a recipe is for one device."""
+        return 1
+
+    def describe(self, device: torch.device) -> str:
+        """The machine's own name of it."""
+        return self._machine.name
+
+    def free_memory(self, device: torch.device) -> int:
+        """As the machine says."""
+        return self._machine.memory if self._machine.has_gpu else self._machine.ram
+
+
+@dataclass(frozen=True)
+class PlacedModel(SourceModel):
+    """A model on a machine, which need not be this one."""
+
+    machine: Machine
+
+    @property
+    def backend(self) -> Backend:
+        """The machine's."""
+        return self.machine.backend
+
+    @classmethod
+    def open(cls, path: str, machine: Machine) -> "PlacedModel":
+        """A folder or a Hugging Face id, of which no weight is fetched. Raises UsageError as `open_model`."""
+        settings = Model(path=path, dtype="bfloat16" if machine.has_gpu else "float32")
+        found = open_model(settings, torch.device(machine.kind), weights=False)
+        return cls(**{field.name: getattr(found, field.name) for field in fields(found)}, machine=machine)
