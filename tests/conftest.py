@@ -27,17 +27,10 @@ SMALL = {
     "vocab_size": 1024, "hidden_size": 80, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
+# Every file in tests/families is a toy: what its configuration has beside SMALL.
 FAMILIES = {
-    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
-    "llama-untied": {"model_type": "llama", "tie_word_embeddings": False, "head_dim": 24},
-    "mistral-sliding": {"model_type": "mistral", "tie_word_embeddings": False, "sliding_window": 16},
-    "qwen2-biases": {"model_type": "qwen2", "tie_word_embeddings": True},
-    "qwen2-sliding": {
-        "model_type": "qwen2", "tie_word_embeddings": False, "use_sliding_window": True, "sliding_window": 16,
-        "max_window_layers": 2,
-    },
-    "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 16},
-}  # fmt: skip
+    file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted((ROOT / "tests" / "families").glob("*.json"))
+}
 
 if not torch.cuda.is_available():
     # Kernels for GPUs are interpreted. It has to be there before Triton is imported.

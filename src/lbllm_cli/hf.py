@@ -21,6 +21,7 @@ from lbllm_cli.format.settings import METHOD, check_settings
 from lbllm_cli.runtime.attachments import attach
 from lbllm_cli.runtime.backend import backend_of
 from lbllm_cli.runtime.checks import check_files, check_linears, check_values
+from lbllm_cli.runtime.experts import experts_of, separate_experts
 from lbllm_cli.runtime.kv_cache import QuantizedKVCache, keep_quantized
 from lbllm_cli.runtime.linear import PackedLinear
 from lbllm_cli.runtime.quantizer import ActQuantizer, empty_quantizer, quantizer_widths
@@ -58,6 +59,8 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, **others: Any) -> None:
         settings = self.quantization_config
         decoder = model.get_decoder()
+        for layer in decoder.layers:
+            separate_experts(layer)
         check_linears(decoder.layers[0], settings.linears)
         # While linears are transformers' own and hold no values.
         self._units: Units = find_units(decoder, settings.linears)
@@ -73,6 +76,10 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
                     layer.get_submodule(owner).add_module(own, empty_quantizer(layout, name, width))
         if paths := others.get("checkpoint_files"):
             check_files(model, [Path(path) for path in paths])
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Packed experts lie in the folder as modules have them: nothing is put together or renamed."""
+        return [] if experts_of(model.get_decoder().layers[0]) is not None else weight_conversions
 
     def _process_model_after_weight_loading(self, model: Any, **others: Any) -> nn.Module:
         check_values(model)

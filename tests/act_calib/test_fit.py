@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import lbllm_cli.hf  # noqa: F401 - registers the packed format
 from lbllm_cli.act_calib.fit import fitted, sample_inputs
-from lbllm_cli.format.activations import CLIP_UNIT, KEYS, TENSORS, VALUES, ActivationFormat, split_groups
+from lbllm_cli.format.activations import CLIP_UNIT, KEYS, TENSORS, VALUES, ActivationFormat, input_name, split_groups
 from lbllm_cli.models.block import block_prefix
 from lbllm_cli.models.model import open_model
 from lbllm_cli.models.stored import stored_block
@@ -184,8 +184,9 @@ def test_quantizers_sit_where_the_block_reads_them(name, tmp_path):
         for key, quantizer in quantizers.items():
             quantizer.values = lambda x, key=key, quantizer=quantizer: (calls.append(key), real(quantizer, x))[1]
         quantized = block(hidden)
-    assert sorted(calls) == sorted((*INPUTS, KEYS, VALUES))  # each once
-    for unit, key in zip(block.units, INPUTS, strict=True):
+    names = [input_name(unit) for unit in block.units]
+    assert sorted(calls) == sorted((*names, KEYS, VALUES))  # each once
+    for unit, key in zip(block.units, names, strict=True):
         assert all(inputs[linear] is inputs[unit[0]] for linear in unit)
         groups = split_groups(inputs[unit[0]], quantizers[key].size)
         # At most sixteen values to a group, zero and the fitted lattice among them.

@@ -45,14 +45,16 @@ _USUAL_GROUP = 64
 
 
 class _Sample(nn.Module):
-    """Stands where a quantizer will, and keeps what passes."""
+    """Stands where a quantizer will, and keeps what passes; through one of all experts, several tensors."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen = torch.empty(0)
+        self.seen: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        self.seen = x
+        # Linears of a unit read one tensor.
+        if not self.seen or self.seen[-1] is not x:
+            self.seen.append(x)
         return x
 
 
@@ -63,7 +65,7 @@ def sample_inputs(block: Block, hidden: Tensor) -> dict[str, Tensor]:
     block(hidden)
     for handle in handles:
         handle.remove()
-    return {name: sample.seen for name, sample in samples.items()}
+    return {name: sample.seen[0] if len(sample.seen) == 1 else torch.cat(sample.seen) for name, sample in samples.items()}
 
 
 def fitted(

@@ -18,12 +18,42 @@ _HEADER_LIMIT = 100_000_000
 
 
 @dataclass(frozen=True)
+class Part:
+    """A tensor that is a part of a stored one, or a stored one under another name.
+
+    index: on the first axis, None for all of it. transposed: whether rows are columns there. half: 0 or 1 where it is one of two
+    that are stored beside each other by rows, interleaved: row by row in turn.
+    """
+
+    name: str
+    index: int | None = None
+    transposed: bool = False
+    half: int | None = None
+    interleaved: bool = False
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """Its shape, from that of the stored tensor: of expert 3's gate, stored [8, 64, 256] and transposed, [128, 64]."""
+        shape = stored if self.index is None else stored[1:]
+        shape = shape[::-1] if self.transposed else shape
+        return shape if self.half is None or not shape else (shape[0] // 2, *shape[1:])
+
+    def of(self, stored: Tensor) -> Tensor:
+        """A view of the stored tensor; of one index where that was taken already."""
+        found = stored.mT if self.transposed and stored.dim() > 1 else stored
+        if self.half is None:
+            return found
+        middle = len(found) // 2
+        return found[self.half :: 2] if self.interleaved else found[self.half * middle : (self.half + 1) * middle]
+
+
+@dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: shard file, safetensors dtype name, shape."""
+    """Where one tensor lies: shard file, safetensors dtype name, shape. part: None for what is stored whole, by its own name."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    part: Part | None = None
 
     @property
     def nbytes(self) -> int:

@@ -61,6 +61,9 @@ class BinarizedStudent:
             count = sum(linear.out_features * linear.in_features for linear in linears)
             for linear in linears:
                 assert isinstance(linear, Bitmap)
+                # An expert that no token of the step was sent to stays where it is.
+                if linear.bitmap.grad is None:
+                    continue
                 linear.polarise(self.settings.polarise * self._progress, begin + (end - begin) * self._progress, count)
 
     def own_steps(self) -> list[OwnStep]:

@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from lbllm_cli.format.weights import PackedWeight
+from lbllm_cli.models.head import Head
 from lbllm_cli.models.model import FINAL_NORM, SourceModel
 from lbllm_cli.models.stored import stored_block, whole_tensors
 from lbllm_cli.pipeline.checkpoint import Checkpoint
@@ -119,14 +120,14 @@ class WholeStudent:
         self.blocks = [ResidentBlock(model, index, parent, train) for index in range(model.blocks)]
         head: Any = model.head()
         self._norm: nn.Module = head[0]
-        self.head: nn.Parameter = head[1].weight
+        self.head: Head = head[1]
         # What the teacher's states go through: the source's own.
         self._source_norm: Tensor = head[0].weight
         start = (model.read([FINAL_NORM]) | parent.read_outer())[FINAL_NORM].to(model.device)
         self.norm = Norm(start, model.stored_dtype(FINAL_NORM), train, model.family.norm_offset)
         self.embedding = model.embed()
-        if model.config.tie_word_embeddings and not model.scaled:
-            self.embedding.weight = self.head
+        if model.config.tie_word_embeddings and model.family.embedding_scale(model.config) == 1:
+            self.embedding.weight = self.head.weight
         self.dtype = model.dtype
 
     def __call__(self, tokens: Tensor) -> Tensor:

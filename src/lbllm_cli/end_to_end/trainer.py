@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from lbllm_cli.end_to_end.loss import distillation_loss
 from lbllm_cli.end_to_end.student import WholeStudent
@@ -39,7 +38,7 @@ class EndToEndObjective:
         self, student: WholeStudent, tokens: Tensor, states: HiddenStream, settings: "EndToEnd", reporter: "Reporter"
     ):
         self.student, self.tokens, self.states, self.reporter = student, tokens, states, reporter
-        self.temperature, self.share, self.device = settings.temperature, settings.next_token, student.head.device
+        self.temperature, self.share, self.device = settings.temperature, settings.next_token, student.head.weight.device
 
     def feed(self, pieces: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
         """Tokens and the teacher's states."""
@@ -54,8 +53,7 @@ class EndToEndObjective:
         with torch.no_grad():
             teacher = self.student.teacher(states[:, :-1]).flatten(0, 1)
         student = self.student(tokens)[:, :-1].flatten(0, 1)
-        head = self.student.head
-        return distillation_loss(student, teacher, head, tokens[:, 1:].flatten(), self.temperature, self.share)
+        return distillation_loss(student, teacher, self.student.head, tokens[:, 1:].flatten(), self.temperature, self.share)
 
     def stepped(self, step: Step, progress: Progress) -> None:
         """A line and a record now and then, of the steps since the one before."""
@@ -81,7 +79,7 @@ class EndToEndObjective:
             total += float(distillation_loss(student, teacher, head, wanted, self.temperature, self.share))
             for start in range(0, len(wanted), POSITIONS):
                 piece = slice(start, start + POSITIONS)
-                teachers, students = (log_probabilities(linear(x[piece], head)) for x in (teacher, student))
+                teachers, students = (log_probabilities(head(x[piece])) for x in (teacher, student))
                 agreement.add(start, teachers, students, wanted[piece])
         kl, perplexity = agreement.mean_divergence, agreement.perplexity
         # A student that is the teacher has none, and later losses are divided by this one.

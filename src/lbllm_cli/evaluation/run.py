@@ -18,6 +18,7 @@ from lbllm_cli.evaluation.sizes import Sizes, measure_sizes, result
 from lbllm_cli.export import writer
 from lbllm_cli.format.activations import format_of
 from lbllm_cli.models import folder as source
+from lbllm_cli.models.model import read_entries
 from lbllm_cli.pipeline.checkpoint import Checkpoint, complete_stages
 from lbllm_cli.pipeline.folders import EVAL_STREAMS, EXPORT_FOLDER
 from lbllm_cli.pipeline.forecast import Place
@@ -174,7 +175,7 @@ class EvaluationRun:
         if checkpoint is not None:
             size = sum((checkpoint.path / file).stat().st_size for file in checkpoint.hashes)
             return measure_sizes(model, checkpoint.entries(), size)
-        entries = source.read_folder(self.plan.output / EXPORT) if name == EXPORT else None
+        entries = read_entries(self.plan.output / EXPORT, model.config) if name == EXPORT else None
         files_of = {entry.file for entry in (entries or {key: model.entries[key] for key in model.shapes}).values()}
         return measure_sizes(model, entries, sum(file.stat().st_size for file in files_of))
 

@@ -133,7 +133,7 @@ def _tensors(model: SourceModel, checkpoint: Checkpoint, by: Exporter) -> Iterat
         interrupt.check()
         stored = by.block(model, checkpoint.read_block(index))
         taken = [name for name in model.block_names(index) if name not in stored]
-        yield from {**model.read(taken), **stored}.items()
+        yield from by.named(model, {**model.read(taken), **stored}).items()
 
 
 def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_bytes: int) -> None:

@@ -12,6 +12,7 @@ one of two kinds:
 T lies in 0..127 for up to 7 bits (0..255 for 8), so that products with int8 levels are exact in integer dot products.
 """
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -37,9 +38,17 @@ CLIP_UNIT = 65536
 CLIP_RANGE = 0.1, 1.0
 
 
+_EXPERT = re.compile(r"(?<=\.experts)\.\d+\.(?=\w+$)")
+
+
 def input_name(unit: tuple[str, ...]) -> str:
-    """Name of the quantizer of what some linears read: it belongs to the first of them."""
-    return f"{unit[0]}.input"
+    """Name of the quantizer of what some linears read: it belongs to the first of them, or to all experts of a block.
+
+    ("mlp.gate_proj", "mlp.up_proj") -> "mlp.gate_proj.input"; ("mlp.experts.3.down_proj",) -> "mlp.experts.down_proj_input": few
+    tokens reach one expert, and what they read is alike.
+    """
+    shared, experts = _EXPERT.subn(".", unit[0])
+    return f"{shared}_input" if experts else f"{unit[0]}.input"
 
 
 def stored_clip(clip: Tensor) -> Tensor:

@@ -7,17 +7,19 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from lbllm_cli.core.errors import UsageError, reason
 from lbllm_cli.core.tensor_files import finite
 from lbllm_cli.models.families import FAMILIES
 from lbllm_cli.models.folder import read_config
+from lbllm_cli.runtime.experts import separate_experts
 
 # Far beyond any model: a model of 10^9 layers would be built for hours before its first tensor is missed.
 _LAYERS, _WIDTH, _HEADS = 1024, 1 << 21, 1 << 14
@@ -31,6 +33,8 @@ _OTHER_NAMES = {
     "num_decoder_layers": _LAYERS, "n_embd": _WIDTH, "d_model": _WIDTH, "d_ff": _WIDTH, "ffn_dim": _WIDTH, "n_head": _HEADS,
     "num_labels": 1 << 20, "num_experts": _HEADS, "num_local_experts": _HEADS, "n_routed_experts": _HEADS, "n_positions": 1 << 31,
 }  # fmt: skip
+# What a configuration has for each layer.
+_PER_LAYER = ("layer_types", "no_rope_layers")
 # Configurations are copied level by level, and Python's stack has an end.
 _DEPTH = 32
 
@@ -121,19 +125,33 @@ def _check_family(file: Path, config: Any) -> None:
         with torch.device("meta"):
             model = one_block(config, 0)
         # With values this time: a base of rotary embeddings below 0 gives NaN at every position.
-        turns = type(model.rotary_emb)(config)(torch.zeros(1, 2, width), torch.arange(2).unsqueeze(0))
-    if any(part.shape[-1] != width or not finite(part) for part in turns):
-        raise UsageError(f"{file}: rope_parameters give rotary embeddings that are not finite or not of head_dim {width}")
+        turns = [turn for angles in _angles(model, config, width) for turn in angles]
+    # Half of a head is rotated in some families, and some give one angle for both halves.
+    if any(part.shape[-1] > width or not finite(part) for part in turns):
+        raise UsageError(f"{file}: rope_parameters give rotary embeddings that are not finite or wider than head_dim {width}")
+
+
+def _angles(model: Any, config: PretrainedConfig, width: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """cos and sin of two positions, of each kind of layer that has a base of its own."""
+    rotary = type(model.rotary_emb)(config)
+    given = (torch.zeros(1, 2, width), torch.arange(2).unsqueeze(0))
+    if "layer_type" in signature(rotary.forward).parameters:
+        for kind in sorted(set(getattr(config, "layer_types", []))):
+            yield rotary(*given, kind)
+    else:
+        yield rotary(*given)
 
 
 def one_block(config: PretrainedConfig, index: int) -> Any:
     """The model with only block `index`: masks, rotary embedding and layer type are then transformers' own."""
     single = copy.deepcopy(config)
     single.num_hidden_layers = 1
-    types = getattr(config, "layer_types", None)
-    if types:
-        single.layer_types = [types[index]]
-    return AutoModel.from_config(single)
+    for name in _PER_LAYER:
+        if values := getattr(config, name, None):
+            setattr(single, name, [values[index]])
+    model = AutoModel.from_config(single)
+    separate_experts(layers(model)[0])
+    return model
 
 
 def layers(model: Any) -> nn.ModuleList:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lbllm_cli.core import files
 from lbllm_cli.core.errors import RunError, UsageError, reason
-from lbllm_cli.core.tensor_files import TensorEntry, finite, first_not_finite, read_header
+from lbllm_cli.core.tensor_files import Part, TensorEntry, finite, first_not_finite, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -92,10 +92,19 @@ def read_tensors(entries: dict[str, TensorEntry], names: list[str], device: torc
         with safe_open(file, framework="pt", device=str(device)) as handle:
             for name in names:
                 if entries[name].file == file:
-                    tensors[name] = handle.get_tensor(name)
+                    tensors[name] = _stored(handle, name, entries[name].part)
     if (bad := first_not_finite(tensors)) is not None:
         raise _not_finite(entries, bad)
     return tensors
+
+
+def _stored(handle: Any, name: str, part: Part | None) -> Tensor:
+    """A tensor of an open file; of a larger one no more is read than an index on its first axis."""
+    if part is None:
+        whole: Tensor = handle.get_tensor(name)
+        return whole
+    found: Tensor = handle.get_tensor(part.name) if part.index is None else handle.get_slice(part.name)[part.index]
+    return part.of(found).contiguous()
 
 
 def _not_finite(entries: dict[str, TensorEntry], name: str) -> RunError:

@@ -13,9 +13,12 @@ from lbllm_cli.core.errors import UsageError
 from lbllm_cli.core.tensor_files import DISK_DTYPES, TensorEntry, mismatch
 from lbllm_cli.models import folder as source
 from lbllm_cli.models.block import BLOCKS, Block, block_prefix, block_units
-from lbllm_cli.models.config import one_block, read_configuration, understood
+from lbllm_cli.models.config import layers, one_block, read_configuration, understood
 from lbllm_cli.models.families import FAMILIES, Family
+from lbllm_cli.models.head import Head
+from lbllm_cli.models.layout import as_stored, named_entries
 from lbllm_cli.runtime.backend import Backend, backend_of
+from lbllm_cli.runtime.experts import DOWN, expert_of, separate_experts
 from lbllm_cli.runtime.units import Units
 
 if TYPE_CHECKING:
@@ -49,6 +52,21 @@ def load_config(folder: Path) -> PretrainedConfig:
     return config
 
 
+def _module_shapes(folder: Path, config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a model by its name here, where each expert's linears are modules."""
+    with understood(folder / "config.json"), torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+        for layer in layers(model.model):
+            separate_experts(layer)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def read_entries(folder: Path, config: PretrainedConfig) -> dict[str, TensorEntry]:
+    """Tensors of a model folder of a known family, by the names that they have here. Raises UsageError as `read_folder`."""
+    entries, family = source.read_folder(folder), FAMILIES[config.model_type]
+    return named_entries(family, entries, _module_shapes(folder, config)) if family.stored else entries
+
+
 @dataclass(frozen=True)
 class SourceModel:
     """A full-precision model that is never whole in memory.
@@ -73,11 +91,6 @@ class SourceModel:
         return FAMILIES[self.config.model_type]
 
     @property
-    def scaled(self) -> bool:
-        """Whether embedding or head are not used as they are stored: tied ones are two tensors then."""
-        return self.family.embedding_scale(self.config) != 1 or self.family.logit_scale(self.config) != 1
-
-    @property
     def backend(self) -> Backend:
         """Of the device that blocks are computed on."""
         return backend_of(self.device)
@@ -96,9 +109,7 @@ class SourceModel:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor that is read, from the configuration; tied embeddings appear once."""
-        with understood(self.folder / "config.json"), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config)
-        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        shapes = _module_shapes(self.folder, self.config)
         if self.config.tie_word_embeddings:
             shapes.pop(HEAD, None)
         return shapes
@@ -111,6 +122,27 @@ class SourceModel:
     def count(self, names: list[str]) -> int:
         """Parameters in some tensors."""
         return sum(torch.Size(self.shapes[name]).numel() for name in names)
+
+    @property
+    def experts(self) -> tuple[int, int] | None:
+        """Of a mixture: experts in a block, and how many of them a token chooses."""
+        numbers = [place[1] for place in map(expert_of, self.linears) if place is not None]
+        return (max(numbers) + 1, int(self.config.num_experts_per_tok)) if numbers else None
+
+    @property
+    def kv_width(self) -> int:
+        """Width of a token's keys, and of its values."""
+        heads = int(self.config.num_attention_heads)
+        width = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
+        return int(self.config.num_key_value_heads) * int(width)
+
+    @property
+    def inner(self) -> int:
+        """Width of what a token's MLP, or all experts that it chooses, keep between their linears."""
+        widths = {name: self.shapes[f"{block_prefix(0)}{name}.weight"][1] for name in self.linears if name.endswith(f".{DOWN}")}
+        if self.experts is None:
+            return sum(widths.values())
+        return self.experts[1] * max(widths.values())
 
     @property
     def binarized_share(self) -> float:
@@ -144,6 +176,10 @@ class SourceModel:
         tied = bool(self.config.tie_word_embeddings)
         return values if HEAD not in self.entries or tied else {**values, "tie_word_embeddings": False}
 
+    def as_stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of whole blocks, or outside them, by the names and in the shapes that the source's files have."""
+        return as_stored(self.family, tensors, self.experts[0] if self.experts else 0)
+
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """Tensors on the device, in the dtype on disk."""
         return source.read_tensors(self.entries, names, self.device)
@@ -158,21 +194,20 @@ class SourceModel:
         """Token embedding on the device, in the compute dtype."""
         weight = self.read([EMBEDDING])[EMBEDDING].to(self.dtype)
         if (scale := self.family.embedding_scale(self.config)) != 1:
-            weight = weight * scale
+            # Gemma's factor is rounded to the compute dtype before it multiplies.
+            weight = weight * torch.tensor(scale, dtype=self.dtype, device=weight.device)
         return nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight).requires_grad_(False)
 
     def head(self) -> nn.Sequential:
-        """Final norm and language-model head: hidden [..., hidden] -> logits [..., vocab]."""
+        """Final norm and `Head`: hidden [..., hidden] -> logits [..., vocab]."""
         with torch.device("meta"):
             norm: Any = one_block(self.config, 0).norm
         names = [FINAL_NORM, EMBEDDING if self.config.tie_word_embeddings else HEAD]
         tensors = self.read(names)
         norm.load_state_dict({"weight": tensors[names[0]].to(self.dtype)}, assign=True)
-        vocab, hidden = self.shapes[names[1]]
-        linear = nn.Linear(hidden, vocab, bias=False, device="meta")
-        weight, scale = tensors[names[1]].to(self.dtype), self.family.logit_scale(self.config)
-        linear.weight = nn.Parameter(weight if scale == 1 else weight * scale)
-        return nn.Sequential(norm, linear).requires_grad_(False)
+        family, weight = self.family, tensors[names[1]].to(self.dtype)
+        head = Head(weight, family.logit_divisor(self.config), family.logit_cap(self.config))
+        return nn.Sequential(norm, head).requires_grad_(False)
 
     def norm_names(self, index: int) -> list[str]:
         """Names of a block's norm weights."""
@@ -201,7 +236,7 @@ def open_model(recipe: "Model", device: torch.device, weights: bool = True) -> S
     folder = source.resolve(recipe.path, recipe.revision, weights)
     config = load_config(folder)
     stored = weights or source.has_weights(folder)
-    entries = source.read_folder(folder) if stored else {}
+    entries = read_entries(folder, config) if stored else {}
     dtype = _compute_dtype(recipe, config, entries, device)
     if config.tie_word_embeddings and {EMBEDDING, HEAD} <= set(entries):
         config.tie_word_embeddings = source.equal(entries, EMBEDDING, HEAD, dtype)

@@ -13,7 +13,7 @@ from lbllm_cli.format.settings import METHOD, check_settings
 from lbllm_cli.models import folder as source
 from lbllm_cli.models.config import code_hint, read_configuration, understood
 from lbllm_cli.models.families import FAMILIES
-from lbllm_cli.models.model import SourceModel
+from lbllm_cli.models.model import SourceModel, read_entries
 from lbllm_cli.runtime.checks import refusing
 
 
@@ -25,7 +25,7 @@ def check_folder(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     """
     values = source.read_config(folder)
     config = read_configuration(folder, trust_remote_code)
-    entries = source.read_folder(folder)
+    source.read_folder(folder)
     quantized = values.get("quantization_config")
     if quantized:
         _check_quantization(folder, quantized)
@@ -33,7 +33,8 @@ def check_folder(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
         with understood(folder / "config.json", code_hint(values, trust_remote_code)), torch.device("meta"):
             AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         if values.get("model_type") in FAMILIES and not (trust_remote_code and values.get("auto_map")):
-            SourceModel(folder, config, entries, torch.device("cpu"), torch.float32).check_tensors()
+            named = read_entries(folder, config)
+            SourceModel(folder, config, named, torch.device("cpu"), torch.float32).check_tensors()
     return config
 
 

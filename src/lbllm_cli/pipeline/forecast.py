@@ -13,7 +13,6 @@ import psutil
 from lbllm_cli.core.console import GIB, say
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.format.weights import expected_bits
-from lbllm_cli.models.block import block_prefix
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.models.sampling import ROWS_AT_ONCE
 from lbllm_cli.pipeline.plan import Plan
@@ -127,7 +126,7 @@ def block_bytes(model: SourceModel) -> float:
 def activation_bytes(model: SourceModel, rows: int, length: int) -> float:
     """One forward pass of a block: about six states of the hidden width and three of the intermediate one are alive."""
     config = model.config
-    return rows * length * (6 * config.hidden_size + 3 * config.intermediate_size) * max(model.dtype.itemsize, 4)
+    return rows * length * (6 * config.hidden_size + 3 * model.inner) * max(model.dtype.itemsize, 4)
 
 
 def outer_bytes(model: SourceModel) -> float:
@@ -137,8 +136,7 @@ def outer_bytes(model: SourceModel) -> float:
 
 def sampling_bytes(model: SourceModel, rows: int, length: int) -> float:
     """The whole model, its 16-bit file while it is read, and keys and values of the sequences that are sampled together."""
-    values = model.shapes[f"{block_prefix(0)}self_attn.v_proj.weight"][0]
-    cache = 2 * model.blocks * min(rows, ROWS_AT_ONCE) * length * values
+    cache = 2 * model.blocks * min(rows, ROWS_AT_ONCE) * length * model.kv_width
     parameters = model.count(list(model.shapes))
     return (parameters + cache) * model.dtype.itemsize + 2.0 * parameters
 

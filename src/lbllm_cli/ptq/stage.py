@@ -63,7 +63,7 @@ def _fused_bytes(model: SourceModel, settings: Ptq, tokens: int) -> float:
     weights = [4.0 * sum(out * inn for out, inn in unit) for unit in shapes]
     kept = kinds * (max(squares) if settings.sequential else sum(squares))
     fit = max((kinds / 2 * held + 5.2) * square + 3 * weight for square, weight in zip(squares, weights, strict=True))
-    passing = tokens * (10 * model.config.hidden_size + 4 * model.config.intermediate_size) * model.dtype.itemsize
+    passing = tokens * (10 * model.config.hidden_size + 4 * model.inner) * model.dtype.itemsize
     return 1.05 * (kept + max(fit, passing))
 
 

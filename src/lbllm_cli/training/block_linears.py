@@ -45,9 +45,12 @@ class BlockLinears:
         """Carries the gradients of the block's weights to the masters."""
         for name, linear in self.linears.items():
             weight = self.block.linear(name).weight
-            assert weight.grad is not None
-            linear.take(weight.grad)
-            weight.grad = None
+            if weight.grad is None:
+                # Of an expert that no token of the step was sent to.
+                linear.skip()
+            else:
+                linear.take(weight.grad)
+                weight.grad = None
 
     def own_steps(self, dampening: float) -> list[OwnStep]:
         """Parameters that move themselves."""

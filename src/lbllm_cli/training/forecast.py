@@ -1,6 +1,5 @@
 """What the stages that train will need: masters, gradients, moments and activations, of a block."""
 
-from lbllm_cli.models.block import block_prefix
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.pipeline.forecast import activation_bytes, block_bytes
 from lbllm_cli.recipe.schema import Recipe
@@ -28,13 +27,13 @@ def masters(model: SourceModel, settings: Distill | ActCalib, group_size: int) -
 def training_activations(model: SourceModel, rows: int, length: int) -> float:
     """What one forward pass of a block keeps for its backward pass."""
     config = model.config
-    return rows * length * (14 * config.hidden_size + 5 * config.intermediate_size) * max(model.dtype.itemsize, 4)
+    return rows * length * (14 * config.hidden_size + 5 * model.inner) * max(model.dtype.itemsize, 4)
 
 
 def quantizer_activations(model: SourceModel, settings: ActCalib | ActEndToEnd, rows: int, length: int) -> float:
     """What quantizing the inputs of a block keeps for its backward pass."""
     config = model.config
-    inputs = 3 * config.hidden_size + config.intermediate_size
+    inputs = 3 * config.hidden_size + model.inner
     soft = KNEES in settings.trained and settings.soft > 0
     return (KEPT_SOFT if soft else KEPT_DEPLOYED) * 4 * rows * length * inputs
 
@@ -52,8 +51,7 @@ def _fused_device(model: SourceModel, settings: Distill | ActCalib, group_size: 
     resident = block_bytes(model) + 2 * weights * itemsize + latents + levels + weights * 0.3
     passing = fused_activations(model, min(settings.micro_batch_size, settings.batch_size), length)
     if isinstance(settings, ActCalib):
-        keys = model.shapes[f"{block_prefix(0)}self_attn.k_proj.weight"][0]
-        states = 10 * config.hidden_size + 4 * keys + 5 * config.intermediate_size
+        states = 10 * config.hidden_size + 4 * model.kv_width + 5 * model.inner
         passing = max(passing, SEQUENCES * length * 1.1 * states - weights * itemsize)
     return 1.05 * (resident + passing)
 
@@ -61,7 +59,7 @@ def _fused_device(model: SourceModel, settings: Distill | ActCalib, group_size: 
 def fused_activations(model: SourceModel, rows: int, length: int) -> float:
     """What a pass of a block in kernels keeps for its way back, and the loss in float32."""
     config = model.config
-    states = 14 * config.hidden_size + 5 * config.intermediate_size
+    states = 14 * config.hidden_size + 5 * model.inner
     return float(rows * length * (states * model.dtype.itemsize + 12 * config.hidden_size))
 
 

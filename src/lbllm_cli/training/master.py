@@ -28,6 +28,11 @@ class Master(nn.Module):
         if present.requires_grad:
             present.backward(gradient.float())
 
+    def skip(self) -> None:
+        """Instead of `take`, where what was put was not used."""
+        for name in ("_present", "_gradient"):
+            self.__dict__.pop(name, None)
+
     def own_steps(self, dampening: float) -> list[OwnStep]:
         """See `Trained`. dampening: as for `constrain`."""
         return []

@@ -96,7 +96,7 @@ class Nearest(Master):
             self.levels.grad = sums
 
     def own_steps(self, dampening: float) -> list[OwnStep]:
-        return [] if self._kernels is None else [_LatentStep(self, dampening)]
+        return [_LatentStep(self, dampening)] if "_gradient" in self.__dict__ else []
 
     @torch.no_grad()
     def constrain(self, dampening: float) -> None:

@@ -18,6 +18,9 @@ class Exporter(Protocol):
     def block(self, model: SourceModel, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of a block as the folder has them. stored: as the checkpoint has them."""
 
+    def named(self, model: SourceModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All tensors of a block by the names that they have in the folder."""
+
     def weight_bytes(self, model: SourceModel, group_size: int) -> float:
         """Bytes of all binarized weights."""
 

@@ -19,6 +19,11 @@ def block(model: SourceModel, stored: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.to(model.source_dtype()) for name, tensor in decoded(stored, model).items()}
 
 
+def named(model: SourceModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As the source's files have them."""
+    return model.as_stored(tensors)
+
+
 def weight_bytes(model: SourceModel, group_size: int) -> float:
     """Two bytes a weight."""
     return model.count(model.binarized_names) * 2.0

@@ -21,6 +21,11 @@ def block(model: SourceModel, stored: dict[str, Tensor]) -> dict[str, Tensor]:
     return stored
 
 
+def named(model: SourceModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As modules have them: each expert's linears by themselves."""
+    return tensors
+
+
 def weight_bytes(model: SourceModel, group_size: int) -> float:
     """Those of the stage."""
     return checkpoint_bytes(model, group_size)

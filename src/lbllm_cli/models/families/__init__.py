@@ -4,15 +4,21 @@ Which linears a block has, and which of them read the same tensor, is found by r
 the order of a block are transformers' own.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
+from lbllm_cli.core.tensor_files import Part
+
 
 def _one(config: Any) -> float:
     return 1.0
+
+
+def _none(config: Any) -> float | None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -20,15 +26,20 @@ class Family:
     """One value of `model_type`.
 
     text: the models that it is known by, for messages and documents. embedding_scale: what embeddings are multiplied by before
-    the first block, by the configuration. logit_scale: what the head's products are multiplied by. norm_offset: what is added to
-    a stored norm weight before it is used; 1 where weights are stored about zero.
+    the first block, by the configuration; in the compute dtype, as transformers does. logit_divisor: what the head's products are
+    divided by. logit_cap: c where logits z are then c tanh(z / c). norm_offset: what is added to a stored norm weight before
+    it is used; 1 where weights are stored about zero. stored: of a block, where files hold tensors that modules have under
+    other names here, or in one with others; {e} stands for the number of an expert, and of files that have all experts in one
+    tensor it is the index on its first axis.
     """
 
     model_type: str
     text: str
     embedding_scale: Callable[[Any], float] = _one
-    logit_scale: Callable[[Any], float] = _one
+    logit_divisor: Callable[[Any], float] = _one
+    logit_cap: Callable[[Any], float | None] = _none
     norm_offset: float = 0.0
+    stored: Mapping[str, Part] = field(default_factory=dict)
 
 
 def _found() -> dict[str, Family]:

@@ -14,6 +14,7 @@ from lbllm_cli.runtime.cpu.head import HeadLinear
 from lbllm_cli.runtime.cpu.library import library
 from lbllm_cli.runtime.cpu.quantizer import native_gradients, native_quantized
 from lbllm_cli.runtime.cpu.unit import Unit, usable
+from lbllm_cli.runtime.notices import say_layer_by_layer
 from lbllm_cli.runtime.stage_kernels import StageKernels
 from lbllm_cli.runtime.torch import quantizer
 from lbllm_cli.runtime.torch.transfer import Transfers
@@ -86,8 +87,11 @@ class CpuBackend:
             return []
         whole: Any = model
         handles = []
-        for layer in whole.get_decoder().layers:
+        layers = whole.get_decoder().layers
+        for layer in layers:
             handles += _take_over_layer(layer, units, quantized)
+        if quantized and not any("forward" in vars(layer) for layer in layers):
+            say_layer_by_layer(type(layers[0]).__name__)
         head = whole.get_output_embeddings()
         if type(head) is nn.Linear and head.bias is None:
             whole.set_output_embeddings(HeadLinear.of(head))

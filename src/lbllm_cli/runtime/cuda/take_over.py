@@ -9,6 +9,7 @@ from lbllm_cli.runtime.attachments import share_inputs
 from lbllm_cli.runtime.cuda.head_linear import HeadLinear
 from lbllm_cli.runtime.cuda.step import DecodeStep, decoder_steppable
 from lbllm_cli.runtime.cuda.unit import CudaUnit, usable
+from lbllm_cli.runtime.notices import say_layer_by_layer
 from lbllm_cli.runtime.units import Units
 
 
@@ -37,6 +38,8 @@ def take_over(model: Any, units: Units, quantized: bool) -> list[Any]:
     if quantized and whole and decoder_steppable(decoder, units):
         decoder.forward = DecodeStep(decoder, taken)
         handles.append(_Standing(decoder))
+    elif quantized:
+        say_layer_by_layer(type(decoder.layers[0]).__name__)
     head = model.get_output_embeddings()
     if type(head) is nn.Linear and head.bias is None:
         model.set_output_embeddings(HeadLinear.of(head))
