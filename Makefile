@@ -41,6 +41,7 @@ check: $(VENV)/.installed
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo --no-cache
 	$(PY) scripts/recipe_reference.py --check
+	$(PY) scripts/draft_recipes.py --check
 	$(PY) scripts/draw_architecture.py --check
 
 # The suite on the newest and on the oldest version of everything that pyproject.toml names, each in an environment of its own.
@@ -53,8 +54,8 @@ test-newest test-oldest: test-%:
 	.venv-$*/bin/python -m pip freeze --exclude-editable | xargs
 	.venv-$*/bin/python -m pytest --numprocesses $(JOBS) $(TESTS)
 
-$(MODEL)/config.json: | $(VENV)/.installed
-	$(PY) scripts/fetch_smollm2.py $(MODEL)
+models/%/config.json: | $(VENV)/.installed
+	$(PY) scripts/fetch_model.py $* models/$*
 
 # The main job on a real model: binarize, train, quantize activations, measure, export, generate.
 demo: $(MODEL)/config.json
