@@ -61,3 +61,76 @@ def test_sampled_text_that_is_damaged_is_refused(lbllm, ok, tmp_path, recipe, co
     assert result.exit_code == 2
     assert f"{cache} is damaged" in result.stderr
     assert "delete it" in result.stderr
+
+
+@pytest.fixture
+def sampling(recipe, tmp_path, monkeypatch):
+    """sampling(stop): 6 sequences in pieces of 2; stop: the forward pass after which a signal arrives, None for none."""
+    from lbllm_cli.core.errors import Interrupted
+    from lbllm_cli.models import sampling
+    from lbllm_cli.pipeline.plan import prepare
+    from lbllm_cli.recipe.base import Source
+    from lbllm_cli.recipe.load import load_recipe
+
+    monkeypatch.setattr(sampling, "ROWS_AT_ONCE", 2)
+    plan = prepare(load_recipe(recipe))
+
+    def run(stop=None, folder="run"):
+        passes = []
+
+        def check():
+            passes.append(None)
+            if len(passes) == stop:
+                raise Interrupted("stopped")
+
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(sampling.interrupt, "check", check)
+            tokens = sampling.cached_sample(plan.model, plan.tokenizer, tmp_path / folder, Source(source="generate:"), (6, 9), 0)
+        return tokens, len(passes)
+
+    return run
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_sampled_text_goes_on_where_it_was_interrupted(sampling, tmp_path, monkeypatch, bos):
+    from transformers import PreTrainedTokenizerBase
+
+    from lbllm_cli.core.errors import Interrupted
+
+    if not bos:
+        monkeypatch.setattr(PreTrainedTokenizerBase, "bos_token_id", None, raising=False)
+    expected, passes = sampling(folder="whole")
+    assert passes == 27
+    (whole,) = (tmp_path / "whole" / "generated").iterdir()
+    for stop in (9 + 4, 9 + 1):
+        with pytest.raises(Interrupted):
+            sampling(stop)
+    (kept,) = (tmp_path / "run" / "generated").iterdir()
+    assert kept.name == f"{whole.stem}.partial"
+    found, passes = sampling()
+    assert passes == 9, "two pieces of three were there"
+    assert torch.equal(found, expected)
+    (resumed,) = (tmp_path / "run" / "generated").iterdir()
+    assert (resumed.name, resumed.read_bytes()) == (whole.name, whole.read_bytes())
+    assert sampling()[1] == 0
+    kept.mkdir()  # as after a kill between the last two steps
+    assert torch.equal(sampling()[0], expected)
+    assert not kept.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"x" * 50, {"input_ids": torch.zeros(2, 9, dtype=torch.int64)}, {"input_ids": torch.zeros(1, 9, dtype=torch.int64)},
+     {"input_ids": torch.zeros(2, 9, dtype=torch.int64), "generator": torch.zeros(5, dtype=torch.uint8)},
+     {"input_ids": torch.zeros(2, 9, dtype=torch.int64), "generator": torch.zeros(5056)}],
+    ids=range(5),
+)  # fmt: skip
+def test_a_piece_that_is_damaged_is_refused(sampling, tmp_path, content):
+    from lbllm_cli.core.errors import Interrupted, UsageError
+
+    with pytest.raises(Interrupted):
+        sampling(13)
+    (piece,) = (tmp_path / "run" / "generated").glob("*.partial/*")
+    save_file(content, piece) if isinstance(content, dict) else piece.write_bytes(content)
+    with pytest.raises(UsageError, match=f"{piece} is damaged .*; delete it: it is sampled again"):
+        sampling()
