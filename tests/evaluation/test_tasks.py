@@ -272,6 +272,17 @@ def test_validate_looks_at_tasks(ok, lbllm, recipe, tmp_path):
     result = lbllm("validate", "--recipe", recipe, "eval.tasks=[builtin:nothing]")
     assert result.exit_code == 2
     assert "eval.tasks: builtin:nothing does not exist" in result.stderr
+    # What else is wrong is said beside it.
+    result = lbllm("validate", "--recipe", recipe, "eval.tasks=[builtin:nothing, none.yaml, piqua]", "model.path=nowhere/at/all")
+    assert result.exit_code == 2
+    for part in ("nowhere/at/all", "builtin:nothing does not exist", "none.yaml is not a file", "lm-eval has no task piqua"):
+        assert part in result.stderr
+    write_task(tmp_path / "tasks", "nodata").with_suffix(".jsonl").unlink()
+    nodata = f"eval.tasks=[{tmp_path / 'tasks/nodata.yaml'}]"
+    result = lbllm("validate", "--recipe", recipe, nodata, "data.training.source=none.txt")
+    assert result.exit_code == 2
+    for part in ("source none.txt: no such file", "nodata.yaml cannot be loaded"):
+        assert part in result.stderr
     task = write_task(tmp_path / "tasks", "stories")
     without = json.loads(ok("validate", "--recipe", recipe, "--json").stdout)["forecast_bytes"]["eval"]
     found = json.loads(ok("validate", "--recipe", recipe, f"eval.tasks=[{task}]", "--json").stdout)["forecast_bytes"]["eval"]
@@ -279,12 +290,50 @@ def test_validate_looks_at_tasks(ok, lbllm, recipe, tmp_path):
     assert found["disk"] > without["disk"]
 
 
-def test_data_files_by_a_pattern_are_known_by_their_content(tmp_path):
-    task = write_task(tmp_path / "tasks", "stories", dataset_kwargs={"data_files": {"test": "stor*.jsonl"}})
-    before = lm_tasks.plan_tasks([str(task)], None)[0].identity
-    assert lm_tasks.plan_tasks([str(task)], None)[0].identity == before
-    write_task(tmp_path / "tasks", "stories", items=11, dataset_kwargs={"data_files": {"test": "stor*.jsonl"}})
-    assert lm_tasks.plan_tasks([str(task)], None)[0].identity != before
+PATTERNS = {
+    "one name": {"data_files": {"test": "parts/a.jsonl"}},
+    "a star": {"data_files": {"test": "parts/*.jsonl"}},
+    "a class": {"data_files": {"test": "parts/[a-b].jsonl"}},
+    "any depth": {"data_files": {"test": "**/*.jsonl"}},
+    "all below": {"data_files": {"test": "parts/**"}},
+    "a list": {"data_files": {"test": ["parts/a*.jsonl", "parts/b*.jsonl"]}},
+    "a folder": {"data_dir": "parts"},
+    "a dataset": "parts",
+    "a folder and names": {"data_dir": "parts", "data_files": {"test": "*.jsonl"}},
+}
+
+
+@pytest.mark.parametrize("keywords", PATTERNS.values(), ids=PATTERNS)
+def test_a_task_is_known_by_the_content_of_its_data(tmp_path, monkeypatch, keywords):
+    folder = tmp_path / "tasks"
+    write_task(folder, "a")
+    (folder / "parts").mkdir()
+    for name in ("a", "b"):
+        (folder / "parts" / f"{name}.jsonl").write_text((folder / "a.jsonl").read_text())
+    (folder / "a.jsonl").unlink()
+    task = {
+        "task": "stories",
+        **TASK,
+        **({"dataset_kwargs": keywords} if isinstance(keywords, dict) else {"dataset_path": keywords}),
+    }
+    if keywords in ("parts", {"data_dir": "parts"}):
+        task["test_split"] = "train"  # a folder's files without a split are of this one
+    (folder / "t.yaml").write_text(json.dumps(task))
+    monkeypatch.chdir(tmp_path)
+
+    def identity():
+        return lm_tasks.plan_tasks([str(folder / "t.yaml")], None)[0].identity
+
+    before = identity()
+    assert identity() == before
+    for name in ("a",) if keywords == PATTERNS["one name"] else ("a", "b"):
+        path = folder / "parts" / f"{name}.jsonl"
+        path.write_text(path.read_text().replace("Chapter 3", "Chapter 9"))
+        after = identity()
+        assert after != before, name
+        before = after
+    monkeypatch.chdir(folder)
+    assert identity() == before, "wherever the command runs"
 
 
 def test_names_of_metrics_are_no_markup_of_the_table(ok, recipe, tmp_path, monkeypatch):

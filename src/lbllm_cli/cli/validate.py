@@ -12,7 +12,7 @@ from lbllm_cli.cli.durations import Durations
 from lbllm_cli.core.console import GIB, say
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.evaluation.forecast import eval_need, whole_model_need
-from lbllm_cli.evaluation.tasks import plan_tasks
+from lbllm_cli.evaluation.tasks import Task, plan_tasks
 from lbllm_cli.export.forecast import export_need
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.pipeline.checkpoint import check_stage, complete_stages
@@ -28,7 +28,11 @@ _KINDS = ("device", "ram", "disk", "teacher", "streams")
 @torch.no_grad()
 def validate(recipe: Recipe, as_json: bool) -> None:
     """`lbllm validate`."""
-    plan = prepare(recipe, weights=False, stages=TABLE, evaluate=True)
+    tasks, unusable = _tasks(recipe)
+    try:
+        plan = prepare(recipe, weights=False, stages=TABLE, evaluate=True)
+    except UsageError as error:
+        raise UsageError("\n".join([str(error), *unusable])) from None
     model = plan.model
     problems, segments = [], {}
     if plan.tokenizer is not None:
@@ -42,11 +46,7 @@ def validate(recipe: Recipe, as_json: bool) -> None:
             segments = {name: rows.shape[0] for name, rows in plan.evaluation().items()}
         except UsageError as error:
             problems.append(str(error))
-    try:
-        tasks = plan_tasks(recipe.eval.tasks, recipe.eval.num_fewshot)
-    except UsageError as error:
-        tasks = []
-        problems.append(str(error))
+    problems += unusable
     needs = [
         *(work_of(spec).need(plan, spec, None) for spec in sorted(recipe.stages, key=lambda spec: spec.end_to_end)),
         _eval_need(recipe, model, segments, bool(tasks)),
@@ -92,6 +92,14 @@ def validate(recipe: Recipe, as_json: bool) -> None:
         durations.show(out, needs)
     if short:
         raise UsageError("\n".join(short))
+
+
+def _tasks(recipe: Recipe) -> tuple[list[Task], list[str]]:
+    """The tasks behind `eval.tasks`, and what is wrong with them."""
+    try:
+        return plan_tasks(recipe.eval.tasks, recipe.eval.num_fewshot), []
+    except UsageError as error:
+        return [], [str(error)]
 
 
 def _shortages(need: Need, plan: Plan) -> list[str]:

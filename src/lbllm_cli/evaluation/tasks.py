@@ -4,35 +4,25 @@ lm-eval is imported inside functions: it takes seconds.
 """
 
 import difflib
-import glob
 import json
 import math
-import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from lbllm_cli.core import files, strict_yaml
 from lbllm_cli.core.errors import UsageError, reason
-from lbllm_cli.core.fingerprint import fingerprint
+from lbllm_cli.evaluation.task_files import BUILTIN, builtin_tasks, identity_of, local_spec, name_of
 from lbllm_cli.models.whole_folder import check_folder, check_loaded
 from lbllm_cli.runtime.checks import refusing
 
-BUILTIN = "builtin:"
-# A task's YAML of this many bytes is none.
-_TASK_BYTES = 1 << 20
-# lm-eval's own names have brackets among them, and no slashes.
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+()-]{0,149}")
 # Groups of tasks as papers on low-bit models report them, with the examples in context that they use.
 GROUPS: dict[str, tuple[tuple[str, ...], int]] = {
     "commonsense": (("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande"), 0),
@@ -53,12 +43,6 @@ class Task:
     spec: Any
     num_fewshot: int | None
     identity: dict[str, Any] = field(default_factory=dict)
-
-
-def builtin_tasks() -> list[str]:
-    """Tasks that come with lbllm, as a recipe writes them."""
-    names = (item.name for item in (resources.files("lbllm_cli.data") / "tasks").iterdir())
-    return sorted(BUILTIN + name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
 def plan_tasks(names: list[str], num_fewshot: int | None) -> list[Task]:
@@ -94,7 +78,7 @@ def _is_local(name: str) -> bool:
 
 def _plan_task(name: str, shots: int | None, fixed: int | None) -> Task:
     manager = _manager(not _is_local(name))
-    spec: Any = _local_spec(name) if _is_local(name) else name
+    spec: Any = local_spec(name) if _is_local(name) else name
     if not _is_local(name) and name not in manager.all_tasks:
         known = [*GROUPS, *builtin_tasks(), *manager.all_tasks]
         nearest = difflib.get_close_matches(name, known, 3) or [*GROUPS, *builtin_tasks()]
@@ -106,72 +90,8 @@ def _plan_task(name: str, shots: int | None, fixed: int | None) -> Task:
     for task in loaded.values():
         if fixed and task.get_config("num_fewshot") == 0:
             raise UsageError(f"eval.num_fewshot: {fixed} examples, but {task.config.task} is a task without any; leave it out")
-    identity = {leaf: _identity(task) for leaf, task in sorted(loaded.items())}
-    return Task(_name_of(spec, name) if isinstance(spec, dict) else name, spec, shots, identity)
-
-
-def _name_of(spec: dict[str, Any], name: str) -> str:
-    """What a task's YAML calls it: files are named after it."""
-    key = "group" if "group" in spec else "task"
-    found = spec[key]
-    if not isinstance(found, str) or not _NAME.fullmatch(found):
-        expected = "a name of letters, digits and ._+()- that begins with a letter or digit, of at most 150 characters"
-        raise UsageError(f"eval.tasks: {name}: `{key}` is {str(found)[:100]!r}; expected {expected}")
-    return found
-
-
-def _local_spec(name: str) -> dict[str, Any]:
-    """A task's YAML with its data files beside it: lm-eval would look for them where it runs."""
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    if name.startswith(BUILTIN):
-        if name not in builtin_tasks():
-            raise UsageError(f"eval.tasks: {name} does not exist; there are {', '.join(builtin_tasks())}")
-        path = Path(str(resources.files("lbllm_cli.data") / "tasks" / f"{name.removeprefix(BUILTIN)}.yaml"))
-    else:
-        path = files.user_path(name, "eval.tasks")
-    if not path.is_file():
-        raise UsageError(f"eval.tasks: {path} is not a file")
-    _check_files(path)
-    try:
-        spec = load_yaml(path)
-    except Exception as error:  # YAML's errors, and those of functions that it names
-        raise UsageError(f"eval.tasks: {path} cannot be read: {reason(error)}") from None
-    if not isinstance(spec, dict) or "task" not in spec:
-        raise UsageError(f"eval.tasks: {path} names no task; expected a key `task`")
-    _name_of(spec, name)
-    keywords = spec.get("dataset_kwargs") or {}
-    if not isinstance(keywords, dict):
-        raise UsageError(f"eval.tasks: {path}: dataset_kwargs is {type(keywords).__name__}, expected a mapping")
-    if "data_files" in keywords:
-        if strange := [leaf for leaf in _leaves(keywords["data_files"]) if not isinstance(leaf, str)]:
-            raise UsageError(f"eval.tasks: {path}: data_files holds {str(strange[0])[:100]!r}, expected paths")
-        spec["dataset_kwargs"] = {**keywords, "data_files": _absolute(keywords["data_files"], path.absolute().parent)}
-    return spec
-
-
-def _check_files(path: Path) -> None:
-    """Reads a task's YAML, and those that it includes, as far as lm-eval's reader needs it. Raises UsageError naming the file."""
-    left, seen = [path], set[Path]()
-    while left:
-        file = left.pop()
-        if file in seen:
-            continue
-        seen.add(file)
-        node = strict_yaml.outline(files.read_text(file, _TASK_BYTES), str(file))
-        for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
-            if key.value == "include":
-                names = value.value if isinstance(value, yaml.SequenceNode) else [value]
-                included = (file.parent / name.value for name in names if isinstance(name, yaml.ScalarNode))
-                left += [other for other in included if other.exists()]
-
-
-def _absolute(data_files: Any, folder: Path) -> Any:
-    if isinstance(data_files, dict):
-        return {key: _absolute(value, folder) for key, value in data_files.items()}
-    if isinstance(data_files, list):
-        return [_absolute(value, folder) for value in data_files]
-    return data_files if data_files is None or "://" in data_files else str(folder / data_files)
+    identity = {leaf: identity_of(task) for leaf, task in sorted(loaded.items())}
+    return Task(name_of(spec, name) if isinstance(spec, dict) else name, spec, shots, identity)
 
 
 def _unreadable(name: str, manager: Any, error: Exception) -> str:
@@ -184,34 +104,6 @@ def _unreadable(name: str, manager: Any, error: Exception) -> str:
         "load it once where there is a network (it stays in HF_HOME), or give a YAML file that says `include:` and the task's\n"
         "own YAML, and names local data_files"
     )
-
-
-def _identity(task: Any) -> str:
-    """Hash of a task's configuration and of the local files that it reads."""
-    from lm_eval.utils import handle_non_serializable
-
-    config = task.dump_config()
-    config.pop("metadata", None)  # where its YAML lies, and its version
-    keywords = dict(config.pop("dataset_kwargs", None) or {})
-    read = [file for pattern in _leaves(keywords.pop("data_files", None)) for file in _matching(str(pattern))]
-    hashes = [files.sha256(Path(file)) for file in read if Path(file).is_file()]
-    whole = {"config": config, "keywords": keywords, "files": hashes, "version": task.VERSION}
-    return fingerprint(json.loads(json.dumps(whole, default=handle_non_serializable)))
-
-
-def _matching(pattern: str) -> list[str]:
-    """Local files that one of `data_files` stands for: a path, or a pattern as `datasets` reads them."""
-    return [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        for item in value:
-            yield from _leaves(item)
-    elif value is not None:
-        yield value
 
 
 def open_lm(folder: Path, dtype: torch.dtype, device: torch.device, batch_size: int, trust_remote_code: bool) -> Any:
