@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.heavy, pytest.mark.usefixtures("given_tables")]
 STAGES = ("ptq", "distill", "distill-e2e", "act-calib", "act-calib-e2e")
 PHASE = {"sequences": 8, "batch_size": 1, "lr_levels": 4e-3, "lr_norms": 4e-3}
 # Toys whose decode step is one call of the library; of the others linears alone run in it.
-STEPPED = {"llama-tied", "llama-untied", "mistral-sliding", "qwen2-biases", "qwen2-sliding", "qwen3"}
+STEPPED = {"llama-tied", "llama-untied", "mistral-sliding", "qwen2-biases", "qwen2-sliding", "qwen3", "seed-oss"}
 
 
 def perplexity(model: torch.nn.Module, rows: torch.Tensor) -> float:

@@ -27,7 +27,7 @@ _PAIRS: dict[Path, tuple] = {}
 
 
 # Families whose decode step is one call; tests/integration/test_families.py has all others.
-STEPPED = ("llama-tied", "llama-untied", "mistral-sliding", "qwen2-biases", "qwen2-sliding", "qwen3")
+STEPPED = ("llama-tied", "llama-untied", "mistral-sliding", "qwen2-biases", "qwen2-sliding", "qwen3", "seed-oss")
 
 
 @pytest.fixture(params=STEPPED)

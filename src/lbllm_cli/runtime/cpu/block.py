@@ -24,7 +24,7 @@ from lbllm_cli.runtime.units import Units
 _HEAD_MAX = 256
 # What the step computes: transformers' layers with another order of norms, residuals or scalings go layer by layer. A name is put
 # here when tests/native compare the step with that layer.
-_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "SeedOssDecoderLayer")
 _UNITS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
