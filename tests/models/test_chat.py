@@ -2,6 +2,7 @@
 
 import threading
 
+import numpy as np
 import pytest
 from conftest import TOY
 from transformers import AutoTokenizer
@@ -52,6 +53,9 @@ def test_messages_become_text(render):
         ([{"role": "user"}], "message 0: `content` is NoneType, expected text"),
         ([{"role": "user", "content": 5}], "`content` is int"),
         ([{"role": "user", "content": ["hello"]}], "`content` is list"),
+        (np.array(USER), "got ndarray"),
+        (np.array([]), "got ndarray"),
+        ((), "got tuple"),
     ],
 )
 def test_messages_that_are_none(render, messages, expected):
@@ -80,6 +84,12 @@ def test_templates_that_fail(render, template, expected):
         render(template)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
+
+
+def test_a_refusal_that_quotes_half_a_pair_can_be_printed(render):
+    with pytest.raises(UsageError, match="cannot render the messages: no ") as caught:
+        render("{{ raise_exception('no ' ~ messages[0].content) }}", [{"role": "user", "content": "\ud800"}])
+    assert r"no \ud800; mend" in str(caught.value).encode().decode()
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def _folder_records(path: Path, split: str) -> Iterator[Any]:
         if split not in loaded:
             raise UsageError(f"{path} has no split {split}; it has {', '.join(loaded)}; set split")
         loaded = loaded[split]
-    yield from loaded
+    yield from loaded.with_format(None)  # of numpy or torch it would give arrays for lists
 
 
 def _parquet_records(path: Path) -> Iterator[Any]:

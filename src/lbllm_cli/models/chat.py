@@ -40,7 +40,9 @@ def render(tokenizer: Any, messages: Any, where: str, **options: Any) -> str:
         raise UsageError(f"{where}: the chat template needs more than {MEMORY >> 20} MiB; mend chat_template") from None
     except Exception as error:  # a template is a program: it raises what it likes, RecursionError and TypeError among others
         what = f"{where}: the tokenizer's chat template cannot render the messages"
-        raise UsageError(f"{what}: {reason(error)}; mend them or chat_template") from None
+        # It may quote a record's half pairs, which no terminal and no file takes.
+        said = reason(error).encode(errors="backslashreplace").decode()
+        raise UsageError(f"{what}: {said}; mend them or chat_template") from None
     if len(text) > CHARACTERS:
         raise UsageError(
             f"{where}: the chat template makes {len(text):,} characters of one conversation; at most {CHARACTERS:,} are read"
@@ -51,7 +53,8 @@ def render(tokenizer: Any, messages: Any, where: str, **options: Any) -> str:
 def _check(messages: Any, where: str) -> None:
     """Templates print nothing for a field that is not there, and the characters of a text for a list of messages."""
     if not isinstance(messages, list | tuple) or not messages:
-        found = "an empty list" if messages == [] else type(messages).__name__
+        # Not by comparison: an array compares its elements.
+        found = "an empty list" if isinstance(messages, list) else type(messages).__name__
         raise UsageError(f"{where}: expected a list of messages with `role` and `content`, got {found}")
     for number, message in enumerate(messages):
         what = f"{where}: message {number}"
