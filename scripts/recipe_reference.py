@@ -62,13 +62,15 @@ _SOURCES = """
 `/technical`, `/modern` |
 | a path | `.txt`, `.jsonl`, `.json`, `.parquet`, `.jsonl.gz`, `.json.gz` (`text_key`, or `messages_key` with the chat \
 template), a `save_to_disk` folder, `.safetensors` with `input_ids` |
-| `wikitext2`, `ptb`, `c4`, `redpajama` | built as the quantization papers build them; `path:` reads a local file of the same \
-schema |
+| `wikitext2`, `ptb`, `c4` | built as the quantization papers build them; `path:` reads a local file of the same schema |
+| `fineweb-edu`, `slimpajama`, `dclm` | web text, windows as of `c4` |
+| `ultrachat`, `smoltalk` | chats, with the chat template |
 | `hub:NAME` | any dataset of the Hugging Face hub |
 | `generate:` | sampled from the model itself: no data at all |
 
-A list of sources is a mixture, with a `weight` each. Calibration and evaluation text of `builtin:` share no document, and outside
-the novels no project; `src/lbllm_cli/data/text/NOTICE.md` names sources and licences.
+A list of sources is a mixture, with a `weight` each. [Text](text.md) says which to take, and what is behind every name.
+Calibration and evaluation text of `builtin:` share no document, and outside the novels no project;
+`src/lbllm_cli/data/text/NOTICE.md` names sources and licences.
 """
 _CHANGES = """
 ## What may change later
