@@ -13,7 +13,7 @@ from conftest import ROOT
 from lbllm_cli.recipe.schema import Recipe
 from lbllm_cli.recipe.stages import TABLE
 
-SCRIPTS = ("recipe_reference", "draw_architecture")
+SCRIPTS = ("recipe_reference", "draw_architecture", "draft_recipes")
 
 
 def script(name: str) -> ModuleType:
@@ -33,8 +33,9 @@ def test_what_is_written_is_up_to_date(name):
 
 def test_a_stale_reference_is_found_and_written_anew(tmp_path, monkeypatch, capsys):
     module = script("recipe_reference")
-    page = tmp_path / "recipe.md"
+    page, schema = tmp_path / "recipe.md", tmp_path / "recipe.schema.json"
     monkeypatch.setattr(module, "PAGE", page)
+    monkeypatch.setattr(module, "SCHEMA_FILE", schema)
     monkeypatch.setattr(sys, "argv", ["recipe_reference.py", "--check"])
     assert module.main() == 1
     page.write_text(module.page().replace("`128`", "`64`", 1), encoding="utf-8")
@@ -44,6 +45,23 @@ def test_a_stale_reference_is_found_and_written_anew(tmp_path, monkeypatch, caps
     assert module.main() == 0
     monkeypatch.setattr(sys, "argv", ["recipe_reference.py", "--check"])
     assert module.main() == 0
+    schema.write_text(schema.read_text(encoding="utf-8").replace('"act-calib-e2e"', '"act-calib-end"', 1), encoding="utf-8")
+    assert module.main() == 1
+    assert capsys.readouterr().err.startswith("recipe.schema.json is not what the schema says")
+
+
+def test_a_stale_recipe_is_found(tmp_path, monkeypatch, capsys):
+    module = script("draft_recipes")
+    monkeypatch.setattr(module, "RECIPES", tmp_path)
+    monkeypatch.setattr(module, "KEPT", module.KEPT[:1])
+    monkeypatch.setattr(sys, "argv", ["draft_recipes.py"])
+    assert module.main() == 0
+    monkeypatch.setattr(sys, "argv", ["draft_recipes.py", "--check"])
+    assert module.main() == 0
+    (file,) = tmp_path.iterdir()
+    file.write_text(file.read_text(encoding="utf-8").replace("length: 2048", "length: 1024", 1), encoding="utf-8")
+    assert module.main() == 1
+    assert capsys.readouterr().err.startswith(f"{file.name}: not what lbllm init writes; run: ")
 
 
 def test_a_stale_drawing_is_found(tmp_path, monkeypatch, capsys):

@@ -73,6 +73,7 @@ class _Search:
     """What is known while settings are lowered. reasons: setting -> why it is lower than the most generous one."""
 
     model: PlacedModel
+    _export: dict[int, Need] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 
     def recipe(self, settings: Settings) -> Recipe:
@@ -85,10 +86,13 @@ class _Search:
         plan = Plan(recipe, Path(recipe.output.dir), model, None)
         stages = sorted(recipe.stages, key=lambda spec: spec.end_to_end)
         segments = {name: -(-count * 2048 // settings.measured) for name, count in _WHOLE.items()}
+        if settings.group_size not in self._export:
+            # Nothing else that is chosen changes it.
+            self._export[settings.group_size] = export_need(recipe, model)
         return [
             *(work_of(spec).need(plan, spec, None) for spec in stages),
             eval_need(recipe, model, segments, 1 + len(recipe.stages)),
-            export_need(recipe, model),
+            self._export[settings.group_size],
         ]
 
     def takes(self, settings: Settings) -> dict[tuple[str, Resource], float]:

@@ -37,9 +37,9 @@ def _target(model: str, output: str, force: bool) -> Path:
     target = Path(default_name(model)) if output == "-" else files.user_path(output, "--output")
     if not target.parent.is_dir():
         raise UsageError(f"--output {target}: there is no folder {target.parent}; make it, or give another name with -o")
-    if target.exists() and (not target.is_file() or not force):
-        remedy = "give another name with -o" + (", or --force to replace it" if target.is_file() else "")
-        raise UsageError(f"{target} is there already; {remedy}")
+    files.check_regular(target)
+    if target.exists() and not force:
+        raise UsageError(f"{target} is there already; give another name with -o, or --force to replace it")
     return target
 
 
