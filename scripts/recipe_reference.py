@@ -51,8 +51,8 @@ Text is `fineweb-edu`, samples of the model, and `ultrachat` where the tokenizer
 billion parameters sample text. A file that is there already is replaced with `--force` alone.
 
 The first line of a recipe, `# yaml-language-server: $schema=...`, names the JSON schema: editors with that language server then
-complete keys and mark mistakes. `init` writes the place of the installed schema; `lbllm config --schema > recipe.schema.json`
-puts it elsewhere.
+complete keys and mark mistakes. `init` names `recipe.schema.json` where that lies beside the recipe, and else the installed
+schema; `lbllm config --schema` prints it.
 """
 # Lines of a table cannot be broken.
 _SOURCES = """
