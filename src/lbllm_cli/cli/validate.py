@@ -1,6 +1,7 @@
 """`lbllm validate`: everything that can be told without running a stage."""
 
 import json
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from lbllm_cli.models.model import SourceModel
 from lbllm_cli.pipeline.checkpoint import check_stage, complete_stages
 from lbllm_cli.pipeline.forecast import Need, check_device, check_disk, memory_warnings
 from lbllm_cli.pipeline.plan import Plan, prepare
+from lbllm_cli.pipeline.routing import routing_of
 from lbllm_cli.pipeline.work import work_of
 from lbllm_cli.recipe.schema import Recipe
 from lbllm_cli.recipe.stages import EXPORT, STAGES, TABLE
@@ -68,6 +70,7 @@ def validate(recipe: Recipe, as_json: bool) -> None:
     if problems or (short and as_json):
         raise UsageError("\n".join(problems + short))
     durations = Durations(plan)
+    routing = routing_of(plan)
     unread = [spec.name for spec in recipe.data.evaluation if spec.segments is None and spec.name not in segments]
     if unread:
         warnings.append(f"eval: the streams of {', '.join(unread)} are not counted, their length shows when the text is read")
@@ -81,6 +84,7 @@ def validate(recipe: Recipe, as_json: bool) -> None:
         "device": str(model.device),
         "forecast_bytes": {need.stage: {kind: round(getattr(need, kind)) for kind in _KINDS} for need in needs},
         "forecast_seconds": durations.seconds(needs),
+        **({} if routing is None else {"routing": asdict(routing)}),
         "warnings": warnings,
     }
     if as_json:
@@ -89,6 +93,8 @@ def validate(recipe: Recipe, as_json: bool) -> None:
         # What is refused has no result.
         out = Console(stderr=bool(short))
         _print_validation(out, facts, needs, not short)
+        if routing is not None:
+            say(f"ptq: {routing.line()}")
         durations.show(out, needs)
     if short:
         raise UsageError("\n".join(short))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Sequential
 
+from lbllm_cli.evaluation.routing import agreement, choices_of
 from lbllm_cli.models.model import FINAL_NORM, SourceModel
 from lbllm_cli.models.stored import stored_block
 from lbllm_cli.pipeline.checkpoint import Checkpoint
@@ -23,10 +24,14 @@ from lbllm_cli.training.agreement import POSITIONS, Agreement, log_probabilities
 
 @dataclass(frozen=True)
 class Measured:
-    """One checkpoint on one text. blocks: its errors beside the teacher's block outputs, in order; none for the base model."""
+    """One checkpoint on one text. blocks: its errors beside the teacher's block outputs, in order; none for the base model.
+
+    routing: of a mixture of experts, by block the share of the teacher's choices that it makes as well.
+    """
 
     agreement: Agreement
     blocks: list[BlockError]
+    routing: list[float]
 
     def as_dict(self) -> dict[str, Any]:
         """For the cache and the report: what one model alone has, and what it has beside the teacher."""
@@ -38,6 +43,9 @@ class Measured:
             {"relative": e.relative, "relative_ordinary": e.relative_ordinary, "cosine": e.cosine, "decibels": e.decibels}
             for e in self.blocks
         ]
+        if self.routing:
+            beside["routing"] = sum(self.routing) / len(self.routing)
+            errors = [{**error, "routing": share} for error, share in zip(errors, self.routing, strict=True)]
         return {**alone, **beside, "blocks": errors}
 
 
@@ -57,6 +65,9 @@ class Evaluation:
         self.folder = folder
         self.place = model.device if place == "device" else None
         self._streams: dict[tuple[str, str], HiddenStream] = {}
+        # By text, what the teacher's tokens chose in the present block.
+        self._choices: dict[str, list[Tensor]] = {}
+        self._routing: dict[tuple[str, str], list[float]] = {}
 
     def run(
         self, sets: dict[str, Tensor], wanted: dict[str, list[str]], reporter: Reporter
@@ -98,9 +109,14 @@ class Evaluation:
         for text in texts:
             stream = self._streams[name, text]
             targets = None if name == BASE else self._streams[BASE, text]
-            error = advance(block, stream, stream, model.device, self.batch_size, targets)
-            if name != BASE:
-                blocks[name, text].append(error)
+            with choices_of(block) as choices:
+                error = advance(block, stream, stream, model.device, self.batch_size, targets)
+            if name == BASE:
+                self._choices[text] = choices
+                continue
+            blocks[name, text].append(error)
+            if choices:
+                self._routing.setdefault((name, text), []).append(agreement(self._choices[text], choices))
 
     def _heads(self) -> dict[str, Module]:
         """Final norm and head of each: only norms differ, the matrix is one."""
@@ -135,7 +151,8 @@ class Evaluation:
                     student = teacher if name == BASE else log_probabilities(heads[name](hidden[name][piece]))
                     found[name].add(start, teacher, student, wanted[piece])
         for name in names:
-            yield (name, text), Measured(found[name], blocks[name, text]) if found[name].finite else None
+            routing = self._routing.get((name, text), [])
+            yield (name, text), Measured(found[name], blocks[name, text], routing) if found[name].finite else None
 
 
 def whole_perplexity(model: Module, tokens: Tensor, device: torch.device) -> float | None:

@@ -31,6 +31,7 @@ class Result(_Record):
     perplexity: dict[Name, _Perplexity]
     kl: dict[Name, float] = {}
     top1: dict[Name, float] = {}
+    routing: dict[Name, float] = {}
     tasks: _Tasks = {}
     bits_per_weight: float | None = None
     bits_per_parameter: float | None = None
@@ -50,6 +51,7 @@ class _Block(_Record):
     relative_ordinary: float
     cosine: float
     decibels: float | None
+    routing: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
 class Detail(_Record):
@@ -65,6 +67,7 @@ class MeasuredText(Detail):
     perplexity: _Perplexity
     kl: float | None = None
     top1: float | None = None
+    routing: float | None = None
 
 
 class _Details(_Record):

@@ -38,7 +38,8 @@ def measure_sizes(model: SourceModel, entries: dict[str, TensorEntry] | None, si
 
 def result(sizes: Sizes, activations: ActivationFormat | None, texts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """One entry of results.json. texts: text -> `perplexity.Measured.as_dict()`."""
-    beside = {key: {name: round(found[key], 6) for name, found in texts.items() if key in found} for key in ("kl", "top1")}
+    kinds = ("kl", "top1", "routing")
+    beside = {key: {name: round(found[key], 6) for name, found in texts.items() if key in found} for key in kinds}
     return {
         "perplexity": {name: round(found["perplexity"], 4) for name, found in texts.items()},
         **{key: values for key, values in beside.items() if values},

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
 
 from lbllm_cli.core.errors import UsageError, reason
 from lbllm_cli.core.tensor_files import finite
@@ -144,14 +144,31 @@ def _angles(model: Any, config: PretrainedConfig, width: int) -> Iterator[tuple[
 
 def one_block(config: PretrainedConfig, index: int) -> Any:
     """The model with only block `index`: masks, rotary embedding and layer type are then transformers' own."""
+    model = AutoModel.from_config(_with_one_block(config, index))
+    separate_experts(layers(model)[0])
+    return model
+
+
+def module_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a model by its name here, where each expert's linears are modules; blocks are all alike."""
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(_with_one_block(config, 0))
+    separate_experts(layers(model.model)[0])
+    found: dict[str, tuple[int, ...]] = {}
+    for name, tensor in model.state_dict().items():
+        inside = name.removeprefix("model.layers.0.")
+        for index in range(config.num_hidden_layers if inside != name else 1):
+            found[f"model.layers.{index}.{inside}" if inside != name else name] = tuple(tensor.shape)
+    return found
+
+
+def _with_one_block(config: PretrainedConfig, index: int) -> PretrainedConfig:
     single = copy.deepcopy(config)
     single.num_hidden_layers = 1
     for name in _PER_LAYER:
         if values := getattr(config, name, None):
             setattr(single, name, [values[index]])
-    model = AutoModel.from_config(single)
-    separate_experts(layers(model)[0])
-    return model
+    return single
 
 
 def layers(model: Any) -> nn.ModuleList:

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.core.tensor_files import DISK_DTYPES, TensorEntry, mismatch
 from lbllm_cli.models import folder as source
 from lbllm_cli.models.block import BLOCKS, Block, block_prefix, block_units
-from lbllm_cli.models.config import layers, one_block, read_configuration, understood
+from lbllm_cli.models.config import module_shapes, one_block, read_configuration, understood
 from lbllm_cli.models.families import FAMILIES, Family
 from lbllm_cli.models.head import Head
 from lbllm_cli.models.layout import as_stored, named_entries
 from lbllm_cli.runtime.backend import Backend, backend_of
-from lbllm_cli.runtime.experts import DOWN, expert_of, separate_experts
+from lbllm_cli.runtime.experts import DOWN, expert_of
 from lbllm_cli.runtime.units import Units
 
 if TYPE_CHECKING:
@@ -52,19 +52,13 @@ def load_config(folder: Path) -> PretrainedConfig:
     return config
 
 
-def _module_shapes(folder: Path, config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of a model by its name here, where each expert's linears are modules."""
-    with understood(folder / "config.json"), torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
-        for layer in layers(model.model):
-            separate_experts(layer)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
 def read_entries(folder: Path, config: PretrainedConfig) -> dict[str, TensorEntry]:
     """Tensors of a model folder of a known family, by the names that they have here. Raises UsageError as `read_folder`."""
     entries, family = source.read_folder(folder), FAMILIES[config.model_type]
-    return named_entries(family, entries, _module_shapes(folder, config)) if family.stored else entries
+    if not family.stored:
+        return entries
+    with understood(folder / "config.json"):
+        return named_entries(family, entries, module_shapes(config))
 
 
 @dataclass(frozen=True)
@@ -109,7 +103,8 @@ class SourceModel:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor that is read, from the configuration; tied embeddings appear once."""
-        shapes = _module_shapes(self.folder, self.config)
+        with understood(self.folder / "config.json"):
+            shapes = module_shapes(self.config)
         if self.config.tie_word_embeddings:
             shapes.pop(HEAD, None)
         return shapes

@@ -11,6 +11,7 @@ from lbllm_cli.models.block import block_prefix
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.pipeline.forecast import Place
 from lbllm_cli.runtime.cards import Card
+from lbllm_cli.runtime.experts import expert_of
 
 # Bytes a second of hidden states, read and written beside each other: within a card's memory nothing is copied, RAM is behind a
 # copy into pinned memory, disk is NVMe.
@@ -58,13 +59,15 @@ class Part:
 
 @dataclass(frozen=True)
 class BlockShape:
-    """What a block's work follows from. weights: of its linears. inputs: widths of its units' inputs, with the rows they feed.
+    """What a block's work follows from. weights: of its linears. used: those that a token's pass multiplies. inputs: of its
+    units, width of the input, rows that it feeds, and share of the tokens that come: of experts, those that are sent to one.
 
     attention: FLOP of a token's scores and sums at the mean distance of a sequence. hidden: width of a hidden state.
     """
 
     weights: float
-    inputs: tuple[tuple[int, int], ...]
+    used: float
+    inputs: tuple[tuple[int, int, float], ...]
     attention: float
     hidden: int
     itemsize: int
@@ -73,14 +76,17 @@ class BlockShape:
     def of(cls, model: SourceModel, length: int) -> "BlockShape":
         """Of a model's blocks, at sequences of `length` tokens."""
         shapes = [[model.shapes[f"{block_prefix(0)}{name}.weight"] for name in unit] for unit in model.units]
-        inputs = tuple((unit[0][1], sum(shape[0] for shape in unit)) for unit in shapes)
+        sent = model.experts[1] / model.experts[0] if model.experts else 1.0
+        shares = [1.0 if expert_of(unit[0]) is None else sent for unit in model.units]
+        inputs = tuple((unit[0][1], sum(shape[0] for shape in unit), share) for unit, share in zip(shapes, shares, strict=True))
         heads = model.shapes[f"{block_prefix(0)}self_attn.o_proj.weight"][1]
-        weights = float(sum(width * rows for width, rows in inputs))
-        return cls(weights, inputs, 2.0 * length * heads, int(model.config.hidden_size), model.dtype.itemsize)
+        weights = float(sum(width * rows for width, rows, _ in inputs))
+        used = sum(width * rows * share for width, rows, share in inputs)
+        return cls(weights, used, inputs, 2.0 * length * heads, int(model.config.hidden_size), model.dtype.itemsize)
 
     def forward(self, tokens: float) -> float:
         """FLOP of a pass."""
-        return tokens * (2 * self.weights + self.attention)
+        return tokens * (2 * self.used + self.attention)
 
     def states(self, tokens: float) -> float:
         """Bytes of a stream."""

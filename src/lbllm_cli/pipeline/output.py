@@ -11,7 +11,7 @@ from pathlib import Path
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.core.files import user_path
 from lbllm_cli.core.own_folders import check_folders
-from lbllm_cli.data import sources
+from lbllm_cli.data.presets import PRESETS
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.recipe.base import Source
 from lbllm_cli.recipe.schema import Recipe
@@ -118,5 +118,5 @@ def _local(item: Source) -> str | None:
     """The path that a source names, if it names one."""
     if item.path is not None:
         return item.path
-    named = item.sampled or item.source.startswith(("builtin:", "hub:")) or item.source in sources.PRESETS
+    named = item.sampled or item.source.startswith(("builtin:", "hub:")) or item.source in PRESETS
     return None if named else item.source

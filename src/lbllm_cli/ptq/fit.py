@@ -24,7 +24,8 @@ from lbllm_cli.runtime.units import Unit
 def fit_block(task: BlockTask, settings: Ptq) -> BlockResult:
     """Binarizes the linears of one block.
 
-    Facts: per linear the output error relative to its target, the strength of the asymmetric target and the damping used.
+    Facts: per linear the output error relative to its target, the strength of the asymmetric target and the damping used; experts
+    that fewer tokens reach than an input is wide, which are fitted with the moments of all tokens beside their own.
     Raises RunError naming block and linear when an input or a Hessian is not finite.
     """
     student = task.teacher.sharing()
@@ -42,7 +43,7 @@ def fit_block(task: BlockTask, settings: Ptq) -> BlockResult:
             for name, fit in found.items():
                 tensors |= fit.packed.to_tensors(block_prefix(task.index) + name)
                 student.set_weight(name, fit.packed.values())
-    return BlockResult(tensors, {"linears": _facts(fits)})
+    return BlockResult(tensors, {"linears": _facts(fits), **_starved(fits)})
 
 
 class _Fit(NamedTuple):
@@ -64,6 +65,12 @@ def _facts(fits: dict[str, _Fit]) -> dict[str, Any]:
         name: {"error": error, "asymmetric": round(strength, 4), "damping": fit.damping, **_routing(fit)}
         for (name, fit), (error, strength) in zip(fits.items(), numbers, strict=True)
     }
+
+
+def _starved(fits: dict[str, _Fit]) -> dict[str, Any]:
+    """Experts that fewer tokens than the width of an input reach, with how many did."""
+    few = {name.rpartition(".")[0]: fit.routed[0] for name, fit in fits.items() if fit.routed is not None and fit.routed[1] < 1}
+    return {"starved": few} if few else {}
 
 
 def _routing(fit: _Fit) -> dict[str, Any]:

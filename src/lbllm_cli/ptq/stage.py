@@ -13,8 +13,10 @@ from lbllm_cli.pipeline.forecast import Need, activation_bytes, block_bytes, sta
 from lbllm_cli.pipeline.plan import Plan
 from lbllm_cli.pipeline.work import StageRun, parents_activations
 from lbllm_cli.ptq.fit import fit_block
+from lbllm_cli.ptq.passes import experts_at_once, is_down, matrices, passes_of
 from lbllm_cli.recipe.schema import Ptq
 from lbllm_cli.recipe.stages import StageSpec
+from lbllm_cli.runtime.experts import expert_of
 
 activations = parents_activations
 
@@ -43,11 +45,23 @@ def need(plan: Plan, spec: StageSpec, tokens: Tensor | None) -> Need:
 def _fit_bytes(model: SourceModel, settings: Ptq) -> float:
     """Moments of the units collected together, and the work on the largest one: factor, inverse, weights, gradients."""
     shapes = {unit: [model.shapes[f"{block_prefix(0)}{name}.weight"] for name in unit] for unit in model.units}
-    kinds = (2 if settings.asymmetric != 0 else 1) * (2 if settings.asymmetric == "auto" else 1)
-    squares = [4.0 * unit[0][1] ** 2 for unit in shapes.values()]
-    moments = kinds * (max(squares) if settings.sequential else sum(squares))
     work = max(9 * 4.0 * unit[0][1] ** 2 + 7 * 4.0 * sum(out * inn for out, inn in unit) for unit in shapes.values())
-    return moments + work
+    return _moment_bytes(model, settings) + work
+
+
+def _at_once(model: SourceModel, settings: Ptq) -> int:
+    """Experts whose moments are held together, by what is free now."""
+    width = max(model.shapes[f"{block_prefix(0)}{unit[0]}.weight"][1] for unit in model.units)
+    return experts_at_once(width, settings, model.backend.free_memory(model.device))
+
+
+def _moment_bytes(model: SourceModel, settings: Ptq) -> float:
+    """Matrices of moments of the pass that has most of them; of experts, of all tokens as well, for both kinds of inputs."""
+    squares = {unit: 4.0 * model.shapes[f"{block_prefix(0)}{unit[0]}.weight"][1] ** 2 for unit in model.units}
+    passes = passes_of(model.units, settings.sequential, _at_once(model, settings))
+    most = max(sum(squares[unit] for unit in units) for units in passes)
+    common = {is_down(unit): square for unit, square in squares.items() if expert_of(unit[0]) is not None}
+    return matrices(settings) * (most + sum(common.values()))
 
 
 def _fused_bytes(model: SourceModel, settings: Ptq, tokens: int) -> float:
@@ -57,11 +71,10 @@ def _fused_bytes(model: SourceModel, settings: Ptq, tokens: int) -> float:
     factorisations; of its weights three. Counted on the shapes of three models (scripts/bench/device_counts.py).
     """
     shapes = [[model.shapes[f"{block_prefix(0)}{name}.weight"] for name in unit] for unit in model.units]
-    held = settings.asymmetric == "auto"
-    kinds = (2 if settings.asymmetric != 0 else 1) * (2 if held else 1)
+    held, kinds = settings.asymmetric == "auto", matrices(settings)
     squares = [4.0 * unit[0][1] ** 2 for unit in shapes]
     weights = [4.0 * sum(out * inn for out, inn in unit) for unit in shapes]
-    kept = kinds * (max(squares) if settings.sequential else sum(squares))
+    kept = _moment_bytes(model, settings)
     fit = max((kinds / 2 * held + 5.2) * square + 3 * weight for square, weight in zip(squares, weights, strict=True))
     passing = tokens * (10 * model.config.hidden_size + 4 * model.inner) * model.dtype.itemsize
     return 1.05 * (kept + max(fit, passing))
@@ -72,22 +85,27 @@ def work(plan: Plan, spec: StageSpec) -> list[Part]:
     settings, text, blocks = plan.recipe.ptq, plan.token_set(spec), plan.model.blocks
     shape, tokens = BlockShape.of(plan.model, text.length), float(text.sequences * text.length)
     kinds = 2 if settings.asymmetric != 0 else 1
-    # Linears before each unit; from what o_proj reads on, which is kept, in later passes.
-    sizes = [width * rows for width, rows in shape.inputs]
+    # Of each pass, the linears that a token goes through.
+    each = dict(zip(plan.model.units, shape.inputs, strict=True))
+    passes = passes_of(plan.model.units, settings.sequential, _at_once(plan.model, settings))
+    sizes = [sum(width * rows * share for width, rows, share in map(each.__getitem__, units)) for units in passes]
+    # Those before it; from what o_proj reads on, which is kept, in later passes.
     before = [sum(sizes[min(1, index) : index]) if index > 1 else sum(sizes[:index]) for index in range(len(sizes))]
     linears = kinds * sum(before) + sizes[-1] if settings.sequential else kinds * sum(sizes)
     passed = tokens * (2 * linears + kinds * shape.attention)
-    moments = sum(float(width) ** 2 for width, _ in shape.inputs) * tokens * (3 if kinds == 2 else 1)
+    moments = sum(float(width) ** 2 * share for width, _, share in shape.inputs) * tokens * (3 if kinds == 2 else 1)
     # Factorisations; then products with a width's square for each row: targets and their lengths, errors, descents, refits.
     rounds = settings.rounds * (settings.refit + settings.code_descent)
-    fit = sum(4 / 3 * float(width) ** 3 + (16 + 5 * rounds) * float(rows) * float(width) ** 2 for width, rows in shape.inputs)
+    fit = sum(
+        4 / 3 * float(width) ** 3 + (16 + 5 * rounds) * float(rows) * float(width) ** 2 for width, rows, _ in shape.inputs
+    )
     streams = 2 * shape.states(tokens)
     return [
         Part("passes over the calibration text", "data.calibration.sequences", blocks * (passed + shape.forward(tokens)),
              passed=blocks * shape.passes(tokens, kinds), read=blocks * (len(sizes) + 1) * streams,
              written=blocks * streams),
         Part("moments", "data.calibration.sequences", blocks * moments),
-        Part("fits", "ptq.rounds", exact=blocks * fit, launches=blocks * 2e4),
+        Part("fits", "ptq.rounds", exact=blocks * fit, launches=blocks * 5e3 * len(plan.model.units)),
     ]  # fmt: skip
 
 

@@ -45,15 +45,22 @@ class _Gate:
         return found
 
 
+class _Linear(nn.Linear):
+    """A linear whose values are loaded: drawing random ones for 18,000 of them takes half a minute, on the meta device too."""
+
+    def reset_parameters(self) -> None:
+        """Leaves values as they are."""
+
+
 class Expert(nn.Module):
     """One expert: x [n, hidden] -> [n, hidden]. widths: hidden and inner. like: a tensor of the dtype and device of weights."""
 
     def __init__(self, gate: _Gate, widths: tuple[int, int], bias: bool, like: Tensor):
         super().__init__()
         hidden, inner = widths
-        self.gate_proj = nn.Linear(hidden, inner, bias, like.device, like.dtype)
-        self.up_proj = nn.Linear(hidden, inner, bias, like.device, like.dtype)
-        self.down_proj = nn.Linear(inner, hidden, bias, like.device, like.dtype)
+        self.gate_proj = _Linear(hidden, inner, bias, like.device, like.dtype)
+        self.up_proj = _Linear(hidden, inner, bias, like.device, like.dtype)
+        self.down_proj = _Linear(inner, hidden, bias, like.device, like.dtype)
         # It has no parameters, and all experts of a block share it.
         self._gate = gate
 

@@ -7,8 +7,8 @@ from lbllm_cli.pipeline.duration import BlockShape, Part, steps
 from lbllm_cli.pipeline.plan import Plan
 from lbllm_cli.recipe.stages import StageSpec
 
-# Launches of a step, at most.
-_STEP = 600
+# Launches of a step for each linear of a block, at most: 600 of the usual seven.
+_LAUNCHES = 600 / 7
 
 
 def block_training(plan: Plan, spec: StageSpec, weight_bytes: float, value_bytes: float = 0) -> list[Part]:
@@ -23,11 +23,11 @@ def block_training(plan: Plan, spec: StageSpec, weight_bytes: float, value_bytes
     every, trained = float(rows * text.length), float((rows - held) * text.length * settings.epochs)
     looked = float(held * text.length * (settings.epochs + 1))
     count = steps(rows, held, settings.batch_size, settings.epochs)
-    values = sum(width for width, _ in shape.inputs) * value_bytes
+    values = sum(width * share for width, _, share in shape.inputs) * value_bytes
     training = Part(
         "training steps", f"{spec.text}.sequences", blocks * (3 * shape.forward(trained) + shape.forward(looked)),
         passed=blocks * (count * weight_bytes * shape.weights + shape.passes(trained) + trained * values),
-        read=blocks * 2 * shape.states(trained + looked), launches=blocks * count * _STEP,
+        read=blocks * 2 * shape.states(trained + looked), launches=blocks * count * _LAUNCHES * len(model.linears),
     )  # fmt: skip
     passing = Part(
         "passes of teacher and student", f"{spec.text}.sequences", blocks * 2 * shape.forward(every),
