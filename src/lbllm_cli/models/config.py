@@ -78,7 +78,7 @@ def read_configuration(folder: Path, trust_remote_code: bool) -> PretrainedConfi
             raise UsageError(f"{file}: is_encoder_decoder: expected false, {kind} has no encoder")
         if values.get("per_layer_config"):
             raise UsageError(f"{file}: per_layer_config: blocks of different shapes are not supported")
-        _check_family(file, config)
+        check_family(file, config)
     return config
 
 
@@ -106,8 +106,8 @@ def _check_sizes(file: Path, values: dict[str, Any]) -> None:
         raise UsageError(f"{file} is nested more than {_DEPTH} levels deep; expected a model's configuration")
 
 
-def _check_family(file: Path, config: Any) -> None:
-    """What transformers' configuration classes leave unchecked, and kernels and blocks compute with."""
+def check_family(file: Path, config: Any) -> None:
+    """What transformers' configuration classes leave unchecked, and kernels and blocks compute with. Raises UsageError."""
     heads, shared, window = config.num_attention_heads, config.num_key_value_heads, getattr(config, "sliding_window", None)
     width, eps = getattr(config, "head_dim", None) or config.hidden_size // heads, config.rms_norm_eps
     if heads % shared:

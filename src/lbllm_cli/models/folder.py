@@ -112,7 +112,8 @@ def _not_finite(entries: dict[str, TensorEntry], name: str) -> RunError:
 
 
 def _pieces(entry: TensorEntry, name: str) -> Iterator[Tensor]:
-    """A tensor by its rows, on the CPU, about PIECE values at a time."""
+    """A tensor outside the blocks, which is stored whole, by its rows, on the CPU, about PIECE values at a time."""
+    name = name if entry.part is None else entry.part.name
     with safe_open(entry.file, framework="pt") as handle:
         if not entry.shape:
             yield handle.get_tensor(name)

@@ -13,9 +13,10 @@ from lbllm_cli.core.errors import UsageError
 from lbllm_cli.core.tensor_files import DISK_DTYPES, TensorEntry, mismatch
 from lbllm_cli.models import folder as source
 from lbllm_cli.models.block import BLOCKS, Block, block_prefix, block_units
-from lbllm_cli.models.config import module_shapes, one_block, read_configuration, understood
+from lbllm_cli.models.config import check_family, module_shapes, one_block, read_configuration, understood
 from lbllm_cli.models.families import FAMILIES, Family
 from lbllm_cli.models.head import Head
+from lbllm_cli.models.inner import inner_config, inner_entries, inner_type, inner_values
 from lbllm_cli.models.layout import as_stored, named_entries
 from lbllm_cli.runtime.backend import Backend, backend_of
 from lbllm_cli.runtime.experts import DOWN, expert_of
@@ -35,7 +36,7 @@ def load_config(folder: Path) -> PretrainedConfig:
     Raises UsageError naming what is not supported: the family, mixture of experts, an already quantized model.
     """
     values = source.read_config(folder)
-    kind = values.get("model_type")
+    kind = inner_type(values) or values.get("model_type")
     supported = "; ".join(f"{key} ({family.text})" for key, family in FAMILIES.items())
     if kind not in list(FAMILIES):
         why = ""
@@ -49,12 +50,15 @@ def load_config(folder: Path) -> PretrainedConfig:
         raise UsageError(f"{folder} is already quantized ({str(method)[:40]}); give the full-precision model")
     # A family's own classes are always there, whatever code the folder brings.
     config = read_configuration(folder, trust_remote_code=False)
+    if inner_type(values) is not None:
+        config = inner_config(config, values)
+        check_family(folder / "config.json", config)
     return config
 
 
 def read_entries(folder: Path, config: PretrainedConfig) -> dict[str, TensorEntry]:
     """Tensors of a model folder of a known family, by the names that they have here. Raises UsageError as `read_folder`."""
-    entries, family = source.read_folder(folder), FAMILIES[config.model_type]
+    entries, family = inner_entries(source.read_folder(folder)), FAMILIES[config.model_type]
     if not family.stored:
         return entries
     with understood(folder / "config.json"):
@@ -169,6 +173,8 @@ class SourceModel:
         """config.json for a copy of the model: the source's values, but whether head and embedding are one as it really is."""
         values = source.read_config(self.folder)
         tied = bool(self.config.tie_word_embeddings)
+        if inner_type(values) is not None:
+            values = inner_values(values, tied)
         return values if HEAD not in self.entries or tied else {**values, "tie_word_embeddings": False}
 
     def as_stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

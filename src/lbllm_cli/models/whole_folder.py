@@ -13,6 +13,7 @@ from lbllm_cli.format.settings import METHOD, check_settings
 from lbllm_cli.models import folder as source
 from lbllm_cli.models.config import code_hint, read_configuration, understood
 from lbllm_cli.models.families import FAMILIES
+from lbllm_cli.models.inner import KEY_MAPPING
 from lbllm_cli.models.model import SourceModel, read_entries
 from lbllm_cli.runtime.checks import refusing
 
@@ -57,6 +58,8 @@ def load_folder(folder: Path, config: PretrainedConfig, trust_remote_code: bool,
     """
     import lbllm_cli.hf  # noqa: F401 - registers the packed format
 
+    if config.model_type != source.read_config(folder).get("model_type"):
+        options = {**options, "key_mapping": KEY_MAPPING}
     with refusing(folder):
         model, found = AutoModelForCausalLM.from_pretrained(
             folder, config=config, output_loading_info=True, trust_remote_code=trust_remote_code, **options

@@ -30,7 +30,7 @@ class Family:
     divided by. logit_cap: c where logits z are then c tanh(z / c). norm_offset: what is added to a stored norm weight before
     it is used; 1 where weights are stored about zero. stored: of a block, where files hold tensors that modules have under
     other names here, or in one with others; {e} stands for the number of an expert, and of files that have all experts in one
-    tensor it is the index on its first axis.
+    tensor it is the index on its first axis. within: models that see pictures as well, and have this one inside.
     """
 
     model_type: str
@@ -40,6 +40,7 @@ class Family:
     logit_cap: Callable[[Any], float | None] = _none
     norm_offset: float = 0.0
     stored: Mapping[str, Part] = field(default_factory=dict)
+    within: tuple[str, ...] = ()
 
 
 def _found() -> dict[str, Family]:

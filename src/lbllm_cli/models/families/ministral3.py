@@ -2,4 +2,4 @@
 
 from lbllm_cli.models.families import Family
 
-FAMILY = Family("ministral3", "Ministral 3")
+FAMILY = Family("ministral3", "Ministral 3", within=("mistral3",))

@@ -2,4 +2,4 @@
 
 from lbllm_cli.models.families import Family
 
-FAMILY = Family("mistral", "Mistral")
+FAMILY = Family("mistral", "Mistral", within=("mistral3",))
