@@ -35,6 +35,7 @@ KEPT = (
     Kept("qwen3-8b", "Qwen/Qwen3-8B", "Qwen3-8B", chat=True),
     Kept("qwen3-30b-a3b", "Qwen/Qwen3-30B-A3B", "Qwen3-30B-A3B", chat=True),
     Kept("gemma3-1b", "google/gemma-3-1b-it", "Gemma-3-1B", chat=True),
+    Kept("gemma3-4b", "google/gemma-3-4b-it", "Gemma-3-4B", chat=True),
     Kept("phi4", "microsoft/phi-4", "Phi-4", chat=True),
 )
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Train the toy Llama that the tests use.
+"""Train the toys that the tests use: a Llama, and with --experts a mixture of experts.
 
-It is small, but really trained on the bundled calibration text, so that its perplexity means something: a
-quantization that harms the model raises it. The default run takes about a quarter of an hour on one core.
+They are small, but really trained on the bundled calibration text, so that their perplexity means something: a
+quantization that harms the model raises it. The default run takes about a quarter of an hour on one core, with
+--experts half an hour.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ from pathlib import Path
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 DOMAINS = ("novels", "technical", "modern")
@@ -60,24 +68,34 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Return the untrained model."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=CONTEXT,
+def make_config(tokenizer: PreTrainedTokenizerFast, experts: int) -> PretrainedConfig:
+    """Return the configuration of the Llama, or of a mixture of some experts."""
+    shared = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": CONTEXT,
         # At this width the usual 0.02 learns markedly slower.
-        initializer_range=0.06,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        "initializer_range": 0.06,
+        "tie_word_embeddings": True,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    if not experts:
+        return LlamaConfig(intermediate_size=352, **shared)
+    return Qwen3MoeConfig(
+        num_experts=experts,
+        num_experts_per_tok=2,
+        moe_intermediate_size=96,
+        norm_topk_prob=True,
+        # Without a loss that balances them a few experts would get all tokens.
+        output_router_logits=True,
+        router_aux_loss_coef=0.01,
+        **shared,
     )
-    return LlamaForCausalLM(config)
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
@@ -89,7 +107,7 @@ def learning_rate_factor(step: int, steps: int) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def train(model: LlamaForCausalLM, tokens: torch.Tensor, args: argparse.Namespace) -> None:
+def train(model: PreTrainedModel, tokens: torch.Tensor, args: argparse.Namespace) -> None:
     """Train on windows taken from the token stream at random offsets."""
     decayed = [p for p in model.parameters() if p.dim() > 1]
     kept = [p for p in model.parameters() if p.dim() <= 1]
@@ -115,7 +133,7 @@ def train(model: LlamaForCausalLM, tokens: torch.Tensor, args: argparse.Namespac
 
 
 @torch.no_grad()
-def segment_losses(model: LlamaForCausalLM, tokens: list[int]) -> torch.Tensor:
+def segment_losses(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
     """Return the mean loss of every whole segment of the tokens."""
     count = len(tokens) // EVALUATION_SEGMENT
     segments = torch.tensor(tokens[: count * EVALUATION_SEGMENT]).view(count, EVALUATION_SEGMENT)
@@ -124,7 +142,7 @@ def segment_losses(model: LlamaForCausalLM, tokens: list[int]) -> torch.Tensor:
 
 def report_perplexity(folder: Path, evaluation: Path) -> None:
     """Print the saved model's perplexity on each domain of the evaluation text and on all of them."""
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     losses = []
     for domain in DOMAINS:
@@ -139,10 +157,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Return the options of the command line."""
     text = ROOT / "src" / "lbllm_cli" / "data" / "text"
     parser = argparse.ArgumentParser(
-        description="Train the toy Llama of the tests.",
+        description="Train a toy of the tests.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "tests" / "assets" / "toy", help="model folder")
+    parser.add_argument("--out", type=Path, help="model folder; default tests/assets/toy, or toy-experts")
+    parser.add_argument("--experts", type=int, default=0, help="experts of a block, of which a token takes two; 0: the Llama")
     parser.add_argument("--calibration", type=Path, default=text / "calibration", help="text to train on")
     parser.add_argument("--evaluation", type=Path, default=text / "evaluation", help="text to measure on")
     parser.add_argument("--steps", type=int, default=4000, help="training steps")
@@ -156,6 +175,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
     args = parse_arguments(argv)
+    out = args.out or ROOT / "tests" / "assets" / ("toy-experts" if args.experts else "toy")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     transformers.logging.disable_progress_bar()
@@ -163,16 +183,19 @@ def main(argv: list[str] | None = None) -> int:
     documents = [text for domain in DOMAINS for text in read_documents(args.calibration, domain)]
     tokenizer = train_tokenizer(documents)
     stream = [token for text in documents for token in [*encode(tokenizer, text), tokenizer.eos_token_id]]
-    model = make_model(tokenizer)
+    model = AutoModelForCausalLM.from_config(make_config(tokenizer, args.experts))
     print(f"{len(stream)} tokens, {model.num_parameters()} parameters", flush=True)
     train(model, torch.tensor(stream), args)
 
-    model.half().save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
-    weights = args.out / "model.safetensors"
+    if args.experts:
+        # The balancing loss is for training alone.
+        model.config.output_router_logits = False
+    model.half().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    weights = out / "model.safetensors"
     # Some releases of safetensors make the file readable by its owner alone.
-    weights.chmod((args.out / "config.json").stat().st_mode)
-    report_perplexity(args.out, args.evaluation)
+    weights.chmod((out / "config.json").stat().st_mode)
+    report_perplexity(out, args.evaluation)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Names and shapes of files against names and shapes of modules: there and back, and against what transformers makes of a file."""
+"""Names and shapes of files against those of modules: there and back, and against what transformers makes of a file."""
 
 import pytest
 import torch

@@ -16,8 +16,7 @@ from lbllm_cli.core.strict_yaml import parse_yaml
 from lbllm_cli.evaluation.forecast import eval_need
 from lbllm_cli.export.forecast import export_need
 from lbllm_cli.format.weights import expected_bits
-from lbllm_cli.models.sampling import ROWS_AT_ONCE
-from lbllm_cli.pipeline.forecast import Need, checkpoint_bytes, sampling_bytes
+from lbllm_cli.pipeline.forecast import Need, checkpoint_bytes
 from lbllm_cli.pipeline.plan import Plan
 from lbllm_cli.pipeline.work import work_of
 from lbllm_cli.recipe.schema import Recipe
@@ -101,11 +100,9 @@ class _Search:
         model = self.model
         weights = 2.0 * model.count(list(model.shapes))
         before = 0.0 if model.entries else weights
-        # Forecasts of stages have the RAM of sampling alone; on a GPU the whole model goes there, and its file does not.
-        sampling = sampling_bytes(model, ROWS_AT_ONCE, settings.length) - weights if settings.own_text else 0.0
         for need in self.needs(settings):
             if model.machine.has_gpu:
-                taken[need.stage, "device"] = max(need.device, sampling if need.stage in STAGES else 0)
+                taken[need.stage, "device"] = need.device
             taken[need.stage, "ram"] = need.ram
             taken[need.stage, "disk"] = before + need.disk + need.teacher
             before += checkpoint_bytes(model, settings.group_size) if need.stage in STAGES else 0
@@ -168,6 +165,7 @@ def generous(model: PlacedModel, path: str, name: str, chat: bool) -> Settings:
     common = Settings(
         path=path, name=name, dtype=str(model.dtype).removeprefix("torch."), group_size=group_size(model),
         length=min(2048, limit), measured=min(2048, limit), mixture=CHAT_MIXTURE if chat else BASE_MIXTURE,
+        bos=model.family.begins,
     )  # fmt: skip
     if model.machine.has_gpu:
         return common

@@ -27,7 +27,7 @@ class Settings:
 
     path, name: of the model. measured: length of segments of evaluation text; segments: how many of each text, None for all.
     mixture: source -> weight, of which `own_text` False leaves out what the model samples. batch: sequences in a forward pass,
-    micro: in a pass of training. phases: sequences of each end-to-end phase, 0 for none. processor: the device is a CPU.
+    micro: in a pass of training. phases: sequences of each end-to-end phase, 0 for none. processor: the device is a CPU. bos: of sequences and segments.
     """
 
     path: str
@@ -47,6 +47,7 @@ class Settings:
     asymmetric: str = "auto"
     own_text: bool = True
     processor: bool = False
+    bos: bool = False
 
 
 def recipe_text(settings: Settings, reasons: dict[str, str]) -> str:
@@ -90,8 +91,11 @@ def _data(settings: Settings, reasons: dict[str, str]) -> list[str]:
         more = "the paper: 8192" if key == "training" else ""
         lines.append(_line(f"    sequences: {count}", reasons.get(key, more)))
         lines.append(_line(f"    length: {settings.length}", reasons.get("length", "")))
+        if settings.bos:
+            lines.append(_line("    bos: true", "the model is lost on text that does not begin with it"))
     lines.append(_line("  evaluation:", "the beginning of each text: a CPU takes long for all" if settings.segments else ""))
     segments = f", segments: {settings.segments}" if settings.segments else ""
+    segments += ", bos: true" if settings.bos else ""
     return [*lines, *(f"    - {{name: {name}, source: {name}, length: {settings.measured}{segments}}}" for name in EVALUATION)]
 
 

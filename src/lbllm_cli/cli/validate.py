@@ -74,6 +74,8 @@ def validate(recipe: Recipe, as_json: bool) -> None:
     unread = [spec.name for spec in recipe.data.evaluation if spec.segments is None and spec.name not in segments]
     if unread:
         warnings.append(f"eval: the streams of {', '.join(unread)} are not counted, their length shows when the text is read")
+    if lost := plan.without_bos(TABLE, evaluate=True):
+        warnings.append(lost)
     if not model.entries:
         warnings.append(f"{model.folder} holds no weights: forecast only, weights and text are not checked")
     facts = {

@@ -59,7 +59,10 @@ def end_to_end_need(recipe: Recipe, model: SourceModel, settings: EndToEnd, reco
     state, blocks = 12.0 * trained, checkpoint_bytes(model, recipe.ptq.group_size)
     ram = host_bytes(model, device)
     if any(item.sampled for item in settings.source or recipe.data.training.source):
-        ram = max(ram, PROCESS + sampling_bytes(model, settings.sequences, length))
+        whole = sampling_bytes(model, settings.sequences, length)
+        ram = max(ram, PROCESS + whole)
+        # On a GPU the file stays in RAM.
+        device = device if model.backend.shares_ram else max(device, whole - 2.0 * model.count(list(model.shapes)))
     written = (model.blocks + 1) * states + blocks
     cheaper = "set end_to_end.recompute: always and micro_batch_size: 1, or train: [scales, norms]"
     # The teacher's pass holds a block's inputs beside its outputs; training has its outputs alone.

@@ -8,7 +8,8 @@ from lbllm_cli.recipe.schema import Recipe
 
 def export_need(recipe: Recipe, model: SourceModel) -> Need:
     """Need of `lbllm export`."""
-    rest = model.count([name for name in model.shapes if name not in set(model.binarized_names)]) * 2.0
+    binarized = set(model.binarized_names)
+    rest = model.count([name for name in model.shapes if name not in binarized]) * 2.0
     disk = rest + exporter(recipe.export.format).weight_bytes(model, recipe.ptq.group_size)
     ram = PROCESS + min(recipe.export.shard_gb * 1e9, disk) + block_bytes(model)
     return Need("export", 0.0, ram, disk, 0.0, "ram")

@@ -35,7 +35,8 @@ def inner_values(values: dict[str, Any], tied: bool) -> dict[str, Any]:
     """config.json of the text model alone."""
     kind = inner_type(values)
     assert kind is not None
-    outer = {key: values[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype") if key in values}
+    shared = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
+    outer = {key: values[key] for key in shared if key in values}
     own = {"architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]], "model_type": kind, "tie_word_embeddings": tied}
     return {**outer, **values["text_config"], **own}
 

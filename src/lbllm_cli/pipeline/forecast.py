@@ -179,7 +179,10 @@ def stage_need(plan: Plan, spec: StageSpec, device: float, kept: float = 0, stat
     ram = host_bytes(model, device) + (count * one if place == "ram" else 0)
     device += count * one if place == "device" else 0
     if any(item.sampled for item in tokens.source):
-        ram = max(ram, PROCESS + sampling_bytes(model, sequences, tokens.length))
+        whole = sampling_bytes(model, sequences, tokens.length)
+        ram = max(ram, PROCESS + whole)
+        # On a GPU the file stays in RAM.
+        device = device if model.backend.shares_ram else max(device, whole - 2.0 * model.count(list(model.shapes)))
     blocks = checkpoint_bytes(model, recipe.ptq.group_size)
     written = blocks + 2 * (model.blocks + 1) * one if place == "disk" else 0.0
     # A state is replaced by a whole one: two exist for a moment.

@@ -34,6 +34,8 @@ def run_command(recipe: Recipe, command: str, dry_run: bool, force: bool, only: 
     for spec in own:
         if spec.end_to_end and only != "blocks":
             _check_end_to_end(plan, spec, asked=only is not None)
+    if lost := plan.without_bos(own[:1]):
+        say(f"{command}: warning: {lost}")
     for spec in own:
         if spec in plan.recipe.stages and only in (None, spec.phase):
             run_stage(plan, spec, dry_run, force)

@@ -31,6 +31,7 @@ class Family:
     it is used; 1 where weights are stored about zero. stored: of a block, where files hold tensors that modules have under
     other names here, or in one with others; {e} stands for the number of an expert, and of files that have all experts in one
     tensor it is the index on its first axis. within: models that see pictures as well, and have this one inside.
+    begins: whether it is lost on text that does not begin with BOS.
     """
 
     model_type: str
@@ -41,6 +42,7 @@ class Family:
     norm_offset: float = 0.0
     stored: Mapping[str, Part] = field(default_factory=dict)
     within: tuple[str, ...] = ()
+    begins: bool = False
 
 
 def _found() -> dict[str, Family]:

@@ -8,5 +8,6 @@ FAMILY = Family(
     embedding_scale=lambda config: float(config.hidden_size**0.5),
     logit_cap=lambda config: config.final_logit_softcapping,
     norm_offset=1.0,
+    begins=True,
     within=("gemma3",),
 )
