@@ -173,3 +173,41 @@ def test_an_odd_tokenizer(lbllm, toy, recipe):
     shutil.move(toy / "kept", toy / "tokenizer.json")
     (toy / "tokenizer_config.json").write_text("[]")
     assert "tokenizer" in lbllm("validate", "--recipe", recipe).stderr
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("llama-tied", {"model_type": "bloom"}, "docs/adding.md says how to add one"),
+        ("qwen3-moe", {"mlp_only_layers": [1]}, "mlp_only_layers, decoder_sparse_step: blocks of different shapes"),
+        ("gpt-oss", {"quantization_config": {"quant_method": "mxfp4"}}, "give the full-precision model, a copy of it in bfloat16"),
+        ("qwen3-moe", {"num_experts": 4}, "tensors that config.json does not name, first model.layers.0.mlp.experts.4."),
+        ("mixtral", {"num_local_experts": 5}, "lacks 9 tensors, first model.layers.0.mlp.experts.4.gate_proj.weight"),
+        ("granitemoe", {"num_local_experts": 5}, "router.weight has shape [4, 80], config.json says [5, 80]"),
+        ("gemma3", {"head_dim": 25}, "requires an even rotary dimension"),
+        ("gemma3", {"layer_types": ["linear_attention"] * 3}, "config.json"),
+    ],
+    ids=range(8),
+)
+def test_other_families_are_refused_by_name(lbllm, tmp_path, family, changes, message):
+    folder = save_toy(tmp_path / "model", family)
+    configure(folder, **changes)
+    result = lbllm("ptq", "--recipe", write_recipe(tmp_path / "r.yaml", folder, tmp_path / "run"))
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_weights_outside_of_linears_are_named(monkeypatch, toy):
+    from lbllm_cli.models import block
+
+    real = block.one_block
+
+    def odd(config, index):
+        model = real(config, index)
+        model.layers[0].mlp.extra = torch.nn.Parameter(torch.empty(3, 80, 7, device="meta"))
+        return model
+
+    monkeypatch.setattr(block, "one_block", odd)
+    with pytest.raises(UsageError, match=r"LlamaDecoderLayer: mlp\.extra \[3, 80, 7\] are in no linear"):
+        opened(toy).units  # noqa: B018 - found when it is asked for

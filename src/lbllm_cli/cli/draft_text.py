@@ -27,7 +27,8 @@ class Settings:
 
     path, name: of the model. measured: length of segments of evaluation text; segments: how many of each text, None for all.
     mixture: source -> weight, of which `own_text` False leaves out what the model samples. batch: sequences in a forward pass,
-    micro: in a pass of training. phases: sequences of each end-to-end phase, 0 for none. processor: the device is a CPU. bos: of sequences and segments.
+    micro: in a pass of training. phases: sequences of each end-to-end phase, 0 for none. processor: the device is a CPU.
+    bos: begin sequences and segments with it.
     """
 
     path: str

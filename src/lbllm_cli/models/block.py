@@ -1,14 +1,17 @@
 """One decoder block of a full-precision model, as transformers computes it."""
 
 import copy
+import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig
 
+from lbllm_cli.core.errors import UsageError
 from lbllm_cli.models.config import layers, one_block
 from lbllm_cli.runtime.attachments import Arguments
+from lbllm_cli.runtime.experts import experts_of
 from lbllm_cli.runtime.units import Units, find_units
 
 BLOCKS = "model.layers."
@@ -20,10 +23,22 @@ def block_prefix(index: int) -> str:
 
 
 def block_units(config: PretrainedConfig) -> Units:
-    """The linears of a block, those together that read the same tensor, in the order in which they are called."""
+    """The linears of a block, those together that read the same tensor, in the order in which they are called.
+
+    Raises UsageError naming weights of a block that are neither of a linear, nor of a router, nor vectors: they would be left as
+    they are without a word.
+    """
     with torch.device("meta"):
         model = one_block(config, 0)
-    names = [name for name, module in layers(model)[0].named_modules() if isinstance(module, nn.Linear)]
+    layer = layers(model)[0]
+    names = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+    own = {f"{name}.weight" for name in names}
+    # Which experts a token takes is decided in full precision: a router has a row for each.
+    experts = experts_of(layer)
+    count = -1 if experts is None else experts.count
+    left = [f"{name} {list(t.shape)}" for name, t in layer.named_parameters() if t.dim() > 1 and name not in own]
+    if odd := [name for name in left if not re.fullmatch(rf".*\.weight \[{count}, {config.hidden_size}\]", name)]:
+        raise UsageError(f"{type(layer).__name__}: {', '.join(odd[:3])} are in no linear; lbllm does not know them")
     return find_units(model, names)
 
 

@@ -116,6 +116,8 @@ def check_family(file: Path, config: Any) -> None:
         raise UsageError(f"{file}: head_dim: expected an even number, got {width}")
     if window is not None and (type(window) is not int or window < 1):
         raise UsageError(f"{file}: sliding_window: expected a positive integer or null, got {str(window)[:40]}")
+    if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
+        raise UsageError(f"{file}: mlp_only_layers, decoder_sparse_step: blocks of different shapes are not supported")
     kinds = set(getattr(config, "layer_types", None) or [])
     if kinds - {"full_attention", "sliding_attention"} or ("sliding_attention" in kinds and window is None):
         raise UsageError(f"{file}: layer_types: expected full_attention, or sliding_attention with a sliding_window")

@@ -33,21 +33,21 @@ _TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16"
 def load_config(folder: Path) -> PretrainedConfig:
     """Config of a supported model.
 
-    Raises UsageError naming what is not supported: the family, mixture of experts, an already quantized model.
+    Raises UsageError naming what is not supported: the family, or an already quantized model.
     """
     values = source.read_config(folder)
     kind = inner_type(values) or values.get("model_type")
     supported = "; ".join(f"{key} ({family.text})" for key, family in FAMILIES.items())
     if kind not in list(FAMILIES):
-        why = ""
-        if any("expert" in key for key in values):
-            why = " (a mixture of experts: most of its weights are outside the linears that are binarized)"
-        elif kind in ["gpt2", "openai-gpt"]:
-            why = " (its layers are Conv1D, not linear)"
-        raise UsageError(f"{folder}: model_type {str(kind)[:40]!r} is not supported{why}; supported: {supported}")
+        why = " (its layers are Conv1D, not linear)" if kind in ["gpt2", "openai-gpt"] else ""
+        raise UsageError(
+            f"{folder}: model_type {str(kind)[:40]!r} is not supported{why}; supported: {supported}. docs/adding.md says how to "
+            "add one"
+        )
     if method := values.get("quantization_config"):
         method = method.get("quant_method") if isinstance(method, dict) else method
-        raise UsageError(f"{folder} is already quantized ({str(method)[:40]}); give the full-precision model")
+        more = ", a copy of it in bfloat16" if kind == "gpt_oss" else ""
+        raise UsageError(f"{folder} is already quantized ({str(method)[:40]}); give the full-precision model{more}")
     # A family's own classes are always there, whatever code the folder brings.
     config = read_configuration(folder, trust_remote_code=False)
     if inner_type(values) is not None:
