@@ -180,8 +180,8 @@ def test_an_odd_tokenizer(lbllm, toy, recipe):
     [
         ("llama-tied", {"model_type": "bloom"}, "docs/adding.md says how to add one"),
         ("qwen3-moe", {"mlp_only_layers": [1]}, "mlp_only_layers, decoder_sparse_step: blocks of different shapes"),
-        ("gpt-oss", {"quantization_config": {"quant_method": "mxfp4"}}, "give the full-precision model, a copy of it in bfloat16"),
-        ("qwen3-moe", {"num_experts": 4}, "tensors that config.json does not name, first model.layers.0.mlp.experts.4."),
+        ("gpt-oss", {"quantization_config": {"quant_method": "mxfp4"}}, "full-precision model, a copy of it in bfloat16"),
+        ("qwen3-moe", {"num_local_experts": 4}, "tensors that config.json does not name, first model.layers.0.mlp.experts.4."),
         ("mixtral", {"num_local_experts": 5}, "lacks 9 tensors, first model.layers.0.mlp.experts.4.gate_proj.weight"),
         ("granitemoe", {"num_local_experts": 5}, "router.weight has shape [4, 80], config.json says [5, 80]"),
         ("gemma3", {"head_dim": 25}, "requires an even rotary dimension"),
