@@ -123,3 +123,13 @@ def test_every_key_has_a_row_with_its_default():
     dumped = Recipe.model_validate(values).model_dump(mode="json")
     del dumped["recipe_version"]
     assert sum(check(section, name) for name, section in dumped.items()) > 100
+
+
+def test_the_page_about_models_has_every_family():
+    from lbllm_cli.models.families import FAMILIES
+
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ") and "`" in line.split("|")[2]]
+    assert {line.split("`")[1] for line in rows} == {"model_type", *FAMILIES}
+    for family in FAMILIES.values():
+        assert all(f"inside `{outer}`" in page for outer in family.within)

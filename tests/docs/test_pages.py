@@ -74,7 +74,8 @@ def test_scripts_have_the_options_that_are_named(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_targets_and_tests_are_there(page):
     targets = set(re.findall(r"^([\w -]+):", read("Makefile"), flags=re.MULTILINE))
-    names = {name for target in targets for name in target.split()} | {"models/smollm2-135m/config.json"}
+    models = {f"models/{name}/config.json" for name in ("smollm2-135m", "gemma3-270m")}
+    names = {name for target in targets for name in target.split()} | models
     for words in commands(page, "make "):
         if "-f" in words:
             assert (ROOT / words[words.index("-f") + 1]).exists()
