@@ -13,6 +13,10 @@ from lbllm_cli.format.weights import LEVELS, PARTS, PackedWeight, group_count
 class Holder(Protocol):
     """Who keeps the weights of some linears in a form of his own, and computes with them."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where they lie."""
+
     def packed(self, slot: int) -> PackedWeight:
         """The weights of one of them, bit for bit."""
 
@@ -72,7 +76,8 @@ class PackedLinear(nn.Module):
         On a device that its holder does not run on weights are codes again.
         """
         if self.unit is not None:
-            if self.unit.runs_on(fn(torch.empty(0, dtype=torch.uint8)).device):
+            # A cast leaves it where it is: `model.bfloat16()` on a GPU is no move.
+            if self.unit.runs_on(fn(torch.empty(0, dtype=torch.uint8, device=self.unit.device)).device):
                 return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             packed = self.packed()
             self.weight, self.levels, self.scale = packed.tensors

@@ -73,6 +73,11 @@ class Unit:
                 if packed.bias is not None:
                     self._part(self.bias, slot).copy_(packed.bias.detach())
 
+    @property
+    def device(self) -> torch.device:
+        """Of its tiles."""
+        return self.tiles.device
+
     def runs_on(self, device: torch.device) -> bool:
         """Its layout is the library's."""
         return device.type == "cpu"

@@ -79,9 +79,14 @@ class CudaUnit:
         assert self.quantizer is not None
         return QuantizerTables.of(self.quantizer.tables)
 
+    @property
+    def device(self) -> torch.device:
+        """Of its words."""
+        return self.weights.words.device
+
     def runs_on(self, device: torch.device) -> bool:
         """Where its weights lie."""
-        return device == self.weights.words.device
+        return device == self.device
 
     def packed(self, slot: int) -> PackedWeight:
         """The weights of a linear, as its checkpoint has them."""
