@@ -4,6 +4,7 @@ import json
 
 import pytest
 from conftest import TOY, write_recipe
+from stages import events
 from typer.testing import CliRunner
 
 from lbllm_cli.cli.app import app
@@ -46,6 +47,50 @@ def test_two_bits_cost_little_on_the_toy(perplexity):
     base, ptq = perplexity("base"), perplexity("default")
     assert base["novels"] < ptq["novels"] < 1.18 * base["novels"]  # measured 1.140
     assert base["technical"] < ptq["technical"] < 1.22 * base["technical"]  # measured 1.176
+
+
+@pytest.fixture
+def experts(ok, tmp_path):
+    """experts(*commands): results of `eval` after them, of the trained mixture of experts."""
+
+    def run(*commands: str) -> dict:
+        data = {
+            "calibration": CALIBRATION, "training": {**CALIBRATION, "sequences": 48}, "evaluation": EVALUATION[:1],
+        }  # fmt: skip
+        recipe = write_recipe(
+            tmp_path / "r.json", TOY.parent / "toy-experts", tmp_path / "run", data=data, ptq={"group_size": 64},
+            distill={"epochs": 2}, act_calib={"epochs": 1, "soft": 0},
+        )  # fmt: skip
+        for command in commands:
+            ok(command, "--recipe", recipe)
+        return json.loads(ok("eval", "--recipe", recipe, "--json").stdout)
+
+    return run
+
+
+def of_base(found: dict, stage: str) -> float:
+    return found[stage]["perplexity"]["novels"] / found["base"]["perplexity"]["novels"]
+
+
+def test_two_bits_cost_little_on_a_mixture_of_experts(experts, tmp_path):
+    """And where tokens go beside where the teacher's go. Twelve sequences are 768 tokens for each of eight experts."""
+    found = experts("ptq")
+    assert found["base"]["perplexity"]["novels"] == pytest.approx(31.53, rel=0.005)
+    assert 1 < of_base(found, "ptq") < 1.15  # measured 1.106
+    assert found["ptq"]["routing"]["novels"] > 0.9  # measured 0.933
+    for record in events(tmp_path / "run" / "ptq"):
+        sent = [record["linears"][f"mlp.experts.{number}.up_proj"]["tokens"] for number in range(8)]
+        assert sum(sent) == 2 * 12 * 256
+        few = {f"mlp.experts.{number}": tokens for number, tokens in enumerate(sent) if tokens < 128}
+        assert record.get("starved", {}) == few
+
+
+@pytest.mark.slow
+def test_a_mixture_of_experts_through_all_stages(experts):
+    found = experts("ptq", "distill", "act-calib")
+    assert of_base(found, "distill") < of_base(found, "ptq") < 1.15  # measured 1.086, 1.106
+    assert of_base(found, "act-calib") < 1.15  # measured 1.107
+    assert all(found[stage]["routing"]["novels"] > 0.9 for stage in ("ptq", "distill", "act-calib"))
 
 
 @pytest.mark.slow
