@@ -34,7 +34,7 @@ LENGTH, ROWS, WHOLE_ROWS, PROMPT = 2048, 8, 3, 512
 # Functions of the package whose work is counted under a name of its own. One that is gone is left out.
 PHASES = {
     "ptq": (
-        ("lbllm_cli.ptq.fit", "_Collector.collect", "moments"),
+        ("lbllm_cli.ptq.collect", "Collector.collect", "moments"),
         ("lbllm_cli.ptq.fit", "inverse_factor", "factor"),
         ("lbllm_cli.ptq.fit", "compensate", "compensate"),
         ("lbllm_cli.ptq.fit", "descend_codes", "descend"),
