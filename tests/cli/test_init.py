@@ -25,7 +25,7 @@ from lbllm_cli.recipe.shipped import MODELINE
 CONFIGS = ASSETS / "configs"
 # A mixture of experts has so many tensors that a forecast takes seconds.
 NAMES = [
-    pytest.param(path.name, marks=[pytest.mark.heavy] if "A3B" in path.name else [], id=path.name)
+    pytest.param(path.name, marks=[pytest.mark.slow] if "A3B" in path.name else [], id=path.name)
     for path in sorted(CONFIGS.iterdir())
 ]
 # What fits a machine with no settings, and a stage that says so.

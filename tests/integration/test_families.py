@@ -40,7 +40,12 @@ def evaluation_rows(folder) -> torch.Tensor:
     return torch.tensor(AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"][:128]).view(4, 32)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# Second toys of a family; the kernels' own tests run them too.
+SECOND = {"llama-untied", "qwen2-sliding"}
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name in SECOND else [], id=name) for name in FAMILIES]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_family_through_everything(name, tmp_path, ok, caplog):
     folder, run = save_toy(tmp_path / "model", name, shard="100KB"), tmp_path / "run"
     settings = {"epochs": 1, "batch_size": 4, "end_to_end": PHASE}
