@@ -219,3 +219,12 @@ def test_nothing_is_allocated_for_a_large_model(monkeypatch):
 
 def _resident() -> int:
     return 4096 * int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+
+
+def test_a_recipe_on_standard_output_is_what_a_file_has(ok, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pretend(monkeypatch, MACHINES["laptop"])
+    ok("init", TOY)
+    printed = ok("init", TOY, "-o", "-").stdout
+    assert printed == (tmp_path / "toy.yaml").read_text(encoding="utf-8")
+    assert [path.name for path in tmp_path.iterdir()] == ["toy.yaml"]

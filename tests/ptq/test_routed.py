@@ -30,8 +30,10 @@ def test_passes_take_experts_of_a_kind_together(model):
     assert passes_of(model.units, False, 2) == [model.units]
     settings = Ptq()
     assert matrices(settings) == 4
-    assert experts_at_once(2048, settings, 20e9) == 74
-    assert experts_at_once(2048, settings, 1.0) == 1
+    widths = {("mlp.experts.0.gate_proj",): 2048, ("mlp.experts.0.down_proj",): 768, ("self_attn.o_proj",): 4096}
+    assert experts_at_once(widths, settings, 20e9) == 74
+    assert experts_at_once(widths, settings, 1.0) == 1
+    assert experts_at_once({("mlp.down_proj",): 2048}, settings, 0.0) == 1
 
 
 @torch.no_grad()

@@ -145,7 +145,9 @@ for _name, _command in COMMANDS.items():
 @app.command(epilog="Example: `lbllm init Qwen/Qwen3-8B -o qwen3-8b.yaml`, then `lbllm validate --recipe qwen3-8b.yaml`")
 def init(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="model folder, or a Hugging Face id", show_default=False)],
-    output: Annotated[str, typer.Option("--output", "-o", help="the recipe's file; -: <model's name>.yaml, here")] = "-",
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="the recipe's file, - for stdout; default <model's name>.yaml, here")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace a recipe that is there")] = False,
 ) -> None:
     """Write a recipe for a model that fits this machine: its GPU or CPU, memory and disk as they are free now.

@@ -5,36 +5,43 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from lbllm_cli.cli.draft import Draft, draft
 from lbllm_cli.cli.draft_text import OWN, WEB, run_lines
+from lbllm_cli.cli.forecasts import forecast_table
 from lbllm_cli.cli.machine import Machine, PlacedModel
 from lbllm_cli.core import files
-from lbllm_cli.core.console import GIB, say
+from lbllm_cli.core.console import say
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.models.tokenizer import read_tokenizer
 from lbllm_cli.recipe.shipped import MODELINE, SCHEMA, shipped_folder
 
 
-def init(model: str, output: str, force: bool, machine: Machine | None = None) -> None:
-    """`lbllm init`. model: a folder or a Hugging Face id. output: the recipe's file, "-" for one named as the model.
+def init(model: str, output: str | None, force: bool, machine: Machine | None = None) -> None:
+    """`lbllm init`.
 
+    model: a folder or a Hugging Face id. output: the recipe's file, None for one named as the model, "-" for standard output.
     machine: what is drafted for, this one where none is given. Raises UsageError where the file is there already, the model
     cannot be used, or no settings fit the machine.
     """
-    target = _target(model, output, force)
+    target = Path(default_name(model)) if output == "-" else _target(model, output, force)
     source = PlacedModel.open(model, machine or Machine.here())
     found = draft(source, model, str(target), chat=_has_chat_template(source, model))
-    files.write_text(target, f"{MODELINE}{_schema_for(target)}\n{found.text}")
-    _show(found, source)
+    text = f"{MODELINE}{_schema_for(target)}\n{found.text}"
+    if output == "-":
+        print(text, end="")
+        return
+    files.write_text(target, text)
+    out = Console()
+    out.print(f"free: {source.machine}", highlight=False, soft_wrap=True)
+    out.print(forecast_table(found.needs))
     print("\n".join(run_lines(str(target))))
     say(f"init: wrote {target}; its text comes from {WEB} on the Hugging Face hub, {_own(found)}")
 
 
-def _target(model: str, output: str, force: bool) -> Path:
+def _target(model: str, output: str | None, force: bool) -> Path:
     """The file to write. Raises UsageError where something else is in its place, or nothing above it."""
-    target = Path(default_name(model)) if output == "-" else files.user_path(output, "--output")
+    target = Path(default_name(model)) if output is None else files.user_path(output, "--output")
     if not target.parent.is_dir():
         raise UsageError(f"--output {target}: there is no folder {target.parent}; make it, or give another name with -o")
     files.check_regular(target)
@@ -69,17 +76,3 @@ def _schema_for(target: Path) -> str:
 def _own(found: Draft) -> str:
     sampled = any(item.sampled for item in found.recipe.data.training.source)
     return f"and from the model itself ({OWN})" if sampled else "none from the model itself"
-
-
-def _show(found: Draft, source: PlacedModel) -> None:
-    """What every command will need, beside what is free."""
-    machine = source.machine
-    free = {"device": machine.memory if machine.has_gpu else 0, "RAM": machine.ram, "disk": machine.disk}
-    table = Table(title="forecast, GiB")
-    table.add_column("stage")
-    for name, size in free.items():
-        table.add_column(f"{name}, {size / GIB:.0f} free" if size else name, justify="right")
-    for need in found.needs:
-        sizes = (need.device, need.ram, need.disk + need.teacher)
-        table.add_row(need.stage, *(f"{size / GIB:.1f}" for size in sizes))
-    Console().print(table)

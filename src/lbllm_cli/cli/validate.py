@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from lbllm_cli.cli.durations import Durations
-from lbllm_cli.core.console import GIB, say
+from lbllm_cli.cli.forecasts import forecast_table
+from lbllm_cli.core.console import say
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.evaluation.forecast import eval_need, whole_model_need
 from lbllm_cli.evaluation.tasks import Task, plan_tasks
@@ -36,18 +36,7 @@ def validate(recipe: Recipe, as_json: bool) -> None:
     except UsageError as error:
         raise UsageError("\n".join([str(error), *unusable])) from None
     model = plan.model
-    problems, segments = [], {}
-    if plan.tokenizer is not None:
-        for stage in recipe.stages:
-            try:
-                if not plan.generates(stage):
-                    plan.stage_tokens(stage)
-            except UsageError as error:
-                problems.append(str(error))
-        try:
-            segments = {name: rows.shape[0] for name, rows in plan.evaluation().items()}
-        except UsageError as error:
-            problems.append(str(error))
+    problems, segments = _texts(plan)
     problems += unusable
     needs = [
         *(work_of(spec).need(plan, spec, None) for spec in sorted(recipe.stages, key=lambda spec: spec.end_to_end)),
@@ -69,15 +58,8 @@ def validate(recipe: Recipe, as_json: bool) -> None:
             short += _shortages(need, plan)
     if problems or (short and as_json):
         raise UsageError("\n".join(problems + short))
-    durations = Durations(plan)
-    routing = routing_of(plan)
-    unread = [spec.name for spec in recipe.data.evaluation if spec.segments is None and spec.name not in segments]
-    if unread:
-        warnings.append(f"eval: the streams of {', '.join(unread)} are not counted, their length shows when the text is read")
-    if lost := plan.without_bos(TABLE, evaluate=True):
-        warnings.append(lost)
-    if not model.entries:
-        warnings.append(f"{model.folder} holds no weights: forecast only, weights and text are not checked")
+    durations, routing = Durations(plan), routing_of(plan)
+    warnings += _cautions(plan, segments)
     facts = {
         "blocks": model.blocks,
         "parameters": model.count(list(model.shapes)),
@@ -100,6 +82,35 @@ def validate(recipe: Recipe, as_json: bool) -> None:
         durations.show(out, needs)
     if short:
         raise UsageError("\n".join(short))
+
+
+def _texts(plan: Plan) -> tuple[list[str], dict[str, int]]:
+    """Reads all text that is not sampled: what is wrong with it, and segments of each evaluation set."""
+    problems: list[str] = []
+    if plan.tokenizer is None:
+        return problems, {}
+    for stage in plan.recipe.stages:
+        try:
+            if not plan.generates(stage):
+                plan.stage_tokens(stage)
+        except UsageError as error:
+            problems.append(str(error))
+    try:
+        return problems, {name: rows.shape[0] for name, rows in plan.evaluation().items()}
+    except UsageError as error:
+        return [*problems, str(error)], {}
+
+
+def _cautions(plan: Plan, segments: dict[str, int]) -> list[str]:
+    """What is no mistake, and yet to be known. segments: of the evaluation sets that were read."""
+    found = []
+    if unread := [spec.name for spec in plan.recipe.data.evaluation if spec.segments is None and spec.name not in segments]:
+        found.append(f"eval: the streams of {', '.join(unread)} are not counted, their length shows when the text is read")
+    if lost := plan.without_bos(TABLE, evaluate=True):
+        found.append(lost)
+    if not plan.model.entries:
+        found.append(f"{plan.model.folder} holds no weights: forecast only, weights and text are not checked")
+    return found
 
 
 def _tasks(recipe: Recipe) -> tuple[list[Task], list[str]]:
@@ -128,18 +139,12 @@ def _eval_need(recipe: Recipe, model: SourceModel, segments: dict[str, int], tas
 
 
 def _print_validation(out: Console, facts: dict[str, Any], needs: list[Need], valid: bool) -> None:
-    table = Table(title="forecast, GiB")
-    for column in ("stage", "device", "RAM", "disk", "streams", "streams in"):
-        table.add_column(column, justify="left" if column == "stage" else "right")
-    for need in needs:
-        sizes = (f"{value / GIB:.1f}" for value in (need.device, need.ram, need.disk + need.teacher, need.streams))
-        table.add_row(need.stage, *sizes, "RAM" if need.place == "ram" else need.place)
     out.print(
         f"{'valid: ' if valid else ''}{facts['blocks']} blocks, {facts['parameters']:,} parameters, "
         f"{facts['binarized_share']:.1%} of them binarized, "
         f"computed in {facts['dtype']} on {facts['device']}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
-    out.print(table)
+    out.print(forecast_table(needs))
     for warning in facts["warnings"]:
         say(f"warning: {warning}")

@@ -32,9 +32,9 @@ def fit_block(task: BlockTask, settings: Ptq) -> BlockResult:
     collector = Collector(task, student, settings)
     tensors: dict[str, Tensor] = {}
     fits: dict[str, _Fit] = {}
-    width = max(student.linear(unit[0]).in_features for unit in student.units)
+    widths = {unit: student.linear(unit[0]).in_features for unit in student.units}
     free = backend_of(task.device).free_memory(task.device)
-    passes = passes_of(student.units, settings.sequential, experts_at_once(width, settings, free))
+    passes = passes_of(student.units, settings.sequential, experts_at_once(widths, settings, free))
     for units in passes:
         moments = collector.collect(units, last=units == passes[-1])
         for unit in units:

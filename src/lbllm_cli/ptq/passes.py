@@ -28,12 +28,13 @@ def matrices(settings: Ptq) -> int:
     return (2 if settings.asymmetric != 0 else 1) * (2 if settings.asymmetric == "auto" else 1)
 
 
-def experts_at_once(width: int, settings: Ptq, free: float) -> int:
+def experts_at_once(widths: dict[Unit, int], settings: Ptq, free: float) -> int:
     """Experts whose moments may be held together: a quarter of the memory that is free, bytes. No result depends on it.
 
-    width: the widest input of an expert's linears. 2048 wide, four matrices, 20e9 -> 74.
+    widths: of the inputs of a block's units. Experts 2048 wide at most, four matrices, 20e9 -> 74.
     """
-    return max(1, int(free / 4 / (matrices(settings) * 4.0 * width**2)))
+    widest = max((width for unit, width in widths.items() if expert_of(unit[0]) is not None), default=1)
+    return max(1, int(free / 4 / (matrices(settings) * 4.0 * widest**2)))
 
 
 def is_down(unit: Unit) -> bool:

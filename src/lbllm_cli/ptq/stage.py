@@ -13,7 +13,7 @@ from lbllm_cli.pipeline.forecast import Need, activation_bytes, block_bytes, sta
 from lbllm_cli.pipeline.plan import Plan
 from lbllm_cli.pipeline.work import StageRun, parents_activations
 from lbllm_cli.ptq.fit import fit_block
-from lbllm_cli.ptq.passes import experts_at_once, is_down, matrices, passes_of
+from lbllm_cli.ptq.passes import Pass, experts_at_once, is_down, matrices, passes_of
 from lbllm_cli.recipe.schema import Ptq
 from lbllm_cli.recipe.stages import StageSpec
 from lbllm_cli.runtime.experts import expert_of
@@ -49,16 +49,18 @@ def _fit_bytes(model: SourceModel, settings: Ptq) -> float:
     return _moment_bytes(model, settings) + work
 
 
-def _at_once(model: SourceModel, settings: Ptq) -> int:
-    """Experts whose moments are held together, by what is free now."""
-    width = max(model.shapes[f"{block_prefix(0)}{unit[0]}.weight"][1] for unit in model.units)
-    return experts_at_once(width, settings, model.backend.free_memory(model.device))
+def _passes(model: SourceModel, settings: Ptq) -> list[Pass]:
+    """As a fit makes them with the memory that is free now."""
+    widths = {unit: model.shapes[f"{block_prefix(0)}{unit[0]}.weight"][1] for unit in model.units}
+    return passes_of(
+        model.units, settings.sequential, experts_at_once(widths, settings, model.backend.free_memory(model.device))
+    )
 
 
 def _moment_bytes(model: SourceModel, settings: Ptq) -> float:
     """Matrices of moments of the pass that has most of them; of experts, of all tokens as well, for both kinds of inputs."""
     squares = {unit: 4.0 * model.shapes[f"{block_prefix(0)}{unit[0]}.weight"][1] ** 2 for unit in model.units}
-    passes = passes_of(model.units, settings.sequential, _at_once(model, settings))
+    passes = _passes(model, settings)
     most = max(sum(squares[unit] for unit in units) for units in passes)
     common = {is_down(unit): square for unit, square in squares.items() if expert_of(unit[0]) is not None}
     return matrices(settings) * (most + sum(common.values()))
@@ -87,7 +89,7 @@ def work(plan: Plan, spec: StageSpec) -> list[Part]:
     kinds = 2 if settings.asymmetric != 0 else 1
     # Of each pass, the linears that a token goes through.
     each = dict(zip(plan.model.units, shape.inputs, strict=True))
-    passes = passes_of(plan.model.units, settings.sequential, _at_once(plan.model, settings))
+    passes = _passes(plan.model, settings)
     sizes = [sum(width * rows * share for width, rows, share in map(each.__getitem__, units)) for units in passes]
     # Those before it; from what o_proj reads on, which is kept, in later passes.
     before = [sum(sizes[min(1, index) : index]) if index > 1 else sum(sizes[:index]) for index in range(len(sizes))]

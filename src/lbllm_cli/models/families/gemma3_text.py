@@ -1,13 +1,7 @@
-"""Gemma 3, its text model: two rotary bases, one for sliding layers and one for full ones."""
+"""Gemma 3, its text model: as Gemma 2, with two rotary bases, one for sliding layers and one for full ones."""
 
-from lbllm_cli.models.families import Family
+from dataclasses import replace
 
-FAMILY = Family(
-    "gemma3_text",
-    "Gemma 3",
-    embedding_scale=lambda config: float(config.hidden_size**0.5),
-    logit_cap=lambda config: config.final_logit_softcapping,
-    norm_offset=1.0,
-    begins=True,
-    within=("gemma3",),
-)
+from lbllm_cli.models.families import gemma2
+
+FAMILY = replace(gemma2.FAMILY, model_type="gemma3_text", text="Gemma 3", within=("gemma3",))

@@ -1,13 +1,14 @@
 """Granite 3 mixtures of experts: scaled as Granite, and files have all experts in one tensor."""
 
-from lbllm_cli.core.tensor_files import Part
-from lbllm_cli.models.families import Family
+from dataclasses import replace
 
-FAMILY = Family(
-    "granitemoe",
-    "Granite 3 MoE",
-    embedding_scale=lambda config: float(config.embedding_multiplier),
-    logit_divisor=lambda config: float(config.logits_scaling),
+from lbllm_cli.core.tensor_files import Part
+from lbllm_cli.models.families import granite
+
+FAMILY = replace(
+    granite.FAMILY,
+    model_type="granitemoe",
+    text="Granite 3 MoE",
     stored={
         "block_sparse_moe.router.weight": Part("block_sparse_moe.router.layer.weight"),
         "block_sparse_moe.experts.{e}.gate_proj.weight": Part("block_sparse_moe.input_linear.weight", half=0),

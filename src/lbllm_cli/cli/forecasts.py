@@ -1,0 +1,17 @@
+"""What every command will need, as a table."""
+
+from rich.table import Table
+
+from lbllm_cli.core.console import GIB
+from lbllm_cli.pipeline.forecast import Need
+
+
+def forecast_table(needs: list[Need]) -> Table:
+    """One row a command, sizes in GiB."""
+    table = Table(title="forecast, GiB")
+    for column in ("stage", "device", "RAM", "disk", "streams", "streams in"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for need in needs:
+        sizes = (f"{value / GIB:.1f}" for value in (need.device, need.ram, need.disk + need.teacher, need.streams))
+        table.add_row(need.stage, *sizes, "RAM" if need.place == "ram" else need.place)
+    return table
