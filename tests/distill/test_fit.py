@@ -43,7 +43,7 @@ def run(parent, tmp_path):
 
 @pytest.mark.parametrize("parametrisation", ["nearest", "bitmap"])
 def test_no_epochs_return_the_parent_byte_for_byte(ok, run, tmp_path, parametrisation):
-    ok("distill", "--recipe", run(epochs=0, parametrisation=parametrisation))
+    assert "no epoch was better" not in ok("distill", "--recipe", run(epochs=0, parametrisation=parametrisation)).stderr
     assert block_bytes(tmp_path / "run" / "distill") == block_bytes(tmp_path / "run" / "ptq")
     manifest = json.loads((tmp_path / "run" / "distill" / "lbllm_stage.json").read_text())
     assert manifest["parent"]["fingerprint"] == Checkpoint(tmp_path / "run", "ptq").fingerprint
@@ -63,7 +63,8 @@ def test_training_lowers_the_held_out_error_of_every_block(ok, run, tmp_path, pa
 
 
 def test_rates_that_ruin_everything_return_the_parent(ok, run, tmp_path):
-    ok("distill", "--recipe", run(lr_weights=1.0, lr_levels=1.0))
+    log = ok("distill", "--recipe", run(lr_weights=1.0, lr_levels=1.0)).stderr
+    assert log.count("no epoch was better") == 3
     assert [record["best_epoch"] for record in events(tmp_path / "run" / "distill")] == [0, 0, 0]
     assert block_bytes(tmp_path / "run" / "distill") == block_bytes(tmp_path / "run" / "ptq")
 

@@ -90,6 +90,8 @@ class Reporter:
         line += f"  {seconds:6.1f} s  ram {peak_ram() / GIB:.1f} GiB"
         device = self._peak_device()
         line += f"  gpu {device / GIB:.1f} GiB" if device is not None else ""
+        if facts.get("epochs") and not facts["best_epoch"]:
+            line += "  no epoch was better"
         if starved := facts.get("starved"):
             line += f"  {len(starved)} experts short of tokens"
         if index + 1 < self.blocks:
