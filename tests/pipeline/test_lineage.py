@@ -33,6 +33,7 @@ OTHERS = {
     "act_calib.temperature": [1.0, 0.1],
     "act_calib.end_to_end.soft_knee": [1.0, 0.1],
     **{f"{section}.loss": "plain" for section in ("distill", "act_calib")},
+    **{f"{section}.channel_cap": 30.0 for section in ("distill", "act_calib")},
     **{f"{section}.train": ["levels"] for section in ("distill", "act_calib", "distill.end_to_end", "act_calib.end_to_end")},
 }
 

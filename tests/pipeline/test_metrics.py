@@ -6,7 +6,7 @@ import statistics
 import pytest
 import torch
 
-from lbllm_cli.pipeline.metrics import BlockError, massive_tokens, robust_error
+from lbllm_cli.pipeline.metrics import BlockError, channel_scale, massive_tokens, robust_error
 
 
 def _hidden(seed, shape=(3, 7, 16)):
@@ -34,6 +34,28 @@ def test_massive_is_ten_times_the_median():
     hidden[0, :, 0] = torch.tensor([1.0, 1.0, 1.0, 9.9, 10.1])
     assert massive_tokens(hidden).tolist() == [[False, False, False, False, True]]
     assert massive_tokens(-3 * hidden).tolist() == [[False, False, False, False, True]]
+
+
+def test_channels_are_scaled_down_to_the_cap_and_never_up():
+    hidden = _hidden(2, (2, 40, 5)) * torch.tensor([2.0, 1.0, 300.0, 0.1, 1.0])
+    # A massive token, in a channel that ordinary tokens hardly use.
+    hidden[1, 7, 3] = 1e6
+    energy = [sum(v * v for v in (hidden[..., c].flatten().tolist())) for c in range(5)]
+    energy[3] -= 1e12
+    # The massive token's other channels do not count either.
+    energy = [e - hidden[1, 7, c].item() ** 2 * (c != 3) for c, e in enumerate(energy)]
+    wanted = [math.sqrt(min(1.0, 50 * statistics.median(energy) / e)) for e in energy]
+    found = channel_scale(hidden, 50)
+    assert found[[0, 1, 3, 4]].tolist() == [1.0] * 4
+    # Measured: 1e-7.
+    assert found.tolist() == pytest.approx(wanted, rel=1e-5)
+    assert wanted[2] < 0.1
+
+
+def test_a_median_channel_without_energy_caps_nothing():
+    hidden = torch.zeros(1, 3, 3)
+    hidden[..., 0] = 2.0
+    assert channel_scale(hidden, 4).tolist() == [1.0, 1.0, 1.0]
 
 
 def test_block_error_against_loop():

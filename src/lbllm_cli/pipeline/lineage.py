@@ -11,7 +11,7 @@ from lbllm_cli.data.tokens import tokens_hash
 from lbllm_cli.pipeline.checkpoint import Checkpoint, complete_stages
 from lbllm_cli.pipeline.plan import Plan
 from lbllm_cli.pipeline.stage_record import PARENT
-from lbllm_cli.recipe.stages import STAGES, StageSpec
+from lbllm_cli.recipe.stages import CAME_LATER, STAGES, StageSpec
 
 
 def stage_inputs(plan: Plan, spec: StageSpec, tokens: Tensor | None, parent: Checkpoint | None = None) -> dict[str, Any]:
@@ -22,6 +22,7 @@ def stage_inputs(plan: Plan, spec: StageSpec, tokens: Tensor | None, parent: Che
     """
     settings = plan.settings(spec).model_dump(mode="json")
     own = {key: value for key, value in settings.items() if key in spec.reads}
+    own = {key: value for key, value in own.items() if key not in CAME_LATER or value != CAME_LATER[key]}
     if "parent" in own:
         own["parent"] = str(plan.recipe.parent(spec))
     text = {}

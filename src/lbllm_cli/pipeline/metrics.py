@@ -19,6 +19,19 @@ def massive_tokens(hidden: Tensor) -> Tensor:
     return norms > _MASSIVE * norms.median()
 
 
+def channel_scale(hidden: Tensor, cap: float) -> Tensor:
+    """What channels of hidden states are multiplied by, so that none has more than `cap` times the median channel's energy.
+
+    hidden: [rows, length, hidden], of which massive tokens do not count. Returns float32 [hidden], at most 1; all 1 where the
+    median channel has no energy. Energies 4, 1, 1000, cap 100 -> 1, 1, sqrt(0.4).
+    """
+    ordinary = ~massive_tokens(hidden)
+    energy = torch.where(ordinary.unsqueeze(-1), hidden.float(), 0).square().sum((0, 1))
+    usual = energy.median()
+    scale = (cap * usual / energy.clamp(min=1e-30)).clamp(max=1).sqrt()
+    return torch.where(usual > 0, scale, 1)
+
+
 def sum_where(values: Tensor, kept: Tensor) -> Tensor:
     """Sum of the values that are kept, []: values float, kept bool, of one shape."""
     # To pick them out a device would have to be asked how many they are.

@@ -59,7 +59,7 @@ class StageSpec:
 
 
 _SCHEDULE = ("epochs", "batch_size", "micro_batch_size", "warmup", "clip", "held_out", "max_skipped", "train")
-_BLOCKS = (*_SCHEDULE, "lr_weights", "lr_levels", "loss", "latent_margin", "dampening")
+_BLOCKS = (*_SCHEDULE, "lr_weights", "lr_levels", "loss", "channel_cap", "latent_margin", "dampening")
 _END_TO_END = (*_SCHEDULE, "sequences", "lr_levels", "lr_norms", "temperature", "next_token")
 
 TABLE = (
@@ -129,6 +129,10 @@ COMMANDS = {
         "act_calib.granularity=token",
     ),
 }
+
+# Keys that earlier versions did not have, with the value that does as these did. At it a key is no part of a fingerprint: what
+# they made is still what the recipe says.
+CAME_LATER = {"channel_cap": None}
 
 # Keys that no checkpoint depends on, or only through the tokens that its stage reads, and why. A section stands for all its keys.
 NOT_IN_FINGERPRINT = {

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lbllm_cli.pipeline.block_loop import BlockResult, BlockTask
-from lbllm_cli.pipeline.metrics import BlockError, massive_tokens, robust_error
+from lbllm_cli.pipeline.metrics import BlockError, channel_scale, massive_tokens, robust_error
 from lbllm_cli.pipeline.streams import fetched
+from lbllm_cli.training.forecast import SEQUENCES
 from lbllm_cli.training.interfaces import Step, Student
 from lbllm_cli.training.loop import Job, TrainingLoop
 from lbllm_cli.training.progress import Progress
@@ -30,6 +31,20 @@ class BlockObjective:
         self.student = student
         self.kind, self.pieces = settings.loss, settings.micro_batch_size
         self.inputs, self.targets, self.device = task.quantized, task.targets, task.device
+        self.scale = self._scale(settings.channel_cap)
+
+    @torch.no_grad()
+    def _scale(self, cap: float | None) -> Tensor | None:
+        """What both outputs are multiplied by, [hidden]; see `channel_scale`."""
+        if cap is None:
+            return None
+        rows = self.targets.rows
+        taken = torch.linspace(0, rows - 1, min(SEQUENCES, rows)).round().long()
+        ((targets,),) = fetched((self.targets,), [taken], self.device)
+        return channel_scale(targets, cap)
+
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        return hidden if self.scale is None else hidden.float() * self.scale
 
     def feed(self, pieces: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
         """Inputs and targets."""
@@ -42,7 +57,7 @@ class BlockObjective:
         to its start.
         """
         inputs, targets = piece
-        outputs = self.student.block(inputs)
+        outputs, targets = self._scaled(self.student.block(inputs)), self._scaled(targets)
         error = (outputs.float() - targets.float()).square().sum(-1)
         if self.kind == "robust":
             return robust_error(error, start["per_token_ordinary"]).mean() / start["per_token_robust"]
@@ -73,7 +88,7 @@ class BlockObjective:
         robust = torch.zeros((), dtype=torch.float64, device=self.device)
         pieces = list(torch.tensor(rows).split(self.pieces))
         for inputs, targets in fetched((self.inputs, self.targets), pieces, self.device):
-            outputs = self.student.block(inputs)
+            outputs, targets = self._scaled(self.student.block(inputs)), self._scaled(targets)
             error.add(targets, outputs)
             if usual is not None:
                 robust += robust_error((outputs.float() - targets.float()).square().sum(-1), usual).sum()
