@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lbllm_cli.training.agreement import Agreement, log_probabilities, octaves, perplexity
+from lbllm_cli.training.agreement import Agreement, Predictions, octaves, perplexity
 
 
 def logits(seed: int, *shape: int) -> torch.Tensor:
@@ -19,7 +19,7 @@ def test_sums_equal_a_loop_over_positions():
     found = Agreement(length)
     for row in range(segments):
         for start, end in ((0, 4), (4, length - 1)):
-            pieces = (log_probabilities(x[row, start:end]) for x in (teacher, student))
+            pieces = (Predictions(x[row, start:end]) for x in (teacher, student))
             found.add(start, *pieces, wanted[row, start:end])
 
     nll, divergence, same = torch.zeros(length - 1, dtype=torch.float64), 0.0, 0
@@ -41,14 +41,14 @@ def test_sums_equal_a_loop_over_positions():
 
 
 def test_a_teacher_agrees_with_itself_exactly():
-    found, predicted = Agreement(9), log_probabilities(logits(0, 8, 33))
+    found, predicted = Agreement(9), Predictions(logits(0, 8, 33))
     found.add(0, predicted, predicted, torch.arange(8))
     assert (found.mean_divergence, found.top1) == (0.0, 1.0)
 
 
 def test_divergence_is_that_of_the_student_from_the_teacher():
     # KL(p || q) with p = (1, 0) in the limit is -log q[0]; the other way round it is without bound.
-    teacher, student = log_probabilities(torch.tensor([[40.0, 0.0]])), log_probabilities(torch.tensor([[0.0, 0.0]]))
+    teacher, student = Predictions(torch.tensor([[40.0, 0.0]])), Predictions(torch.tensor([[0.0, 0.0]]))
     found = Agreement(2)
     found.add(0, teacher, student, torch.tensor([0]))
     assert found.mean_divergence == pytest.approx(math.log(2), rel=1e-6)
@@ -60,9 +60,9 @@ def test_octaves_cover_every_position_once(count):
 
 
 def test_what_is_not_finite_is_seen():
-    predicted = log_probabilities(torch.zeros(1, 4))
+    predicted = Predictions(torch.zeros(1, 4))
     for broken in (torch.full((1, 4), torch.nan), torch.tensor([[0.0, -torch.inf, -torch.inf, -torch.inf]])):
         found = Agreement(2)
-        found.add(0, predicted, log_probabilities(broken), torch.tensor([1]))
+        found.add(0, predicted, Predictions(broken), torch.tensor([1]))
         assert not found.finite
     assert perplexity(1e4) == math.inf

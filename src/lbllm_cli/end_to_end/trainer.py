@@ -14,7 +14,7 @@ from lbllm_cli.end_to_end.loss import distillation_loss
 from lbllm_cli.end_to_end.student import WholeStudent
 from lbllm_cli.pipeline.streams import HiddenStream, fetched
 from lbllm_cli.runtime.backend import backend_of
-from lbllm_cli.training.agreement import POSITIONS, Agreement, log_probabilities
+from lbllm_cli.training.agreement import POSITIONS, Agreement, Predictions
 from lbllm_cli.training.interfaces import Step
 from lbllm_cli.training.progress import Progress
 
@@ -79,7 +79,7 @@ class EndToEndObjective:
             total += float(distillation_loss(student, teacher, head, wanted, self.temperature, self.share))
             for start in range(0, len(wanted), POSITIONS):
                 piece = slice(start, start + POSITIONS)
-                teachers, students = (log_probabilities(head(x[piece])) for x in (teacher, student))
+                teachers, students = (Predictions(head(x[piece])) for x in (teacher, student))
                 agreement.add(start, teachers, students, wanted[piece])
         kl, perplexity = agreement.mean_divergence, agreement.perplexity
         # A student that is the teacher has none, and later losses are divided by this one.

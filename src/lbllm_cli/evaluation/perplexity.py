@@ -19,7 +19,7 @@ from lbllm_cli.pipeline.metrics import BlockError
 from lbllm_cli.pipeline.reporter import Reporter
 from lbllm_cli.pipeline.streams import HiddenStream, advance, batches, embed_stream, fetched
 from lbllm_cli.recipe.stages import BASE
-from lbllm_cli.training.agreement import POSITIONS, Agreement, log_probabilities
+from lbllm_cli.training.agreement import POSITIONS, Agreement, Predictions
 
 
 @dataclass(frozen=True)
@@ -146,9 +146,9 @@ class Evaluation:
             hidden = {name: state[0, :-1] for name, state in zip(names, states, strict=True)}
             for start in range(0, len(wanted), POSITIONS):
                 piece = slice(start, start + POSITIONS)
-                teacher = log_probabilities(heads[BASE](hidden[BASE][piece]))
+                teacher = Predictions(heads[BASE](hidden[BASE][piece]))
                 for name in names:
-                    student = teacher if name == BASE else log_probabilities(heads[name](hidden[name][piece]))
+                    student = teacher if name == BASE else Predictions(heads[name](hidden[name][piece]))
                     found[name].add(start, teacher, student, wanted[piece])
         for name in names:
             routing = self._routing.get((name, text), [])
@@ -165,6 +165,6 @@ def whole_perplexity(model: Module, tokens: Tensor, device: torch.device) -> flo
         row = tokens[rows].to(device)
         logits = model(input_ids=row, use_cache=False).logits[0, :-1]
         for start in range(0, len(logits), POSITIONS):
-            student = log_probabilities(logits[start : start + POSITIONS])
+            student = Predictions(logits[start : start + POSITIONS])
             found.add(start, student, student, row[0, 1:][start : start + POSITIONS])
     return found.perplexity if found.finite else None
