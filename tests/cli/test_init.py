@@ -76,6 +76,7 @@ def test_a_recipe_fits_the_machine_or_is_refused_by_stage(lbllm, tmp_path, monke
     assert f"lbllm act-calib --recipe {file.name}" in result.stdout
     assert recipe.ptq.group_size == (64 if name in {"SmolLM2-135M", "Gemma-3-1B"} else 128)
     assert recipe.model.dtype == ("bfloat16" if machine.has_gpu else "float32")
+    assert (recipe.distill.channel_cap, recipe.act_calib.channel_cap) == ((10, 10) if "Gemma-3" in name else (None, None))
 
 
 @pytest.mark.parametrize(("name", "place"), [("Llama-3.1-8B", "gpu-80"), ("SmolLM2-135M", "laptop"), ("Qwen3-8B", "laptop")])

@@ -165,7 +165,7 @@ def generous(model: PlacedModel, path: str, name: str, chat: bool) -> Settings:
     common = Settings(
         path=path, name=name, dtype=str(model.dtype).removeprefix("torch."), group_size=group_size(model),
         length=min(2048, limit), measured=min(2048, limit), mixture=CHAT_MIXTURE if chat else BASE_MIXTURE,
-        bos=model.family.begins,
+        bos=model.family.begins, family=(model.family.drafted, model.family.measured),
     )  # fmt: skip
     if model.machine.has_gpu:
         return common

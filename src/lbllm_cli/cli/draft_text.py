@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import yaml
@@ -28,7 +29,7 @@ class Settings:
     path, name: of the model. measured: length of segments of evaluation text; segments: how many of each text, None for all.
     mixture: source -> weight, of which `own_text` False leaves out what the model samples. batch: sequences in a forward pass,
     micro: in a pass of training. phases: sequences of each end-to-end phase, 0 for none. processor: the device is a CPU.
-    bos: begin sequences and segments with it.
+    bos: begin sequences and segments with it. family: keys by section, and the model that they were measured on.
     """
 
     path: str
@@ -49,6 +50,7 @@ class Settings:
     own_text: bool = True
     processor: bool = False
     bos: bool = False
+    family: tuple[Mapping[str, Mapping[str, float]], str] = ({}, "")
 
 
 def recipe_text(settings: Settings, reasons: dict[str, str]) -> str:
@@ -108,13 +110,18 @@ def _stages(settings: Settings, reasons: dict[str, str]) -> list[str]:
     if settings.processor:
         lines.append(_line("  batch_size: 1", "more steps for the same text"))
     micro = _line(f"  micro_batch_size: {settings.micro}", reasons.get("micro", "sequences in one pass of training"))
-    lines.append(micro)
+    lines += [micro, *_of_family(settings, "distill")]
     lines += _phase(settings, reasons, "text that data.training does not hold")
     lines.append("act_calib:")
     if settings.processor:
         lines.append(_line("  soft: 0", "coarse ratios stay as fitted: to train them gained nothing on a toy"))
-    lines.append(micro)
+    lines += [micro, *_of_family(settings, "act_calib")]
     return lines + _phase(settings, reasons, "and text that the phase before it does not hold")
+
+
+def _of_family(settings: Settings, section: str) -> list[str]:
+    keys, measured = settings.family
+    return [_line(f"  {key}: {value:g}", f"as measured on {measured}") for key, value in keys.get(section, {}).items()]
 
 
 def _phase(settings: Settings, reasons: dict[str, str], text: str) -> list[str]:

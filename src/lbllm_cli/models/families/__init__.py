@@ -31,7 +31,8 @@ class Family:
     it is used; 1 where weights are stored about zero. stored: of a block, where files hold tensors that modules have under
     other names here, or in one with others; {e} stands for the number of an expert, and of files that have all experts in one
     tensor it is the index on its first axis. within: models that see pictures as well, and have this one inside.
-    begins: whether it is lost on text that does not begin with BOS.
+    begins: whether it is lost on text that does not begin with BOS. drafted: section of a recipe -> keys that `lbllm init` gives
+    it beside the usual ones, for what was measured on a model of the family; measured: which one.
     """
 
     model_type: str
@@ -43,6 +44,8 @@ class Family:
     stored: Mapping[str, Part] = field(default_factory=dict)
     within: tuple[str, ...] = ()
     begins: bool = False
+    drafted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    measured: str = ""
 
 
 def _found() -> dict[str, Family]:
