@@ -7,6 +7,7 @@ from lbllm_cli.core.console import say
 from lbllm_cli.core.lock import locked
 from lbllm_cli.export import writer
 from lbllm_cli.export.forecast import export_need
+from lbllm_cli.export.formats import exporter
 from lbllm_cli.pipeline.checkpoint import complete_stages
 from lbllm_cli.pipeline.forecast import announce
 from lbllm_cli.pipeline.lineage import open_checkpoint
@@ -23,6 +24,8 @@ def export(recipe: Recipe, dry_run: bool, force: bool) -> None:
     if stage == "latest":
         complete = complete_stages(plan.output)
         stage = complete[-1] if complete else TABLE[0].name
+    by = exporter(recipe.export.format)
+    by.check(plan.model)
     checkpoint = open_checkpoint(plan, stage)
     target = plan.output / EXPORT
     form, shard = recipe.export.format, int(recipe.export.shard_gb * 1e9)
@@ -39,5 +42,7 @@ def export(recipe: Recipe, dry_run: bool, force: bool) -> None:
             say(f"export: up to date, {target}")
             return
         writer.export(plan.model, checkpoint, target, form, shard)
+    without = "; quantizers of activations are left out" if checkpoint.activations and not by.quantizes() else ""
+    say(f"export: {by.fidelity(plan.model)}{without}")
     size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
     say(f"export: {target}, {recipe.export.format}, {size:,} bytes of weights")

@@ -127,12 +127,12 @@ def verify(target: Path) -> None:
 
 def _tensors(model: SourceModel, checkpoint: Checkpoint, by: Exporter) -> Iterator[tuple[str, Tensor]]:
     """All tensors of the exported model: everything outside the blocks, then block by block."""
-    changed = checkpoint.read_outer()
+    changed, binarized = checkpoint.read_outer(), set(model.binarized_names)
     yield from {**model.read([name for name in model.outer_names() if name not in changed]), **changed}.items()
     for index in range(model.blocks):
         interrupt.check()
         stored = by.block(model, checkpoint.read_block(index))
-        taken = [name for name in model.block_names(index) if name not in stored]
+        taken = [name for name in model.block_names(index) if name not in stored and name not in binarized]
         yield from by.named(model, {**model.read(taken), **stored}).items()
 
 

@@ -212,6 +212,10 @@ class PackedWeight:
         """One code per weight: uint8 [out, in], 0..3."""
         return unpack_codes(self.codes, self.in_features)
 
+    def whole_levels(self) -> Tensor:
+        """Each weight's stored level, before its group's scale: int8 [out, in]."""
+        return self.levels.gather(2, grouped(self.unpacked(), self.group_size).long()).flatten(1)[:, : self.in_features]
+
     def values(self) -> Tensor:
         """The weights that the model runs with: float32 [out, in]."""
         return dequantize(self.unpacked(), self.levels, self.scale, self.group_size)

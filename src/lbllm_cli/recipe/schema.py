@@ -152,7 +152,11 @@ class Export(Section):
     """What `lbllm export` writes."""
 
     checkpoint: ExportedName = Field("latest", description="latest: the last complete stage")
-    format: FormatName = Field("packed", description="packed: 2-bit codes; dense: a plain folder")
+    format: FormatName = Field(
+        "packed",
+        description="packed: 2-bit codes; dense: a plain folder; compressed-tensors: 8 bits a weight, which transformers "
+        "loads without lbllm",
+    )
     shard_gb: float = Field(5.0, ge=1e-6, le=1e6, description="largest weight file, in units of 10^9 bytes; held in RAM once")
 
 

@@ -163,8 +163,8 @@ NOT_IN_FINGERPRINT = {
 
 
 def _formats() -> tuple[str, ...]:
-    """Names of the formats of exports, which are the files of a folder, the usual one first."""
-    names = sorted(item.name for item in iter_modules([str(Path(__file__).parents[1] / "export" / "formats")]))
+    """Names of the formats of exports, which are the files of a folder with hyphens, the usual one first."""
+    names = sorted(item.name.replace("_", "-") for item in iter_modules([str(Path(__file__).parents[1] / "export" / "formats")]))
     return tuple(sorted(names, key=lambda name: name != USUAL_FORMAT))
 
 

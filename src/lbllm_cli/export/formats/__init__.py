@@ -1,4 +1,4 @@
-"""Formats of exports: every file in this folder is one, named as `export.format` names it."""
+"""Formats of exports: every file in this folder is one, named as `export.format` names it, with `_` for a hyphen."""
 
 from importlib import import_module
 from typing import Any, Protocol, cast
@@ -11,6 +11,9 @@ from lbllm_cli.pipeline.checkpoint import Checkpoint
 
 class Exporter(Protocol):
     """The module of a format."""
+
+    def check(self, model: SourceModel) -> None:
+        """Raises UsageError naming what the model has that the format cannot hold."""
 
     def settings(self, model: SourceModel, checkpoint: Checkpoint) -> dict[str, Any]:
         """What config.json has beside the source's values."""
@@ -27,10 +30,13 @@ class Exporter(Protocol):
     def quantizes(self) -> bool:
         """Whether a model that is loaded from the folder quantizes activations, where its stage does."""
 
+    def fidelity(self, model: SourceModel) -> str:
+        """How a loaded model's weights compare with the checkpoint's, for the log."""
+
     def loading(self) -> list[str]:
         """Lines of the model card: how to load the folder."""
 
 
 def exporter(name: str) -> Exporter:
     """A format by its name, which the recipe has checked."""
-    return cast(Exporter, import_module(f"{__name__}.{name}"))
+    return cast(Exporter, import_module(f"{__name__}.{name.replace('-', '_')}"))

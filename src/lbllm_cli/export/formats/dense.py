@@ -9,6 +9,10 @@ from lbllm_cli.models.stored import decoded
 from lbllm_cli.pipeline.checkpoint import Checkpoint
 
 
+def check(model: SourceModel) -> None:
+    """It holds whatever the source holds."""
+
+
 def settings(model: SourceModel, checkpoint: Checkpoint) -> dict[str, Any]:
     """Nothing beside the source's values."""
     return {}
@@ -32,6 +36,12 @@ def weight_bytes(model: SourceModel, group_size: int) -> float:
 def quantizes() -> bool:
     """An ordinary model knows no quantizers."""
     return False
+
+
+def fidelity(model: SourceModel) -> str:
+    """In the source's dtype."""
+    dtype = str(model.source_dtype()).removeprefix("torch.")
+    return "weights are exact in float32" if dtype == "float32" else f"weights are rounded to {dtype}"
 
 
 def loading() -> list[str]:

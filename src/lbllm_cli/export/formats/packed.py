@@ -10,6 +10,10 @@ from lbllm_cli.pipeline.checkpoint import Checkpoint
 from lbllm_cli.pipeline.forecast import checkpoint_bytes
 
 
+def check(model: SourceModel) -> None:
+    """It is made for every model that has a checkpoint."""
+
+
 def settings(model: SourceModel, checkpoint: Checkpoint) -> dict[str, Any]:
     """How to read the folder."""
     found = quantization_config(checkpoint.record.group_size, checkpoint.stage, model.linears, checkpoint.activations)
@@ -34,6 +38,11 @@ def weight_bytes(model: SourceModel, group_size: int) -> float:
 def quantizes() -> bool:
     """The plugin does."""
     return True
+
+
+def fidelity(model: SourceModel) -> str:
+    """Tensors are the checkpoint's."""
+    return "everything is exact"
 
 
 def loading() -> list[str]:

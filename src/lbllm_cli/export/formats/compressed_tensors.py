@@ -1,0 +1,107 @@
+"""`compressed-tensors` with 8-bit integers: a folder that transformers loads without lbllm.
+
+A level is an int8 number times its group's scale, which is what `pack-quantized` weights of eight bits are: nothing is rounded.
+"""
+
+from math import gcd
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lbllm_cli.core.errors import UsageError
+from lbllm_cli.format.weights import PackedWeight
+from lbllm_cli.models.block import block_prefix
+from lbllm_cli.models.model import SourceModel
+from lbllm_cli.models.stored import whole_tensors
+from lbllm_cli.pipeline.checkpoint import Checkpoint
+
+_BITS = 8
+# Weights in an int32 word; it holds them as if each had 128 added, the first in its lowest byte.
+_WORD = 4
+_OFFSET = 1 << (_BITS - 1)
+
+
+def check(model: SourceModel) -> None:
+    """Raises UsageError for a mixture of experts: transformers keeps experts in one tensor, where the format has no weights."""
+    if model.experts is not None:
+        raise UsageError(
+            f"export.format: compressed-tensors has no form for experts ({model.config.model_type}); set it to packed or dense"
+        )
+
+
+def settings(model: SourceModel, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Scheme of every linear: a row whose last group is shorter has groups that divide it, several to one of ours."""
+    groups: dict[int, list[str]] = {}
+    for name in model.linears:
+        width = model.shapes[f"{block_prefix(0)}{name}.weight"][1]
+        groups.setdefault(gcd(width, checkpoint.record.group_size), []).append(name)
+    schemes = {f"group_{number}": _scheme(size, names) for number, (size, names) in enumerate(sorted(groups.items()))}
+    found = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": schemes,
+        "ignore": ["lm_head"],
+    }
+    return {"quantization_config": found}
+
+
+def _scheme(size: int, names: list[str]) -> dict[str, Any]:
+    weights = {"num_bits": _BITS, "type": "int", "symmetric": True, "strategy": "group", "group_size": size, "dynamic": False}
+    targets = [rf"re:.*layers\.\d+\.{name.replace('.', chr(92) + '.')}$" for name in names]
+    return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
+
+
+def block(model: SourceModel, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Integers four to a word, a float16 scale for each group, and the shape."""
+    found = {name: tensor.to(model.source_dtype()) for name, tensor in whole_tensors(stored).items()}
+    for owner in PackedWeight.owners(stored):
+        width = model.shapes[f"{owner}.weight"][1]
+        packed = PackedWeight.from_tensors(stored, owner, width)
+        size = gcd(width, packed.group_size)
+        scale = packed.scale.repeat_interleave(packed.group_size // size, dim=1)[:, : width // size]
+        shape = torch.tensor([packed.scale.shape[0], width])
+        parts = {"weight_packed": words(packed.whole_levels()), "weight_scale": scale.contiguous(), "weight_shape": shape}
+        found |= {f"{owner}.{part}": tensor for part, tensor in parts.items()}
+    return found
+
+
+def words(levels: Tensor) -> Tensor:
+    """int8 [out, in] -> int32 [out, in / 4 rounded up]: (-128, -127, 0, 1) -> 0x81800100."""
+    padded = torch.nn.functional.pad((levels.int() + _OFFSET).to(torch.uint8), (0, -levels.shape[1] % _WORD))
+    return padded.view(torch.int32)
+
+
+def named(model: SourceModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As modules have them."""
+    return tensors
+
+
+def weight_bytes(model: SourceModel, group_size: int) -> float:
+    """A byte a weight, two for each group."""
+    shapes = [model.shapes[name] for name in model.binarized_names]
+    return sum(rows * (width + 2.0 * width / gcd(width, group_size) + 3) for rows, width in shapes)
+
+
+def quantizes() -> bool:
+    """The format's own quantizers of activations have no tables."""
+    return False
+
+
+def fidelity(model: SourceModel) -> str:
+    """The file is exact."""
+    return "weights are exact where they are loaded in float32; in 16 bits their reader rounds levels times scales"
+
+
+def loading() -> list[str]:
+    """Without the plugin."""
+    return [
+        "Loading needs no code of lbllm, only the package compressed-tensors:",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM  # pip install compressed-tensors",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER", dtype="float32")',
+        "```",
+    ]
