@@ -177,7 +177,7 @@ def generous(model: PlacedModel, path: str, name: str, chat: bool) -> Settings:
 
 def _bits(model: PlacedModel, size: int) -> float:
     """Bits per weight in groups of a size."""
-    return expected_bits([(shape[0], shape[1]) for shape in (model.shapes[name] for name in model.binarized_names)], size)
+    return expected_bits(model.binarized_shapes, size)
 
 
 def group_size(model: PlacedModel) -> int:

@@ -20,7 +20,7 @@ from lbllm_cli.training.forecast import fused_activations, quantizer_activations
 def _passing_bytes(recipe: Recipe, model: SourceModel, settings: EndToEnd) -> float:
     """What a block of an end-to-end phase keeps for its backward pass, decoded weights included."""
     length, rows = recipe.data.training.length, min(settings.micro_batch_size, settings.batch_size)
-    weights = model.count(model.binarized_names) / model.blocks
+    weights = model.binarized_parameters / model.blocks
     if model.backend.kernels is not None:
         # The loss in float32 is of the last states alone; what quantizers keep is about as much.
         loss = 0 if isinstance(settings, ActEndToEnd) else rows * length * 12 * model.config.hidden_size
@@ -44,7 +44,7 @@ def end_to_end_need(recipe: Recipe, model: SourceModel, settings: EndToEnd, reco
     The teacher went ahead block by block.
     """
     length, rows = recipe.data.training.length, min(settings.micro_batch_size, settings.batch_size)
-    weights, itemsize = model.count(model.binarized_names), model.dtype.itemsize
+    weights, itemsize = model.binarized_parameters, model.dtype.itemsize
     levels = weights * 4 / recipe.ptq.group_size
     trained = levels / 4 if "scales" in settings.trained else levels if "levels" in settings.trained else 0
     passing = (1 if recomputed else model.blocks) * _passing_bytes(recipe, model, settings)

@@ -26,14 +26,13 @@ def measure_sizes(model: SourceModel, entries: dict[str, TensorEntry] | None, si
 
     entries: of its tensors by name, None for the base model. size: of the files that hold them, bytes.
     """
-    binarized = model.binarized_names
     entries = {name: model.entries[name] for name in model.shapes} if entries is None else entries
-    owners = {name.removesuffix(".weight") for name in binarized}
+    owners = {name.removesuffix(".weight") for name in model.binarized_names}
     packed = [name for name in entries if name.rpartition(".")[0] in owners and not name.endswith(".bias")]
     stored = sum(entries[name].nbytes for name in packed)
     rest = sum(model.entries[name].nbytes for name in model.shapes if name not in entries)
     whole = rest + sum(entry.nbytes for entry in entries.values())
-    return Sizes(8 * stored / model.count(binarized), 8 * whole / model.count(list(model.shapes)), rest + size)
+    return Sizes(8 * stored / model.binarized_parameters, 8 * whole / model.count(list(model.shapes)), rest + size)
 
 
 def result(sizes: Sizes, activations: ActivationFormat | None, texts: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -118,6 +118,17 @@ class SourceModel:
         """Weights that are binarized, in block order."""
         return [f"{block_prefix(i)}{name}.weight" for i in range(self.blocks) for name in self.linears]
 
+    @cached_property
+    def binarized_shapes(self) -> list[tuple[int, int]]:
+        """Shapes of a block's linears, in order; all blocks have the same."""
+        shapes = (self.shapes[f"{block_prefix(0)}{name}.weight"] for name in self.linears)
+        return [(shape[0], shape[1]) for shape in shapes]
+
+    @property
+    def binarized_parameters(self) -> int:
+        """Weights that are binarized, of all blocks."""
+        return self.blocks * sum(rows * width for rows, width in self.binarized_shapes)
+
     def count(self, names: list[str]) -> int:
         """Parameters in some tensors."""
         return sum(torch.Size(self.shapes[name]).numel() for name in names)
@@ -146,11 +157,20 @@ class SourceModel:
     @property
     def binarized_share(self) -> float:
         """Share of all parameters that is binarized."""
-        return self.count(self.binarized_names) / self.count(list(self.shapes))
+        return self.binarized_parameters / self.count(list(self.shapes))
 
     def block_names(self, index: int) -> list[str]:
         """Names of all tensors of a block."""
-        return [name for name in self.shapes if name.startswith(block_prefix(index))]
+        return self._names_of_blocks[index]
+
+    @cached_property
+    def _names_of_blocks(self) -> list[list[str]]:
+        # A mixture of experts has 20,000 names, and a forecast asks for those of a block a hundred times.
+        found: list[list[str]] = [[] for _ in range(self.blocks)]
+        for name in self.shapes:
+            if name.startswith(BLOCKS):
+                found[int(name.removeprefix(BLOCKS).partition(".")[0])].append(name)
+        return found
 
     def outer_names(self) -> list[str]:
         """Names of the tensors outside the blocks: embeddings, final norm, head."""

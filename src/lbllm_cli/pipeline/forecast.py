@@ -143,8 +143,7 @@ def sampling_bytes(model: SourceModel, rows: int, length: int) -> float:
 
 def checkpoint_bytes(model: SourceModel, group_size: int) -> float:
     """Bytes of a stage's block files."""
-    shapes = [(shape[0], shape[1]) for shape in (model.shapes[name] for name in model.binarized_names)]
-    return expected_bits(shapes, group_size) * model.count(model.binarized_names) / 8
+    return expected_bits(model.binarized_shapes, group_size) * model.binarized_parameters / 8
 
 
 def streams_place(recipe: Recipe, model: SourceModel, device: float, alive: float) -> Place:

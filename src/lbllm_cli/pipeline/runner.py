@@ -106,7 +106,7 @@ def _facts(run: StageRun, model: SourceModel, parent: Checkpoint | None) -> dict
         "group_size": run.plan.recipe.ptq.group_size,
         "blocks": model.blocks,
         "parameters": model.count(list(model.shapes)),
-        "binarized_parameters": model.count(model.binarized_names),
+        "binarized_parameters": model.binarized_parameters,
         "tokens": run.tokens.numel(),
         **({} if run.activations is None else {"activations": run.activations.as_dict()}),
     }

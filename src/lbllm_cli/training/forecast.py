@@ -14,7 +14,7 @@ SEQUENCES = 8
 
 def masters(model: SourceModel, settings: Distill | ActCalib, group_size: int) -> tuple[float, float]:
     """Masters of a block's linears, how many are trained and how many are not; quantizers are too small to count."""
-    weights = model.count(model.binarized_names) / model.blocks
+    weights = model.binarized_parameters / model.blocks
     sizes = {"levels": weights * 4 / group_size}
     if isinstance(settings, Distill) or "weights" in settings.trained:
         sizes["weights"] = weights
@@ -45,7 +45,7 @@ def _fused_device(model: SourceModel, settings: Distill | ActCalib, group_size: 
     stored; codes. Before that act-calib looks at some sequences at once. Counted on the shapes of three models
     (scripts/bench/device_counts.py).
     """
-    config, weights, itemsize = model.config, model.count(model.binarized_names) / model.blocks, model.dtype.itemsize
+    config, weights, itemsize = model.config, model.binarized_parameters / model.blocks, model.dtype.itemsize
     latents = 4.0 * weights * (3 if isinstance(settings, Distill) or "weights" in settings.trained else 0)
     levels = 20.0 * weights * 4 / group_size
     resident = block_bytes(model) + 2 * weights * itemsize + latents + levels + weights * 0.3
@@ -67,7 +67,7 @@ def training_device(recipe: Recipe, model: SourceModel, settings: Distill | ActC
     """The teacher's block; masters, their gradients and AdamW's two moments; the weights they stand for, in float32 and in the
     compute dtype with a gradient; activations. Or the teacher's pass over the data, if that is more."""
     trained, frozen = masters(model, settings, recipe.ptq.group_size)
-    weights = model.count(model.binarized_names) / model.blocks
+    weights = model.binarized_parameters / model.blocks
     length = recipe.data.training.length
     current = weights * (4.0 + 1.0 + 2.0 * model.dtype.itemsize)
     fused = not (isinstance(settings, Distill) and settings.parametrisation == "bitmap")

@@ -80,8 +80,9 @@ def named(model: SourceModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def weight_bytes(model: SourceModel, group_size: int) -> float:
     """A byte a weight, two for each group."""
-    shapes = [model.shapes[name] for name in model.binarized_names]
-    return sum(rows * (width + 2.0 * width / gcd(width, group_size) + 3) for rows, width in shapes)
+    return model.blocks * sum(
+        rows * (width + 2.0 * width / gcd(width, group_size) + 3) for rows, width in model.binarized_shapes
+    )
 
 
 def quantizes() -> bool:

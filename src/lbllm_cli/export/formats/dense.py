@@ -30,7 +30,7 @@ def named(model: SourceModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def weight_bytes(model: SourceModel, group_size: int) -> float:
     """Two bytes a weight."""
-    return model.count(model.binarized_names) * 2.0
+    return model.binarized_parameters * 2.0
 
 
 def quantizes() -> bool:
