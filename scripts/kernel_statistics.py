@@ -13,6 +13,7 @@ TRITON_INTERPRET.
 """
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
@@ -29,7 +30,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lbllm_cli.runtime.cuda import activations, gemm, gemv, head
+from lbllm_cli.runtime.cuda import activations, gemm, gemv, head, instructions
 from lbllm_cli.runtime.cuda.instructions import NATIVE
 
 RECORD = Path(__file__).parents[1] / "tests" / "runtime" / "cuda" / "statistics.json"
@@ -115,6 +116,12 @@ CASES = [
 ]
 
 
+def sources() -> str:
+    """Hash of the files that decide what is compiled: the kernels, what they call, and the cases here."""
+    files = [Path(module.__file__ or "") for module in (activations, gemm, gemv, head, instructions)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in (*files, Path(__file__)))).hexdigest()
+
+
 def _source(case: Case) -> ASTSource:
     signature, constants, attributes = {}, {}, {}
     for place, name in enumerate(case.kernel.arg_names):
@@ -168,8 +175,12 @@ def main() -> int:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="compare with the record")
     mode.add_argument("--write", action="store_true", help="record")
+    mode.add_argument("--sources", action="store_true", help="print the hash of what would be compiled, and nothing else")
     parser.add_argument("--all", action="store_true", help="every case for every architecture; takes three times as long")
     arguments = parser.parse_args()
+    if arguments.sources:
+        print(sources())
+        return 0
     if not NATIVE:
         parser.error("TRITON_INTERPRET is set; unset it")
     found = {}
@@ -179,7 +190,7 @@ def main() -> int:
                 found[name] = statistics(case, architecture, Path(folder))
                 print(f"{name:54} " + "  ".join(f"{key} {value}" for key, value in found[name].items()), flush=True)
     if arguments.write:
-        RECORD.write_text(json.dumps({"triton": triton.__version__, "cases": found}, indent=1) + "\n", encoding="utf-8")
+        RECORD.write_text(json.dumps({"triton": triton.__version__, "sources": sources(), "cases": found}, indent=1) + "\n", encoding="utf-8")
     if not arguments.check:
         return 0
     record = json.loads(RECORD.read_text(encoding="utf-8"))["cases"]

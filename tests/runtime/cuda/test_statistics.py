@@ -30,6 +30,12 @@ def test_what_is_compiled_is_what_was_recorded(tmp_path):
         pytest.skip(f"recorded with Triton {RECORD['triton']}, this is {triton.__version__}")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, str(ROOT / "scripts" / "kernel_statistics.py"), "--check"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+
+    def script(argument: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(ROOT / "scripts" / "kernel_statistics.py"), argument]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    # The same kernels give the same record: they are compiled, two minutes, where one was changed.
+    if script("--sources").stdout.strip() != RECORD["sources"]:
+        done = script("--check")
+        assert done.returncode == 0, done.stderr
