@@ -23,7 +23,7 @@ INSTALLED := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/lbllm_
 $(VENV)/.installed: $(INSTALLED)
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --constraint constraints.txt torch
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev,gguf]'
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev,gguf,serve]'
 	touch $@
 
 # The test suite, after style and types.
@@ -50,7 +50,7 @@ test-newest test-oldest: test-%:
 	$(PYTHON) -m venv .venv-$*
 	$(if $(filter oldest,$*),$(PYTHON) scripts/floors.py,echo) torch==$(TORCH) > .venv-$*/constraints.txt
 	.venv-$*/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --constraint .venv-$*/constraints.txt \
-		--editable '.[dev,gguf]'
+		--editable '.[dev,gguf,serve]'
 	.venv-$*/bin/python -m pip freeze --exclude-editable | xargs
 	.venv-$*/bin/python -m pytest --numprocesses $(JOBS) $(TESTS)
 

@@ -226,6 +226,25 @@ def generate(
         stream(model, device, Request(prompt, raw, max_new_tokens, temperature, seed, full_activations, trust_remote_code))
 
 
+@app.command(epilog="Example: `lbllm serve --model runs/smollm2-135m/export --port 8080`")
+def serve(
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="exported folder, any model folder, or a Hugging Face id", show_default=False)
+    ],
+    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0: on all")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="port to listen on")] = 8000,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run Python code that comes with the model; read it first")
+    ] = False,
+) -> None:
+    """Serve a model to OpenAI clients: chat and plain completions, streamed or whole. Needs the extra `serve`."""
+    with _exit_codes():
+        from lbllm_cli.cli.serve import serve as run
+
+        run(model, host, port, device, trust_remote_code)
+
+
 @app.command(epilog="Example: `lbllm validate --recipe llama2-7b.yaml model.path=./folder-with-config-json`")
 def validate(recipe: RecipeOption, overrides: Overrides = None, json: Json = False) -> None:
     """Check recipe, model, text and disk, and forecast memory; a folder with only config.json gives the forecast alone."""

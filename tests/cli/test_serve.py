@@ -1,0 +1,174 @@
+"""`lbllm serve` through the openai client: it answers what `lbllm generate` writes, and ends when it is told to."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+from lbllm_cli.cli import serve
+from lbllm_cli.core.errors import RunError
+
+openai = pytest.importorskip("openai")
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+SECONDS = 120
+pytestmark = pytest.mark.heavy
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Server:
+    """A running one. folder: its model."""
+
+    process: "subprocess.Popen[str]"
+    folder: Path
+    port: int
+    log: Path
+
+    @property
+    def client(self) -> Any:
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", timeout=SECONDS, max_retries=0)
+
+
+def started(folder: Path, log: Path) -> Server:
+    port = free_port()
+    command = [sys.executable, "-m", "lbllm_cli", "serve", "--model", str(folder), "--port", str(port), "--device", "cpu"]
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=out, text=True, preexec_fn=heard, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+    end = time.monotonic() + SECONDS
+    while "serve: http" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.1)
+    return Server(process, folder, port, log)
+
+
+@pytest.fixture(scope="module")
+def server(export_of, tmp_path_factory) -> Iterator[Server]:
+    """Of a packed export with 4-bit activations, keys and values, and a chat template."""
+    base = tmp_path_factory.mktemp("serve")
+    shutil.copytree(export_of("llama-tied"), base / "model")
+    (base / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    found = started(base / "model", base / "log")
+    yield found
+    found.process.send_signal(signal.SIGINT)
+    try:
+        assert found.process.wait(timeout=SECONDS) == 0
+    finally:
+        found.process.kill()
+    log = found.log.read_text()
+    assert "serve: stopped" in log
+    assert "Traceback" not in log
+
+
+def written(ok, server: Server, prompt: str, *more: str) -> str:
+    command = ("generate", "--model", server.folder, "--prompt", prompt, "--max-new-tokens", "12", *more)
+    return ok(*command).stdout.removesuffix("\n")
+
+
+def test_it_lists_its_model(server):
+    assert [model.id for model in server.client.models.list()] == [str(server.folder)]
+
+
+def test_completions_are_what_generate_writes(server, ok):
+    wanted = written(ok, server, "The sea", "--raw")
+    options = {"model": str(server.folder), "prompt": "The sea", "max_tokens": 12, "temperature": 0}
+    whole = server.client.completions.create(**options)
+    assert whole.choices[0].text == wanted
+    assert whole.usage.completion_tokens == 12
+    pieces = [chunk.choices[0].text for chunk in server.client.completions.create(**options, stream=True)]
+    assert "".join(pieces) == wanted
+    assert len(pieces) > 3
+
+
+def test_chat_goes_through_the_template(server, ok):
+    wanted = written(ok, server, "hello")
+    assert wanted != written(ok, server, "hello", "--raw")
+    messages = [{"role": "user", "content": "hello"}]
+    options = {"messages": messages, "model": str(server.folder), "max_tokens": 12, "temperature": 0}
+    assert server.client.chat.completions.create(**options).choices[0].message.content == wanted
+    pieces = [chunk.choices[0].delta.content or "" for chunk in server.client.chat.completions.create(**options, stream=True)]
+    assert "".join(pieces) == wanted
+
+
+def test_the_client_of_the_page(server, ok, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), flags=re.DOTALL)
+    exec(code.replace("8080", str(server.port)).replace("max_tokens=64", "max_tokens=12"), {})
+    assert capsys.readouterr().out == written(ok, server, "What is a comet?") + "\n"
+
+
+def test_requests_that_come_together_are_answered_each_for_itself(server, ok):
+    prompts = ["The sea", "A comet is", "Once", "hello there", "She was", "In the"]
+    wanted = [written(ok, server, prompt, "--raw") for prompt in prompts]
+
+    def ask(prompt: str) -> str:
+        found = server.client.completions.create(model=str(server.folder), prompt=prompt, max_tokens=12, temperature=0)
+        return found.choices[0].text
+
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        assert list(pool.map(ask, prompts)) == wanted
+
+
+def test_another_model_is_refused(server):
+    with pytest.raises(openai.BadRequestError) as refused:
+        server.client.completions.create(model="gpt-2", prompt="x", max_tokens=1)
+    assert refused.value.response.json()["detail"] == f"Server is pinned to '{server.folder}'; requested 'gpt-2'."
+
+
+def test_a_port_in_use_is_refused_before_the_model_is_read(server, lbllm):
+    result = lbllm("serve", "--model", server.folder, "--port", str(server.port))
+    assert result.exit_code == 2
+    assert f"cannot listen on 127.0.0.1:{server.port} (" in result.stderr
+    assert "choose another --port or --host" in result.stderr
+
+
+def test_a_model_without_a_template_is_said_to_have_none(lbllm, toy, monkeypatch):
+    def start(*_: object) -> None:
+        raise RunError("not now")
+
+    monkeypatch.setattr(serve, "_start", start)
+    result = lbllm("serve", "--model", toy, "--port", str(free_port()))
+    assert result.exit_code == 1
+    assert f"serve: {toy} has no chat template: /v1/completions alone is of use" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "no/such/folder"], "no/such/folder"),
+        (["--model", "runs@home"], "--model runs@home: the server takes what is behind @ for a revision; rename the folder"),
+        (["--model", "TOY", "--host", "256.0.0.1"], "cannot listen on 256.0.0.1:8000 ("),
+        (["--model", "TOY", "--device", "cuda:7"], "--device"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_name(lbllm, toy, arguments, message):
+    result = lbllm("serve", *[toy if word == "TOY" else word for word in arguments])
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_without_a_server_installed_the_extra_is_named(lbllm, toy, monkeypatch):
+    monkeypatch.setattr(serve, "is_serve_available", lambda: False)
+    result = lbllm("serve", "--model", toy)
+    assert result.exit_code == 2
+    assert "a server needs fastapi, uvicorn and openai; run: pip install 'lbllm-cli[serve]'" in result.stderr
