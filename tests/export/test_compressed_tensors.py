@@ -104,6 +104,7 @@ def test_quantizers_of_activations_are_left_out_and_that_is_said(ok, finished, t
 
 def test_experts_are_refused_before_anything_is_written(ok, lbllm, tmp_path):
     source = save_toy(tmp_path / "model", "mixtral")
-    recipe = write_recipe(tmp_path / "recipe.yaml", source, tmp_path / "run")
+    recipe = write_recipe(tmp_path / "recipe.yaml", source, tmp_path / "run", ptq={"rounds": 0})
+    ok("ptq", "--recipe", recipe)
     message = refused(lbllm, tmp_path / "run", "export", "--recipe", recipe, FORM)
     assert "export.format: compressed-tensors has no form for experts (mixtral); set it to packed or dense" in message

@@ -101,7 +101,7 @@ export: {shard_gb: -1, format: 3}
         "eval.checkpoints[1]: input should be 'base', 'ptq', 'distill', 'distill-e2e', 'act-calib', "
         "'act-calib-e2e' or 'export', got 'pqt'",
         "export.shard_gb: input should be greater than or equal to 0.000001, got -1",
-        "export.format: input should be 'packed', 'compressed-tensors' or 'dense', got 3",
+        "export.format: input should be 'packed', 'compressed-tensors', 'dense' or 'gguf', got 3",
     }
 
 

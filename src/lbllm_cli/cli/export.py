@@ -25,8 +25,8 @@ def export(recipe: Recipe, dry_run: bool, force: bool) -> None:
         complete = complete_stages(plan.output)
         stage = complete[-1] if complete else TABLE[0].name
     by = exporter(recipe.export.format)
-    by.check(plan.model)
     checkpoint = open_checkpoint(plan, stage)
+    by.check(plan.model, checkpoint.record.group_size)
     target = plan.output / EXPORT
     form, shard = recipe.export.format, int(recipe.export.shard_gb * 1e9)
     done = not force and writer.up_to_date(target, writer.export_inputs(checkpoint, form, shard))
@@ -42,7 +42,7 @@ def export(recipe: Recipe, dry_run: bool, force: bool) -> None:
             say(f"export: up to date, {target}")
             return
         writer.export(plan.model, checkpoint, target, form, shard)
-    without = "; quantizers of activations are left out" if checkpoint.activations and not by.quantizes() else ""
+    without = "; quantizers of activations are left out" if checkpoint.activations and not by.quantizes else ""
     say(f"export: {by.fidelity(plan.model)}{without}")
-    size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
+    size = sum(file.stat().st_size for pattern in writer.WEIGHTS for file in target.glob(pattern))
     say(f"export: {target}, {recipe.export.format}, {size:,} bytes of weights")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lbllm_cli import __version__
 from lbllm_cli.core.markdown import literal
-from lbllm_cli.export.formats import Exporter
+from lbllm_cli.export.base import Exporter
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.pipeline.checkpoint import Checkpoint
 
@@ -13,7 +13,7 @@ from lbllm_cli.pipeline.checkpoint import Checkpoint
 def model_card(model: SourceModel, checkpoint: Checkpoint, by: Exporter) -> str:
     """Model card: what this is and how to load it."""
     name = literal(Path(os.path.abspath(model.folder)).name)
-    layout = checkpoint.activations if by.quantizes() else None
+    layout = checkpoint.activations if by.quantizes else None
     lines = [f"# {name}, W(1+1){f'A{layout.bits}KV{layout.kv_bits}' if layout else ''}, {checkpoint.stage}", ""]
     lines.append(
         f"The linear layers of {name}'s decoder blocks are binarized to a sign bit and a bitmap bit per weight, four levels "

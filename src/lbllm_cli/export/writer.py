@@ -1,28 +1,25 @@
 """Export: a model folder in one of the formats of `export.formats`, written and replaced as a whole."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.torch import save_file
-from torch import Tensor
 
-from lbllm_cli.core import files, interrupt
+from lbllm_cli.core import files
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.core.fingerprint import fingerprint
 from lbllm_cli.core.own_folders import check_own, remove_own
 from lbllm_cli.core.validation import describe
 from lbllm_cli.export.card import model_card
-from lbllm_cli.export.formats import Exporter, exporter
+from lbllm_cli.export.formats import exporter
 from lbllm_cli.format.settings import FORMAT_VERSION
-from lbllm_cli.models import folder as source
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.pipeline.checkpoint import Checkpoint
 from lbllm_cli.pipeline.folders import EXPORT_FOLDER
 from lbllm_cli.pipeline.stage_record import Sha256
 
 RECORD = "lbllm_export.json"
+WEIGHTS = ("*.safetensors", "*.gguf")
 
 
 def export(model: SourceModel, checkpoint: Checkpoint, target: Path, form: str, shard_bytes: int) -> None:
@@ -38,12 +35,10 @@ def export(model: SourceModel, checkpoint: Checkpoint, target: Path, form: str, 
     inputs = export_inputs(checkpoint, form, shard_bytes)
     # An unfinished export must be known for one as well, or nobody could delete it.
     files.write_json(partial / RECORD, inputs)
-    source.copy_metadata(model.folder, partial)
     by = exporter(form)
-    files.write_json(partial / "config.json", model.exported_config() | by.settings(model, checkpoint))
-    _write_shards(_tensors(model, checkpoint, by), partial, shard_bytes)
+    by.write(model, checkpoint, partial, shard_bytes)
     files.write_text(partial / "README.md", model_card(model, checkpoint, by))
-    written = [partial / "config.json", *sorted(partial.glob("*.safetensors"))]
+    written = sorted(file for pattern in ("config.json", *WEIGHTS) for file in partial.glob(pattern))
     files.write_json(partial / RECORD, inputs | {"files": {file.name: files.sha256(file) for file in written}})
     if target.exists():
         check_target(target)
@@ -86,7 +81,7 @@ def _changed(target: Path, hashes: dict[str, str]) -> list[str]:
     return [name for name, found in hashes.items() if not (target / name).exists() or files.sha256(target / name) != found]
 
 
-_FileName = Annotated[str, Field(pattern=r"^(config\.json|model[-0-9of]*\.safetensors)$")]
+_FileName = Annotated[str, Field(pattern=r"^(config\.json|model[-0-9of]*\.safetensors|model\.gguf)$")]
 
 
 class _Record(BaseModel):
@@ -94,7 +89,7 @@ class _Record(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    files: Annotated[dict[_FileName, Sha256], Field(min_length=2)]
+    files: Annotated[dict[_FileName, Sha256], Field(min_length=1)]
 
 
 def _hashes(target: Path) -> dict[str, str]:
@@ -123,46 +118,3 @@ def verify(target: Path) -> None:
     """Compares an export with its record. Raises UsageError as `content`, or naming the files that were changed since."""
     if changed := _changed(target, _hashes(target)):
         raise UsageError(f"{target}: {', '.join(changed)} changed since the export; run: lbllm export --recipe ... --force")
-
-
-def _tensors(model: SourceModel, checkpoint: Checkpoint, by: Exporter) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of the exported model: everything outside the blocks, then block by block."""
-    changed, binarized = checkpoint.read_outer(), set(model.binarized_names)
-    yield from {**model.read([name for name in model.outer_names() if name not in changed]), **changed}.items()
-    for index in range(model.blocks):
-        interrupt.check()
-        stored = by.block(model, checkpoint.read_block(index))
-        taken = [name for name in model.block_names(index) if name not in stored and name not in binarized]
-        yield from by.named(model, {**model.read(taken), **stored}).items()
-
-
-def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_bytes: int) -> None:
-    """Safetensors shards of at most `shard_bytes` (a single larger tensor gets its own), and an index when there are several."""
-    shards: list[tuple[Path, list[str]]] = []
-    total = held_bytes = 0
-    held: dict[str, Tensor] = {}
-
-    def flush() -> None:
-        path = folder / f"part-{len(shards):05d}"
-        save_file(held, path, metadata={"format": "pt"})
-        shards.append((path, list(held)))
-        held.clear()
-
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if held and held_bytes + size > shard_bytes:
-            flush()
-            held_bytes = 0
-        held[name] = tensor.cpu().contiguous()
-        held_bytes += size
-        total += size
-    flush()
-    weight_map: dict[str, str] = {}
-    for number, (path, names) in enumerate(shards, 1):
-        name = source.SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        files.sync_file(path)
-        path.rename(folder / name)
-        weight_map |= dict.fromkeys(names, name)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        files.write_json(folder / source.INDEX, index)

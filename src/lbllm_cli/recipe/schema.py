@@ -155,7 +155,7 @@ class Export(Section):
     format: FormatName = Field(
         "packed",
         description="packed: 2-bit codes; dense: a plain folder; compressed-tensors: 8 bits a weight, which transformers "
-        "loads without lbllm",
+        "loads without lbllm; gguf: 8.5 bits a weight, for llama.cpp",
     )
     shard_gb: float = Field(5.0, ge=1e-6, le=1e6, description="largest weight file, in units of 10^9 bytes; held in RAM once")
 

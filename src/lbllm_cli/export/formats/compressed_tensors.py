@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lbllm_cli.core.errors import UsageError
+from lbllm_cli.export.base import FolderExporter
 from lbllm_cli.format.weights import PackedWeight
 from lbllm_cli.models.block import block_prefix
 from lbllm_cli.models.model import SourceModel
@@ -22,29 +23,67 @@ _WORD = 4
 _OFFSET = 1 << (_BITS - 1)
 
 
-def check(model: SourceModel) -> None:
-    """Raises UsageError for a mixture of experts: transformers keeps experts in one tensor, where the format has no weights."""
-    if model.experts is not None:
-        raise UsageError(
-            f"export.format: compressed-tensors has no form for experts ({model.config.model_type}); set it to packed or dense"
+class CompressedTensors(FolderExporter):
+    """Integers and scales."""
+
+    def check(self, model: SourceModel, group_size: int) -> None:
+        """Raises UsageError for experts: transformers keeps them in one tensor, for which the format has no weights."""
+        if model.experts is not None:
+            raise UsageError(
+                f"export.format: compressed-tensors has no form for experts ({model.config.model_type}); set it to packed or "
+                "dense"
+            )
+
+    def settings(self, model: SourceModel, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Scheme of every linear: a row whose last group is shorter has groups that divide it, several to one of ours."""
+        groups: dict[int, list[str]] = {}
+        for name in model.linears:
+            width = model.shapes[f"{block_prefix(0)}{name}.weight"][1]
+            groups.setdefault(gcd(width, checkpoint.record.group_size), []).append(name)
+        schemes = {f"group_{number}": _scheme(size, names) for number, (size, names) in enumerate(sorted(groups.items()))}
+        found = {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": schemes,
+            "ignore": ["lm_head"],
+        }
+        return {"quantization_config": found}
+
+    def block(self, model: SourceModel, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Integers four to a word, a float16 scale for each group, and the shape."""
+        found = {name: tensor.to(model.source_dtype()) for name, tensor in whole_tensors(stored).items()}
+        for owner in PackedWeight.owners(stored):
+            width = model.shapes[f"{owner}.weight"][1]
+            packed = PackedWeight.from_tensors(stored, owner, width)
+            size = gcd(width, packed.group_size)
+            scale = packed.scale.repeat_interleave(packed.group_size // size, dim=1)[:, : width // size]
+            shape = torch.tensor([packed.scale.shape[0], width])
+            parts = {"weight_packed": words(packed.whole_levels()), "weight_scale": scale.contiguous(), "weight_shape": shape}
+            found |= {f"{owner}.{part}": tensor for part, tensor in parts.items()}
+        return found
+
+    def weight_bytes(self, model: SourceModel, group_size: int) -> float:
+        """A byte a weight, two for each group."""
+        return model.blocks * sum(
+            rows * (width + 2.0 * width / gcd(width, group_size) + 3) for rows, width in model.binarized_shapes
         )
 
+    def fidelity(self, model: SourceModel) -> str:
+        """The file is exact."""
+        return "weights are exact where they are loaded in float32; in 16 bits their reader rounds levels times scales"
 
-def settings(model: SourceModel, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Scheme of every linear: a row whose last group is shorter has groups that divide it, several to one of ours."""
-    groups: dict[int, list[str]] = {}
-    for name in model.linears:
-        width = model.shapes[f"{block_prefix(0)}{name}.weight"][1]
-        groups.setdefault(gcd(width, checkpoint.record.group_size), []).append(name)
-    schemes = {f"group_{number}": _scheme(size, names) for number, (size, names) in enumerate(sorted(groups.items()))}
-    found = {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": schemes,
-        "ignore": ["lm_head"],
-    }
-    return {"quantization_config": found}
+    def loading(self) -> list[str]:
+        """Without the plugin."""
+        return [
+            "Loading needs no code of lbllm, only the package compressed-tensors:",
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM  # pip install compressed-tensors",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER", dtype="float32")',
+            "```",
+        ]
 
 
 def _scheme(size: int, names: list[str]) -> dict[str, Any]:
@@ -53,56 +92,10 @@ def _scheme(size: int, names: list[str]) -> dict[str, Any]:
     return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
 
 
-def block(model: SourceModel, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Integers four to a word, a float16 scale for each group, and the shape."""
-    found = {name: tensor.to(model.source_dtype()) for name, tensor in whole_tensors(stored).items()}
-    for owner in PackedWeight.owners(stored):
-        width = model.shapes[f"{owner}.weight"][1]
-        packed = PackedWeight.from_tensors(stored, owner, width)
-        size = gcd(width, packed.group_size)
-        scale = packed.scale.repeat_interleave(packed.group_size // size, dim=1)[:, : width // size]
-        shape = torch.tensor([packed.scale.shape[0], width])
-        parts = {"weight_packed": words(packed.whole_levels()), "weight_scale": scale.contiguous(), "weight_shape": shape}
-        found |= {f"{owner}.{part}": tensor for part, tensor in parts.items()}
-    return found
-
-
 def words(levels: Tensor) -> Tensor:
     """int8 [out, in] -> int32 [out, in / 4 rounded up]: (-128, -127, 0, 1) -> 0x81800100."""
     padded = torch.nn.functional.pad((levels.int() + _OFFSET).to(torch.uint8), (0, -levels.shape[1] % _WORD))
     return padded.view(torch.int32)
 
 
-def named(model: SourceModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As modules have them."""
-    return tensors
-
-
-def weight_bytes(model: SourceModel, group_size: int) -> float:
-    """A byte a weight, two for each group."""
-    return model.blocks * sum(
-        rows * (width + 2.0 * width / gcd(width, group_size) + 3) for rows, width in model.binarized_shapes
-    )
-
-
-def quantizes() -> bool:
-    """The format's own quantizers of activations have no tables."""
-    return False
-
-
-def fidelity(model: SourceModel) -> str:
-    """The file is exact."""
-    return "weights are exact where they are loaded in float32; in 16 bits their reader rounds levels times scales"
-
-
-def loading() -> list[str]:
-    """Without the plugin."""
-    return [
-        "Loading needs no code of lbllm, only the package compressed-tensors:",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM  # pip install compressed-tensors",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER", dtype="float32")',
-        "```",
-    ]
+FORMAT = CompressedTensors()

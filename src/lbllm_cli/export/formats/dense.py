@@ -4,46 +4,39 @@ from typing import Any
 
 from torch import Tensor
 
+from lbllm_cli.export.base import FolderExporter
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.models.stored import decoded
 from lbllm_cli.pipeline.checkpoint import Checkpoint
 
 
-def check(model: SourceModel) -> None:
-    """It holds whatever the source holds."""
+class Dense(FolderExporter):
+    """One tensor a weight."""
+
+    def settings(self, model: SourceModel, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Nothing beside the source's values."""
+        return {}
+
+    def block(self, model: SourceModel, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """In the source dtype: in bfloat16 a level loses up to 2^-9 of its value."""
+        return {name: tensor.to(model.source_dtype()) for name, tensor in decoded(stored, model).items()}
+
+    def named(self, model: SourceModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As the source's files have them."""
+        return model.as_stored(tensors)
+
+    def weight_bytes(self, model: SourceModel, group_size: int) -> float:
+        """Two bytes a weight."""
+        return model.binarized_parameters * 2.0
+
+    def fidelity(self, model: SourceModel) -> str:
+        """In the source's dtype."""
+        dtype = str(model.source_dtype()).removeprefix("torch.")
+        return "weights are exact in float32" if dtype == "float32" else f"weights are rounded to {dtype}"
+
+    def loading(self) -> list[str]:
+        """As the source."""
+        return ["This folder holds the decoded weights: any program that reads the source model reads it."]
 
 
-def settings(model: SourceModel, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Nothing beside the source's values."""
-    return {}
-
-
-def block(model: SourceModel, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """In the source dtype: in bfloat16 a level loses up to 2^-9 of its value."""
-    return {name: tensor.to(model.source_dtype()) for name, tensor in decoded(stored, model).items()}
-
-
-def named(model: SourceModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As the source's files have them."""
-    return model.as_stored(tensors)
-
-
-def weight_bytes(model: SourceModel, group_size: int) -> float:
-    """Two bytes a weight."""
-    return model.binarized_parameters * 2.0
-
-
-def quantizes() -> bool:
-    """An ordinary model knows no quantizers."""
-    return False
-
-
-def fidelity(model: SourceModel) -> str:
-    """In the source's dtype."""
-    dtype = str(model.source_dtype()).removeprefix("torch.")
-    return "weights are exact in float32" if dtype == "float32" else f"weights are rounded to {dtype}"
-
-
-def loading() -> list[str]:
-    """As the source."""
-    return ["This folder holds the decoded weights: any program that reads the source model reads it."]
+FORMAT = Dense()

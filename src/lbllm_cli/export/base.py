@@ -1,0 +1,109 @@
+"""What a format of exports is asked for, and how those are written that are folders of safetensors."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lbllm_cli.core import files, interrupt
+from lbllm_cli.models import folder as source
+from lbllm_cli.models.model import SourceModel
+from lbllm_cli.pipeline.checkpoint import Checkpoint
+
+
+class Exporter(ABC):
+    """A format. quantizes: whether a model that is loaded from it quantizes activations, where its stage does."""
+
+    quantizes = False
+
+    def check(self, model: SourceModel, group_size: int) -> None:  # noqa: B027 - most formats hold everything
+        """Raises UsageError naming what the model, or groups of this size, have that the format cannot hold."""
+
+    @abstractmethod
+    def write(self, model: SourceModel, checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
+        """Fills a new folder. shard_bytes: of its largest weight file, where there may be several."""
+
+    @abstractmethod
+    def weight_bytes(self, model: SourceModel, group_size: int) -> float:
+        """Bytes of all binarized weights."""
+
+    @abstractmethod
+    def fidelity(self, model: SourceModel) -> str:
+        """How a loaded model's weights compare with the checkpoint's, for the log."""
+
+    @abstractmethod
+    def loading(self) -> list[str]:
+        """Lines of the model card: how to load it."""
+
+
+class FolderExporter(Exporter):
+    """A format that is a folder as transformers has them: configuration, tokenizer, and safetensors."""
+
+    @abstractmethod
+    def settings(self, model: SourceModel, checkpoint: Checkpoint) -> dict[str, Any]:
+        """What config.json has beside the source's values."""
+
+    @abstractmethod
+    def block(self, model: SourceModel, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of a block as the folder has them. stored: as the checkpoint has them."""
+
+    def named(self, model: SourceModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All tensors of a block by the names that they have in the folder: those of modules."""
+        return tensors
+
+    def write(self, model: SourceModel, checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
+        """One shard is held in memory at a time."""
+        source.copy_metadata(model.folder, folder)
+        files.write_json(folder / "config.json", model.exported_config() | self.settings(model, checkpoint))
+        _write_shards(self._tensors(model, checkpoint), folder, shard_bytes)
+
+    def _tensors(self, model: SourceModel, checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+        """All tensors of the exported model: everything outside the blocks, then block by block."""
+        yield from outer_tensors(model, checkpoint).items()
+        binarized = set(model.binarized_names)
+        for index in range(model.blocks):
+            interrupt.check()
+            stored = self.block(model, checkpoint.read_block(index))
+            taken = [name for name in model.block_names(index) if name not in stored and name not in binarized]
+            yield from self.named(model, {**model.read(taken), **stored}).items()
+
+
+def outer_tensors(model: SourceModel, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Embedding, head and final norm, where the checkpoint has changed one as it is there."""
+    changed = checkpoint.read_outer()
+    return {**model.read([name for name in model.outer_names() if name not in changed]), **changed}
+
+
+def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_bytes: int) -> None:
+    """Safetensors shards of at most `shard_bytes` (a single larger tensor gets its own), and an index when there are several."""
+    shards: list[tuple[Path, list[str]]] = []
+    total = held_bytes = 0
+    held: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        path = folder / f"part-{len(shards):05d}"
+        save_file(held, path, metadata={"format": "pt"})
+        shards.append((path, list(held)))
+        held.clear()
+
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if held and held_bytes + size > shard_bytes:
+            flush()
+            held_bytes = 0
+        held[name] = tensor.cpu().contiguous()
+        held_bytes += size
+        total += size
+    flush()
+    weight_map: dict[str, str] = {}
+    for number, (path, names) in enumerate(shards, 1):
+        name = source.SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        files.sync_file(path)
+        path.rename(folder / name)
+        weight_map |= dict.fromkeys(names, name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        files.write_json(folder / source.INDEX, index)

@@ -1,0 +1,1 @@
+"""What a GGUF file says beside its weights, as llama.cpp reads it."""
