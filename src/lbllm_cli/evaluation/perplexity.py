@@ -49,6 +49,10 @@ class Measured:
         return {**alone, **beside, "blocks": errors}
 
 
+def _in_words(found: Measured | None) -> str:
+    return "not finite" if found is None else f"{found.agreement.perplexity:.2f}"
+
+
 class Evaluation:
     """The base model and checkpoints on the same texts, all of them block by block beside each other.
 
@@ -91,7 +95,12 @@ class Evaluation:
                     self._advance(index, name, texts, blocks)
                 reporter.step(index)
             heads = self._heads()
-            return {key: found for text in sets for key, found in self._predict(heads, text, sets[text], names[text], blocks)}
+            measured: dict[tuple[str, str], Measured | None] = {}
+            for text, tokens in sets.items():
+                found = dict(self._predict(heads, text, tokens, names[text], blocks))
+                reporter.note(f"{text}: {', '.join(f'{name} {_in_words(one)}' for (name, _), one in found.items())}")
+                measured |= found
+            return measured
         finally:
             for stream in self._streams.values():
                 stream.remove()
