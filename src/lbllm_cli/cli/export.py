@@ -41,7 +41,7 @@ def export(recipe: Recipe, dry_run: bool, force: bool) -> None:
             files.touch(target / writer.RECORD)
             say(f"export: up to date, {target}")
             return
-        writer.export(plan.model, checkpoint, target, form, shard)
+        writer.export(plan.model, checkpoint, target, form, shard, recipe.model.path)
     without = "; quantizers of activations are left out" if checkpoint.activations and not by.quantizes else ""
     say(f"export: {by.fidelity(plan.model)}{without}")
     size = sum(file.stat().st_size for pattern in writer.WEIGHTS for file in target.glob(pattern))

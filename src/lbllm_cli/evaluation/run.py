@@ -168,8 +168,9 @@ class EvaluationRun:
         checkpoint = self.checkpoints[name]
         if checkpoint is None:
             return (self.plan.output / EXPORT if name == EXPORT else self.plan.model.folder), False
-        folder, shard = self.folder / f"{name}.model", int(self.plan.recipe.export.shard_gb * 1e9)
-        writer.export(self.plan.model, checkpoint, folder, USUAL_FORMAT, shard)
+        folder, recipe = self.folder / f"{name}.model", self.plan.recipe
+        shard = int(recipe.export.shard_gb * 1e9)
+        writer.export(self.plan.model, checkpoint, folder, USUAL_FORMAT, shard, recipe.model.path)
         return folder, True
 
     def _sizes(self, name: str) -> Sizes:

@@ -22,11 +22,11 @@ RECORD = "lbllm_export.json"
 WEIGHTS = ("*.safetensors", "*.gguf")
 
 
-def export(model: SourceModel, checkpoint: Checkpoint, target: Path, form: str, shard_bytes: int) -> None:
+def export(model: SourceModel, checkpoint: Checkpoint, target: Path, form: str, shard_bytes: int, path: str) -> None:
     """Writes the model folder `target` in a format, replacing an earlier export of lbllm as a whole.
 
-    One shard is held in memory at a time. Raises UsageError as `check_target`, or when a block file was changed since its stage
-    finished.
+    path: of the source, as the recipe has it. One shard is held in memory at a time. Raises UsageError as `check_target`, or when
+    a block file was changed since its stage finished.
     """
     check_target(target)
     partial, replaced = (target.with_name(target.name + tail) for tail in (".partial", ".replaced"))
@@ -37,7 +37,7 @@ def export(model: SourceModel, checkpoint: Checkpoint, target: Path, form: str, 
     files.write_json(partial / RECORD, inputs)
     by = exporter(form)
     by.write(model, checkpoint, partial, shard_bytes)
-    files.write_text(partial / "README.md", model_card(model, checkpoint, by))
+    files.write_text(partial / "README.md", model_card(model, checkpoint, by, path))
     written = sorted(file for pattern in ("config.json", *WEIGHTS) for file in partial.glob(pattern))
     files.write_json(partial / RECORD, inputs | {"files": {file.name: files.sha256(file) for file in written}})
     if target.exists():

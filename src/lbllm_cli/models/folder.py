@@ -194,7 +194,7 @@ def resolve(path: str, revision: str | None, weights: bool, key: str = "model.pa
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    patterns = [*_METADATA_FILES, *(["*.safetensors", INDEX] if weights else [])]
+    patterns = [*_METADATA_FILES, "README.md", *(["*.safetensors", INDEX] if weights else [])]
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except GatedRepoError:

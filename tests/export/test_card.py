@@ -1,0 +1,46 @@
+"""The card of an export: what the Hub reads of it, and where the source comes from."""
+
+import pytest
+import torch
+from conftest import save_toy, write_recipe
+from huggingface_hub import metadata_load
+
+from lbllm_cli.export.card import model_card
+from lbllm_cli.export.formats import exporter
+from lbllm_cli.models.model import open_model
+from lbllm_cli.pipeline.checkpoint import Checkpoint
+from lbllm_cli.recipe.schema import Model
+
+CARD = "---\nlicense: other\nlicense_name: toy\nlicense_link: LICENSE\nlanguage: [en, de]\ntags: [theirs]\n---\n# Theirs\n"
+FIXED = {"pipeline_tag": "text-generation", "library_name": "transformers", "tags": ["lbllm", "2-bit"]}
+
+
+@pytest.fixture
+def card(ok, tmp_path):
+    """card(text of the source's card or None, path): front matter and text of an export's."""
+
+    def make(source_card: str | None, path: str | None = None) -> tuple[dict, str]:
+        source = save_toy(tmp_path / "toy")
+        if source_card is not None:
+            (source / "README.md").write_text(source_card)
+        ok("ptq", "--recipe", write_recipe(tmp_path / "r.yaml", source, tmp_path / "run"), "ptq.rounds=0")
+        model = open_model(Model(path=str(source)), torch.device("cpu"))
+        text = model_card(model, Checkpoint(tmp_path / "run", "ptq"), exporter("packed"), path or str(source))
+        (tmp_path / "README.md").write_text(text)
+        return metadata_load(tmp_path / "README.md"), text.split("---\n", 2)[2]
+
+    return make
+
+
+def test_a_model_of_the_hub_is_named_as_there_and_its_licence_is_carried_over(card):
+    front, text = card(CARD, "org/Toy-1B")
+    carried = {"license": "other", "license_name": "toy", "license_link": "LICENSE", "language": ["en", "de"]}
+    assert front == {"base_model": "org/Toy-1B", "base_model_relation": "quantized", **carried, **FIXED}
+    assert text.startswith("\n# org/Toy-1B, W(1+1), ptq\n")
+
+
+@pytest.mark.parametrize("theirs", [None, "# no front matter\n", "---\n- a list\n---\n", "---\n{\n---\n"])
+def test_a_folder_has_no_id_and_nothing_to_carry_over(card, theirs):
+    front, text = card(theirs)
+    assert front == FIXED
+    assert text.startswith("\n# toy, W(1+1), ptq\n")
