@@ -22,8 +22,7 @@ from lbllm_cli.runtime.quantizer import empty_quantizer
 from lbllm_cli.training.block import block_loop, train_block
 from lbllm_cli.training.block_linears import BlockLinears
 from lbllm_cli.training.fixed import Fixed
-from lbllm_cli.training.forecast import SEQUENCES
-from lbllm_cli.training.interfaces import OwnStep, ParameterGroup
+from lbllm_cli.training.interfaces import SEQUENCES, OwnStep, ParameterGroup
 from lbllm_cli.training.knees import tables_of
 from lbllm_cli.training.master import LEVELS, WEIGHTS
 from lbllm_cli.training.quantizers import (

@@ -13,8 +13,7 @@ from torch import Tensor
 from lbllm_cli.pipeline.block_loop import BlockResult, BlockTask
 from lbllm_cli.pipeline.metrics import BlockError, channel_scale, massive_tokens, robust_error
 from lbllm_cli.pipeline.streams import fetched
-from lbllm_cli.training.forecast import SEQUENCES
-from lbllm_cli.training.interfaces import Step, Student
+from lbllm_cli.training.interfaces import SEQUENCES, Step, Student
 from lbllm_cli.training.loop import Job, TrainingLoop
 from lbllm_cli.training.progress import Progress
 

@@ -4,12 +4,11 @@ from lbllm_cli.models.model import SourceModel
 from lbllm_cli.pipeline.forecast import activation_bytes, block_bytes
 from lbllm_cli.recipe.schema import Recipe
 from lbllm_cli.recipe.training import ActCalib, ActEndToEnd, Distill
+from lbllm_cli.training.interfaces import SEQUENCES
 from lbllm_cli.training.quantizers import KNEES
 
 # float32 tensors of an input's size that a quantizer keeps for its backward pass: measured 2.0, and 17.3 while knees are soft.
 KEPT_DEPLOYED, KEPT_SOFT = 2.0, 20.0
-# Sequences whose activations the quantizers' tables are fitted on.
-SEQUENCES = 8
 
 
 def masters(model: SourceModel, settings: Distill | ActCalib, group_size: int) -> tuple[float, float]:

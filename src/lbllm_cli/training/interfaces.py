@@ -10,6 +10,9 @@ from lbllm_cli.models.block import Block
 from lbllm_cli.training.progress import Progress
 from lbllm_cli.training.tally import Scale
 
+# Sequences that tables of quantizers, and the energies of channels, are taken from.
+SEQUENCES = 8
+
 
 class ParameterGroup(NamedTuple):
     """Parameters that share a rate. top: their learning rate at the top of the schedule. unit: their scale."""
