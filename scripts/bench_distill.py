@@ -84,6 +84,7 @@ class Settings:
     warmup: float = 0.05
     clip: float = 0.5
     loss: str = "robust"
+    channel_cap: float | None = None
     polarise: float = 0.01
     polarise_beta: tuple[float, ...] = (2.0, 2.0)
     latent_margin: float = 0.2
