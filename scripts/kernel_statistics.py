@@ -190,7 +190,8 @@ def main() -> int:
                 found[name] = statistics(case, architecture, Path(folder))
                 print(f"{name:54} " + "  ".join(f"{key} {value}" for key, value in found[name].items()), flush=True)
     if arguments.write:
-        RECORD.write_text(json.dumps({"triton": triton.__version__, "sources": sources(), "cases": found}, indent=1) + "\n", encoding="utf-8")
+        record = {"triton": triton.__version__, "sources": sources(), "cases": found}
+        RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if not arguments.check:
         return 0
     record = json.loads(RECORD.read_text(encoding="utf-8"))["cases"]
