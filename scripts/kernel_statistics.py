@@ -5,6 +5,7 @@
     python scripts/kernel_statistics.py --check    # against tests/runtime/cuda/statistics.json: exit code 1 where they differ
     python scripts/kernel_statistics.py --write    # record
     python scripts/kernel_statistics.py --check --all
+    python scripts/kernel_statistics.py --sources  # hash of the files that decide what is compiled
 
 Each case is one specialization of a kernel, as a model's shapes make it, and is read from its SASS. Without --all or --write
 those that are `everywhere` are compiled for every one of ARCHITECTURES and the others for sm_90. Nothing may spill. Registers may

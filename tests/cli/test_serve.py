@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, write_recipe
+from safetensors.torch import load_file, save_file
 
 from lbllm_cli.cli import serve
 from lbllm_cli.core.errors import RunError
@@ -46,16 +48,18 @@ class Server:
         return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", timeout=SECONDS, max_retries=0)
 
 
-def started(folder: Path, log: Path) -> Server:
+def started(folder: Path, log: Path, program: str = "lbllm_cli", said: str = "serve: http") -> Server:
+    """A server of lbllm's, or of transformers' own. said: what it writes once it answers."""
     port = free_port()
-    command = [sys.executable, "-m", "lbllm_cli", "serve", "--model", str(folder), "--port", str(port), "--device", "cpu"]
+    model = ["--model", str(folder)] if program == "lbllm_cli" else [str(folder)]
+    command = [sys.executable, "-m", program, "serve", *model, "--port", str(port), "--device", "cpu"]
     heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
     with log.open("w") as out:
         process = subprocess.Popen(
             command, stdout=out, stderr=out, text=True, preexec_fn=heard, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
     end = time.monotonic() + SECONDS
-    while "serve: http" not in log.read_text():
+    while said not in log.read_text():
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < end, log.read_text()
         time.sleep(0.1)
@@ -141,6 +145,30 @@ def test_a_port_in_use_is_refused_before_the_model_is_read(server, lbllm):
     assert "choose another --port or --host" in result.stderr
 
 
+def test_transformers_serves_a_compressed_tensors_export_by_itself(ok, finished, tmp_path):
+    toy, output = finished("ptq")
+    shutil.copytree(output, tmp_path / "run")
+    recipe = write_recipe(tmp_path / "r.yaml", toy, tmp_path / "run")
+    ok("export", "--recipe", recipe, "export.format=compressed-tensors")
+    found = started(tmp_path / "run" / "export", tmp_path / "log", "transformers.cli.transformers", "Uvicorn running on")
+    try:
+        options = {"prompt": "The sea", "max_tokens": 12, "temperature": 0}
+        answer = found.client.completions.create(model=str(found.folder), **options).choices[0].text
+        assert answer == written(ok, found, "The sea", "--raw")
+    finally:
+        found.process.kill()
+
+
+def test_values_that_are_not_finite_are_refused(lbllm, toy):
+    weights = load_file(toy / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, toy / "model.safetensors", {"format": "pt"})
+    result = lbllm("serve", "--model", toy, "--port", str(free_port()), "--device", "cpu")
+    assert result.exit_code == 2
+    assert f"{toy}: model.norm.weight holds NaN or infinity" in result.stderr
+    assert "serve: http" not in result.stderr
+
+
 def test_a_model_without_a_template_is_said_to_have_none(lbllm, toy, monkeypatch):
     def start(*_: object) -> None:
         raise RunError("not now")
@@ -155,13 +183,15 @@ def test_a_model_without_a_template_is_said_to_have_none(lbllm, toy, monkeypatch
     ("arguments", "message"),
     [
         (["--model", "no/such/folder"], "no/such/folder"),
-        (["--model", "runs@home"], "--model runs@home: the server takes what is behind @ for a revision; rename the folder"),
+        (["--model", "HOME"], "/runs@home: the server takes what is behind @ for a revision; rename the folder"),
         (["--model", "TOY", "--host", "256.0.0.1"], "cannot listen on 256.0.0.1:8000 ("),
         (["--model", "TOY", "--device", "cuda:7"], "--device"),
     ],
 )
-def test_what_cannot_be_served_is_refused_by_name(lbllm, toy, arguments, message):
-    result = lbllm("serve", *[toy if word == "TOY" else word for word in arguments])
+def test_what_cannot_be_served_is_refused_by_name(lbllm, toy, tmp_path, arguments, message):
+    (tmp_path / "runs@home").mkdir()
+    meant = {"TOY": toy, "HOME": tmp_path / "runs@home"}
+    result = lbllm("serve", *[meant.get(word, word) for word in arguments])
     assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr

@@ -39,6 +39,16 @@ def test_a_model_of_the_hub_is_named_as_there_and_its_licence_is_carried_over(ca
     assert text.startswith("\n# org/Toy-1B, W(1+1), ptq\n")
 
 
+def test_a_file_for_llama_cpp_says_so(ok, tmp_path):
+    source = save_toy(tmp_path / "toy", hidden_size=128, intermediate_size=160, head_dim=32)
+    recipe = write_recipe(tmp_path / "r.yaml", source, tmp_path / "run", ptq={"rounds": 0})
+    ok("ptq", "--recipe", recipe)
+    ok("export", "--recipe", recipe, "export.format=gguf")
+    card = tmp_path / "run" / "export" / "README.md"
+    assert metadata_load(card)["library_name"] == "llama.cpp"
+    assert card.read_text().endswith("\n\n```sh\nllama-cli --model model.gguf\n```\n")
+
+
 @pytest.mark.parametrize("theirs", [None, "# no front matter\n", "---\n- a list\n---\n", "---\n{\n---\n"])
 def test_a_folder_has_no_id_and_nothing_to_carry_over(card, theirs):
     front, text = card(theirs)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from conftest import TOY, save_toy, write_recipe
 from stages import logits_of, refused, stage_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lbllm_cli.core.errors import UsageError
 from lbllm_cli.export.formats.gguf import blocks
 from lbllm_cli.export.gguf.architectures import rope_factors, turned_rows
+from lbllm_cli.export.gguf.vocabulary import Vocabulary
 from lbllm_cli.format.weights import PackedWeight, pack_codes
 
 gguf = pytest.importorskip("gguf")
@@ -81,8 +84,6 @@ def test_tokens_kinds_and_the_template_come_back(exported, tmp_path):
 
 
 def test_scores_of_tokens_with_spaces_follow_the_merges(tmp_path):
-    from lbllm_cli.export.gguf.vocabulary import Vocabulary
-
     merges = [["a", "b"], ["\u2581", "ab"], ["\u2581a", "b"], ["c", "\u2581ab"]]
     vocab = ["<unk>", "<0x0A>", "\u2581", "a", "b", "c", "ab", "\u2581ab", "c\u2581ab"]
     values = {
@@ -167,20 +168,71 @@ def test_what_a_file_cannot_hold_is_refused_by_name(ok, lbllm, tmp_path, name, c
 
 
 @pytest.mark.parametrize(
+    ("normalizer", "rule", "prepends"),
+    [
+        (None, None, False),
+        ({"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}, {"type": "Split"}, False),
+        ({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, {"type": "Replace"}]}, None, True),
+        ({"type": "Prepend", "prepend": "\u2581"}, None, True),
+        (None, {"type": "Metaspace", "prepend_scheme": "first"}, True),
+        (None, {"type": "Metaspace", "prepend_scheme": "never"}, False),
+    ],
+)
+def test_a_space_that_a_text_is_given_to_begin_with(tmp_path, normalizer, rule, prepends):
+    model = {"type": "BPE", "byte_fallback": True, "vocab": {"a": 0}, "merges": []}
+    values = {"model": model, "added_tokens": [], "normalizer": normalizer, "pre_tokenizer": rule}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    assert Vocabulary(tmp_path, 4).prepends == prepends
+
+
+def test_what_an_end_to_end_phase_has_trained_is_in_the_file(ok, tmp_path):
+    """Its norms, in blocks and behind them, as the dense export of the same checkpoint has them."""
+    source = save_toy(tmp_path / "model", "gemma3", head_dim=256, query_pre_attn_scalar=256, num_hidden_layers=6,
+                      layer_types=None, hidden_size=128, intermediate_size=160)  # fmt: skip
+    phase = {"epochs": 0, "end_to_end": {"sequences": 8, "epochs": 1, "batch_size": 2, "lr_norms": 0.05}}
+    recipe = write_recipe(tmp_path / "recipe.yaml", source, tmp_path / "run", ptq={"rounds": 0}, distill=phase)
+    for stage in ("ptq", "distill"):
+        ok(stage, "--recipe", recipe)
+    logits = {}
+    for form in ("dense", "gguf", "compressed-tensors"):
+        ok("export", "--recipe", recipe, f"export.format={form}")
+        options = {"gguf_file": "model.gguf"} if form == "gguf" else {}
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export", dtype=torch.float32, **options)
+        logits[form] = logits_of(model)
+    ok("export", "--recipe", recipe, "export.checkpoint=distill", "export.format=dense")
+    before = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export", dtype=torch.float32))
+    assert (before - logits["dense"]).abs().max() > 0.01
+    torch.testing.assert_close(logits["compressed-tensors"], logits["dense"], atol=0, rtol=0)
+    # The norms' offset is added in float32 and taken off again. Measured: 0.
+    torch.testing.assert_close(logits["gguf"], logits["dense"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"added_tokens": [{"id": 1024, "content": "<x>", "special": True}]}, "has a token 1024, the model 1024"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "llama.cpp has no name for the pre_tokenizer of "),
         ({"model": {"type": "Unigram", "vocab": []}}, "has a model of type Unigram"),
     ],
 )
 def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_refused(tmp_path, change, message):
-    from lbllm_cli.core.errors import UsageError
-    from lbllm_cli.export.gguf.vocabulary import Vocabulary
-
     values = json.loads((TOY / "tokenizer.json").read_text())
     (tmp_path / "tokenizer.json").write_text(json.dumps({**values, **change}))
     with pytest.raises(UsageError, match=message):
         Vocabulary(tmp_path, 1024)
+
+
+def test_another_export_takes_its_place_and_it_is_up_to_date_before(exported, ok, tmp_path):
+    _, export = exported("llama-tied")
+    recipe = tmp_path / "recipe.yaml"
+    assert "export: up to date" in ok("export", "--recipe", recipe, FORM).stderr
+    (export / "model.gguf").write_bytes(b"x")
+    assert "up to date" not in ok("export", "--recipe", recipe, FORM).stderr
+    # As a killed one leaves it.
+    shutil.copytree(export, export.with_name("export.partial"))
+    ok("export", "--recipe", recipe)
+    assert sorted(file.name for file in export.glob("model.*")) == ["model.safetensors"]
+    assert [folder.name for folder in export.parent.iterdir() if folder.name.startswith("export")] == ["export"]
 
 
 def test_eval_says_that_it_cannot_measure_it(exported, lbllm, tmp_path):

@@ -41,9 +41,11 @@ def test_sums_equal_a_loop_over_positions():
 
 
 def test_a_teacher_agrees_with_itself_exactly():
-    found, predicted = Agreement(9), Predictions(logits(0, 8, 33))
-    found.add(0, predicted, predicted, torch.arange(8))
-    assert (found.mean_divergence, found.top1) == (0.0, 1.0)
+    one, other = Predictions(logits(0, 8, 33)), Predictions(logits(0, 8, 33))
+    for student in (one, other):
+        found = Agreement(9)
+        found.add(0, one, student, torch.arange(8))
+        assert (found.mean_divergence, found.top1, found.positions) == (0.0, 1.0, 8)
 
 
 def test_divergence_is_that_of_the_student_from_the_teacher():

@@ -14,8 +14,9 @@ from lbllm_cli.core.console import say
 from lbllm_cli.core.errors import Interrupted, RunError, UsageError, reason
 from lbllm_cli.models.folder import resolve
 from lbllm_cli.models.tokenizer import read_tokenizer
-from lbllm_cli.models.whole_folder import check_folder
+from lbllm_cli.models.whole_folder import check_folder, check_loaded
 from lbllm_cli.runtime.backend import choose_device
+from lbllm_cli.runtime.checks import refusing
 
 # How often a signal is looked for.
 _POLL = 0.2
@@ -29,9 +30,9 @@ def serve(model: str, host: str, port: int, device: str, trust_remote_code: bool
     chosen = choose_device(device, "--device")
     if not is_serve_available():
         raise UsageError("a server needs fastapi, uvicorn and openai; run: pip install 'lbllm-cli[serve]'")
-    if "@" in model:
-        raise UsageError(f"--model {model}: the server takes what is behind @ for a revision; rename the folder")
     folder = resolve(model, None, weights=True, key="--model")
+    if "@" in str(folder):
+        raise UsageError(f"--model {folder}: the server takes what is behind @ for a revision; rename the folder")
     check_folder(folder, trust_remote_code)
     tokenizer = read_tokenizer(folder, trust_remote_code)
     _check_address(host, port)
@@ -64,12 +65,21 @@ def _start(folder: Path, host: str, port: int, device: torch.device, trust_remot
 
     import lbllm_cli.hf  # noqa: F401 - registers the packed format
 
-    server: Any = Serve(
-        force_model=str(folder), host=host, port=port, device=str(device), trust_remote_code=trust_remote_code, non_blocking=True
-    )
-    # It lists what lies in the hub's cache, and answers requests for the one model that it was given.
+    with refusing(folder):
+        server: Any = Serve(
+            force_model=str(folder), host=host, port=port, device=str(device), trust_remote_code=trust_remote_code,
+            non_blocking=True,
+        )  # fmt: skip
+    manager = server._model_manager
+    # Before transformers 5.24 it lists what lies in the hub's cache, whichever model it was given.
     served = {"id": str(folder), "object": "model", "created": int(folder.stat().st_mtime), "owned_by": "lbllm"}
-    server._model_manager.get_gen_models = lambda: [served]
+    manager.get_gen_models = lambda: [served]
+    try:
+        for loaded in list(manager.loaded_models.values()):
+            check_loaded(folder, loaded.model)
+    except UsageError:
+        server.kill_server()
+        raise
     return server
 
 

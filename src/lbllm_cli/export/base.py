@@ -15,9 +15,12 @@ from lbllm_cli.pipeline.checkpoint import Checkpoint
 
 
 class Exporter(ABC):
-    """A format. quantizes: whether a model that is loaded from it quantizes activations, where its stage does."""
+    """A format. quantizes: whether a model that is loaded from it quantizes activations, where its stage does. library: that
+    loads it, as the Hub calls it.
+    """
 
     quantizes = False
+    library = "transformers"
 
     def check(self, model: SourceModel, group_size: int) -> None:  # noqa: B027 - most formats hold everything
         """Raises UsageError naming what the model, or groups of this size, have that the format cannot hold."""
@@ -69,6 +72,11 @@ class FolderExporter(Exporter):
             stored = self.block(model, checkpoint.read_block(index))
             taken = [name for name in model.block_names(index) if name not in stored and name not in binarized]
             yield from self.named(model, {**model.read(taken), **stored}).items()
+
+
+def snippet(language: str, *lines: str) -> list[str]:
+    """Lines of code as a paragraph of Markdown."""
+    return ["", f"```{language}", *lines, "```"]
 
 
 def outer_tensors(model: SourceModel, checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ def model_card(model: SourceModel, checkpoint: Checkpoint, by: Exporter, path: s
     local = os.path.isdir(os.path.expanduser(path))
     name = literal(Path(os.path.abspath(model.folder)).name if local else path)
     layout = checkpoint.activations if by.quantizes else None
-    front = yaml.safe_dump(_front(model, None if local else path), sort_keys=False, allow_unicode=True)
+    front = yaml.safe_dump(_front(model, None if local else path, by), sort_keys=False, allow_unicode=True)
     lines = ["---", *front.splitlines(), "---", ""]
     lines += [f"# {name}, W(1+1){f'A{layout.bits}KV{layout.kv_bits}' if layout else ''}, {checkpoint.stage}", ""]
     lines.append(
@@ -43,7 +43,7 @@ def model_card(model: SourceModel, checkpoint: Checkpoint, by: Exporter, path: s
     return "\n".join([*lines, *by.loading()]) + "\n"
 
 
-def _front(model: SourceModel, base: str | None) -> dict[str, Any]:
+def _front(model: SourceModel, base: str | None, by: Exporter) -> dict[str, Any]:
     """What the Hub reads. base: the source's id there."""
     carried: dict[str, Any] = {}
     # A card that is not there, or is no card, has nothing to carry over.
@@ -51,4 +51,4 @@ def _front(model: SourceModel, base: str | None) -> dict[str, Any]:
         carried = metadata_load(model.folder / "README.md") or {}
     found: dict[str, Any] = {"base_model": base, "base_model_relation": "quantized"} if base else {}
     found |= {key: carried[key] for key in _CARRIED if key in carried}
-    return found | {"pipeline_tag": "text-generation", "library_name": "transformers", "tags": ["lbllm", "2-bit"]}
+    return found | {"pipeline_tag": "text-generation", "library_name": by.library, "tags": ["lbllm", "2-bit"]}

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lbllm_cli.core import files
 from lbllm_cli.core.errors import UsageError
@@ -89,7 +89,14 @@ class _Record(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    files: Annotated[dict[_FileName, Sha256], Field(min_length=1)]
+    files: dict[_FileName, Sha256]
+
+    @field_validator("files")
+    @classmethod
+    def _has_weights(cls, found: dict[str, str]) -> dict[str, str]:
+        if "model.gguf" not in found and ("config.json" not in found or len(found) < 2):
+            raise ValueError("expected config.json and weights, or model.gguf")
+        return found
 
 
 def _hashes(target: Path) -> dict[str, str]:

@@ -26,7 +26,9 @@ def channel_scale(hidden: Tensor, cap: float) -> Tensor:
     median channel has no energy. Energies 4, 1, 1000, cap 100 -> 1, 1, sqrt(0.4).
     """
     ordinary = ~massive_tokens(hidden)
-    energy = torch.where(ordinary.unsqueeze(-1), hidden.float(), 0).square().sum((0, 1))
+    # Row by row: in float32 all at once are several times the states themselves.
+    rows = [torch.where(kept.unsqueeze(-1), row.float(), 0).square().sum(0) for row, kept in zip(hidden, ordinary, strict=True)]
+    energy = torch.stack(rows).sum(0)
     usual = energy.median()
     scale = (cap * usual / energy.clamp(min=1e-30)).clamp(max=1).sqrt()
     return torch.where(usual > 0, scale, 1)

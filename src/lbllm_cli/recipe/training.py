@@ -52,7 +52,7 @@ class Training(Schedule):
     channel_cap: Annotated[float, Field(ge=1, le=1e9)] | None = Field(
         None,
         description="most energy of a channel of a block's outputs, in units of the median channel's; one with more counts as if "
-        "it were scaled down to that; null: all channels count as they are",
+        "it were scaled down to that, in reported errors too; null: all channels count as they are",
     )
     latent_margin: float = Field(
         0.2, ge=0, le=1, description="how far inside its code's cell a latent starts at least, 1: on its level"

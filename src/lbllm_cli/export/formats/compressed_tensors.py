@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lbllm_cli.core.errors import UsageError
-from lbllm_cli.export.base import FolderExporter
+from lbllm_cli.export.base import FolderExporter, snippet
 from lbllm_cli.format.weights import PackedWeight
 from lbllm_cli.models.block import block_prefix
 from lbllm_cli.models.model import SourceModel
@@ -64,9 +64,9 @@ class CompressedTensors(FolderExporter):
         return found
 
     def weight_bytes(self, model: SourceModel, group_size: int) -> float:
-        """A byte a weight, two for each group."""
+        """A byte a weight, in whole words; two for each group; the shape."""
         return model.blocks * sum(
-            rows * (width + 2.0 * width / gcd(width, group_size) + 3) for rows, width in model.binarized_shapes
+            rows * (width + -width % _WORD + 2.0 * width / gcd(width, group_size)) + 16 for rows, width in model.binarized_shapes
         )
 
     def fidelity(self, model: SourceModel) -> str:
@@ -77,12 +77,12 @@ class CompressedTensors(FolderExporter):
         """Without the plugin."""
         return [
             "Loading needs no code of lbllm, only the package compressed-tensors:",
-            "",
-            "```python",
-            "from transformers import AutoModelForCausalLM  # pip install compressed-tensors",
-            "",
-            'model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER", dtype="float32")',
-            "```",
+            *snippet(
+                "python",
+                "from transformers import AutoModelForCausalLM  # pip install compressed-tensors",
+                "",
+                'model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER", dtype="float32")',
+            ),
         ]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lbllm_cli.core import files, interrupt
 from lbllm_cli.core.errors import UsageError
-from lbllm_cli.export.base import Exporter, outer_tensors
+from lbllm_cli.export.base import Exporter, outer_tensors, snippet
 from lbllm_cli.export.gguf.architectures import ARCHITECTURES, odd_rope, rope_factors, turned_rows, write_settings
 from lbllm_cli.export.gguf.vocabulary import Vocabulary
 from lbllm_cli.format.weights import PackedWeight
@@ -41,6 +41,8 @@ def blocks(packed: PackedWeight) -> Tensor:
 
 class Gguf(Exporter):
     """A file of its own beside the model card."""
+
+    library = "llama.cpp"
 
     def check(self, model: SourceModel, group_size: int) -> None:
         """Raises UsageError naming what of the model llama.cpp, or a block of 32, cannot hold."""
@@ -145,7 +147,7 @@ class Gguf(Exporter):
 
     def loading(self) -> list[str]:
         """With llama.cpp."""
-        return [f"`{NAME}` is for llama.cpp and programs built on it:", "", "```sh", f"llama-cli --model {NAME}", "```"]
+        return [f"`{NAME}` is for llama.cpp and programs built on it:", *snippet("sh", f"llama-cli --model {NAME}")]
 
 
 FORMAT = Gguf()

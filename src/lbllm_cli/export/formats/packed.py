@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lbllm_cli.export.base import FolderExporter
+from lbllm_cli.export.base import FolderExporter, snippet
 from lbllm_cli.format.settings import quantization_config
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.pipeline.checkpoint import Checkpoint
@@ -37,13 +37,13 @@ class Packed(FolderExporter):
         """With the plugin."""
         return [
             "Loading needs the plugin; without it transformers fails on the shape of the weights.",
-            "",
-            "```python",
-            "import lbllm_cli.hf  # pip install lbllm-cli",
-            "from transformers import AutoModelForCausalLM",
-            "",
-            'model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER")',
-            "```",
+            *snippet(
+                "python",
+                "import lbllm_cli.hf  # pip install lbllm-cli",
+                "from transformers import AutoModelForCausalLM",
+                "",
+                'model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER")',
+            ),
         ]
 
 

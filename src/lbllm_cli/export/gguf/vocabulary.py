@@ -1,9 +1,9 @@
 """A tokenizer as GGUF has it: tokens, their kinds, merges or scores, and the name of the rule that cuts text before."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from lbllm_cli.core import files
 from lbllm_cli.core.errors import UsageError
 
 _BYTES = "<0x{:02X}>"
@@ -29,12 +29,15 @@ class Vocabulary:
         path = folder / "tokenizer.json"
         if not path.exists():
             raise UsageError(f"export.format: gguf needs {path}; {_WHAT_ELSE}")
-        self._values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        self._values: dict[str, Any] = files.read_json(path)
         self._model = self._values["model"]
         if self._model["type"] != "BPE":
             raise UsageError(f"export.format: gguf: {path} has a model of type {self._model['type']}; {_WHAT_ELSE}")
         self.kind = "llama" if self._model.get("byte_fallback") else "gpt2"
         self.cut = "default" if self.kind == "llama" else self._cut(path)
+        last = max((*self._model["vocab"].values(), *(added["id"] for added in self._values["added_tokens"])), default=0)
+        if last >= rows:
+            raise UsageError(f"export.format: gguf: {path} has a token {last}, the model {rows}; {_WHAT_ELSE}")
 
     def _cut(self, path: Path) -> str:
         rule = self._values["pre_tokenizer"] or {}
@@ -49,6 +52,13 @@ class Vocabulary:
             raise UsageError(f"export.format: gguf: llama.cpp has no name for the pre_tokenizer of {path}; {_WHAT_ELSE}")
         return _CUTS[expression]
 
+    @property
+    def prepends(self) -> bool:
+        """Whether a text is given a space that it begins with."""
+        normalizer, rule = self._values["normalizer"] or {}, self._values["pre_tokenizer"] or {}
+        before = any(part["type"] == "Prepend" for part in normalizer.get("normalizers", [normalizer]) if part)
+        return before or (rule.get("type") == "Metaspace" and rule.get("prepend_scheme", "always") != "never")
+
     def tokens(self) -> tuple[list[str], list[int]]:
         """Texts and kinds of all rows; rows that no token has are unused."""
         from gguf import TokenType
@@ -61,8 +71,8 @@ class Vocabulary:
         for added in self._values["added_tokens"]:
             row = added["id"]
             texts[row], kinds[row] = added["content"], int(TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED)
-        if unknown := self._model.get("unk_token"):
-            kinds[texts.index(unknown)] = int(TokenType.UNKNOWN)
+        if (unknown := self._model["vocab"].get(self._model.get("unk_token"))) is not None:
+            kinds[unknown] = int(TokenType.UNKNOWN)
         return texts, kinds
 
     def scores(self, texts: list[str]) -> list[float]:
@@ -83,9 +93,7 @@ class Vocabulary:
         writer.add_token_types(kinds)
         if self.kind == "llama":
             writer.add_token_scores(self.scores(texts))
-            # Nothing is put before a text.
-            prepends = "Prepend" in json.dumps(self._values["normalizer"])
-            writer.add_add_space_prefix(prepends)
+            writer.add_add_space_prefix(self.prepends)
         special = SpecialVocab(self.folder, load_merges=self.kind == "gpt2", n_vocab=self.rows)
         special.chat_template = tokenizer.chat_template
         ids = tokenizer("a")["input_ids"]
