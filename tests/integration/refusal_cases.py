@@ -1008,6 +1008,7 @@ def _exports() -> list[Case]:
     records: dict[str, Setup] = {
         "a list": write(record, "[]"),
         "no files": rewrite(record, files={}),
+        "a configuration alone": rewrite(record, files={"config.json": "0" * 64}),
         "a file elsewhere": alter(record, "files", **{"../../x": "0" * 64}),
         "too deep": write(record, "[" * 9999),
         "weights that were changed": flip(weights),
