@@ -25,6 +25,9 @@ PTQ: dict[str, list[str]] = {
     "calibrated on novels": ["data.calibration.source=builtin:calibration/novels"],
     "calibrated on generate:": ["data.calibration.source=generate:"],
     "calibrated on both halves": ['data.calibration.source=["builtin:calibration", "generate:"]'],
+    "calibrated on three parts and one": [
+        'data.calibration.source=[{source: "builtin:calibration", weight: 3}, {source: "generate:", weight: 1}]'
+    ],
     "symmetric target": ["ptq.asymmetric=0"],
     "asymmetric 0.5": ["ptq.asymmetric=0.5"],
     "asymmetric 1": ["ptq.asymmetric=1"],
