@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from lbllm_cli.models.families import gemma2
 
-# One channel has most of the energy between its blocks (scripts/channels.py), and the usual rates made six of 18 blocks worse at first.
+# One channel has most of the energy between its blocks (scripts/channels.py), and the usual rates made six of 18 worse at first.
 _DRAFTED = {
     "distill": {"lr_weights": 0.01, "lr_levels": 0.005, "channel_cap": 10},
     "act_calib": {"lr_levels": 0.0025, "channel_cap": 10},
