@@ -234,6 +234,8 @@ def main() -> None:
         {"name": style, "source": f"builtin:evaluation/{style}", "length": arguments.length, "segments": arguments.segments}
         for style in ("novels", "technical", "modern")
     ]
+    if load_recipe(Path(arguments.recipe), arguments.overrides).data.calibration.bos:
+        sets = [{**item, "bos": True} for item in sets]
     common = [f"data.evaluation={json.dumps(sets)}"]
     common += arguments.overrides
     settings = {"stage": arguments.stage, "common": common}

@@ -1,6 +1,7 @@
 """scripts/ablate.py: variants are recipes, share their parents, and cost nothing once they are finished."""
 
 import json
+import shutil
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from types import SimpleNamespace
@@ -98,3 +99,15 @@ def test_variants_with_other_text_have_their_own_teacher_s_states(run, tmp_path)
     run("--stage", "distill-e2e", "--only", "default", "32 sequences", teacher, *sizes)
     table = json.loads((tmp_path / "out" / "table.json").read_text())
     assert [table[name]["tokens"] for name in ("default", "32 sequences")] == [16 * 32, 32 * 32]
+
+
+def test_texts_begin_as_the_recipes_do(run, tmp_path):
+    def sets() -> list[dict]:
+        (key,) = json.loads((tmp_path / "out" / "settings.json").read_text())["common"][:1]
+        return json.loads(key.removeprefix("data.evaluation="))
+
+    run("--only", "no refinement")
+    assert not any("bos" in item for item in sets())
+    shutil.rmtree(tmp_path / "out")
+    run("--only", "no refinement", "data.calibration.bos=true")
+    assert [item["bos"] for item in sets()] == [True] * 3
