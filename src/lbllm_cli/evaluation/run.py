@@ -34,7 +34,7 @@ def wanted_checkpoints(plan: Plan) -> dict[str, Checkpoint | None]:
     if EXPORT in names and not (plan.output / EXPORT / writer.RECORD).exists():
         raise UsageError(f"eval.checkpoints: there is no export in {plan.output}; run: lbllm export --recipe ...")
     if EXPORT in names:
-        if not (plan.output / EXPORT / "config.json").exists():
+        if any((plan.output / EXPORT).glob("*.gguf")):
             raise UsageError("eval.checkpoints: the export is a gguf file, which llama.cpp measures; measure the stage itself")
         writer.verify(plan.output / EXPORT)
     return {name: None if name in (BASE, EXPORT) else open_checkpoint(plan, name) for name in names}
