@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -27,7 +28,7 @@ from lbllm_cli.runtime.linear import PackedLinear
 from lbllm_cli.runtime.quantizer import ActQuantizer, empty_quantizer, quantizer_widths
 from lbllm_cli.runtime.units import Units, find_units
 
-__all__ = ["LbllmConfig", "LbllmQuantizer", "QuantizedKVCache", "quantize_activations"]
+__all__ = ["LbllmConfig", "LbllmQuantizer", "QuantizedKVCache", "check_packed", "quantize_activations"]
 
 
 class LbllmConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -61,6 +62,7 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
         decoder = model.get_decoder()
         for layer in decoder.layers:
             separate_experts(layer)
+        self._has_experts = experts_of(decoder.layers[0]) is not None
         check_linears(decoder.layers[0], settings.linears)
         # While linears are transformers' own and hold no values.
         self._units: Units = find_units(decoder, settings.linears)
@@ -77,9 +79,12 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
         if paths := others.get("checkpoint_files"):
             check_files(model, [Path(path) for path in paths])
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Packed experts lie in the folder as modules have them: nothing is put together or renamed."""
-        return [] if experts_of(model.get_decoder().layers[0]) is not None else weight_conversions
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
+        """Packed experts lie in the folder as modules have them: nothing is put together or renamed.
+
+        transformers 5.20 and newer give the model as well.
+        """
+        return [] if self._has_experts else weight_conversions
 
     def _process_model_after_weight_loading(self, model: Any, **others: Any) -> nn.Module:
         check_values(model)
@@ -130,6 +135,18 @@ def _packed_like(linear: Any, group_size: int) -> PackedLinear:
     if packed.bias is not None:
         packed.bias.data = packed.bias.data.to(linear.weight.dtype)
     return packed
+
+
+def check_packed(config: Any, files: list[Path]) -> None:
+    """Compares the headers of a packed folder's shards with what its configuration says; no weight is read.
+
+    config: transformers' own. Raises ValueError naming what is wrong, UsageError for a damaged shard.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    # Tied weights are known once they are tied.
+    model.tie_weights()
+    LbllmQuantizer(LbllmConfig(**config.quantization_config))._process_model_before_weight_loading(model, checkpoint_files=files)
 
 
 def quantize_activations(model: nn.Module, wanted: bool) -> None:

@@ -7,7 +7,7 @@ that kind is first used. Everything that computes without one is in `format` and
 import re
 from functools import cache, partial
 from importlib import import_module
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,10 @@ from lbllm_cli.format.weights import PackedWeight
 from lbllm_cli.runtime.stage_kernels import StageKernels
 from lbllm_cli.runtime.torch.transfer import Transfers
 from lbllm_cli.runtime.units import Units
+
+if TYPE_CHECKING:
+    from lbllm_cli.runtime.linear import Holder, PackedLinear
+    from lbllm_cli.runtime.quantizer import ActQuantizer
 
 # Kind of device -> the module that makes its backend. What is not here runs in torch.
 TABLE = {"cpu": "lbllm_cli.runtime.cpu.backend", "cuda": "lbllm_cli.runtime.cuda.backend"}
@@ -75,6 +79,9 @@ class Backend(Protocol):
 
     def records(self, x: Tensor, tables: Tables, size: int) -> Tensor:
         """Keys or values as a cache keeps them; see `format.kv_record.write_record`."""
+
+    def hold(self, linears: "list[PackedLinear]", quantizer: "ActQuantizer | None") -> "Holder | None":
+        """Leaves linears that read one input, and its quantizer, to the kernels; None where they do not have them."""
 
     def take_over(self, model: nn.Module, units: Units, quantized: bool) -> list[Any]:
         """Hands what it computes faster of a loaded packed model over to it; returns handles that take hooks back.

@@ -14,7 +14,9 @@ from lbllm_cli.runtime.cpu.head import HeadLinear
 from lbllm_cli.runtime.cpu.library import library
 from lbllm_cli.runtime.cpu.quantizer import native_gradients, native_quantized
 from lbllm_cli.runtime.cpu.unit import Unit, usable
+from lbllm_cli.runtime.linear import PackedLinear
 from lbllm_cli.runtime.notices import say_layer_by_layer
+from lbllm_cli.runtime.quantizer import ActQuantizer
 from lbllm_cli.runtime.stage_kernels import StageKernels
 from lbllm_cli.runtime.torch import quantizer
 from lbllm_cli.runtime.torch.transfer import Transfers
@@ -81,6 +83,10 @@ class CpuBackend:
         """Piece by piece."""
         return kv_record.write_record(x, tables, size, self.piece)
 
+    def hold(self, linears: list[PackedLinear], quantizer: ActQuantizer | None) -> Unit | None:
+        """By the library where it has them."""
+        return Unit(linears, quantizer) if library() is not None and usable(linears, quantizer) else None
+
     def take_over(self, model: nn.Module, units: Units, quantized: bool) -> list[Any]:
         """Linears, decode steps and the head, where the library has them."""
         if library() is None:
@@ -89,7 +95,7 @@ class CpuBackend:
         handles = []
         layers = whole.get_decoder().layers
         for layer in layers:
-            handles += _take_over_layer(layer, units, quantized)
+            handles += self._take_over_layer(layer, units, quantized)
         if quantized and not any("forward" in vars(layer) for layer in layers):
             say_layer_by_layer(type(layers[0]).__name__)
         head = whole.get_output_embeddings()
@@ -97,18 +103,16 @@ class CpuBackend:
             whole.set_output_embeddings(HeadLinear.of(head))
         return handles
 
-
-def _take_over_layer(layer: Any, units: Units, quantized: bool) -> list[Any]:
-    handles = [] if quantized else share_inputs(layer, units)
-    taken = []
-    for names in units:
-        linears = [layer.get_submodule(name) for name in names]
-        by = layer.get_submodule(input_name(names)) if quantized else None
-        if usable(linears, by):
-            taken.append(Unit(linears, by))
-    if quantized and len(taken) == len(units) and steppable(layer, units):
-        layer.forward = BlockStep(layer, taken)
-    return handles
+    def _take_over_layer(self, layer: Any, units: Units, quantized: bool) -> list[Any]:
+        handles = [] if quantized else share_inputs(layer, units)
+        taken = []
+        for names in units:
+            by = layer.get_submodule(input_name(names)) if quantized else None
+            if unit := self.hold([layer.get_submodule(name) for name in names], by):
+                taken.append(unit)
+        if quantized and len(taken) == len(units) and steppable(layer, units):
+            layer.forward = BlockStep(layer, taken)
+        return handles
 
 
 def make(kind: str) -> CpuBackend:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from lbllm_cli.core.errors import reason
 from lbllm_cli.format.activations import Tables
+from lbllm_cli.runtime.linear import Holder, PackedLinear
+from lbllm_cli.runtime.quantizer import ActQuantizer
 from lbllm_cli.runtime.stage_kernels import StageKernels
 from lbllm_cli.runtime.torch.backend import TorchBackend
 from lbllm_cli.runtime.units import Units
@@ -45,6 +47,14 @@ class CudaBackend(TorchBackend):
         if not recordable(tables, size):
             return super().records(x, tables, size)
         return write_records(x, RecordTables.of(tables, size))
+
+    def hold(self, linears: list[PackedLinear], quantizer: ActQuantizer | None) -> Holder | None:
+        """By the kernels where they have them."""
+        if not self.runs:
+            return None
+        from lbllm_cli.runtime.cuda.unit import CudaUnit, usable  # it imports Triton
+
+        return CudaUnit(linears, quantizer) if usable(linears, quantizer) else None
 
     def take_over(self, model: nn.Module, units: Units, quantized: bool) -> list[Any]:
         """Linears, the decoder's decode steps and the head, where the kernels have them."""

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from lbllm_cli.core.errors import reason
 from lbllm_cli.format import kv_record
 from lbllm_cli.format.activations import Quantized, Tables
+from lbllm_cli.runtime.linear import Holder, PackedLinear
+from lbllm_cli.runtime.quantizer import ActQuantizer
 from lbllm_cli.runtime.stage_kernels import StageKernels
 from lbllm_cli.runtime.torch import quantizer
 from lbllm_cli.runtime.torch.transfer import Transfers
@@ -94,8 +96,12 @@ class TorchBackend:
         """The reference itself."""
         return kv_record.write_record(x, tables, size)
 
+    def hold(self, linears: list[PackedLinear], quantizer: ActQuantizer | None) -> Holder | None:
+        """None: linears decode their weights as they run."""
+        return None
+
     def take_over(self, model: nn.Module, units: Units, quantized: bool) -> list[Any]:
-        """Nothing: linears decode their weights as they run."""
+        """Nothing."""
         return []
 
 

@@ -1,0 +1,113 @@
+"""What vLLM asks of a packed model before it has weights: which of its layers are packed, and under which names tensors come."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.models.utils import WeightsMapper
+
+from lbllm_cli.format.activations import format_of
+from lbllm_cli.format.settings import METHOD, check_settings
+
+_IN_BLOCK = re.compile(r"\.layers\.\d+\.(.+)$")
+_SWITCH = "lbllm_activations"
+
+
+@register_quantization_config(METHOD)
+class LbllmConfig(QuantizationConfig):  # type: ignore[misc]
+    """`quantization_config` of a packed model, for vLLM. settings: as config.json has it.
+
+    Raises ValueError for a format_version or a value that this lbllm does not read. vLLM sends it to other processes: everything
+    that is imported with weights is imported by its methods.
+    """
+
+    def __init__(self, settings: dict[str, Any]):
+        super().__init__()
+        check_settings(settings)
+        self.settings = settings
+        self.group_size: int = settings["group_size"]
+        self.linears: list[str] = settings["linears"]
+        self.layout = format_of(settings)
+
+    def get_name(self) -> str:
+        """As config.json has it."""
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """All that kernels compute in."""
+        return [torch.float32, torch.bfloat16, torch.float16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Older GPUs than the kernels are for run it in torch."""
+        return 60
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None beside config.json."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "LbllmConfig":
+        """From config.json."""
+        return cls(config)
+
+    @staticmethod
+    def get_cache_scale_mapper() -> WeightsMapper:
+        """Quantizers of keys and values belong to vLLM's attention, which lies one module deeper than the export's."""
+        return WeightsMapper(orig_to_new_regex={re.compile(r"\.self_attn\.(key|value)_cache\."): r".self_attn.attn.\1_cache."})
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Looks whether a folder holds what its configuration says, before anything is loaded.
+
+        vLLM does not miss a tensor of a quantized model, and would run with whatever lies in its place. Raises ValueError naming
+        the first that is wrong.
+        """
+        from lbllm_cli.hf import check_packed
+
+        if os.path.isdir(model_name):
+            check_packed(hf_config, sorted(Path(model_name).glob("model*.safetensors")))
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Packed linears and attention with quantized keys and values; everything else as it is."""
+        from lbllm_cli.vllm.attention import QuantizedKeysValues
+        from lbllm_cli.vllm.linear import PackedLinearMethod
+
+        if isinstance(layer, LinearBase):
+            names = self._stored_names(prefix)
+            return PackedLinearMethod(self, prefix, names, self.active_layout()) if names else UnquantizedLinearMethod()
+        if isinstance(layer, Attention) and self.layout is not None:
+            return QuantizedKeysValues(self, prefix, self.layout, self.active_layout() is not None)
+        if type(layer).__name__ in ("FusedMoE", "RoutedExperts"):
+            raise ValueError(f"{prefix}: vLLM cannot run packed experts; take: lbllm serve --engine transformers")
+        return None
+
+    def active_layout(self) -> Any:
+        """How activations are quantized, None where they are not, or `--additional-config` leaves them in full precision."""
+        wanted = (get_current_vllm_config().additional_config or {}).get(_SWITCH, "stored")
+        if wanted not in ("stored", "full"):
+            raise ValueError(f"--additional-config {_SWITCH}: expected stored or full, got {wanted!r}")
+        return self.layout if wanted == "stored" else None
+
+    def _stored_names(self, prefix: str) -> list[str]:
+        """Packed linears of a block, by the names that the export has, that a linear of vLLM stands for; empty for none.
+
+        "model.layers.3.self_attn.qkv_proj" -> ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"].
+        """
+        found = _IN_BLOCK.search(prefix)
+        if not found:
+            return []
+        owner, _, own = found[1].rpartition(".")
+        names = [f"{owner}.{name}" for name in self.packed_modules_mapping.get(own, [own])]
+        packed = [name for name in names if name in self.linears]
+        if packed and packed != names:
+            raise ValueError(f"{prefix}: vLLM joins {', '.join(names)}, of which the export has packed {', '.join(packed)} alone")
+        return packed

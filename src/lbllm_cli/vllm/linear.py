@@ -1,0 +1,144 @@
+"""Packed linears in vLLM: its parameters as they are loaded, then the runtime's own linear and kernels."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.library import Library
+from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+from vllm.model_executor.parameter import ModelWeightParameter
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from lbllm_cli.format.activations import TENSORS, ActivationFormat
+from lbllm_cli.format.weights import PARTS
+from lbllm_cli.runtime.backend import backend_of
+from lbllm_cli.runtime.linear import PackedLinear
+from lbllm_cli.runtime.quantizer import ActQuantizer, empty_quantizer
+
+# Operators live as long as it.
+LIBRARY = Library("lbllm_vllm", "FRAGMENT")
+
+
+class Loaded:
+    """Counts what a layer was given: vLLM does not ask whether a tensor of a quantized model came at all."""
+
+    def __init__(self) -> None:
+        self.times: Counter[str] = Counter()
+
+    def noting(self, part: str, load: Callable[..., None]) -> Callable[..., None]:
+        """`load`, counted under `part`."""
+
+        def loader(param: Tensor, stored: Tensor, *shard: Any) -> None:
+            self.times[part] += 1
+            load(param, stored, *shard)
+
+        return loader
+
+    def check(self, expected: dict[str, int], owner: str) -> None:
+        """Raises ValueError naming what came less often than expected."""
+        if missed := [part for part, times in expected.items() if self.times[part] < times]:
+            raise ValueError(f"{owner}: the export has no {', '.join(missed)}; export it again")
+
+
+def add_quantizer(layer: nn.Module, name: str, quantizer: ActQuantizer, loaded: Loaded) -> None:
+    """Hangs a quantizer into a layer of vLLM; its tensors are counted under `<name>.<tensor>`."""
+    for part in TENSORS:
+        buffer = getattr(quantizer, part)
+        # Every one of fused linears may be stored with the same quantizer: there is one of it in the export.
+        buffer.weight_loader = loaded.noting(f"{name}.{part}", _fill)
+    layer.add_module(name, quantizer)
+
+
+def _fill(buffer: Tensor, stored: Tensor, *_: Any) -> None:
+    if buffer.shape != stored.shape or buffer.dtype != stored.dtype:
+        expected, got = (f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (buffer, stored))
+        raise ValueError(f"a quantizer's tensor: expected {expected}, got {got}; export it again")
+    buffer.copy_(stored)
+
+
+def quantizer_parts(name: str) -> dict[str, int]:
+    """What `add_quantizer` counts, once each."""
+    return {f"{name}.{part}": 1 for part in TENSORS}
+
+
+@register_weight_loader_v2_supported_method
+class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
+    """One linear of vLLM, which may stand for several of the export.
+
+    names: of those, in a block. layout: of activations, None where they are in full precision.
+    """
+
+    def __init__(self, config: Any, prefix: str, names: list[str], layout: ActivationFormat | None):
+        self.config, self.prefix, self.names, self.layout = config, prefix, names, layout
+        self.loaded = Loaded()
+
+    def create_weights(
+        self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
+        output_size: int, params_dtype: torch.dtype, **extra: Any
+    ) -> None:  # fmt: skip
+        """Parameters with the names, shapes and dtypes of the export: rows are cut along axis 0, groups along axis 1.
+
+        Raises ValueError where a part of the inputs is no whole number of groups, or of steps of activations.
+        """
+        size, own = self.config.group_size, input_size_per_partition
+        cut = own != input_size
+        if cut and own % size:
+            raise ValueError(
+                f"{self.prefix}: {input_size} inputs in {input_size // own} parts are {own} each, no whole number of groups of "
+                f"{size}; take a smaller --tensor-parallel-size"
+            )
+        if cut and self.layout is not None and self.layout.granularity == "token":
+            raise ValueError(
+                f"{self.prefix}: a step of activations stands for a whole token, whose inputs --tensor-parallel-size divides; "
+                "take 1, or an export with act_calib.granularity group"
+            )
+        packed = PackedLinear(own, sum(output_partition_sizes), size, bias=False)
+        for part in PARTS:
+            load = self.loaded.noting(part, extra["weight_loader"])
+            stored = ModelWeightParameter(data=getattr(packed, part), output_dim=0, input_dim=1, weight_loader=load)
+            layer.register_parameter(part, stored)
+        if self.config.layout is not None:
+            # The quantizer belongs to the first of the export's linears that read this input.
+            add_quantizer(layer, "input", empty_quantizer(self.config.layout, f"{self.names[0]}.input", input_size), self.loaded)
+        self.shape = own, sum(output_partition_sizes)
+        # What operators find a layer by: graphs are kept on disk, and another process has other addresses.
+        get_current_vllm_config().compilation_config.static_forward_context[self.prefix] = layer
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Leaves the weights to kernels where they have them. Raises ValueError naming what was not loaded."""
+        quantizer: Any = getattr(layer, "input", None)
+        expected = {part: len(self.names) for part in PARTS} | ({} if quantizer is None else quantizer_parts("input"))
+        self.loaded.check(expected, self.prefix)
+        packed = PackedLinear(*self.shape, self.config.group_size, bias=False)
+        for part in PARTS:
+            setattr(packed, part, getattr(layer, part).data)
+            delattr(layer, part)
+        if self.layout is None:
+            quantizer = None
+        layer.packed = packed
+        layer.quantizes = quantizer
+        backend_of(packed.weight.device).hold([packed], quantizer)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[tokens, in] -> [tokens, out]."""
+        out = torch.ops.lbllm_vllm.linear(x, self.prefix, self.shape[1])
+        return out if bias is None else out + bias
+
+
+def _linear(x: Tensor, layer: str, out_features: int) -> Tensor:
+    module = get_forward_context().no_compile_layers[layer]
+    packed: PackedLinear = module.packed
+    if packed.unit is None and module.quantizes is not None:
+        x = module.quantizes(x)
+    return packed(x)
+
+
+def _linear_shape(x: Tensor, layer: str, out_features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+direct_register_custom_op("linear", _linear, fake_impl=_linear_shape, target_lib=LIBRARY)
