@@ -1,6 +1,7 @@
 """vLLM plugin: packed exports in vLLM, which finds it by its entry point wherever lbllm-cli is installed.
 
-`--additional-config '{"lbllm_activations": "full"}'` leaves activations, keys and values in full precision.
+`--additional-config '{"lbllm_activations": "full"}'` leaves activations, keys and values in full precision;
+`{"lbllm_cache": "codes"}` keeps keys and values as codes.
 """
 
 

@@ -10,6 +10,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from lbllm_cli.format.activations import KEYS, VALUES, ActivationFormat
 from lbllm_cli.runtime.quantizer import empty_quantizer
+from lbllm_cli.vllm.cache import RecordAttention, record_backend
 from lbllm_cli.vllm.linear import LIBRARY, Loaded, add_quantizer, quantizer_parts
 
 _KEYS, _VALUES = (name.rpartition(".")[2] for name in (KEYS, VALUES))
@@ -18,12 +19,12 @@ _KEYS, _VALUES = (name.rpartition(".")[2] for name in (KEYS, VALUES))
 class QuantizedKeysValues(BaseKVCacheMethod):  # type: ignore[misc]
     """Attention of vLLM whose keys and values pass through the export's quantizers before they are kept.
 
-    The cache holds the values that codes stand for, in the engine's dtype. active: whether they are quantized.
+    form: what the cache holds: `values` that codes stand for, in the engine's dtype; `codes`; or `full` precision.
     """
 
-    def __init__(self, config: Any, prefix: str, layout: ActivationFormat, active: bool):
+    def __init__(self, config: Any, prefix: str, layout: ActivationFormat, form: str):
         super().__init__(config)
-        self.prefix, self.layout, self.active = prefix, layout, active
+        self.prefix, self.layout, self.form = prefix, layout, form
         self.loaded = Loaded()
 
     def create_weights(self, layer: nn.Module) -> None:
@@ -32,8 +33,12 @@ class QuantizedKeysValues(BaseKVCacheMethod):  # type: ignore[misc]
         width: Any = layer.head_size
         for name, own in ((KEYS, _KEYS), (VALUES, _VALUES)):
             add_quantizer(layer, own, empty_quantizer(self.layout, name, width), self.loaded)
-        if self.active:
+        if self.form == "values":
             layer.register_forward_pre_hook(_quantize)
+        elif self.form == "codes":
+            its: Any = layer
+            its.impl = RecordAttention(its, its.impl)
+            its.attn_backend = record_backend(its.impl.content)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Raises ValueError naming what was not loaded."""

@@ -18,7 +18,8 @@ from lbllm_cli.format.activations import format_of
 from lbllm_cli.format.settings import METHOD, check_settings
 
 _IN_BLOCK = re.compile(r"\.layers\.\d+\.(.+)$")
-_SWITCH = "lbllm_activations"
+# In --additional-config, the first is what counts without it.
+_CHOICES = {"lbllm_activations": ("stored", "full"), "lbllm_cache": ("values", "codes")}
 
 
 @register_quantization_config(METHOD)
@@ -36,6 +37,7 @@ class LbllmConfig(QuantizationConfig):  # type: ignore[misc]
         self.group_size: int = settings["group_size"]
         self.linears: list[str] = settings["linears"]
         self.layout = format_of(settings)
+        self._choice: dict[str, str] = {}
 
     def get_name(self) -> str:
         """As config.json has it."""
@@ -83,19 +85,28 @@ class LbllmConfig(QuantizationConfig):  # type: ignore[misc]
 
         if isinstance(layer, LinearBase):
             names = self._stored_names(prefix)
-            return PackedLinearMethod(self, prefix, names, self.active_layout()) if names else UnquantizedLinearMethod()
+            return PackedLinearMethod(self, prefix, names, self._active_layout()) if names else UnquantizedLinearMethod()
         if isinstance(layer, Attention) and self.layout is not None:
-            return QuantizedKeysValues(self, prefix, self.layout, self.active_layout() is not None)
+            form = self._wanted()["lbllm_cache"] if self._active_layout() else "full"
+            return QuantizedKeysValues(self, prefix, self.layout, form)
         if type(layer).__name__ in ("FusedMoE", "RoutedExperts"):
             raise ValueError(f"{prefix}: vLLM cannot run packed experts; take: lbllm serve --engine transformers")
         return None
 
-    def active_layout(self) -> Any:
-        """How activations are quantized, None where they are not, or `--additional-config` leaves them in full precision."""
-        wanted = (get_current_vllm_config().additional_config or {}).get(_SWITCH, "stored")
-        if wanted not in ("stored", "full"):
-            raise ValueError(f"--additional-config {_SWITCH}: expected stored or full, got {wanted!r}")
-        return self.layout if wanted == "stored" else None
+    def _wanted(self) -> dict[str, str]:
+        """What `--additional-config` asks for. Raises ValueError for what it cannot."""
+        # vLLM asks for methods once more after loading, where there is no configuration to be had.
+        if not self._choice:
+            given = get_current_vllm_config().additional_config or {}
+            for key, choices in _CHOICES.items():
+                self._choice[key] = given.get(key, choices[0])
+                if self._choice[key] not in choices:
+                    raise ValueError(f"--additional-config {key}: expected {' or '.join(choices)}, got {self._choice[key]!r}")
+        return self._choice
+
+    def _active_layout(self) -> Any:
+        """How activations are quantized, None where they are not."""
+        return self.layout if self._wanted()["lbllm_activations"] == "stored" else None
 
     def _stored_names(self, prefix: str) -> list[str]:
         """Packed linears of a block, by the names that the export has, that a linear of vLLM stands for; empty for none.
@@ -105,6 +116,8 @@ class LbllmConfig(QuantizationConfig):  # type: ignore[misc]
         found = _IN_BLOCK.search(prefix)
         if not found:
             return []
+        if found[1] in self.linears:
+            return [found[1]]
         owner, _, own = found[1].rpartition(".")
         names = [f"{owner}.{name}" for name in self.packed_modules_mapping.get(own, [own])]
         packed = [name for name in names if name in self.linears]
