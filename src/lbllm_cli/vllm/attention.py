@@ -1,5 +1,6 @@
 """Keys and values in vLLM as the export quantizes them."""
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class QuantizedKeysValues(BaseKVCacheMethod):  # type: ignore[misc]
         for name, own in ((KEYS, _KEYS), (VALUES, _VALUES)):
             add_quantizer(layer, own, empty_quantizer(self.layout, name, width), self.loaded)
         if self.form == "values":
-            layer.register_forward_pre_hook(_quantize)
+            layer.forward = MethodType(_forward, layer)
         elif self.form == "codes":
             its: Any = layer
             its.impl = RecordAttention(its, its.impl)
@@ -48,14 +49,14 @@ class QuantizedKeysValues(BaseKVCacheMethod):  # type: ignore[misc]
         loaded.check(quantizer_parts(_KEYS) | quantizer_parts(_VALUES), self.prefix)
 
 
-def _quantize(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    query, key, value, *others = args
-    # A layer that reads another one's cache has none of its own.
+def _forward(layer: Any, query: Tensor, key: Tensor | None, value: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+    """In the place of the attention's own `forward`: vLLM's transformers backend calls that by name, past hooks."""
+    # A layer that reads another one's cache has no keys and values of its own.
     if key is not None:
         key = torch.ops.lbllm_vllm.kept(key, layer.layer_name, _KEYS)
     if value is not None:
         value = torch.ops.lbllm_vllm.kept(value, layer.layer_name, _VALUES)
-    return query, key, value, *others
+    return type(layer).forward(layer, query, key, value, *args, **kwargs)
 
 
 def _kept(x: Tensor, layer: str, name: str) -> Tensor:

@@ -26,13 +26,15 @@ _CHOICES = {"lbllm_activations": ("stored", "full"), "lbllm_cache": ("values", "
 class LbllmConfig(QuantizationConfig):  # type: ignore[misc]
     """`quantization_config` of a packed model, for vLLM. settings: as config.json has it.
 
-    Raises ValueError for a format_version or a value that this lbllm does not read. vLLM sends it to other processes: everything
-    that is imported with weights is imported by its methods.
+    Raises ValueError for a format_version or a value that this lbllm does not read, and for experts. vLLM sends it to other
+    processes: everything that is imported with weights is imported by its methods.
     """
 
     def __init__(self, settings: dict[str, Any]):
         super().__init__()
         check_settings(settings)
+        if any(".experts." in name for name in settings["linears"]):
+            raise ValueError("vLLM cannot run packed experts; take: lbllm serve --engine transformers")
         self.settings = settings
         self.group_size: int = settings["group_size"]
         self.linears: list[str] = settings["linears"]
@@ -89,8 +91,6 @@ class LbllmConfig(QuantizationConfig):  # type: ignore[misc]
         if isinstance(layer, Attention) and self.layout is not None:
             form = self._wanted()["lbllm_cache"] if self._active_layout() else "full"
             return QuantizedKeysValues(self, prefix, self.layout, form)
-        if type(layer).__name__ in ("FusedMoE", "RoutedExperts"):
-            raise ValueError(f"{prefix}: vLLM cannot run packed experts; take: lbllm serve --engine transformers")
         return None
 
     def _wanted(self) -> dict[str, str]:

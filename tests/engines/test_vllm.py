@@ -1,0 +1,194 @@
+"""Packed exports in vLLM, by the plugin: what transformers computes of them, in every family that vLLM has.
+
+vLLM lives in an environment of its own: `make serve-test`.
+"""
+
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, save_toy
+from packed_models import exported
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+# In this process: engines are made one after another, and errors come as they are.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+vllm = pytest.importorskip("vllm", reason="vLLM is not installed here: make serve-test")
+
+import lbllm_cli.hf  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+# vLLM's attention on a CPU has no heads of 24 channels; Gemma 2 is another model in vLLM 0.32 than in transformers, dense too.
+WIDTHS = {"head_dim": 32, "hidden_size": 128}
+FAMILIES = (
+    "gemma3", "glm4", "granite", "llama-tied", "llama-untied", "ministral3", "mistral-sliding", "olmo2", "olmo3", "phi3",
+    "qwen2-biases", "qwen3", "seed-oss", "smollm3",
+)  # fmt: skip
+# Log probabilities; measured 2.9e-6 at most.
+CLOSE = 2e-5
+TOKENS = torch.randint(3, 90, (24,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+@pytest.fixture(scope="module")
+def toy_export(once) -> Any:
+    """toy_export(family): a W(1+1)A4KV4 export whose heads vLLM has."""
+
+    def of(family: str) -> Path:
+        def make(folder: Path) -> Path:
+            return exported(folder, save_toy(folder / "model", family, **WIDTHS), ptq={"rounds": 0})
+
+        return once(f"vllm-{family}", make)
+
+    return of
+
+
+def engine(folder: Path, **options: Any) -> Any:
+    usual = {
+        "dtype": "float32", "max_model_len": 64, "enforce_eager": True, "kv_cache_memory_bytes": 1 << 24, "max_logprobs": -1,
+        "block_size": 32,
+    }  # fmt: skip
+    return vllm.LLM(str(folder), **(usual | options))
+
+
+def answers(llm: Any) -> tuple[torch.Tensor, list[int]]:
+    """Log probabilities of TOKENS, one row for each but the first, and what follows them greedily."""
+    asked = vllm.SamplingParams(temperature=0, max_tokens=8, prompt_logprobs=-1, ignore_eos=True)
+    found = llm.generate([{"prompt_token_ids": TOKENS}], asked, use_tqdm=False)[0]
+    rows = [torch.tensor([row[token].logprob for token in range(len(row))]) for row in found.prompt_logprobs[1:]]
+    return torch.stack(rows), list(found.outputs[0].token_ids)
+
+
+@torch.no_grad()
+def wanted(folder: Path, full: bool = False) -> tuple[torch.Tensor, list[int]]:
+    """The same by transformers."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    lbllm_cli.hf.quantize_activations(model, not full)
+    rows = model(torch.tensor([TOKENS])).logits[0, :-1].log_softmax(-1)
+    written = model.generate(torch.tensor([TOKENS]), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    return rows, written[0, len(TOKENS) :].tolist()
+
+
+def compare(folder: Path, full: bool = False, **options: Any) -> None:
+    # First: vLLM patches classes of transformers that it runs.
+    rows, written = wanted(folder, full)
+    llm = engine(folder, **options)
+    found, tokens = answers(llm)
+    del llm
+    gc.collect()
+    assert found.shape == rows.shape
+    assert (found - rows).abs().max() < CLOSE
+    assert tokens == written
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_computes_what_transformers_does(toy_export, family):
+    compare(toy_export(family))
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gemma3", "mistral-sliding", "qwen2-biases"])
+def test_keys_and_values_may_be_kept_as_codes(toy_export, family):
+    compare(toy_export(family), additional_config={"lbllm_cache": "codes"})
+
+
+def test_activations_may_stay_in_full_precision(toy_export):
+    folder = toy_export("llama-tied")
+    assert (wanted(folder)[0] - wanted(folder, True)[0]).abs().max() > 0.05
+    compare(folder, full=True, additional_config={"lbllm_activations": "full"})
+
+
+def test_a_compiled_graph_computes_the_same(toy_export):
+    compare(toy_export("llama-tied"), enforce_eager=False)
+
+
+def test_kernels_run_the_linears(toy_export, monkeypatch):
+    from lbllm_cli.runtime.cpu import unit
+
+    calls = []
+    run = unit.Unit.run
+    monkeypatch.setattr(unit.Unit, "run", lambda self, x: calls.append(self.quantizer is not None) or run(self, x))
+    answers(engine(toy_export("llama-tied")))
+    assert len(calls) > 4 * 3
+    assert all(calls)
+
+
+def test_pages_of_codes_are_smaller(toy_export):
+    folder = toy_export("llama-tied")
+    pages = []
+    for form in ("values", "codes"):
+        llm = engine(folder, additional_config={"lbllm_cache": form})
+        pages.append(llm.llm_engine.vllm_config.cache_config.num_gpu_blocks)
+        del llm
+        gc.collect()
+    # 32 channels: 128 bytes in float32, 16 + 3 as codes.
+    assert pages[1] / pages[0] == pytest.approx(128 / 19, rel=0.01)
+
+
+def test_two_processes_share_the_heads(toy_export, tmp_path):
+    """Tensor parallel: weights are cut by heads and groups, quantizers are whole on both sides."""
+    folder = exported(tmp_path, save_toy(tmp_path / "model", "qwen2-biases", **WIDTHS, intermediate_size=192), ptq={"rounds": 0})
+    rows, written = wanted(folder)
+    torch.save((rows, written), tmp_path / "wanted.pt")
+    code = f"""
+import sys, torch
+sys.path.insert(0, {str(ROOT / "tests")!r})
+if __name__ == "__main__":
+    import os
+    from pathlib import Path
+    import test_vllm
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+    rows, written = torch.load({str(tmp_path / "wanted.pt")!r})
+    found, tokens = test_vllm.answers(test_vllm.engine(Path({str(folder)!r}), tensor_parallel_size=2))
+    assert (found - rows).abs().max() < test_vllm.CLOSE, (found - rows).abs().max()
+    assert tokens == written
+    print("equal")
+"""
+    (tmp_path / "two.py").write_text(code)
+    told = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    done = subprocess.run([sys.executable, tmp_path / "two.py"], env=told, capture_output=True, text=True, timeout=400)
+    assert "equal" in done.stdout, done.stderr[-3000:]
+
+
+def copied(folder: Path, target: Path, **changes: Any) -> Path:
+    """A copy whose quantization_config has these values."""
+    shutil.copytree(folder, target)
+    values = json.loads((target / "config.json").read_text())
+    values["quantization_config"] |= changes
+    (target / "config.json").write_text(json.dumps(values))
+    return target
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "layers.1.mlp.up_proj.scale", "layers.0.self_attn.key_cache.act_clip"])
+def test_a_missing_tensor_is_refused_before_loading(toy_export, tmp_path, name):
+    folder = copied(toy_export("llama-tied"), tmp_path / "export")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[f"model.{name}"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        engine(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 9}, "packed format_version 9, this lbllm reads 2; update lbllm-cli"),
+        ({"group_size": 20}, "quantization_config.group_size: expected a multiple of 16"),
+        ({"linears": ["mlp.experts.0.gate_proj"]}, "vLLM cannot run packed experts; take: lbllm serve --engine transformers"),
+    ],
+)
+def test_a_configuration_that_cannot_be_served_is_refused(toy_export, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        engine(copied(toy_export("llama-tied"), tmp_path / "export", **changes))
+
+
+def test_a_wrong_switch_is_refused(toy_export):
+    with pytest.raises(ValueError, match="--additional-config lbllm_cache: expected values or codes, got 'bytes'"):
+        engine(toy_export("llama-tied"), additional_config={"lbllm_cache": "bytes"})
