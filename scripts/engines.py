@@ -4,12 +4,13 @@
     python scripts/engines.py text runs/gemma3-270m/export --out runs/engines/text.json
     python scripts/engines.py run transformers runs/gemma3-270m/export --text runs/engines/text.json --out runs/engines
     .venv-vllm/bin/python scripts/engines.py run vllm runs/gemma3-270m/export --text runs/engines/text.json --out runs/engines
-    python scripts/engines.py table --out runs/engines
+    python scripts/engines.py table --text runs/engines/text.json --out runs/engines
 
 `text` cuts 12 segments of 1,024 tokens out of the bundled novels, and takes a prompt; --bos as in the recipe. `run` needs its
 engine alone: each lives in an environment of its own. Engines: transformers (reads what the folder holds: packed,
-compressed-tensors), vllm, llama.cpp (model.gguf; --float32 decodes its weights first: llama.cpp then does not round activations to
-8 bits). --full leaves activations, keys and values in full precision. A measurement that is there already is not repeated.
+compressed-tensors), vllm, llama.cpp (model.gguf). `float32` copies a GGUF export with its weights decoded: llama.cpp then does
+not round activations to 8 bits. --full leaves activations, keys and values in full precision. A measurement that is there already
+is not repeated.
 """
 
 from __future__ import annotations
@@ -160,15 +161,13 @@ def in_float32(folder: Path, target: Path) -> Path:
 
 def run(args: argparse.Namespace) -> None:
     """One engine's measurement, into a file of its own."""
-    form = f"{' float32' if args.float32 else ''}{' full' if args.full else ''}"
-    name = f"{args.engine}{form} {args.name or args.folder.parent.name}"
+    name = f"{args.engine}{' full' if args.full else ''} {args.name or args.folder.parent.name}"
     result = args.out / f"{name.replace(' ', '-')}.json"
     if result.exists():
         print(f"{result} is there already")
         return
     text = json.loads(args.text.read_text())
-    folder = in_float32(args.folder, args.out / f"{args.folder.parent.name}-float32") if args.float32 else args.folder
-    engine = ENGINES[args.engine](folder, args.full)
+    engine = ENGINES[args.engine](args.folder, args.full)
     losses, begun = [], time.monotonic()
     for number, segment in enumerate(text["segments"], 1):
         losses += engine.losses(segment)
@@ -181,8 +180,8 @@ def run(args: argparse.Namespace) -> None:
 
 def table(args: argparse.Namespace) -> None:
     """All measurements of a folder, and how far each is from the first."""
-    found = [json.loads(file.read_text()) for file in sorted(args.out.glob("*.json")) if file != args.text]
-    found = sorted((one for one in found if "losses" in one), key=lambda one: (args.first not in one["name"], one["name"]))
+    found = [json.loads(file.read_text()) for file in sorted(args.out.glob("*.json")) if file.name != args.text.name]
+    found = sorted(found, key=lambda one: (args.first not in one["name"], one["name"]))
     print("| engine | version | perplexity | mean difference of a token's loss | largest | the same of 64 tokens |")
     print("|---|---|---:|---:|---:|---:|")
     first = found[0]
@@ -210,13 +209,16 @@ def main() -> int:
     one.add_argument("folder", type=Path)
     one.add_argument("--text", type=Path, required=True)
     one.add_argument("--full", action="store_true")
-    one.add_argument("--float32", action="store_true")
     one.add_argument("--name", help="of the export in the table; default: of the run's folder")
     one.add_argument("--out", type=Path, required=True)
     one.set_defaults(do=run)
+    one = commands.add_parser("float32")
+    one.add_argument("folder", type=Path)
+    one.add_argument("target", type=Path)
+    one.set_defaults(do=lambda args: in_float32(args.folder, args.target))
     one = commands.add_parser("table")
     one.add_argument("--first", default="transformers", help="part of the name of what the others are compared with")
-    one.add_argument("--text", type=Path)
+    one.add_argument("--text", type=Path, required=True)
     one.add_argument("--out", type=Path, required=True)
     one.set_defaults(do=table)
     args = parser.parse_args()
