@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from conftest import ROOT, write_recipe
 from safetensors.torch import load_file, save_file
 
-from lbllm_cli.cli import serve
+from lbllm_cli.cli import serve, serve_vllm
 from lbllm_cli.core.errors import RunError
 
 openai = pytest.importorskip("openai")
@@ -189,7 +190,7 @@ def test_a_model_without_a_template_is_said_to_have_none(lbllm, toy, monkeypatch
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(lbllm, toy, tmp_path, arguments, message):
-    (tmp_path / "runs@home").mkdir()
+    shutil.copytree(toy, tmp_path / "runs@home")
     meant = {"TOY": toy, "HOME": tmp_path / "runs@home"}
     result = lbllm("serve", *[meant.get(word, word) for word in arguments])
     assert result.exit_code == 2
@@ -201,4 +202,43 @@ def test_without_a_server_installed_the_extra_is_named(lbllm, toy, monkeypatch):
     monkeypatch.setattr(serve, "is_serve_available", lambda: False)
     result = lbllm("serve", "--model", toy)
     assert result.exit_code == 2
-    assert "a server needs fastapi, uvicorn and openai; run: pip install 'lbllm-cli[serve]'" in result.stderr
+    assert "a server needs vLLM, or fastapi, uvicorn and openai; run: pip install vllm, or: " in result.stderr
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
+def test_vllm_that_is_not_there_is_refused(lbllm, toy):
+    result = lbllm("serve", "--model", toy, "--engine", "vllm")
+    assert result.exit_code == 2
+    assert "--engine vllm: vLLM is not installed; run: pip install vllm" in result.stderr
+
+
+def test_options_of_vllm_are_not_for_transformers(lbllm, toy):
+    result = lbllm("serve", "--model", toy, "--engine", "transformers", "--", "--max-model-len", "64")
+    assert result.exit_code == 2
+    assert "--max-model-len 64: transformers' server takes no further options" in result.stderr
+
+
+def test_vllm_takes_the_place_of_the_process(lbllm, toy, monkeypatch):
+    """With a stand-in for vLLM: what it is started with."""
+    started = []
+    monkeypatch.setattr(serve_vllm, "find_spec", lambda name: True)
+    monkeypatch.setattr(serve_vllm, "_version", lambda: ("vllm", "0.32.0"))
+
+    def become(program: str, arguments: list[str]) -> None:
+        started.append((program, arguments))
+        raise RunError("not now")
+
+    monkeypatch.setattr(serve_vllm.os, "execv", become)
+    port = str(free_port())
+    result = lbllm("serve", "--model", toy, "--port", port, "--full-activations", "--", "--max-model-len", "64")
+    assert result.exit_code == 1
+    ((program, arguments),) = started
+    assert program == sys.executable
+    assert arguments[:5] == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(toy)]
+    options = dict(zip(arguments[5::2], arguments[6::2], strict=True))
+    assert int(options.pop("--kv-cache-memory-bytes")) > 1 << 26
+    assert options == {
+        "--host": "127.0.0.1", "--port": port, "--served-model-name": str(toy), "--dtype": "float32",
+        "--additional-config": '{"lbllm_activations": "full"}', "--max-model-len": "64",
+    }  # fmt: skip
+    assert f"serve: http://127.0.0.1:{port}/v1, model {toy}, vllm 0.32.0; it says when it is ready" in result.stderr

@@ -1,11 +1,13 @@
 """The card of an export: what the Hub reads of it, and where the source comes from."""
 
+import json
+
 import pytest
 import torch
 from conftest import save_toy, write_recipe
 from huggingface_hub import metadata_load
 
-from lbllm_cli.export.card import model_card
+from lbllm_cli.export.card import Described, model_card
 from lbllm_cli.export.formats import exporter
 from lbllm_cli.models.model import open_model
 from lbllm_cli.pipeline.checkpoint import Checkpoint
@@ -25,7 +27,7 @@ def card(ok, tmp_path):
             (source / "README.md").write_text(source_card)
         ok("ptq", "--recipe", write_recipe(tmp_path / "r.yaml", source, tmp_path / "run"), "ptq.rounds=0")
         model = open_model(Model(path=str(source)), torch.device("cpu"))
-        text = model_card(model, Checkpoint(tmp_path / "run", "ptq"), exporter("packed"), path or str(source))
+        text = model_card(model, Checkpoint(tmp_path / "run", "ptq"), exporter("packed"), Described(path or str(source)))
         (tmp_path / "README.md").write_text(text)
         return metadata_load(tmp_path / "README.md"), text.split("---\n", 2)[2]
 
@@ -54,3 +56,36 @@ def test_a_folder_has_no_id_and_nothing_to_carry_over(card, theirs):
     front, text = card(theirs)
     assert front == FIXED
     assert text.startswith("\n# toy, W(1+1), ptq\n")
+
+
+def test_what_was_measured_is_in_the_card_of_these_weights(ok, tmp_path):
+    source = save_toy(tmp_path / "toy")
+    recipe = write_recipe(tmp_path / "r.yaml", source, tmp_path / "run", ptq={"rounds": 0})
+    card = tmp_path / "run" / "export" / "README.md"
+    ok("ptq", "--recipe", recipe)
+    ok("export", "--recipe", recipe)
+    assert "perplexity" not in card.read_text()
+    found = json.loads(ok("eval", "--recipe", recipe, "--json").stdout)
+    base, ptq = (found[name]["perplexity"]["novels"] for name in ("base", "ptq"))
+    ok("export", "--recipe", recipe)  # it is up to date, its card is not
+    assert f"| perplexity, novels | {base:.2f} | {ptq:.2f} ({ptq / base:.2f}x) |\n" in card.read_text()
+    # Ragged groups of 32 over rows of 80 and 112.
+    bits = f"{found['ptq']['bits_per_weight']:.4g}"
+    assert f"| bits per binarized weight | 32 | {bits} |" in card.read_text()
+    ok("ptq", "--recipe", recipe, "ptq.rounds=1", "--force")
+    ok("export", "--recipe", recipe, "ptq.rounds=1", "--force")
+    assert "perplexity" not in card.read_text()
+
+
+@pytest.mark.usefixtures("given_tables")
+def test_a_format_without_quantizers_says_what_was_measured(ok, tmp_path):
+    source = save_toy(tmp_path / "toy")
+    sections = {"ptq": {"rounds": 0}, "act_calib": {"parent": "ptq", "epochs": 0}}
+    recipe = write_recipe(tmp_path / "r.yaml", source, tmp_path / "run", **sections)
+    for command in ("ptq", "act-calib", "eval"):
+        ok(command, "--recipe", recipe)
+    ok("export", "--recipe", recipe)
+    said = "with activations in 4 bits, which stay in full precision here"
+    assert said not in (tmp_path / "run" / "export" / "README.md").read_text()
+    ok("export", "--recipe", recipe, "export.format=dense", "--force")
+    assert said in (tmp_path / "run" / "export" / "README.md").read_text()

@@ -188,12 +188,24 @@ def report(recipe: RecipeOption, overrides: Overrides = None) -> None:
     _run(build, recipe, overrides)
 
 
-@app.command(epilog="Example: `lbllm export --recipe smollm2-135m.yaml export.format=dense`")
-def export(recipe: RecipeOption, overrides: Overrides = None, dry_run: DryRun = False, force: Force = False) -> None:
-    """Write a model folder to <output.dir>/export/ that transformers loads, packed or dense."""
+@app.command(
+    epilog="Examples: `lbllm export --recipe smollm2-135m.yaml export.format=gguf`, "
+    "`lbllm export --recipe smollm2-135m.yaml --push my-name/SmolLM2-135M-W2A4 --private`"
+)
+def export(
+    recipe: RecipeOption,
+    overrides: Overrides = None,
+    push: Annotated[
+        str | None, typer.Option("--push", metavar="ORG/NAME", help="upload it to the Hugging Face Hub", show_default=False)
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="a repository that --push makes is private")] = False,
+    dry_run: DryRun = False,
+    force: Force = False,
+) -> None:
+    """Write a model folder to <output.dir>/export/, packed or in a format that other programs read."""
     from lbllm_cli.cli.export import export as write
 
-    _run(write, recipe, overrides, dry_run=dry_run, force=force)
+    _run(write, recipe, overrides, repository=push, private=private, dry_run=dry_run, force=force)
 
 
 @app.command(epilog='Example: `lbllm generate --model runs/smollm2-135m/export --prompt "What is a comet?"`')

@@ -26,7 +26,7 @@ class _Record(BaseModel):
 
 
 class Result(_Record):
-    """A checkpoint's entry in results.json; see `evaluation.sizes.result`."""
+    """A checkpoint's entry in results.json; see `evaluation.sizes.result`. checkpoint: hash of its weights, of a stage."""
 
     perplexity: dict[Name, _Perplexity]
     kl: dict[Name, float] = {}
@@ -38,6 +38,7 @@ class Result(_Record):
     bytes: int | None = None
     activation_bits: int | None = None
     kv_bits: int | None = None
+    checkpoint: str | None = None
 
 
 class _Positions(_Record):

@@ -16,6 +16,7 @@ from lbllm_cli.evaluation.cache import Measurements
 from lbllm_cli.evaluation.perplexity import Evaluation, whole_perplexity
 from lbllm_cli.evaluation.sizes import Sizes, measure_sizes, result
 from lbllm_cli.export import writer
+from lbllm_cli.export.card import Described
 from lbllm_cli.format.activations import format_of
 from lbllm_cli.models import folder as source
 from lbllm_cli.models.model import read_entries
@@ -64,6 +65,8 @@ class EvaluationRun:
             flat |= lm_tasks.averages(self.plan.recipe.eval.tasks, flat)
             results[name] = result(self._sizes(name), self._format(name), texts[name])
             results[name] |= {"tasks": flat} if flat else {}
+            if (checkpoint := self.checkpoints[name]) is not None:
+                results[name]["checkpoint"] = checkpoint.content
             details[name] = {
                 text: {key: found[key] for key in ("positions", "blocks") if key in found} for text, found in texts[name].items()
             }
@@ -170,7 +173,7 @@ class EvaluationRun:
             return (self.plan.output / EXPORT if name == EXPORT else self.plan.model.folder), False
         folder, recipe = self.folder / f"{name}.model", self.plan.recipe
         shard = int(recipe.export.shard_gb * 1e9)
-        writer.export(self.plan.model, checkpoint, folder, USUAL_FORMAT, shard, recipe.model.path)
+        writer.export(self.plan.model, checkpoint, folder, USUAL_FORMAT, shard, Described(recipe.model.path))
         return folder, True
 
     def _sizes(self, name: str) -> Sizes:

@@ -38,8 +38,8 @@ class Exporter(ABC):
         """How a loaded model's weights compare with the checkpoint's, for the log."""
 
     @abstractmethod
-    def loading(self) -> list[str]:
-        """Lines of the model card: how to load it."""
+    def loading(self, place: str) -> list[str]:
+        """Lines of the model card: how to run it. place: of the folder, or its id on the Hub."""
 
 
 class FolderExporter(Exporter):

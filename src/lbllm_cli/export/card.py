@@ -2,6 +2,7 @@
 
 import os
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,22 @@ from lbllm_cli.pipeline.checkpoint import Checkpoint
 _CARRIED = ("license", "license_name", "license_link", "language")
 
 
-def model_card(model: SourceModel, checkpoint: Checkpoint, by: Exporter, path: str) -> str:
-    """Model card: what this is and how to load it. path: of the source, as the recipe has it: a folder or a Hub id."""
+@dataclass(frozen=True)
+class Described:
+    """What a card says beside what its checkpoint knows.
+
+    path: of the source, as the recipe has it: a folder or a Hub id. place: where the export will lie. results: by `base` and
+    `stage`, entries of results.json with the same texts and tasks; empty where nothing was measured.
+    """
+
+    path: str
+    place: str = "PATH_TO_THIS_FOLDER"
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def model_card(model: SourceModel, checkpoint: Checkpoint, by: Exporter, about: Described) -> str:
+    """Model card: what this is, what it was measured at, and how to run it."""
+    path = about.path
     local = os.path.isdir(os.path.expanduser(path))
     name = literal(Path(os.path.abspath(model.folder)).name if local else path)
     layout = checkpoint.activations if by.quantizes else None
@@ -40,7 +55,29 @@ def model_card(model: SourceModel, checkpoint: Checkpoint, by: Exporter, path: s
             "`lbllm_cli.hf.quantize_activations(model, False)` turns that off.",
             "",
         ]
-    return "\n".join([*lines, *by.loading()]) + "\n"
+    bits = 8 * by.weight_bytes(model, checkpoint.record.group_size) / model.binarized_parameters
+    return "\n".join([*lines, *_results(about.results, bits, layout is not None), *by.loading(about.place)]) + "\n"
+
+
+def _results(results: dict[str, dict[str, Any]], bits: float, quantized: bool) -> list[str]:
+    """The table of what was measured. bits: per binarized weight. quantized: whether the export quantizes activations."""
+    if not results:
+        return []
+    base, stage = results["base"], results["stage"]
+    lines = ["| | source | this |", "|---|---:|---:|"]
+    for text, found in stage["perplexity"].items():
+        if (before := base["perplexity"].get(text)) is not None:
+            lines.append(f"| perplexity, {literal(text)} | {before:.2f} | {found:.2f} ({found / before:.2f}x) |")
+    for task, metrics in stage.get("tasks", {}).items():
+        for metric, value in metrics.items():
+            before = base.get("tasks", {}).get(task, {}).get(metric)
+            if isinstance(value, float) and isinstance(before, float):
+                lines.append(f"| {literal(task)}, {literal(metric)} | {before:.4f} | {value:.4f} |")
+    lines += [f"| bits per binarized weight | {base['bits_per_weight']:g} | {bits:.4g} |", ""]
+    how = "Measured by `lbllm eval` on the checkpoint that this was made from"
+    if stage["activation_bits"] < 16 and not quantized:
+        how += f", with activations in {stage['activation_bits']} bits, which stay in full precision here"
+    return [*lines, how + ".", ""]
 
 
 def _front(model: SourceModel, base: str | None, by: Exporter) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from lbllm_cli.core.errors import UsageError
 from lbllm_cli.core.fingerprint import fingerprint
 from lbllm_cli.core.own_folders import check_own, remove_own
 from lbllm_cli.core.validation import describe
-from lbllm_cli.export.card import model_card
+from lbllm_cli.export.card import Described, model_card
 from lbllm_cli.export.formats import exporter
 from lbllm_cli.format.settings import FORMAT_VERSION
 from lbllm_cli.models.model import SourceModel
@@ -22,11 +22,11 @@ RECORD = "lbllm_export.json"
 WEIGHTS = ("*.safetensors", "*.gguf")
 
 
-def export(model: SourceModel, checkpoint: Checkpoint, target: Path, form: str, shard_bytes: int, path: str) -> None:
+def export(model: SourceModel, checkpoint: Checkpoint, target: Path, form: str, shard_bytes: int, about: Described) -> None:
     """Writes the model folder `target` in a format, replacing an earlier export of lbllm as a whole.
 
-    path: of the source, as the recipe has it. One shard is held in memory at a time. Raises UsageError as `check_target`, or when
-    a block file was changed since its stage finished.
+    about: for its card. One shard is held in memory at a time. Raises UsageError as `check_target`, or when a block file was
+    changed since its stage finished.
     """
     check_target(target)
     partial, replaced = (target.with_name(target.name + tail) for tail in (".partial", ".replaced"))
@@ -37,7 +37,7 @@ def export(model: SourceModel, checkpoint: Checkpoint, target: Path, form: str, 
     files.write_json(partial / RECORD, inputs)
     by = exporter(form)
     by.write(model, checkpoint, partial, shard_bytes)
-    files.write_text(partial / "README.md", model_card(model, checkpoint, by, path))
+    write_card(partial, model, checkpoint, form, about)
     written = sorted(file for pattern in ("config.json", *WEIGHTS) for file in partial.glob(pattern))
     files.write_json(partial / RECORD, inputs | {"files": {file.name: files.sha256(file) for file in written}})
     if target.exists():
@@ -47,6 +47,11 @@ def export(model: SourceModel, checkpoint: Checkpoint, target: Path, form: str, 
     partial.rename(target)
     files.sync_folder(target.parent)
     remove_own(replaced, EXPORT_FOLDER)
+
+
+def write_card(folder: Path, model: SourceModel, checkpoint: Checkpoint, form: str, about: Described) -> None:
+    """The card alone: what was measured since an export was written is in it then."""
+    files.write_text(folder / "README.md", model_card(model, checkpoint, exporter(form), about))
 
 
 def check_target(target: Path) -> None:

@@ -73,7 +73,7 @@ class CompressedTensors(FolderExporter):
         """The file is exact."""
         return "weights are exact where they are loaded in float32; in 16 bits their reader rounds levels times scales"
 
-    def loading(self) -> list[str]:
+    def loading(self, place: str) -> list[str]:
         """Without the plugin."""
         return [
             "Loading needs no code of lbllm, only the package compressed-tensors:",
@@ -81,7 +81,7 @@ class CompressedTensors(FolderExporter):
                 "python",
                 "from transformers import AutoModelForCausalLM  # pip install compressed-tensors",
                 "",
-                'model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER", dtype="float32")',
+                f'model = AutoModelForCausalLM.from_pretrained("{place}", dtype="float32")',
             ),
         ]
 

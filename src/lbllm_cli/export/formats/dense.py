@@ -34,7 +34,7 @@ class Dense(FolderExporter):
         dtype = str(model.source_dtype()).removeprefix("torch.")
         return "weights are exact in float32" if dtype == "float32" else f"weights are rounded to {dtype}"
 
-    def loading(self) -> list[str]:
+    def loading(self, place: str) -> list[str]:
         """As the source."""
         return ["This folder holds the decoded weights: any program that reads the source model reads it."]
 

@@ -145,7 +145,7 @@ class Gguf(Exporter):
         """The file is exact; llama.cpp multiplies with activations that it rounds to eight bits in blocks of 32."""
         return "weights are exact; llama.cpp rounds activations to 8 bits as it multiplies"
 
-    def loading(self) -> list[str]:
+    def loading(self, place: str) -> list[str]:
         """With llama.cpp."""
         return [f"`{NAME}` is for llama.cpp and programs built on it:", *snippet("sh", f"llama-cli --model {NAME}")]
 

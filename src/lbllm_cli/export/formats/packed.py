@@ -33,17 +33,23 @@ class Packed(FolderExporter):
         """Tensors are the checkpoint's."""
         return "everything is exact"
 
-    def loading(self) -> list[str]:
+    def loading(self, place: str) -> list[str]:
         """With the plugin."""
         return [
-            "Loading needs the plugin; without it transformers fails on the shape of the weights.",
+            "In transformers it needs the plugin; without it loading fails on the shape of the weights.",
             *snippet(
                 "python",
                 "import lbllm_cli.hf  # pip install lbllm-cli",
                 "from transformers import AutoModelForCausalLM",
                 "",
-                'model = AutoModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER")',
+                f'model = AutoModelForCausalLM.from_pretrained("{place}")',
             ),
+            "",
+            "vLLM finds the plugin by itself where both are installed:",
+            *snippet("sh", "pip install vllm lbllm-cli", f"vllm serve {place}"),
+            "",
+            "On the command line:",
+            *snippet("sh", f'lbllm generate --model {place} --prompt "What is a comet?"'),
         ]
 
 

@@ -1,0 +1,43 @@
+"""`lbllm export --push`: the export as a repository of the Hugging Face Hub."""
+
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from lbllm_cli.core.errors import RunError, UsageError, reason
+
+# What an earlier export may have left there under names that this one does not have.
+_REPLACED = ["model*.safetensors", "model.safetensors.index.json", "model.gguf"]
+
+
+def check_push(name: str) -> None:
+    """Raises UsageError for what is no name of a repository, and where no token is known that the Hub takes."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UsageError(f"--push {name}: expected ORG/NAME ({reason(error)})") from None
+    if "/" not in name:
+        raise UsageError(f"--push {name}: expected ORG/NAME")
+    if get_token() is None:
+        raise UsageError(f"--push {name}: the Hub needs a token; run: hf auth login, or set HF_TOKEN")
+    try:
+        HfApi().whoami()
+    except (HfHubHTTPError, OSError) as error:
+        raise UsageError(f"--push {name}: the Hub does not take this token: {reason(error)}; run: hf auth login") from None
+
+
+def push(folder: Path, name: str, private: bool, message: str) -> str:
+    """Uploads an export, in one commit; gives its address. private: of a repository that is made now.
+
+    Raises RunError where the Hub refuses: the export stays where it is, and files that it has already are not sent again.
+    """
+    api = HfApi()
+    try:
+        address = api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message=message, delete_patterns=_REPLACED)
+    except (HfHubHTTPError, OSError) as error:
+        again = f"{folder} is written; run the same command again"
+        raise RunError(f"--push {name}: {reason(error)}; {again}") from None
+    return str(address)
