@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -177,6 +178,27 @@ def test_a_missing_tensor_is_refused_before_loading(toy_export, tmp_path, name):
 
 
 @pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("layers.0.self_attn.q_proj.input.act_levels", lambda t: t + 120, "qkv_proj.input.act_levels: expected rows that ascend"),
+        ("layers.1.self_attn.key_cache.act_clip", lambda t: t * 0, "attn.key_cache.act_clip: expected 6554 to 65536"),
+        ("layers.1.mlp.down_proj.scale", lambda t: t * torch.inf, "down_proj.packed.scale holds NaN or infinity"),
+    ],
+)
+def test_values_without_meaning_are_refused(toy_export, tmp_path, name, change, message):
+    folder = copied(toy_export("llama-tied"), tmp_path / "export")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"model.{name}"] = change(tensors[f"model.{name}"])
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); import test_vllm; test_vllm.engine({str(folder)!r})"
+    told = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    # In a process of its own: vLLM leaves one behind half set up.
+    done = subprocess.run([sys.executable, "-c", code], env=told, capture_output=True, text=True, timeout=400)
+    assert done.returncode != 0
+    assert message in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"format_version": 9}, "packed format_version 9, this lbllm reads 2; update lbllm-cli"),
@@ -189,6 +211,30 @@ def test_a_configuration_that_cannot_be_served_is_refused(toy_export, tmp_path, 
         engine(copied(toy_export("llama-tied"), tmp_path / "export", **changes))
 
 
-def test_a_wrong_switch_is_refused(toy_export):
-    with pytest.raises(ValueError, match="--additional-config lbllm_cache: expected values or codes, got 'bytes'"):
-        engine(toy_export("llama-tied"), additional_config={"lbllm_cache": "bytes"})
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lbllm_cache": "bytes"}, "--additional-config lbllm_cache: expected values or codes, got 'bytes'"),
+        ({"lbllm_kv": "codes"}, "--additional-config lbllm_kv: expected lbllm_activations or lbllm_cache"),
+    ],
+)
+def test_a_wrong_switch_is_refused(toy_export, given, message):
+    with pytest.raises(ValueError, match=message):
+        engine(toy_export("llama-tied"), additional_config=given)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "granularity", "message"),
+    [
+        (80, "group", r"self_attn.o_proj: 80 inputs in 2 parts are 40 each, no whole number of groups of 32; take a smaller"),
+        (64, "token", "self_attn.o_proj: a step of activations stands for a whole token"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(inputs, granularity, message):
+    from lbllm_cli.format.activations import ActivationFormat
+    from lbllm_cli.vllm.linear import PackedLinearMethod
+
+    layout = ActivationFormat(4, 4, granularity, "knee", "knee", 2, 32)
+    method = PackedLinearMethod(SimpleNamespace(group_size=32), "self_attn.o_proj", ["self_attn.o_proj"], layout)
+    with pytest.raises(ValueError, match=message):
+        method.create_weights(torch.nn.Module(), inputs // 2, [8], inputs, 8, torch.float32, weight_loader=None)

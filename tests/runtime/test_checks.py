@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import save_toy, write_recipe
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-import lbllm_cli.hf  # noqa: F401 - registers the packed format
+import lbllm_cli.hf
 
 DOWN = "model.layers.1.mlp.down_proj"
 INPUT = "model.layers.0.self_attn.q_proj.input"
@@ -153,6 +153,15 @@ def test_a_newer_format_version(folder):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="packed format_version 9, this lbllm reads 2; update lbllm-cli"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_headers_alone_are_compared_for_an_engine_that_loads_by_itself(folder):
+    """What vLLM is let near."""
+    config = AutoConfig.from_pretrained(folder)
+    lbllm_cli.hf.check_packed(config, [folder / "model.safetensors"])
+    edit(folder, "model.layers.1.post_attention_layernorm.weight", None)
+    with pytest.raises(ValueError, match=r"lacks 1 tensors, first model.layers.1.post_attention_layernorm.weight"):
+        lbllm_cli.hf.check_packed(config, [folder / "model.safetensors"])
 
 
 def test_a_truncated_shard(folder, lbllm):

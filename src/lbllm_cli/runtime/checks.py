@@ -69,15 +69,16 @@ def refusing(folder: Path) -> Iterator[None]:
         raise UsageError(f"{folder} cannot be loaded: {reason(error)}") from None
 
 
-def check_values(model: nn.Module) -> None:
-    """Raises ValueError naming a loaded tensor whose values have no meaning in the format."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+def check_values(model: nn.Module, prefix: str = "") -> None:
+    """Raises ValueError naming a loaded tensor whose values have no meaning in the format. prefix: of names in messages."""
+    for name, tensor in (*model.named_parameters(prefix), *model.named_buffers(prefix)):
         if not finite(tensor):
             raise ValueError(f"{name} holds NaN or infinity; export it again")
     least, most = (round(factor * CLIP_UNIT) for factor in CLIP_RANGE)
-    for name, module in _packed(model):
+    for own, module in _packed(model):
         if isinstance(module, PackedLinear):
             continue
+        name = f"{prefix}.{own}" if prefix else own
         levels, top = module.act_levels.int(), LATTICE_MAX if module.bits < 8 else 255
         if int(levels.max()) > top or bool((levels[:, 1:] <= levels[:, :-1]).any()):
             expected = f"rows that ascend within 0..{top}"

@@ -10,6 +10,7 @@ from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from lbllm_cli.format.activations import KEYS, VALUES, ActivationFormat
+from lbllm_cli.runtime.checks import check_values
 from lbllm_cli.runtime.quantizer import empty_quantizer
 from lbllm_cli.vllm.cache import RecordAttention, record_backend
 from lbllm_cli.vllm.linear import LIBRARY, Loaded, add_quantizer, quantizer_parts
@@ -42,11 +43,12 @@ class QuantizedKeysValues(BaseKVCacheMethod):  # type: ignore[misc]
             its.attn_backend = record_backend(its.impl.content)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Raises ValueError naming what was not loaded."""
+        """Raises ValueError naming what was not loaded, or what has no meaning."""
         super().process_weights_after_loading(layer)
         # vLLM makes it anew to ask it once more, with everything in place.
         loaded: Loaded = layer.quant_method.loaded  # type: ignore[union-attr,assignment]
         loaded.check(quantizer_parts(_KEYS) | quantizer_parts(_VALUES), self.prefix)
+        check_values(layer, self.prefix)
 
 
 def _forward(layer: Any, query: Tensor, key: Tensor | None, value: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:

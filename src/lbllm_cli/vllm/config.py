@@ -98,6 +98,8 @@ class LbllmConfig(QuantizationConfig):  # type: ignore[misc]
         # vLLM asks for methods once more after loading, where there is no configuration to be had.
         if not self._choice:
             given = get_current_vllm_config().additional_config or {}
+            if unknown := [key for key in given if key.startswith("lbllm") and key not in _CHOICES]:
+                raise ValueError(f"--additional-config {', '.join(unknown)}: expected {' or '.join(_CHOICES)}")
             for key, choices in _CHOICES.items():
                 self._choice[key] = given.get(key, choices[0])
                 if self._choice[key] not in choices:

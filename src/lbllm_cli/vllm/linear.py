@@ -16,6 +16,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from lbllm_cli.format.activations import TENSORS, ActivationFormat
 from lbllm_cli.format.weights import PARTS
 from lbllm_cli.runtime.backend import backend_of
+from lbllm_cli.runtime.checks import check_values
 from lbllm_cli.runtime.linear import PackedLinear
 from lbllm_cli.runtime.quantizer import ActQuantizer, empty_quantizer
 
@@ -48,7 +49,7 @@ def add_quantizer(layer: nn.Module, name: str, quantizer: ActQuantizer, loaded: 
     """Hangs a quantizer into a layer of vLLM; its tensors are counted under `<name>.<tensor>`."""
     for part in TENSORS:
         buffer = getattr(quantizer, part)
-        # Every one of fused linears may be stored with the same quantizer: there is one of it in the export.
+        # Not a parameter: it is stored once, whichever of the joined linears it came with.
         buffer.weight_loader = loaded.noting(f"{name}.{part}", _fill)
     layer.add_module(name, quantizer)
 
@@ -109,7 +110,10 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         get_current_vllm_config().compilation_config.static_forward_context[self.prefix] = layer
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Leaves the weights to kernels where they have them. Raises ValueError naming what was not loaded."""
+        """Leaves the weights to kernels where they have them.
+
+        Raises ValueError naming what was not loaded, or what has no meaning: kernels trust tables.
+        """
         quantizer: Any = getattr(layer, "input", None)
         expected = {part: len(self.names) for part in PARTS} | ({} if quantizer is None else quantizer_parts("input"))
         self.loaded.check(expected, self.prefix)
@@ -120,6 +124,7 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         if self.layout is None:
             quantizer = None
         layer.packed = packed
+        check_values(layer, self.prefix)
         layer.quantizes = quantizer
         backend_of(packed.weight.device).hold([packed], quantizer)
 
