@@ -4,7 +4,6 @@ vLLM lives in an environment of its own: `make serve-test`.
 """
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -122,11 +121,8 @@ def test_a_device_is_not_vllms_to_choose(server, lbllm):
     assert "--device cpu: vLLM is built for one kind of device" in result.stderr
 
 
-def test_mixtures_go_to_transformers(server, lbllm, tmp_path):
-    folder = tmp_path / "export"
-    shutil.copytree(server.folder, folder)
-    config = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(config.replace('"mlp.up_proj"', '"mlp.experts.0.up_proj"'))
+def test_experts_with_biases_go_to_transformers(lbllm, tmp_path):
+    folder = exported(tmp_path, save_toy(tmp_path / "model", "gpt-oss", head_dim=32, hidden_size=128), ptq={"rounds": 0})
     result = lbllm("serve", "--model", folder, "--engine", "vllm")
     assert result.exit_code == 2
-    assert "--engine vllm: it cannot run packed experts; take --engine transformers" in result.stderr
+    assert "--engine vllm: it has no packed experts with biases; take --engine transformers" in result.stderr

@@ -31,8 +31,8 @@ pytestmark = pytest.mark.slow
 # vLLM's attention on a CPU has no heads of 24 channels; Gemma 2 is another model in vLLM 0.32 than in transformers, dense too.
 WIDTHS = {"head_dim": 32, "hidden_size": 128}
 FAMILIES = (
-    "gemma3", "glm4", "granite", "llama-tied", "llama-untied", "ministral3", "mistral-sliding", "olmo2", "olmo3", "phi3",
-    "qwen2-biases", "qwen3", "seed-oss", "smollm3",
+    "gemma3", "glm4", "granite", "granitemoe", "llama-tied", "llama-untied", "ministral3", "mistral-sliding", "mixtral", "olmo2",
+    "olmo3", "olmoe", "phi3", "qwen2-biases", "qwen3", "qwen3-moe", "seed-oss", "smollm3",
 )  # fmt: skip
 # Log probabilities; measured 2.9e-6 at most.
 CLOSE = 2e-5
@@ -203,7 +203,6 @@ def test_values_without_meaning_are_refused(toy_export, tmp_path, name, change, 
     [
         ({"format_version": 9}, "packed format_version 9, this lbllm reads 2; update lbllm-cli"),
         ({"group_size": 20}, "quantization_config.group_size: expected a multiple of 16"),
-        ({"linears": ["mlp.experts.0.gate_proj"]}, "vLLM cannot run packed experts; take: lbllm serve --engine transformers"),
     ],
 )
 def test_a_configuration_that_cannot_be_served_is_refused(toy_export, tmp_path, changes, message):
@@ -238,3 +237,21 @@ def test_what_cannot_be_cut_is_refused(inputs, granularity, message):
     method = PackedLinearMethod(SimpleNamespace(group_size=32), "self_attn.o_proj", ["self_attn.o_proj"], layout)
     with pytest.raises(ValueError, match=message):
         method.create_weights(torch.nn.Module(), inputs // 2, [8], inputs, 8, torch.float32, weight_loader=None)
+
+
+@pytest.mark.parametrize(
+    ("ways", "biases", "message"),
+    [(2, False, "packed experts in vLLM have no experts in parallel"), (1, True, "have no biases of experts; take: lbllm serve")],
+)
+def test_experts_that_cannot_be_run_are_refused(ways, biases, message):
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+    from lbllm_cli.vllm.experts import PackedExpertsMethod
+
+    moe = SimpleNamespace(moe_parallel_config=SimpleNamespace(use_ep=False, tp_size=ways), has_bias=biases)
+    layer = torch.nn.Module()
+    layer.activation, layer.apply_router_weight_on_input = MoEActivation.SILU, False
+    with pytest.raises(ValueError, match=message):
+        PackedExpertsMethod(SimpleNamespace(group_size=32), "mlp.experts", moe, None, False).create_weights(
+            layer, 4, 64, 32, torch.float32
+        )

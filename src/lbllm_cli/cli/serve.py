@@ -33,7 +33,7 @@ def serve(wanted: Service) -> None:
     folder = resolve(wanted.model, None, weights=True, key="--model")
     config = check_folder(folder, wanted.trust_remote_code)
     tokenizer = read_tokenizer(folder, wanted.trust_remote_code)
-    engine = _engine(wanted, getattr(config, "quantization_config", None))
+    engine = _engine(wanted, config)
     if engine == "transformers" and "@" in str(folder):
         raise UsageError(f"--model {folder}: the server takes what is behind @ for a revision; rename the folder")
     _check_address(wanted.host, wanted.port)
@@ -51,12 +51,9 @@ def serve(wanted: Service) -> None:
             server.kill_server()
 
 
-def _engine(wanted: Service, packed: dict[str, Any] | None) -> str:
-    """The engine that is to serve. packed: quantization_config, None where there is none.
-
-    Raises UsageError where it is not there, or cannot serve this.
-    """
-    missing = serve_vllm.missing(packed)
+def _engine(wanted: Service, config: Any) -> str:
+    """The engine that is to serve. Raises UsageError where it is not there, or cannot serve a model of this configuration."""
+    missing = serve_vllm.missing(config)
     if wanted.engine == "vllm" or (wanted.engine == "auto" and wanted.device == "auto" and not missing):
         if missing:
             raise UsageError(f"--engine vllm: {missing}")

@@ -22,13 +22,13 @@ _MODULE = ("vllm.entrypoints.openai.api_server", "--model")
 _CACHE_SHARE = 4
 
 
-def missing(packed: Any) -> str | None:
-    """Why vLLM cannot serve a folder with this quantization_config, None where it can."""
+def missing(config: Any) -> str | None:
+    """Why vLLM cannot serve a folder with this configuration, transformers' own; None where nothing is known against it."""
     if find_spec("vllm") is None:
         return "vLLM is not installed; run: pip install vllm"
-    settings = packed if isinstance(packed, dict) else {}
-    if settings.get("quant_method") == METHOD and any(".experts." in name for name in settings.get("linears", [])):
-        return "it cannot run packed experts; take --engine transformers"
+    settings = getattr(config, "quantization_config", None)
+    if isinstance(settings, dict) and settings.get("quant_method") == METHOD and config.model_type == "gpt_oss":
+        return "it has no packed experts with biases; take --engine transformers"
     return None
 
 

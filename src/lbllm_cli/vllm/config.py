@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -20,25 +21,30 @@ from lbllm_cli.format.settings import METHOD, check_settings
 _IN_BLOCK = re.compile(r"\.layers\.\d+\.(.+)$")
 # In --additional-config, the first is what counts without it.
 _CHOICES = {"lbllm_activations": ("stored", "full"), "lbllm_cache": ("values", "codes")}
+_MIXTRAL = {
+    r"\.mlp\.(gate|experts)\.": r".block_sparse_moe.\1.",
+    r"(\.experts\.\d+)\.gate_proj\.": r"\1.w1.",
+    r"(\.experts\.\d+)\.down_proj\.": r"\1.w2.",
+    r"(\.experts\.\d+)\.up_proj\.": r"\1.w3.",
+}
 
 
 @register_quantization_config(METHOD)
 class LbllmConfig(QuantizationConfig):  # type: ignore[misc]
     """`quantization_config` of a packed model, for vLLM. settings: as config.json has it.
 
-    Raises ValueError for a format_version or a value that this lbllm does not read, and for experts. vLLM sends it to other
-    processes: everything that is imported with weights is imported by its methods.
+    Raises ValueError for a format_version or a value that this lbllm does not read. vLLM sends it to other processes:
+    everything that is imported with weights is imported by its methods.
     """
 
     def __init__(self, settings: dict[str, Any]):
         super().__init__()
         check_settings(settings)
-        if any(".experts." in name for name in settings["linears"]):
-            raise ValueError("vLLM cannot run packed experts; take: lbllm serve --engine transformers")
         self.settings = settings
         self.group_size: int = settings["group_size"]
         self.linears: list[str] = settings["linears"]
         self.layout = format_of(settings)
+        self.model_type = ""
         self._choice: dict[str, str] = {}
 
     def get_name(self) -> str:
@@ -64,10 +70,18 @@ class LbllmConfig(QuantizationConfig):  # type: ignore[misc]
         """From config.json."""
         return cls(config)
 
-    @staticmethod
-    def get_cache_scale_mapper() -> WeightsMapper:
-        """Quantizers of keys and values belong to vLLM's attention, which lies one module deeper than the export's."""
-        return WeightsMapper(orig_to_new_regex={re.compile(r"\.self_attn\.(key|value)_cache\."): r".self_attn.attn.\1_cache."})
+    def get_cache_scale_mapper(self) -> WeightsMapper:
+        """Where the export has other names than vLLM.
+
+        Quantizers of keys and values belong to vLLM's attention, which lies one module deeper than the export's; those of experts
+        would be taken for linears (`experts`); and Mixtral's blocks have the names of its first release.
+        """
+        names = {
+            r"\.self_attn\.(key|value)_cache\.": r".self_attn.attn.\1_cache.",
+            r"\.experts\.(gate|down)_proj_input\.": r".experts.\1_input.",
+            **(_MIXTRAL if self.model_type == "mixtral" else {}),
+        }
+        return WeightsMapper(orig_to_new_regex={re.compile(own): theirs for own, theirs in names.items()})
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Looks whether a folder holds what its configuration says, before anything is loaded.
@@ -77,12 +91,14 @@ class LbllmConfig(QuantizationConfig):  # type: ignore[misc]
         """
         from lbllm_cli.hf import check_packed
 
+        self.model_type = hf_config.model_type
         if os.path.isdir(model_name):
             check_packed(hf_config, sorted(Path(model_name).glob("model*.safetensors")))
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Packed linears and attention with quantized keys and values; everything else as it is."""
         from lbllm_cli.vllm.attention import QuantizedKeysValues
+        from lbllm_cli.vllm.experts import PackedExpertsMethod
         from lbllm_cli.vllm.linear import PackedLinearMethod
 
         if isinstance(layer, LinearBase):
@@ -91,6 +107,8 @@ class LbllmConfig(QuantizationConfig):  # type: ignore[misc]
         if isinstance(layer, Attention) and self.layout is not None:
             form = self._wanted()["lbllm_cache"] if self._active_layout() else "full"
             return QuantizedKeysValues(self, prefix, self.layout, form)
+        if isinstance(layer, RoutedExperts) and any(".experts." in name for name in self.linears):
+            return PackedExpertsMethod(self, prefix, layer.moe_config, self.layout, self._active_layout() is not None)
         return None
 
     def _wanted(self) -> dict[str, str]:

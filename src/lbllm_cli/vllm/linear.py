@@ -30,12 +30,12 @@ class Loaded:
     def __init__(self) -> None:
         self.times: Counter[str] = Counter()
 
-    def noting(self, part: str, load: Callable[..., None]) -> Callable[..., None]:
+    def noting(self, part: str, load: Callable[..., Any]) -> Callable[..., Any]:
         """`load`, counted under `part`."""
 
-        def loader(param: Tensor, stored: Tensor, *shard: Any) -> None:
+        def loader(*args: Any, **kwargs: Any) -> Any:
             self.times[part] += 1
-            load(param, stored, *shard)
+            return load(*args, **kwargs)
 
         return loader
 
