@@ -232,6 +232,8 @@ def _serve() -> None:
     CliRunner().invoke(app, ["config", "--help"])  # what libraries read at their import is set by every command
     root = Path(lbllm_cli.__file__).parents[1]
     files = [path.relative_to(root).with_suffix("") for path in (root / "lbllm_cli").rglob("*.py") if path.stem != "__init__"]
+    # What vLLM imports, where it is installed.
+    files = [path for path in files if path.parts[1] != "vllm"]
     modules = [".".join(path.parts) for path in files]
     for name in (*modules, *_PRELOADED):
         importlib.import_module(name)

@@ -189,7 +189,7 @@ def report(recipe: RecipeOption, overrides: Overrides = None) -> None:
 
 
 @app.command(
-    epilog="Examples: `lbllm export --recipe smollm2-135m.yaml export.format=gguf`, "
+    epilog="Example: `lbllm export --recipe smollm2-135m.yaml export.format=gguf`, or "
     "`lbllm export --recipe smollm2-135m.yaml --push my-name/SmolLM2-135M-W2A4 --private`"
 )
 def export(
@@ -239,7 +239,7 @@ def generate(
 
 
 @app.command(
-    epilog="Examples: `lbllm serve --model runs/smollm2-135m/export --port 8080`, "
+    epilog="Example: `lbllm serve --model runs/smollm2-135m/export --port 8080`, or "
     "`lbllm serve -m runs/smollm2-135m/export --engine vllm -- --max-model-len 4096`",
     context_settings={"allow_extra_args": True},
 )

@@ -36,7 +36,7 @@ def take_over(folder: Path, wanted: Service, device: torch.device) -> None:
     """Becomes `vllm serve`; does not return. What the caller gives to vLLM counts for more than what is given to it here."""
     options = ["--host", wanted.host, "--port", str(wanted.port), "--served-model-name", str(folder)]
     backend = backend_of(device)
-    if device.type == "cpu":
+    if backend.shares_ram:
         options += ["--dtype", str(backend.usual_dtype).removeprefix("torch.")]
         options += ["--kv-cache-memory-bytes", str(backend.free_memory(device) // _CACHE_SHARE)]
     if wanted.full_activations:
