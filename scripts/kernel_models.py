@@ -56,7 +56,7 @@ def write_random(folder: Path, name: str) -> None:
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     units = block_units(config)
     linears = tuple(name for unit in units for name in unit)
-    stored["quantization_config"] = quantization_config(group_size, "act-calib", linears, layout)
+    stored["quantization_config"] = quantization_config(group_size, 8, "act-calib", linears, layout)
     files.write_json(folder / "config.json", stored)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

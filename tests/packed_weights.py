@@ -19,7 +19,7 @@ def random_weights(in_features: int, outs: tuple[int, ...], group_size: int, see
 
 def moved(linears: list[PackedWeight], device: torch.device) -> list[PackedWeight]:
     """On a device."""
-    return [PackedWeight(*(tensor.to(device) for tensor in linear.tensors), linear.in_features) for linear in linears]
+    return [linear.moved(lambda tensor: tensor.to(device)) for linear in linears]
 
 
 def quantized_rows(

@@ -49,7 +49,7 @@ def packed_model(config: LlamaConfig, device: torch.device, quantized: bool = Tr
     """The same as an export would be loaded. quantized: activations, keys and values in 4 bits."""
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    settings = quantization_config(GROUP, "act-calib", LINEARS, FORMAT if quantized else None)
+    settings = quantization_config(GROUP, 8, "act-calib", LINEARS, FORMAT if quantized else None)
     settings.pop("quant_method")
     quantizer = LbllmQuantizer(LbllmConfig(**settings))
     quantizer._process_model_before_weight_loading(model)

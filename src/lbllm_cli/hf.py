@@ -38,16 +38,17 @@ class LbllmConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
 
     def __init__(
-        self, group_size: int, linears: list[str], format_version: int, activations: dict[str, Any] | None = None, **others: Any
-    ):
-        check_settings(
-            {"group_size": group_size, "linears": linears, "format_version": format_version, "activations": activations}
-        )
+        self, group_size: int, linears: list[str], format_version: int, activations: dict[str, Any] | None = None,
+        level_bits: int = 8, **others: Any
+    ):  # fmt: skip
+        given = {"group_size": group_size, "linears": linears, "format_version": format_version, "level_bits": level_bits}
+        check_settings(given | {"activations": activations})
         self.quant_method = METHOD
         self.group_size = group_size
         self.linears = linears
         self.format_version = format_version
         self.activations = activations
+        self.level_bits = level_bits
         for key, value in others.items():
             setattr(self, key, value)
 
@@ -71,7 +72,7 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
             widths = quantizer_widths(layer, self._units) if layout else {}
             with torch.device("meta"):
                 for name in settings.linears:
-                    layer.set_submodule(name, _packed_like(layer.get_submodule(name), settings.group_size))
+                    layer.set_submodule(name, _packed_like(layer.get_submodule(name), settings))
                 for name, width in widths.items():
                     assert layout is not None
                     owner, _, own = name.rpartition(".")
@@ -129,9 +130,10 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
 
-def _packed_like(linear: Any, group_size: int) -> PackedLinear:
+def _packed_like(linear: Any, settings: Any) -> PackedLinear:
     """A packed linear for the place of an ordinary one, without values."""
-    packed = PackedLinear(linear.in_features, linear.out_features, group_size, linear.bias is not None)
+    shape = linear.in_features, linear.out_features, settings.group_size
+    packed = PackedLinear(*shape, bias=linear.bias is not None, level_bits=settings.level_bits)
     if packed.bias is not None:
         packed.bias.data = packed.bias.data.to(linear.weight.dtype)
     return packed

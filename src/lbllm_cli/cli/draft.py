@@ -19,7 +19,7 @@ from lbllm_cli.format.weights import expected_bits
 from lbllm_cli.pipeline.forecast import Need, checkpoint_bytes
 from lbllm_cli.pipeline.plan import Plan
 from lbllm_cli.pipeline.work import work_of
-from lbllm_cli.recipe.schema import Recipe
+from lbllm_cli.recipe.schema import Ptq, Recipe
 from lbllm_cli.recipe.stages import EXPORT, STAGES
 
 Resource = Literal["device", "ram", "disk"]
@@ -31,8 +31,10 @@ SHARES: dict[Resource, float] = {"device": 0.85, "ram": 0.9, "disk": 0.95}
 _WHOLE = {"wikitext2": 170, "c4": 256}
 # A model of fewer parameters loses more to each coarse group, and its levels are few beside its embedding.
 SMALL = 1e9
-# Groups of 128 take 2.375 bits a weight where widths are multiples of it; where much is padding, groups of 64 are the better use.
-_RAGGED = 2.5
+# What the drafted recipe does not say.
+_LEVEL_BITS = Ptq().level_bits
+# Groups of 128 take 2.25 bits a weight where widths are multiples of it; where much is padding, groups of 64 are the better use.
+_RAGGED = 2.37
 # Settings that are lowered where something is short, those first that change no result, then those that cost the least.
 _RELIEF: dict[Resource, tuple[str, ...]] = {
     "device": ("streams", "own_text", "batch", "micro", "phases", "asymmetric", "length"),
@@ -105,7 +107,7 @@ class _Search:
                 taken[need.stage, "device"] = need.device
             taken[need.stage, "ram"] = need.ram
             taken[need.stage, "disk"] = before + need.disk + need.teacher
-            before += checkpoint_bytes(model, settings.group_size) if need.stage in STAGES else 0
+            before += checkpoint_bytes(model, settings.group_size, _LEVEL_BITS) if need.stage in STAGES else 0
         return taken
 
     def shortages(self, settings: Settings) -> list[Shortage]:
@@ -177,7 +179,7 @@ def generous(model: PlacedModel, path: str, name: str, chat: bool) -> Settings:
 
 def _bits(model: PlacedModel, size: int) -> float:
     """Bits per weight in groups of a size."""
-    return expected_bits(model.binarized_shapes, size)
+    return expected_bits(model.binarized_shapes, size, _LEVEL_BITS)
 
 
 def group_size(model: PlacedModel) -> int:
@@ -213,7 +215,7 @@ def draft(model: PlacedModel, path: str, target: str, chat: bool) -> Draft:
 
 def _needs_in_words(model: PlacedModel, settings: Settings, needs: list[Need]) -> list[str]:
     disk = max(need.disk + need.teacher for need in needs)
-    kept = checkpoint_bytes(model, settings.group_size)
+    kept = checkpoint_bytes(model, settings.group_size, _LEVEL_BITS)
     export = next(need.disk for need in needs if need.stage == EXPORT)
     words = [f"{need.stage} {need.device / GIB:.1f}" for need in needs if need.device]
     device = [f"GPU memory in GiB: {', '.join(words)};"] if model.machine.has_gpu else []

@@ -56,7 +56,7 @@ def end_to_end_need(recipe: Recipe, model: SourceModel, settings: EndToEnd, reco
     teaching = outer_bytes(model) + 2 * block_bytes(model) + activation_bytes(model, recipe.runtime.batch_size, length)
     device = max(resident + passing + loss, teaching)
     states = float(settings.sequences * length * model.config.hidden_size * itemsize)
-    state, blocks = 12.0 * trained, checkpoint_bytes(model, recipe.ptq.group_size)
+    state, blocks = 12.0 * trained, checkpoint_bytes(model, recipe.ptq.group_size, recipe.ptq.level_bits)
     ram = host_bytes(model, device)
     if any(item.sampled for item in settings.source or recipe.data.training.source):
         whole = sampling_bytes(model, settings.sequences, length)

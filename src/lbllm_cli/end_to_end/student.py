@@ -21,7 +21,7 @@ from lbllm_cli.runtime.quantizer import read_quantizers
 from lbllm_cli.training.block_linears import linear_groups
 from lbllm_cli.training.fixed import Fixed
 from lbllm_cli.training.interfaces import OwnStep, ParameterGroup
-from lbllm_cli.training.master import LEVELS, SCALES
+from lbllm_cli.training.master import LEVELS, SCALES, WEIGHTS
 from lbllm_cli.training.quantizers import (
     CLIP_FACTORS,
     KNEES,
@@ -32,6 +32,7 @@ from lbllm_cli.training.quantizers import (
     quantizer_tensors,
 )
 from lbllm_cli.training.ste import rounded
+from lbllm_cli.training.weights import Nearest
 
 if TYPE_CHECKING:
     from lbllm_cli.recipe.training import EndToEnd
@@ -65,18 +66,23 @@ class ResidentBlock:
     Hidden states [rows, length, hidden] -> the same shape.
     """
 
-    def __init__(self, model: SourceModel, index: int, parent: Checkpoint, train: tuple[str, ...]):
+    def __init__(self, model: SourceModel, index: int, parent: Checkpoint, settings: "EndToEnd"):
+        train = settings.trained
         stored = parent.read_block(index)
         block = stored_block(model, index, stored, None)
         self.prefix, self.dtype = block.prefix, block.dtype
         self.block = block
-        self.linears: dict[str, Fixed] = {}
+        self.linears: dict[str, Fixed | Nearest] = {}
         for name in block.linears:
             weight = block.linear(name).weight
             packed = weight_on(PackedWeight.from_tensors(stored, block.prefix + name, weight.shape[1]), model.device)
-            self.linears[name] = Fixed(weight, packed, train)
-            # Decoded anew in every pass; what was read of it is let go of.
-            block.linear(name).weight = nn.Parameter(torch.empty(0), requires_grad=False)
+            if WEIGHTS in train:
+                self.linears[name] = Nearest(weight, packed, train, settings.latent_margin)
+                block.linear(name).weight = nn.Parameter(torch.empty_like(weight))
+            else:
+                self.linears[name] = Fixed(weight, packed, train)
+                # Decoded anew in every pass; what was read of it is let go of.
+                block.linear(name).weight = nn.Parameter(torch.empty(0), requires_grad=False)
         # As they are stored: the block has them in the compute dtype, which may be the shorter one.
         norms = {**model.read(model.norm_names(index)), **whole_tensors(stored)}
         self.norms = {
@@ -92,17 +98,34 @@ class ResidentBlock:
             attach(block.layer, block.units, dict(self.quantizers))
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        weights = {f"{name}.weight": linear.weight(self.dtype) for name, linear in self.linears.items()}
+        fixed = {name: linear for name, linear in self.linears.items() if isinstance(linear, Fixed)}
+        weights = {f"{name}.weight": linear.weight(self.dtype) for name, linear in fixed.items()}
         weights |= {f"{name}.weight": norm().to(self.dtype) for name, norm in self.norms.items()}
         outputs: Tensor = functional_call(self.block.layer, weights, (hidden,), self.block.arguments(hidden))
         return outputs
 
+    def begin(self) -> None:
+        """Puts the present weights into the block, where latents are trained; others are decoded as it runs."""
+        for name, linear in self.linears.items():
+            if isinstance(linear, Nearest):
+                linear.put(self.block.linear(name).weight)
+
+    def backward(self) -> None:
+        """Carries the gradients of what was put to the masters."""
+        for name, linear in self.linears.items():
+            if isinstance(linear, Nearest):
+                weight = self.block.linear(name).weight
+                assert weight.grad is not None
+                linear.take(weight.grad)
+                weight.grad = None
+
     def snapshot(self) -> dict[str, Tensor]:
-        """What training may have changed, under full names: all that a checkpoint holds but the codes."""
+        """What training may have changed, under full names: all that a checkpoint holds but codes that are fixed."""
         tensors: dict[str, Tensor] = {}
         for name, linear in self.linears.items():
             parts = linear.packed().to_tensors(self.prefix + name)
-            tensors |= {key: tensor for key, tensor in parts.items() if not key.endswith(".weight")}
+            moved = isinstance(linear, Nearest)
+            tensors |= {key: tensor for key, tensor in parts.items() if moved or not key.endswith(".weight")}
         tensors |= {f"{self.prefix}{name}.weight": norm.packed() for name, norm in self.norms.items()}
         return tensors | quantizer_tensors(self.prefix, self.quantizers)
 
@@ -117,7 +140,7 @@ class WholeStudent:
         self.settings = settings
         self.recompute = recompute
         train = settings.trained
-        self.blocks = [ResidentBlock(model, index, parent, train) for index in range(model.blocks)]
+        self.blocks = [ResidentBlock(model, index, parent, settings) for index in range(model.blocks)]
         head: Any = model.head()
         self._norm: nn.Module = head[0]
         self.head: Head = head[1]
@@ -155,7 +178,7 @@ class WholeStudent:
         """AdamW groups, one per tensor: rates are relative to the RMS of the weights, of norms to their own."""
         settings: Any = self.settings
         groups = []
-        rates = {LEVELS: settings.lr_levels, SCALES: settings.lr_levels}
+        rates = {WEIGHTS: settings.lr_weights, LEVELS: settings.lr_levels, SCALES: settings.lr_levels}
         for block in self.blocks:
             groups += linear_groups(block.linears.values(), {kind: rates[kind] for kind in rates if kind in settings.trained})
         for norm in (*(norm for block in self.blocks for norm in block.norms.values()), self.norm):
@@ -166,20 +189,30 @@ class WholeStudent:
         return groups + quantizer_groups(self._quantizers(), {kind: getattr(settings, f"lr_{kind}") for kind in kinds})
 
     def begin(self, progress: float) -> None:
-        """Knees are soft in the first part of training, where they are trained."""
+        """Puts the weights that are trained into their blocks; knees are soft in the first part of training, where they are
+        trained.
+        """
         settings: Any = self.settings
+        for block in self.blocks:
+            block.begin()
         if KNEES in settings.trained:
             anneal(self._quantizers(), progress, settings.soft, settings.soft_knee)
 
     def backward(self) -> None:
-        """Autograd has carried all gradients to the parameters."""
+        """Carries gradients of weights that were put into their blocks to latents and levels; autograd has carried all others."""
+        for block in self.blocks:
+            block.backward()
 
     def own_steps(self) -> list[OwnStep]:
-        """None: no latent is trained here."""
-        return []
+        """Latents that move themselves."""
+        dampening = self.settings.dampening
+        return [one for block in self.blocks for linear in block.linears.values() for one in linear.own_steps(dampening)]
 
     def constrain(self) -> None:
         """After a step."""
+        for block in self.blocks:
+            for linear in block.linears.values():
+                linear.constrain(self.settings.dampening)
         for quantizer in self._quantizers():
             quantizer.constrain()
 

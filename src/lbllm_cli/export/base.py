@@ -30,7 +30,7 @@ class Exporter(ABC):
         """Fills a new folder. shard_bytes: of its largest weight file, where there may be several."""
 
     @abstractmethod
-    def weight_bytes(self, model: SourceModel, group_size: int) -> float:
+    def weight_bytes(self, model: SourceModel, group_size: int, level_bits: int) -> float:
         """Bytes of all binarized weights."""
 
     @abstractmethod

@@ -55,7 +55,7 @@ def model_card(model: SourceModel, checkpoint: Checkpoint, by: Exporter, about: 
             "`lbllm_cli.hf.quantize_activations(model, False)` turns that off.",
             "",
         ]
-    bits = 8 * by.weight_bytes(model, checkpoint.record.group_size) / model.binarized_parameters
+    bits = 8 * by.weight_bytes(model, *checkpoint.record.weights) / model.binarized_parameters
     return "\n".join([*lines, *_results(about.results, bits, layout is not None), *by.loading(about.place)]) + "\n"
 
 

@@ -10,6 +10,6 @@ def export_need(recipe: Recipe, model: SourceModel) -> Need:
     """Need of `lbllm export`."""
     binarized = set(model.binarized_names)
     rest = model.count([name for name in model.shapes if name not in binarized]) * 2.0
-    disk = rest + exporter(recipe.export.format).weight_bytes(model, recipe.ptq.group_size)
+    disk = rest + exporter(recipe.export.format).weight_bytes(model, recipe.ptq.group_size, recipe.ptq.level_bits)
     ram = PROCESS + min(recipe.export.shard_gb * 1e9, disk) + block_bytes(model)
     return Need("export", 0.0, ram, disk, 0.0, "ram")

@@ -7,10 +7,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lbllm_cli import __version__
 from lbllm_cli.core.validation import describe
 from lbllm_cli.format.activations import ActivationFormat
+from lbllm_cli.format.weights import LEVEL_BITS
 
 METHOD = "lbllm"
-# 1: weights alone. 2: with quantizers of activations, which a reader of 1 would leave out without a word.
-FORMAT_VERSION = 2
+# 1: weights alone. 2: with quantizers of activations, which a reader of 1 would leave out without a word. 3: levels of 4 bits,
+# with quantizers or without.
+FORMAT_VERSION = 3
 
 
 class Activations(BaseModel):
@@ -28,12 +30,13 @@ class Activations(BaseModel):
 
 
 def quantization_config(
-    group_size: int, stage: str, linears: tuple[str, ...], activations: ActivationFormat | None
+    group_size: int, level_bits: int, stage: str, linears: tuple[str, ...], activations: ActivationFormat | None
 ) -> dict[str, Any]:
     """The `quantization_config` block of a packed model's config.json. linears: of a block, that are packed."""
     return {
         "quant_method": METHOD,
-        "format_version": FORMAT_VERSION if activations else 1,
+        "format_version": 3 if level_bits != 8 else 2 if activations else 1,
+        **({"level_bits": level_bits} if level_bits != 8 else {}),
         **({"activations": activations.as_dict()} if activations else {}),
         "group_size": group_size,
         "stage": stage,
@@ -58,11 +61,14 @@ def check_settings(values: dict[str, Any]) -> None:
     names = linears if isinstance(linears, list) else []
     good = bool(names) and all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
     check("linears", good, "the linears of a block", linears)
+    bits = values.get("level_bits", 8)
+    check("level_bits", type(bits) is int and bits in LEVEL_BITS, "8 or 4", bits)
+    check("format_version", bits == 8 or version == 3, "3 where levels have 4 bits", version)
     layout = values.get("activations")
     if layout is None:
         return
     check("activations", isinstance(layout, dict), "a mapping", layout)
-    check("format_version", version == FORMAT_VERSION, f"{FORMAT_VERSION} where there are activations", version)
+    check("format_version", version != 1, "2 or more where there are activations", version)
     try:
         Activations.model_validate(layout)
     except ValidationError as error:

@@ -6,14 +6,15 @@ levels; a weight is a 2-bit code, sign + 2 x bitmap, that picks one of them (LBL
     bitmap 0: mu0 - alpha0 (code 0), mu0 + alpha0 (code 1)      the inner pair
     bitmap 1: mu1 - alpha1 (code 2), mu1 + alpha1 (code 3)      the outer pair
 
-Stored: codes packed four to a byte, int8 levels, one float16 scale per (row, group); weight = scale * level. Storing the
-levels as int8 is this project's choice, not the paper's: it makes integer kernels exact.
+Stored: codes packed four to a byte, levels as integers of 8 or 4 bits, one float16 scale per (row, group); weight = scale *
+level. Storing levels as integers is this project's choice, not the paper's: it makes integer kernels exact. In memory levels
+are int8, however many bits a file has of them.
 
 Fitting works on ranks: rank k is the k-th smallest of the group's four levels.
 """
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil
 
@@ -21,7 +22,11 @@ import torch
 from torch import Tensor
 
 LEVELS = 4
-LEVEL_MAX = 127
+# Bits that a file may have of a level.
+LEVEL_BITS = (8, 4)
+# Where the largest level of a group lies on the grid of 4 bits, before it is rounded: the best of these is taken. With 7 alone
+# SmolLM2-135M had a perplexity of 64.2 after `ptq`, with all of them 62.4, with levels of 8 bits 61.9.
+_TOPS = (7.0, 6.75, 6.5, 6.25, 6.0, 5.75, 5.5, 5.25, 5.0, 4.75)
 # rank -> code: the two middle levels are the inner pair (bitmap 0), the extremes the outer pair (bitmap 1).
 RANK_TO_CODE = (2, 0, 1, 3)
 _CODE_TO_RANK = (1, 2, 0, 3)
@@ -54,38 +59,73 @@ def grouped(matrix: Tensor, group_size: int) -> Tensor:
     return padded.view(out_features, groups, group_size)
 
 
-def stored_grid(levels: Tensor) -> tuple[Tensor, Tensor]:
+def level_max(level_bits: int) -> int:
+    """Largest stored level: 8 -> 127, 4 -> 7."""
+    return (1 << (level_bits - 1)) - 1
+
+
+def stored_grid(levels: Tensor, level_bits: int = 8) -> tuple[Tensor, Tensor]:
     """`project_levels` for levels that are known to fit, or are looked at later: the scale of others is infinite or NaN."""
-    wanted = levels.abs().amax(dim=-1).float() / LEVEL_MAX
+    return _fine_grid(levels) if level_bits == LEVEL_BITS[0] else _coarse_grid(levels.float())
+
+
+def _fine_grid(levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Levels of 8 bits: the scale that just reaches the largest one."""
+    most = level_max(8)
+    wanted = levels.abs().amax(dim=-1).float() / most
     scale = wanted.half()
     up = torch.nextafter(scale, torch.full_like(scale, torch.inf))
     scale = torch.where(scale.float() < wanted * (1 - 2e-6), up, scale)
     divisor = torch.where(scale == 0, torch.ones_like(scale), scale).float().unsqueeze(-1)
-    stored = torch.round(levels.float() / divisor).clamp_(-LEVEL_MAX, LEVEL_MAX)
+    stored = torch.round(levels.float() / divisor).clamp_(-most, most)
     return stored.to(torch.int8), scale
 
 
-def project_levels(levels: Tensor) -> tuple[Tensor, Tensor]:
+def _coarse_grid(levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Levels of 4 bits: the scale with the smallest squared error of the four, the first of equal ones."""
+    largest, most = levels.abs().amax(dim=-1), level_max(4)
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    for top in _TOPS:
+        scale = (largest / top).half()
+        divisor = torch.where(scale == 0, torch.ones_like(scale), scale).float().unsqueeze(-1)
+        stored = torch.round(levels / divisor).clamp_(-most, most)
+        a, b, c, d = (stored * divisor).sub_(levels).square_().unbind(-1)
+        error = (a + b) + (c + d)
+        if best is None:
+            best = error, stored, scale
+        else:
+            better = error < best[0]
+            best = (
+                torch.where(better, error, best[0]),
+                torch.where(better.unsqueeze(-1), stored, best[1]),
+                torch.where(better, scale, best[2]),
+            )
+    assert best is not None
+    return best[1].to(torch.int8), best[2]
+
+
+def project_levels(levels: Tensor, level_bits: int = 8) -> tuple[Tensor, Tensor]:
     """Rounds levels to the stored grid.
 
     levels: float [..., groups, 4], weight units. Returns (int8 [..., groups, 4], float16 scale [..., groups]).
-    The scale is max|level| / 127 rounded *up* to float16, and levels are rounded against that stored scale, so
+    With 8 bits the scale is max|level| / 127 rounded *up* to float16, and levels are rounded against that stored scale, so
     a subnormal scale costs resolution, not range. Rounding up ignores the last bits of float32: levels that come off
-    the grid by one rounding error return to it. [8, 5, 4] -> [8, 5, 4], [8, 5].
+    the grid by one rounding error return to it. With 4 bits it is the best of max|level| / 7 to max|level| / 4.75.
+    [8, 5, 4] -> [8, 5, 4], [8, 5].
 
     Raises ValueError when a level is not finite or too large for a float16 scale.
     """
-    stored, scale = stored_grid(levels)
+    stored, scale = stored_grid(levels, level_bits)
     if not bool(torch.isfinite(scale).all()):
         reach = float(levels.abs().amax())
-        raise ValueError(f"levels reach {reach:.3g}, the format holds at most {LEVEL_MAX * 65504:.3g}")
+        raise ValueError(f"levels reach {reach:.3g}, the format holds at most {level_max(level_bits) * 65504:.3g}")
     return stored, scale
 
 
 def level_values(levels: Tensor, scale: Tensor) -> Tensor:
     """Stored levels in weight units: int8 [..., groups, 4] and float16 [..., groups] -> float32 [..., groups, 4].
 
-    Exact: 7 bits times 11 bits fit in float32.
+    Exact: 7 bits times 11 bits fit in float32. [8, 5, 4], [8, 5] -> [8, 5, 4].
     """
     return levels.float() * scale.float().unsqueeze(-1)
 
@@ -115,6 +155,29 @@ def unpack_codes(packed: Tensor, in_features: int) -> Tensor:
     """Inverse of `pack_codes`: uint8 [out, groups, group_size / 4] -> uint8 [out, in]."""
     codes = (packed.unsqueeze(-1) >> _table(_SHIFTS, packed.device)) & 3
     return codes.flatten(1)[:, :in_features]
+
+
+def pack_levels(levels: Tensor) -> Tensor:
+    """Levels of 4 bits, two to a byte, the one of code 0 in the low half of the first: int8 [..., 4] -> uint8 [..., 2].
+
+    As two's complement: (-7, -1, 1, 7) -> (0xF9, 0x71).
+    """
+    low, high = levels[..., 0::2], levels[..., 1::2]
+    return (low & 15).to(torch.uint8) | ((high & 15).to(torch.uint8) << 4)
+
+
+def unpack_levels(packed: Tensor) -> Tensor:
+    """Inverse of `pack_levels`: uint8 [..., 2] -> int8 [..., 4]."""
+    # Shifting the low half out of a signed byte and back extends its sign.
+    as_signed = packed.view(torch.int8)
+    return torch.stack(((as_signed << 4) >> 4, as_signed >> 4), dim=-1).flatten(-2)
+
+
+def empty_levels(out_features: int, groups: int, level_bits: int) -> Tensor:
+    """Room for the stored levels of a linear: int8 [out, groups, 4], with 4 bits uint8 [out, groups, 2]."""
+    if level_bits == LEVEL_BITS[0]:
+        return torch.zeros(out_features, groups, LEVELS, dtype=torch.int8)
+    return torch.zeros(out_features, groups, LEVELS // 2, dtype=torch.uint8)
 
 
 def ordered(ranks: Tensor, levels: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
@@ -157,27 +220,36 @@ class PackedWeight:
     """The stored weights of one linear.
 
     codes: uint8 [out, groups, group_size / 4]. levels: int8 [out, groups, 4] in code order. scale: float16 [out, groups].
+    level_bits: that a file has of a level.
     """
 
     codes: Tensor
     levels: Tensor
     scale: Tensor
     in_features: int
+    level_bits: int = 8
 
     @classmethod
-    def of_ranks(cls, ranks: Tensor, levels: Tensor, scale: Tensor, group_size: int) -> "PackedWeight":
+    def of_ranks(cls, ranks: Tensor, levels: Tensor, scale: Tensor, group_size: int, level_bits: int = 8) -> "PackedWeight":
         """A fit in rank order: ranks uint8 [out, in], levels int8 [out, groups, 4] ascending, scale float16 [out, groups].
 
         [2, 576] with group_size 128 -> codes [2, 5, 32]. Raises ValueError when the levels are not ascending.
         """
         codes, by_code = codes_from_ranks(ranks, levels, scale)
-        return cls(pack_codes(codes, group_size), by_code, scale, ranks.shape[1])
+        return cls(pack_codes(codes, group_size), by_code, scale, ranks.shape[1], level_bits)
+
+    @classmethod
+    def of_stored(cls, codes: Tensor, levels: Tensor, scale: Tensor, in_features: int) -> "PackedWeight":
+        """Out of tensors as a file has them: levels int8 [out, groups, 4], or of 4 bits, uint8 [out, groups, 2]."""
+        if levels.dtype == torch.uint8:
+            return cls(codes, unpack_levels(levels), scale, in_features, 4)
+        return cls(codes, levels, scale, in_features, 8)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], owner: str, in_features: int) -> "PackedWeight":
         """Out of the tensors of a block or a file. owner: full name of the linear. Raises KeyError naming one that is absent."""
         codes, levels, scale = (tensors[f"{owner}.{part}"] for part in PARTS)
-        return cls(codes, levels, scale, in_features)
+        return cls.of_stored(codes, levels, scale, in_features)
 
     @staticmethod
     def owners(names: Collection[str]) -> list[str]:
@@ -186,8 +258,13 @@ class PackedWeight:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """In the order of PARTS."""
+        """In the order of PARTS, levels int8."""
         return self.codes, self.levels, self.scale
+
+    @property
+    def stored(self) -> tuple[Tensor, Tensor, Tensor]:
+        """In the order of PARTS, as a file has them."""
+        return self.codes, self.levels if self.level_bits == LEVEL_BITS[0] else pack_levels(self.levels), self.scale
 
     @property
     def group_size(self) -> int:
@@ -196,17 +273,17 @@ class PackedWeight:
 
     def to_tensors(self, owner: str) -> dict[str, Tensor]:
         """Under their full names. owner: full name of the linear."""
-        return {f"{owner}.{part}": tensor for part, tensor in zip(PARTS, self.tensors, strict=True)}
+        return {f"{owner}.{part}": tensor for part, tensor in zip(PARTS, self.stored, strict=True)}
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "PackedWeight":
         """With each tensor as `move` returns it, on another device."""
         codes, levels, scale = map(move, self.tensors)
-        return PackedWeight(codes, levels, scale, self.in_features)
+        return replace(self, codes=codes, levels=levels, scale=scale)
 
     def split(self, sizes: list[int]) -> list["PackedWeight"]:
         """By rows, as linears that were fitted as one matrix are told apart again."""
         parts = (torch.split(tensor, sizes) for tensor in self.tensors)
-        return [PackedWeight(codes, levels, scale, self.in_features) for codes, levels, scale in zip(*parts, strict=True)]
+        return [replace(self, codes=codes, levels=levels, scale=scale) for codes, levels, scale in zip(*parts, strict=True)]
 
     def unpacked(self) -> Tensor:
         """One code per weight: uint8 [out, in], 0..3."""
@@ -221,10 +298,10 @@ class PackedWeight:
         return dequantize(self.unpacked(), self.levels, self.scale, self.group_size)
 
 
-def expected_bits(shapes: list[tuple[int, int]], group_size: int) -> float:
-    """Bits per weight of the packed form: codes, int8 levels and float16 scales, padding of ragged groups included.
+def expected_bits(shapes: list[tuple[int, int]], group_size: int, level_bits: int = 8) -> float:
+    """Bits per weight of the packed form: codes, levels and float16 scales, padding of ragged groups included.
 
-    [(4096, 4096)], 128 -> 2.375.
+    [(4096, 4096)], 128, 8 -> 2.375; with 4 -> 2.25.
     """
-    bits = sum(out * group_count(inn, group_size) * (2 * group_size + LEVELS * 8 + 16) for out, inn in shapes)
+    bits = sum(out * group_count(inn, group_size) * (2 * group_size + LEVELS * level_bits + 16) for out, inn in shapes)
     return bits / sum(out * inn for out, inn in shapes)

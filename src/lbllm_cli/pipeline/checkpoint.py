@@ -230,7 +230,8 @@ class StageWriter:
     def finish(self, facts: dict[str, Any]) -> None:
         """Writes the manifest and renames the folder. facts: what readers need, reproducible values only."""
         manifest = {
-            "format_version": FORMAT_VERSION,
+            # What an earlier lbllm can read has the number that it knows.
+            "format_version": FORMAT_VERSION if "level_bits" in facts else 1,
             "stage": self.stage,
             "fingerprint": fingerprint(self.inputs),
             **facts,

@@ -141,9 +141,9 @@ def sampling_bytes(model: SourceModel, rows: int, length: int) -> float:
     return (parameters + cache) * model.dtype.itemsize + 2.0 * parameters
 
 
-def checkpoint_bytes(model: SourceModel, group_size: int) -> float:
+def checkpoint_bytes(model: SourceModel, group_size: int, level_bits: int) -> float:
     """Bytes of a stage's block files."""
-    return expected_bits(model.binarized_shapes, group_size) * model.binarized_parameters / 8
+    return expected_bits(model.binarized_shapes, group_size, level_bits) * model.binarized_parameters / 8
 
 
 def streams_place(recipe: Recipe, model: SourceModel, device: float, alive: float) -> Place:
@@ -182,7 +182,7 @@ def stage_need(plan: Plan, spec: StageSpec, device: float, kept: float = 0, stat
         ram = max(ram, PROCESS + whole)
         # On a GPU the file stays in RAM.
         device = device if model.backend.shares_ram else max(device, whole - 2.0 * model.count(list(model.shapes)))
-    blocks = checkpoint_bytes(model, recipe.ptq.group_size)
+    blocks = checkpoint_bytes(model, recipe.ptq.group_size, recipe.ptq.level_bits)
     written = blocks + 2 * (model.blocks + 1) * one if place == "disk" else 0.0
     # A state is replaced by a whole one: two exist for a moment.
     disk = blocks + (count * one if place == "disk" else 0) + 2 * state

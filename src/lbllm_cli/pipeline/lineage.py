@@ -22,7 +22,8 @@ def stage_inputs(plan: Plan, spec: StageSpec, tokens: Tensor | None, parent: Che
     """
     settings = plan.settings(spec).model_dump(mode="json")
     own = {key: value for key, value in settings.items() if key in spec.reads}
-    own = {key: value for key, value in own.items() if key not in CAME_LATER or value != CAME_LATER[key]}
+    later = {key: CAME_LATER.get(f"{spec.section}.{key}", ...) for key in own}
+    own = {key: value for key, value in own.items() if value != later[key]}
     if "parent" in own:
         own["parent"] = str(plan.recipe.parent(spec))
     text = {}
@@ -88,11 +89,12 @@ def open_parent(plan: Plan, spec: StageSpec) -> Checkpoint | None:
     parent = open_checkpoint(plan, before.name)
     for checkpoint in (*reversed(ancestors(plan.output, parent)), parent):
         _check_made_alike(plan, checkpoint)
-    if parent.record.group_size != plan.recipe.ptq.group_size:
-        raise UsageError(
-            f"{parent.path} has group size {parent.record.group_size}, ptq.group_size is {plan.recipe.ptq.group_size}; "
-            "set it back, or use another output.dir"
-        )
+    for key, found in zip(("group_size", "level_bits"), parent.record.weights, strict=True):
+        if found != (wanted := getattr(plan.recipe.ptq, key)):
+            raise UsageError(
+                f"{parent.path} has {key.replace('_', ' ')} {found}, ptq.{key} is {wanted}; "
+                "set it back, or use another output.dir"
+            )
     return parent
 
 

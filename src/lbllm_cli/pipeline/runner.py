@@ -104,6 +104,7 @@ def _facts(run: StageRun, model: SourceModel, parent: Checkpoint | None) -> dict
     return {
         "parent": None if parent is None else {"stage": parent.stage, "fingerprint": parent.fingerprint},
         "group_size": run.plan.recipe.ptq.group_size,
+        **({} if (bits := run.plan.recipe.ptq.level_bits) == 8 else {"level_bits": bits}),
         "blocks": model.blocks,
         "parameters": model.count(list(model.shapes)),
         "binarized_parameters": model.binarized_parameters,

@@ -14,7 +14,8 @@ from lbllm_cli.core.validation import describe
 from lbllm_cli.format.settings import Activations
 from lbllm_cli.recipe.stages import STAGES, StageName
 
-FORMAT_VERSION = 1
+# 1: levels of 8 bits. 2: `level_bits` says how many they have.
+FORMAT_VERSION = 2
 # Tensors outside the blocks that a stage has changed; a stage that changes none has no such file.
 OUTER = "outer.safetensors"
 # Of the parent in the inputs of a stage: see `lineage.stage_inputs`.
@@ -69,15 +70,21 @@ class Parent(BaseModel):
 class Manifest(_Record):
     """Of a finished stage. tokens: that it read."""
 
-    format_version: Literal[1]
+    format_version: Literal[1, 2]
     stage: StageName
     parent: Parent | None
     blocks: Count
     group_size: Annotated[int, Field(ge=16, le=4096, multiple_of=16)]
+    level_bits: Literal[8, 4] = 8
     parameters: Count
     binarized_parameters: Count
     tokens: Count
     activations: Activations | None = None
+
+    @property
+    def weights(self) -> tuple[int, int]:
+        """Group size, and bits of a level."""
+        return self.group_size, self.level_bits
 
     @model_validator(mode="after")
     def _complete(self) -> "Manifest":
@@ -103,7 +110,7 @@ def read_manifest(file: Path, stage: str, remedy: str) -> tuple[Manifest, dict[s
     """The manifest of `stage` as it was checked, and as it was written. Raises as `read_progress`."""
     values = _read(file, remedy)
     version = values.get("format_version") if isinstance(values, dict) else None
-    if type(version) is int and version != FORMAT_VERSION:
+    if type(version) is int and version > FORMAT_VERSION:
         raise UsageError(f"{file} has format_version {version}, this lbllm reads {FORMAT_VERSION}; update lbllm")
     found = _checked(file, Manifest, values, remedy)
     if found.stage != stage:

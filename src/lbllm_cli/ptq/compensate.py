@@ -16,12 +16,13 @@ class RankFit(NamedTuple):
     """A fit in rank order.
 
     ranks: uint8 [out, in], the index of the weight's level among the group's ascending levels.
-    levels: int8 [out, groups, 4], ascending. scale: float16 [out, groups].
+    levels: int8 [out, groups, 4], ascending. scale: float16 [out, groups]. level_bits: that levels are rounded to.
     """
 
     ranks: Tensor
     levels: Tensor
     scale: Tensor
+    level_bits: int = 8
 
     def values(self) -> Tensor:
         """Level values, float32 [out, groups, 4]."""
@@ -46,8 +47,9 @@ class LevelTable:
 
 
 def compensate(
-    weight: Tensor, factor: Tensor, group_size: int, fit: LevelFit, push: bool = True, importance: Tensor | None = None
-) -> RankFit:
+    weight: Tensor, factor: Tensor, group_size: int, fit: LevelFit, push: bool = True, importance: Tensor | None = None,
+    level_bits: int = 8,
+) -> RankFit:  # fmt: skip
     """Fits each group's levels, then codes its columns in turn.
 
     weight: float32 [out, in], left unchanged. factor: float32 [in, in], the upper Cholesky factor U of the inverse
@@ -72,12 +74,12 @@ def compensate(
     for group in range(groups):
         start, end = group * group_size, min((group + 1) * group_size, in_features)
         block = remaining[start:end]
-        levels[:, group], scale[:, group] = grid(fit(block.T.contiguous(), importance[start:end]))
+        levels[:, group], scale[:, group] = grid(fit(block.T.contiguous(), importance[start:end]), level_bits)
         values = level_values(levels[:, group], scale[:, group])
         ranks[start:end], error = columns(block, factor[start:end, start:end], values, push)
         if push:
             remaining[end:].addmm_(factor[start:end, end:].T, error, alpha=-1)
-    return RankFit(ranks.T.contiguous(), levels, scale)
+    return RankFit(ranks.T.contiguous(), levels, scale, level_bits)
 
 
 def _columns(block: Tensor, factor: Tensor, levels: Tensor, push: bool) -> tuple[Tensor, Tensor]:

@@ -126,7 +126,7 @@ def _fit_matrix(weight: Tensor, hessian: Tensor, factor: Tensor, settings: Ptq) 
             return quantile_levels(group)
         return fit_levels(group, weights, settings.em_iterations)
 
-    found = compensate(weight, factor, size, fit, settings.compensation, importance)
+    found = compensate(weight, factor, size, fit, settings.compensation, importance, settings.level_bits)
     if settings.code_descent and settings.rounds:
         # Before the first refit: reaches in one round what refitting first takes two rounds for.
         found = descend_codes(weight, hessian, found, size)
@@ -135,4 +135,4 @@ def _fit_matrix(weight: Tensor, hessian: Tensor, factor: Tensor, settings: Ptq) 
             found = refit_levels(weight, hessian, found, size)
         if settings.code_descent:
             found = descend_codes(weight, hessian, found, size)
-    return PackedWeight.of_ranks(found.ranks, found.levels, found.scale, size)
+    return PackedWeight.of_ranks(found.ranks, found.levels, found.scale, size, found.level_bits)

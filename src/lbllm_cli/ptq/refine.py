@@ -90,7 +90,7 @@ def refit_levels(weight: Tensor, hessian: Tensor, fit: RankFit, group_size: int)
         good = (failed == 0).unsqueeze(1) & torch.isfinite(solved).all(1, keepdim=True)
         values[rows] = torch.where(good, solved, present).view(-1, groups, LEVELS)
     new_ranks, ascending = ordered(fit.ranks, values, group_size)
-    return RankFit(new_ranks, *grid(ascending))
+    return RankFit(new_ranks, *grid(ascending, fit.level_bits), fit.level_bits)
 
 
 def descend_codes(weight: Tensor, hessian: Tensor, fit: RankFit, group_size: int) -> RankFit:
@@ -110,7 +110,7 @@ def descend_codes(weight: Tensor, hessian: Tensor, fit: RankFit, group_size: int
         part = slice(group * group_size, min((group + 1) * group_size, in_features))
         moved = columns(gradient[part], current[part], hessian[part, part], values[:, group], ranks[part])
         gradient[part.stop :].addmm_(hessian[part, part.stop :].T, moved, alpha=-1)
-    return RankFit(ranks.T.contiguous(), fit.levels, fit.scale)
+    return fit._replace(ranks=ranks.T.contiguous())
 
 
 def _descend(gradient: Tensor, current: Tensor, hessian: Tensor, levels: Tensor, ranks: Tensor) -> Tensor:

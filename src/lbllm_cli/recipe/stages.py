@@ -60,14 +60,15 @@ class StageSpec:
 
 _SCHEDULE = ("epochs", "batch_size", "micro_batch_size", "warmup", "clip", "held_out", "max_skipped", "train")
 _BLOCKS = (*_SCHEDULE, "lr_weights", "lr_levels", "loss", "channel_cap", "latent_margin", "dampening")
-_END_TO_END = (*_SCHEDULE, "sequences", "lr_levels", "lr_norms", "temperature", "next_token")
+_LATENTS = ("lr_weights", "latent_margin", "dampening")
+_END_TO_END = (*_SCHEDULE, "sequences", *_LATENTS, "lr_levels", "lr_norms", "temperature", "next_token")
 
 TABLE = (
     StageSpec(
         "ptq", command="ptq", section="ptq", text="data.calibration", package="ptq", streams=(4, 3),
         reads=(
-            "group_size", "levels", "em_iterations", "importance", "damping", "compensation", "refit", "code_descent", "rounds",
-            "sequential", "asymmetric", "held_out",
+            "group_size", "level_bits", "levels", "em_iterations", "importance", "damping", "compensation", "refit",
+            "code_descent", "rounds", "sequential", "asymmetric", "held_out",
         ),
     ),
     StageSpec(
@@ -132,7 +133,16 @@ COMMANDS = {
 
 # Keys that earlier versions did not have, with the value that does as these did. At it a key is no part of a fingerprint: what
 # they made is still what the recipe says.
-CAME_LATER = {"channel_cap": None}
+CAME_LATER = {
+    "ptq.level_bits": 8,
+    **{f"{section}.channel_cap": None for section in ("distill", "act_calib")},
+    # Of phases whose codes are fixed they mean nothing.
+    **{
+        f"{section}.end_to_end.{key}": value
+        for section in ("distill", "act_calib")
+        for key, value in (("lr_weights", 5e-3), ("latent_margin", 0.2), ("dampening", 0.003))
+    },
+}
 
 # Keys that no checkpoint depends on, or only through the tokens that its stage reads, and why. A section stands for all its keys.
 NOT_IN_FINGERPRINT = {

@@ -80,8 +80,15 @@ class EndToEnd(Schedule):
         1, description="most sequences in one forward and backward pass; gradients add up to a step"
     )
     batch_size: Positive = Field(1, description="sequences in an optimizer step")
+    lr_weights: float = Field(5e-3, gt=0, le=1, description="AdamW rate of latents, relative to the RMS of the linear's weights")
     lr_levels: float = Field(1e-3, gt=0, le=1, description="AdamW rate of levels and scales, relative to the RMS of the weights")
     lr_norms: float = Field(1e-3, gt=0, le=1, description="AdamW rate of norm weights, relative to their RMS")
+    latent_margin: float = Field(
+        0.2, ge=0, le=1, description="how far inside its code's cell a latent starts at least, 1: on its level"
+    )
+    dampening: float = Field(
+        0.003, ge=0, lt=1, description="share of the way to its level that a latent is pulled in every step, against chatter"
+    )
     temperature: float = Field(1.0, ge=0.01, le=10, description="of both distributions in the KL divergence")
     next_token: float = Field(0.0, ge=0, le=1, description="share of the next-token loss; the rest is KL divergence")
     recompute: Literal["auto", "always", "never"] = Field(
@@ -103,7 +110,7 @@ class EndToEnd(Schedule):
 class DistillEndToEnd(EndToEnd):
     """The end-to-end phase of stage 2."""
 
-    train: list[Literal["levels", "scales", "norms"]] = Field(
+    train: list[Literal["weights", "levels", "scales", "norms"]] = Field(
         ["levels", "norms"], min_length=1, description="what is trained; scales: all levels of a group by one factor"
     )
 
@@ -111,7 +118,7 @@ class DistillEndToEnd(EndToEnd):
 class ActEndToEnd(EndToEnd):
     """The end-to-end phase of stage 3: activations, keys and values are quantized."""
 
-    train: list[Literal["levels", "scales", "norms", "clip_factors", "knees"]] = Field(
+    train: list[Literal["weights", "levels", "scales", "norms", "clip_factors", "knees"]] = Field(
         ["levels", "norms", "clip_factors"],
         min_length=1,
         description="what is trained; scales: all levels of a group by one factor",

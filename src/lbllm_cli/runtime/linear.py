@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lbllm_cli.format.weights import LEVELS, PARTS, PackedWeight, group_count
+from lbllm_cli.format.weights import PARTS, PackedWeight, empty_levels, group_count
 
 
 class Holder(Protocol):
@@ -30,7 +30,8 @@ class Holder(Protocol):
 class PackedLinear(nn.Module):
     """A linear that keeps its weights as 2-bit codes and decodes them in every call.
 
-    weight: uint8 [out, groups, group_size / 4]. levels: int8 [out, groups, 4]. scale: float16 [out, groups].
+    weight: uint8 [out, groups, group_size / 4]. levels: as a file has them, int8 [out, groups, 4] or, of 4 bits, uint8 [out,
+    groups, 2]. scale: float16 [out, groups].
     bias: [out] in the model's dtype, iff the source has one. Input [..., in] -> output [..., out], in the input's dtype.
     unit: who holds the weights in their place, repacked for a backend's kernels, or None.
     """
@@ -40,14 +41,14 @@ class PackedLinear(nn.Module):
     scale: Tensor
     unit: Holder | None
 
-    def __init__(self, in_features: int, out_features: int, group_size: int, bias: bool):
+    def __init__(self, in_features: int, out_features: int, group_size: int, bias: bool, level_bits: int = 8):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.group_size = group_size
+        self.group_size, self.level_bits = group_size, level_bits
         groups = group_count(in_features, group_size)
         self.register_buffer("weight", torch.zeros(out_features, groups, group_size // 4, dtype=torch.uint8))
-        self.register_buffer("levels", torch.zeros(out_features, groups, LEVELS, dtype=torch.int8))
+        self.register_buffer("levels", empty_levels(out_features, groups, level_bits))
         self.register_buffer("scale", torch.zeros(out_features, groups, dtype=torch.float16))
         self.bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
         self.unit = None
@@ -63,12 +64,12 @@ class PackedLinear(nn.Module):
         """The weights, wherever they are."""
         if self.unit is not None:
             return self.unit.packed(self.slot)
-        return PackedWeight(self.weight, self.levels, self.scale, self.in_features)
+        return PackedWeight.of_stored(self.weight, self.levels, self.scale, self.in_features)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         packed = self.packed()
-        destination |= {prefix + part: tensor for part, tensor in zip(PARTS, packed.tensors, strict=True)}
+        destination |= {prefix + part: tensor for part, tensor in zip(PARTS, packed.stored, strict=True)}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Moves the scale but never casts it: `model.bfloat16()` would round every weight a second time.
@@ -80,7 +81,7 @@ class PackedLinear(nn.Module):
             if self.unit.runs_on(fn(torch.empty(0, dtype=torch.uint8, device=self.unit.device)).device):
                 return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             packed = self.packed()
-            self.weight, self.levels, self.scale = packed.tensors
+            self.weight, self.levels, self.scale = packed.stored
             self.unit = None
         scale = self.scale
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -47,7 +47,7 @@ class StageKernels(Protocol):
 
     # Weights in training. A gradient is of the weight, in any float dtype [out, in]; sums are float32 in a fixed order.
 
-    def stored_levels(self, levels: Tensor) -> Tensor:
+    def stored_levels(self, levels: Tensor, level_bits: int) -> Tensor:
         """`training.ste.StoredLevels`, without the check for infinities: [..., groups, 4] -> the same shape."""
 
     def sort_levels(self, levels: Tensor) -> None:

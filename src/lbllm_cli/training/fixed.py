@@ -28,10 +28,10 @@ class Fixed(Master):
     def __init__(self, weight: Tensor, packed: PackedWeight, train: Collection[str]):
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.group_size = packed.group_size
+        self.group_size, self.level_bits = packed.group_size, packed.level_bits
         self.rms = float(weight.float().square().mean().sqrt())
         self.register_buffer("codes", packed.codes)
-        start = starting_levels(packed.levels, packed.scale)
+        start = starting_levels(packed)
         self.levels = nn.Parameter(start.clone(), requires_grad=LEVELS in train)
         self.factor = nn.Parameter(torch.ones_like(start[..., :1])) if SCALES in train else None
 
@@ -44,20 +44,20 @@ class Fixed(Master):
 
     def forward(self) -> Tensor:
         codes = binarize.grouped(binarize.unpack_codes(self.codes, self.in_features), self.group_size)
-        return fixed_level(codes, stored_levels(self._levels())).flatten(1)[:, : self.in_features]
+        return fixed_level(codes, stored_levels(self._levels(), self.level_bits)).flatten(1)[:, : self.in_features]
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The present weights in a dtype, [out, in], differentiable."""
         if backend_of(self.codes.device).kernels is None:
             return self().to(dtype)
-        return _decoded(self._levels(), self.codes, self.in_features, dtype)
+        return _decoded(self._levels(), self.codes, self.in_features, self.level_bits, dtype)
 
     def put(self, weight: Tensor) -> None:
         if (kernels := backend_of(self.codes.device).kernels) is None:
             super().put(weight)
             return
         with torch.no_grad():
-            kernels.decoded(self.codes, kernels.stored_levels(self._levels()), weight)
+            kernels.decoded(self.codes, kernels.stored_levels(self._levels(), self.level_bits), weight)
 
     def take(self, gradient: Tensor) -> None:
         if (kernels := backend_of(self.codes.device).kernels) is None:
@@ -73,8 +73,8 @@ class Fixed(Master):
     @torch.no_grad()
     def packed(self) -> PackedWeight:
         """The present weights as a checkpoint holds them."""
-        stored, scale = binarize.project_levels(self._levels())
-        return PackedWeight(self.codes, stored, scale, self.in_features)
+        stored, scale = binarize.project_levels(self._levels(), self.level_bits)
+        return PackedWeight(self.codes, stored, scale, self.in_features, self.level_bits)
 
 
 class _Decoded(Function):
@@ -84,17 +84,17 @@ class _Decoded(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, levels: Tensor, codes: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, levels: Tensor, codes: Tensor, in_features: int, level_bits: int, dtype: torch.dtype) -> Tensor:
         kernels = kernels_of(levels)
         ctx.save_for_backward(codes)
         weight = levels.new_empty(levels.shape[0], in_features, dtype=dtype)
-        kernels.decoded(codes, kernels.stored_levels(levels), weight)
+        kernels.decoded(codes, kernels.stored_levels(levels, level_bits), weight)
         return weight
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (codes,) = ctx.saved_tensors
-        return kernels_of(codes).code_sums(grads[0].contiguous(), codes), None, None, None
+        return kernels_of(codes).code_sums(grads[0].contiguous(), codes), None, None, None, None
 
 
-_decoded: Callable[[Tensor, Tensor, int, torch.dtype], Tensor] = _Decoded.apply
+_decoded: Callable[[Tensor, Tensor, int, int, torch.dtype], Tensor] = _Decoded.apply

@@ -7,23 +7,26 @@ step would undo stage 1. A latent outside its code's cell is therefore moved to 
 import torch
 from torch import Tensor
 
-from lbllm_cli.format.weights import LEVEL_MAX, level_values
+from lbllm_cli.format.weights import LEVEL_BITS, PackedWeight, level_max, level_values
 from lbllm_cli.training.ste import HALF
 
 # As a share of the way from the cell's edge to the level: with none, rounding could put a latent on the other side.
 _LEAST_MARGIN = 1e-3
 
 
-def starting_levels(levels: Tensor, scale: Tensor) -> Tensor:
-    """Float levels that `project_levels` turns into exactly these: int8 [..., groups, 4], float16 [..., groups] -> levels' shape.
+def starting_levels(packed: PackedWeight) -> Tensor:
+    """Float levels that `project_levels` turns into exactly the stored ones: [out, groups, 4], in code order.
 
     Almost always their values. Where the scale is subnormal a smaller one may hold these values too, and be chosen for them: the
     largest level is then raised, by less than its rounding, to where only this scale holds it.
     """
-    values = level_values(levels, scale)
+    scale, values = packed.scale, level_values(packed.levels, packed.scale)
+    if packed.level_bits != LEVEL_BITS[0]:
+        # The scale is one that holds them without an error, whichever that is.
+        return values
     largest = values.abs().amax(dim=-1, keepdim=True)
     below = torch.nextafter(scale, torch.zeros_like(scale)).float().unsqueeze(-1)
-    bound = LEVEL_MAX * below * (1 + 4e-6)
+    bound = level_max(packed.level_bits) * below * (1 + 4e-6)
     return torch.where((values.abs() == largest) & (largest <= bound), bound * values.sign(), values)
 
 

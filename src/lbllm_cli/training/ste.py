@@ -113,20 +113,20 @@ class FixedLevel(Function):
 
 
 class StoredLevels(Function):
-    """Levels rounded to what the checkpoint holds, int8 times a float16 scale: [..., groups, 4] -> the same shape.
+    """Levels rounded to what the checkpoint holds, integers times a float16 scale: [..., groups, 4] -> the same shape.
 
     Surrogate: the identity.
     """
 
     @staticmethod
-    def forward(ctx: Any, levels: Tensor) -> Tensor:
+    def forward(ctx: Any, levels: Tensor, level_bits: int) -> Tensor:
         # Whether all are finite is not looked at where that means to wait: the loss tells.
         grid = project_levels if backend_of(levels.device).shares_ram else stored_grid
-        return level_values(*grid(levels))
+        return level_values(*grid(levels, level_bits))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 
 class Rounded(Function):
@@ -147,7 +147,7 @@ class Rounded(Function):
 nearest_level: Callable[[Tensor, Tensor], Tensor] = NearestLevel.apply
 bitmap_level: Callable[[Tensor, Tensor, Tensor], Tensor] = BitmapLevel.apply
 fixed_level: Callable[[Tensor, Tensor], Tensor] = FixedLevel.apply
-stored_levels: Callable[[Tensor], Tensor] = StoredLevels.apply
+stored_levels: Callable[[Tensor, int], Tensor] = StoredLevels.apply
 rounded: Callable[[Tensor, torch.dtype], Tensor] = Rounded.apply
 
 

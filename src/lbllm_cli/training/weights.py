@@ -55,9 +55,9 @@ class Nearest(Master):
     def __init__(self, weight: Tensor, packed: PackedWeight, train: Collection[str], margin: float):
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.group_size = packed.group_size
+        self.group_size, self.level_bits = packed.group_size, packed.level_bits
         self.rms = float(weight.float().square().mean().sqrt())
-        ranks, levels = binarize.ranks_from_codes(packed.unpacked(), starting_levels(packed.levels, packed.scale))
+        ranks, levels = binarize.ranks_from_codes(packed.unpacked(), starting_levels(packed))
         source = binarize.grouped(weight.float(), self.group_size)
         margin = margin if WEIGHTS in train else 1.0
         latent = nearest_latents(source, levels, binarize.grouped(ranks, self.group_size), margin)
@@ -74,7 +74,7 @@ class Nearest(Master):
         return backend_of(self.latent.device).kernels if self.latent.requires_grad else None
 
     def forward(self) -> Tensor:
-        grouped = nearest_level(self.latent, stored_levels(self.levels))
+        grouped = nearest_level(self.latent, stored_levels(self.levels, self.level_bits))
         self.values = grouped.detach()
         return grouped.flatten(1)[:, : self.in_features]
 
@@ -83,7 +83,7 @@ class Nearest(Master):
             super().put(weight)
             return
         with torch.no_grad():
-            self._held = kernels.stored_levels(self.levels)
+            self._held = kernels.stored_levels(self.levels, self.level_bits)
             kernels.nearest(self.latent, self._held, weight)
 
     def take(self, gradient: Tensor) -> None:
@@ -113,9 +113,9 @@ class Nearest(Master):
     @torch.no_grad()
     def packed(self) -> PackedWeight:
         """The present weights as a checkpoint holds them."""
-        stored, scale = binarize.project_levels(self.levels)
+        stored, scale = binarize.project_levels(self.levels, self.level_bits)
         ranks = nearest_ranks(self.latent, binarize.level_values(stored, scale)).flatten(1)[:, : self.in_features]
-        return PackedWeight.of_ranks(ranks, stored, scale, self.group_size)
+        return PackedWeight.of_ranks(ranks, stored, scale, self.group_size, self.level_bits)
 
 
 class _LatentStep:
@@ -147,9 +147,9 @@ class Bitmap(Master):
     def __init__(self, weight: Tensor, packed: PackedWeight, train: Collection[str], margin: float):
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.group_size = packed.group_size
+        self.group_size, self.level_bits = packed.group_size, packed.level_bits
         self.rms = float(weight.float().square().mean().sqrt())
-        codes, levels = packed.unpacked(), starting_levels(packed.levels, packed.scale)
+        codes, levels = packed.unpacked(), starting_levels(packed)
         source = binarize.grouped(weight.float(), self.group_size)
         margins = (margin if kind in train else 1.0 for kind in (WEIGHTS, BITMAP))
         latent, bitmap = bitmap_latents(source, levels, binarize.grouped(codes, self.group_size), *margins)
@@ -168,7 +168,7 @@ class Bitmap(Master):
         return torch.stack([self.mu - self.alpha, self.mu + self.alpha], dim=-1).flatten(-2)
 
     def forward(self) -> Tensor:
-        grouped = bitmap_level(self.latent, self.bitmap, stored_levels(self._levels()))
+        grouped = bitmap_level(self.latent, self.bitmap, stored_levels(self._levels(), self.level_bits))
         return grouped.flatten(1)[:, : self.in_features]
 
     def certainty(self) -> float:
@@ -194,14 +194,14 @@ class Bitmap(Master):
     @torch.no_grad()
     def packed(self) -> PackedWeight:
         """The present weights as a checkpoint holds them: pairs that crossed are named inner and outer again."""
-        stored, scale = binarize.project_levels(self._levels())
+        stored, scale = binarize.project_levels(self._levels(), self.level_bits)
         levels = binarize.level_values(stored, scale)
         codes = bitmap_codes(self.latent, self.bitmap, (levels[..., 0] + levels[..., 1]) / 2)
         # Not from the values: rounding them a second time moves levels whose scale is subnormal.
         ranks, ascending = ordered(
             *binarize.ranks_from_codes(codes.flatten(1)[:, : self.in_features], stored), self.group_size
         )  # fmt: skip
-        return PackedWeight.of_ranks(ranks, ascending, scale, self.group_size)
+        return PackedWeight.of_ranks(ranks, ascending, scale, self.group_size, self.level_bits)
 
 
 Trainable = Nearest | Bitmap | Fixed

@@ -42,6 +42,7 @@ class LbllmConfig(QuantizationConfig):  # type: ignore[misc]
         check_settings(settings)
         self.settings = settings
         self.group_size: int = settings["group_size"]
+        self.level_bits: int = settings.get("level_bits", 8)
         self.linears: list[str] = settings["linears"]
         self.layout = format_of(settings)
         self.model_type = ""

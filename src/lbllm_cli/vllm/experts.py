@@ -51,7 +51,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         self.shapes = {"w13": (hidden_size, 2 * inner), "w2": (inner, hidden_size)}
         self.experts = num_experts
         for name, shape in self.shapes.items():
-            empty = PackedLinear(*shape, size, bias=False)
+            empty = PackedLinear(*shape, size, bias=False, level_bits=self.config.level_bits)
             for part in PARTS:
                 tensor = getattr(empty, part)
                 stored = nn.Parameter(tensor.new_zeros(num_experts, *tensor.shape), requires_grad=False)
@@ -75,7 +75,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         for (name, shape), quantizer in zip(self.shapes.items(), quantizers, strict=True):
             its.packed[name] = nn.ModuleList()
             for expert in range(self.experts):
-                packed = PackedLinear(*shape, self.config.group_size, bias=False)
+                packed = PackedLinear(*shape, self.config.group_size, bias=False, level_bits=self.config.level_bits)
                 for part in PARTS:
                     setattr(packed, part, getattr(layer, f"{name}_{part}").data[expert])
                 its.packed[name].append(packed)

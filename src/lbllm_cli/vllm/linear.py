@@ -97,7 +97,7 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
                 f"{self.prefix}: a step of activations stands for a whole token, whose inputs --tensor-parallel-size divides; "
                 "take 1, or an export with act_calib.granularity group"
             )
-        packed = PackedLinear(own, sum(output_partition_sizes), size, bias=False)
+        packed = PackedLinear(own, sum(output_partition_sizes), size, bias=False, level_bits=self.config.level_bits)
         for part in PARTS:
             load = self.loaded.noting(part, extra["weight_loader"])
             stored = ModelWeightParameter(data=getattr(packed, part), output_dim=0, input_dim=1, weight_loader=load)
@@ -117,7 +117,7 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         quantizer: Any = getattr(layer, "input", None)
         expected = {part: len(self.names) for part in PARTS} | ({} if quantizer is None else quantizer_parts("input"))
         self.loaded.check(expected, self.prefix)
-        packed = PackedLinear(*self.shape, self.config.group_size, bias=False)
+        packed = PackedLinear(*self.shape, self.config.group_size, bias=False, level_bits=self.config.level_bits)
         for part in PARTS:
             setattr(packed, part, getattr(layer, part).data)
             delattr(layer, part)

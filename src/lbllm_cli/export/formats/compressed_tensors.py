@@ -63,7 +63,7 @@ class CompressedTensors(FolderExporter):
             found |= {f"{owner}.{part}": tensor for part, tensor in parts.items()}
         return found
 
-    def weight_bytes(self, model: SourceModel, group_size: int) -> float:
+    def weight_bytes(self, model: SourceModel, group_size: int, level_bits: int) -> float:
         """A byte a weight, in whole words; two for each group; the shape."""
         return model.blocks * sum(
             rows * (width + -width % _WORD + 2.0 * width / gcd(width, group_size)) + 16 for rows, width in model.binarized_shapes

@@ -25,7 +25,7 @@ class Dense(FolderExporter):
         """As the source's files have them."""
         return model.as_stored(tensors)
 
-    def weight_bytes(self, model: SourceModel, group_size: int) -> float:
+    def weight_bytes(self, model: SourceModel, group_size: int, level_bits: int) -> float:
         """Two bytes a weight."""
         return model.binarized_parameters * 2.0
 

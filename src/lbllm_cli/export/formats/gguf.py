@@ -137,7 +137,7 @@ class Gguf(Exporter):
             return tensor
         return tensor[turned_rows(len(tensor), heads[owner])]
 
-    def weight_bytes(self, model: SourceModel, group_size: int) -> float:
+    def weight_bytes(self, model: SourceModel, group_size: int, level_bits: int) -> float:
         """34 for 32 weights."""
         return model.binarized_parameters * _BLOCK_BYTES / _BLOCK
 

@@ -18,16 +18,16 @@ class Packed(FolderExporter):
 
     def settings(self, model: SourceModel, checkpoint: Checkpoint) -> dict[str, Any]:
         """How to read the folder."""
-        found = quantization_config(checkpoint.record.group_size, checkpoint.stage, model.linears, checkpoint.activations)
+        found = quantization_config(*checkpoint.record.weights, checkpoint.stage, model.linears, checkpoint.activations)
         return {"quantization_config": found}
 
     def block(self, model: SourceModel, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         """As the checkpoint has them."""
         return stored
 
-    def weight_bytes(self, model: SourceModel, group_size: int) -> float:
+    def weight_bytes(self, model: SourceModel, group_size: int, level_bits: int) -> float:
         """Those of the stage."""
-        return checkpoint_bytes(model, group_size)
+        return checkpoint_bytes(model, group_size, level_bits)
 
     def fidelity(self, model: SourceModel) -> str:
         """Tensors are the checkpoint's."""

@@ -34,7 +34,7 @@ class Unit:
 
     def __init__(self, linears: list[PackedLinear], quantizer: ActQuantizer | None):
         first = linears[0]
-        self.in_features, self.group_size = first.in_features, first.group_size
+        self.in_features, self.group_size, self.level_bits = first.in_features, first.group_size, first.level_bits
         self.outs = [linear.out_features for linear in linears]
         self.ends = list(accumulate(self.outs))
         self.linears = linears
@@ -90,7 +90,7 @@ class Unit:
         library_ = _library()
         parts = (pointer(tensor) for tensor in (weight, levels, scale))
         library_.lbllm_unpack(byref(self.structs[0]), self.ends[slot] - out, out, *parts)
-        return PackedWeight(weight, levels, scale, self.in_features)
+        return PackedWeight(weight, levels, scale, self.in_features, self.level_bits)
 
     def output(self, slot: int, x: Tensor) -> Tensor:
         """Output of one of the linears: [..., in] -> [..., out]. Of a shared input all are computed at once."""

@@ -65,8 +65,8 @@ class CudaWeights:
     """Rows of several linears with one input, the first linear's first.
 
     words: int32 [rows, groups, group_size / 16]. levels: int32 [rows, groups], a group's four int8 levels, that of code 0 lowest.
-    scale: float16 [rows, groups]. outs: rows of each linear. q, k and v of 4096 x 4096 at groups of 128: [12288, 32, 8],
-    [12288, 32], 2.375 bits a weight.
+    scale: float16 [rows, groups]. outs: rows of each linear. level_bits: of a level in their file. q, k and v of 4096 x 4096 at
+    groups of 128: [12288, 32, 8], [12288, 32], 2.375 bits a weight.
     """
 
     words: Tensor
@@ -75,6 +75,7 @@ class CudaWeights:
     in_features: int
     group_size: int
     outs: tuple[int, ...]
+    level_bits: int
 
     @classmethod
     def of(cls, linears: Sequence[PackedWeight]) -> "CudaWeights":
@@ -83,7 +84,8 @@ class CudaWeights:
         words = torch.cat([words_of(linear.codes) for linear in linears])
         levels = torch.cat([linear.levels for linear in linears]).contiguous().view(torch.int32).squeeze(-1)
         scale = torch.cat([linear.scale for linear in linears])
-        return cls(words, levels, scale, first.in_features, first.group_size, tuple(len(linear.scale) for linear in linears))
+        outs = tuple(len(linear.scale) for linear in linears)
+        return cls(words, levels, scale, first.in_features, first.group_size, outs, first.level_bits)
 
     def packed(self, slot: int) -> PackedWeight:
         """One of the linears as its checkpoint has it."""
@@ -91,7 +93,7 @@ class CudaWeights:
         words, levels, scale = (part[end - self.outs[slot] : end] for part in (self.words, self.levels, self.scale))
         as_bytes = levels.unsqueeze(-1).view(torch.int8)
         assert as_bytes.shape[-1] == LEVELS
-        return PackedWeight(codes_of(words), as_bytes, scale, self.in_features)
+        return PackedWeight(codes_of(words), as_bytes, scale, self.in_features, self.level_bits)
 
     @property
     def rows(self) -> int:

@@ -64,10 +64,10 @@ class TritonKernels:
         normal.sum_ranks(weighted, ranks, group_size, right)
         return gram, right
 
-    def stored_levels(self, levels: Tensor) -> Tensor:
+    def stored_levels(self, levels: Tensor, level_bits: int) -> Tensor:
         levels = levels.contiguous()
         found = torch.empty_like(levels)
-        latents.store(levels, found)
+        latents.store(levels, found, level_bits)
         return found
 
     def sort_levels(self, levels: Tensor) -> None:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lbllm_cli.format.weights import level_max
 from lbllm_cli.runtime.cuda.instructions import nearest_integer, rounded_to
 from lbllm_cli.runtime.cuda.operators import operator
 from lbllm_cli.runtime.cuda.stage.groups import group_places, tiling
@@ -27,25 +28,54 @@ def _larger(a, b):
 
 
 @triton.jit
-def _stored(level, scale, divisor):
+def _stored(level, scale, divisor, MOST: tl.constexpr):
     place = nearest_integer(tl.div_rn(level, divisor))
-    return tl.minimum(tl.maximum(place, -127), 127).to(tl.float32) * scale
+    return tl.minimum(tl.maximum(place, -MOST), MOST).to(tl.float32) * scale
 
 
 @triton.jit
-def stored_levels(levels, found, total, BLOCK: tl.constexpr):
-    """A program: BLOCK of `total` groups. `format.weights.stored_grid` and `level_values`."""
-    group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    here = group < total
-    a, b, c, d = load_levels(levels, group.to(tl.int64) * 4, here)
-    wanted = tl.div_rn(_larger(_larger(a, b), _larger(c, d)), tl.full([BLOCK], 127.0, tl.float32))
+def _miss(level, scale, divisor):
+    miss = rounded_to(_stored(level, scale, divisor, 7) - level, tl.float32)
+    return rounded_to(miss * miss, tl.float32)
+
+
+@triton.jit
+def _fine_scale(largest, BLOCK: tl.constexpr):
+    """`format.weights._fine_grid`'s."""
+    wanted = tl.div_rn(largest, tl.full([BLOCK], 127.0, tl.float32))
     scale = wanted.to(tl.float16)
     # Of a float16 that is not negative, the number of its bits is its place among them.
     up = (scale.to(tl.int16, bitcast=True) + 1).to(tl.float16, bitcast=True)
-    scale = tl.where(scale.to(tl.float32) < wanted * (1 - 2e-6), up, scale).to(tl.float32)
+    return tl.where(scale.to(tl.float32) < wanted * (1 - 2e-6), up, scale).to(tl.float32)
+
+
+@triton.jit
+def _coarse_scale(largest, a, b, c, d, BLOCK: tl.constexpr):
+    """`format.weights._coarse_grid`'s, in the same order: 7, 6.75 and so on to 4.75."""
+    best = tl.div_rn(largest, tl.full([BLOCK], 7.0, tl.float32)).to(tl.float16).to(tl.float32)
+    divisor = tl.where(best == 0, 1.0, best)
+    least = (_miss(a, best, divisor) + _miss(b, best, divisor)) + (_miss(c, best, divisor) + _miss(d, best, divisor))
+    for quarter in tl.static_range(1, 10):
+        top = tl.full([BLOCK], 7.0 - 0.25 * quarter, tl.float32)
+        scale = tl.div_rn(largest, top).to(tl.float16).to(tl.float32)
+        divisor = tl.where(scale == 0, 1.0, scale)
+        error = (_miss(a, scale, divisor) + _miss(b, scale, divisor)) + (_miss(c, scale, divisor) + _miss(d, scale, divisor))
+        better = error < least
+        best, least = tl.where(better, scale, best), tl.where(better, error, least)
+    return best
+
+
+@triton.jit
+def stored_levels(levels, found, total, MOST: tl.constexpr, BLOCK: tl.constexpr):
+    """A program: BLOCK of `total` groups. `format.weights.stored_grid` and `level_values`. MOST: the largest stored level."""
+    group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = group < total
+    a, b, c, d = load_levels(levels, group.to(tl.int64) * 4, here)
+    largest = _larger(_larger(a, b), _larger(c, d))
+    scale = _fine_scale(largest, BLOCK) if MOST == 127 else _coarse_scale(largest, a, b, c, d, BLOCK)
     divisor = tl.where(scale == 0, 1.0, scale)
-    a, b = _stored(a, scale, divisor), _stored(b, scale, divisor)
-    c, d = _stored(c, scale, divisor), _stored(d, scale, divisor)
+    a, b = _stored(a, scale, divisor, MOST), _stored(b, scale, divisor, MOST)
+    c, d = _stored(c, scale, divisor, MOST), _stored(d, scale, divisor, MOST)
     store_levels(found, group.to(tl.int64) * 4, here, a, b, c, d)
 
 
@@ -103,11 +133,11 @@ def latent_step(
         tl.store(square + padded, second, mask=here)
 
 
-@operator("stored_levels(Tensor levels, Tensor(a!) found)")
-def store(levels: Tensor, found: Tensor) -> None:
+@operator("stored_levels(Tensor levels, Tensor(a!) found, int level_bits)")
+def store(levels: Tensor, found: Tensor, level_bits: int) -> None:
     """See `StageKernels.stored_levels`."""
     total = levels.numel() // 4
-    stored_levels[(triton.cdiv(total, _GROUPS),)](levels, found, total, BLOCK=_GROUPS)
+    stored_levels[(triton.cdiv(total, _GROUPS),)](levels, found, total, MOST=level_max(level_bits), BLOCK=_GROUPS)
 
 
 @operator("nearest_levels(Tensor latent, Tensor levels, Tensor(a!) weight)")
