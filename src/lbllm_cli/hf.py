@@ -26,6 +26,7 @@ from lbllm_cli.runtime.experts import experts_of, separate_experts
 from lbllm_cli.runtime.kv_cache import QuantizedKVCache, keep_quantized
 from lbllm_cli.runtime.linear import PackedLinear
 from lbllm_cli.runtime.quantizer import ActQuantizer, empty_quantizer, quantizer_widths
+from lbllm_cli.runtime.softcap import keep_soft_cap
 from lbllm_cli.runtime.units import Units, find_units
 
 __all__ = ["LbllmConfig", "LbllmQuantizer", "QuantizedKVCache", "check_packed", "quantize_activations"]
@@ -60,6 +61,7 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **others: Any) -> None:
         settings = self.quantization_config
+        keep_soft_cap(model.config)
         decoder = model.get_decoder()
         for layer in decoder.layers:
             separate_experts(layer)

@@ -42,7 +42,7 @@ def serve(wanted: Service) -> None:
     if engine == "vllm":
         serve_vllm.take_over(folder, wanted, chosen)
     with interrupt.graceful():
-        server = _start(folder, wanted, chosen)
+        server = _start(folder, config, wanted, chosen)
         try:
             _wait(server, folder, wanted.host, wanted.port)
         except Interrupted:
@@ -80,8 +80,8 @@ def _check_address(host: str, port: int) -> None:
         raise UsageError(f"cannot listen on {host}:{port} ({reason(error)}); choose another --port or --host") from None
 
 
-def _start(folder: Path, wanted: Service, device: torch.device) -> Any:
-    """transformers' server in a thread of its own, the model loaded."""
+def _start(folder: Path, config: Any, wanted: Service, device: torch.device) -> Any:
+    """transformers' server in a thread of its own, the model loaded. config: as `check_folder` gives it."""
     from transformers.cli.serve import Serve
 
     from lbllm_cli.hf import quantize_activations  # it registers the packed format
@@ -89,7 +89,8 @@ def _start(folder: Path, wanted: Service, device: torch.device) -> Any:
     with refusing(folder):
         server: Any = Serve(
             force_model=str(folder), host=wanted.host, port=wanted.port, device=str(device),
-            trust_remote_code=wanted.trust_remote_code, non_blocking=True,
+            attn_implementation=config.get_text_config()._attn_implementation, trust_remote_code=wanted.trust_remote_code,
+            non_blocking=True,
         )  # fmt: skip
     manager = server._model_manager
     # Before transformers 5.24 it lists what lies in the hub's cache, whichever model it was given.

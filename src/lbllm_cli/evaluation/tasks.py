@@ -115,14 +115,16 @@ def open_lm(folder: Path, dtype: torch.dtype, device: torch.device, batch_size: 
 
     import lbllm_cli.hf  # noqa: F401 - packed folders
 
-    check_folder(folder, trust_remote_code)
+    attention = check_folder(folder, trust_remote_code).get_text_config()._attn_implementation
+    chosen = {} if attention is None else {"attn_implementation": attention}
     name = str(dtype).removeprefix("torch.")
     with warnings.catch_warnings(), refusing(folder):
         # It reads a packed folder's quantization_config and passes it on, of which transformers then warns.
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")
         lm = HFLM(
-            pretrained=str(folder), dtype=name, device=str(device), batch_size=batch_size, trust_remote_code=trust_remote_code
-        )
+            pretrained=str(folder), dtype=name, device=str(device), batch_size=batch_size, trust_remote_code=trust_remote_code,
+            **chosen,
+        )  # fmt: skip
     check_loaded(folder, lm.model)
     return lm
 

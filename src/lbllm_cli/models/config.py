@@ -20,6 +20,7 @@ from lbllm_cli.core.tensor_files import finite
 from lbllm_cli.models.families import FAMILIES
 from lbllm_cli.models.folder import read_config
 from lbllm_cli.runtime.experts import separate_experts
+from lbllm_cli.runtime.softcap import keep_soft_cap
 
 # Far beyond any model: a model of 10^9 layers would be built for hours before its first tensor is missed.
 _LAYERS, _WIDTH, _HEADS = 1024, 1 << 21, 1 << 14
@@ -73,6 +74,7 @@ def read_configuration(folder: Path, trust_remote_code: bool) -> PretrainedConfi
             raise UsageError(f"{file}: the configuration of the model inside (text_config, decoder) is no mapping")
     # What a model returns, not what it computes: others' code reads the outputs by name.
     config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
+    keep_soft_cap(config)
     if kind in FAMILIES:
         if values.get("is_encoder_decoder"):
             raise UsageError(f"{file}: is_encoder_decoder: expected false, {kind} has no encoder")
