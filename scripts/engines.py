@@ -1,16 +1,31 @@
 #!/usr/bin/env python3
 """One checkpoint's exports in every engine: perplexity of the same tokens, and the tokens that each writes greedily.
 
-    python scripts/engines.py text runs/gemma3-270m/export --out runs/engines/text.json
-    python scripts/engines.py run transformers runs/gemma3-270m/export --text runs/engines/text.json --out runs/engines
-    .venv-vllm/bin/python scripts/engines.py run vllm runs/gemma3-270m/export --text runs/engines/text.json --out runs/engines
-    python scripts/engines.py table --text runs/engines/text.json --out runs/engines
+The table of docs/serving.md, of `make demo`; engines live in the environment of `make serve-test`:
 
-`text` cuts 12 segments of 1,024 tokens out of the bundled novels, and takes a prompt; --bos as in the recipe. `run` needs its
-engine alone: each lives in an environment of its own. Engines: transformers (reads what the folder holds: packed,
-compressed-tensors), vllm, llama.cpp (model.gguf). `float32` copies a GGUF export with its weights decoded: llama.cpp then does
-not round activations to 8 bits. --full leaves activations, keys and values in full precision. A measurement that is there already
-is not repeated.
+    for form in packed compressed-tensors gguf; do
+        lbllm export --recipe recipes/demo.yaml export.format=$form
+        mkdir -p runs/engines/$form && cp -r runs/demo/export runs/engines/$form/
+    done
+    engines() { "$1" scripts/engines.py "${@:2}"; }
+    engines python text runs/engines/packed/export --out runs/engines/text.json
+    engines python float32 runs/engines/gguf/export runs/engines/gguf-float32/export
+    row() { engines $1 run $2 runs/engines/$3/export ${@:4} --text runs/engines/text.json --out runs/engines; }
+    row python transformers compressed-tensors
+    row python transformers packed --full
+    row .venv-vllm/bin/python vllm packed --full
+    row .venv-vllm/bin/python llama.cpp gguf-float32
+    row .venv-vllm/bin/python llama.cpp gguf
+    row .venv-vllm/bin/python vllm compressed-tensors    # refused where vLLM has no kernel for 8 bits
+    row python transformers packed
+    row .venv-vllm/bin/python vllm packed
+    engines python table --text runs/engines/text.json --out runs/engines
+
+`text` cuts 12 segments of 1,024 tokens out of the bundled novels, and takes a prompt; --bos where the recipe's texts begin so, as
+Gemma's do. `run` needs its engine alone. Engines: transformers (reads what the folder holds: packed, dense, compressed-tensors,
+model.gguf), vllm, llama.cpp (model.gguf). `float32` copies a GGUF export with its weights decoded: llama.cpp then does not round
+activations to 8 bits. --full leaves activations, keys and values in full precision. A measurement that is there already is not
+repeated.
 """
 
 from __future__ import annotations
@@ -54,10 +69,13 @@ class Transformers:
         from transformers import AutoModelForCausalLM
 
         self.torch, self.version = torch, transformers.__version__
-        packed = json.loads((folder / "config.json").read_text()).get("quantization_config", {}).get("quant_method") == "lbllm"
+        packed, options = False, {"gguf_file": "model.gguf"}
+        if not (folder / "model.gguf").exists():
+            settings = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
+            packed, options = settings.get("quant_method") == "lbllm", {}
         if packed:
             from lbllm_cli.hf import quantize_activations
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
         if packed:
             quantize_activations(self.model, not full)
 
