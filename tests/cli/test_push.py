@@ -3,8 +3,14 @@
 import base64
 import hashlib
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -25,20 +31,27 @@ class FakeHub:
         self.created: list[dict[str, Any]] = []
         self.messages: list[str] = []
         self.refused = False
+        # What it answers to weights, and to who asks.
+        self.stores, self.knows = 200, 200
+        # Set: an upload has begun, and waits.
+        self.begun, self.goes_on = threading.Event(), threading.Event()
+        self.goes_on.set()
         self.endpoint = ""
 
     def answer(self, method: str, path: str, body: bytes, token: str | None) -> tuple[int, Any]:
         if method == "PUT":
             self.objects[path.rpartition("/")[2]] = body
-            return 200, {}
+            return self.stores, {}
         if token != f"Bearer {TOKEN}":
             return 401, {"error": "Invalid username or password."}
         if path == "/api/whoami-v2":
-            return 200, {"type": "user", "name": "people"}
+            return self.knows, {"type": "user", "name": "people"}
         if path == "/api/repos/create":
             self.created.append(json.loads(body))
             return 200, {"url": f"{self.endpoint}/{NAME}"}
         if path.endswith("/preupload/main"):
+            self.begun.set()
+            self.goes_on.wait(60)
             names = [file["path"] for file in json.loads(body)["files"]]
             modes = {name: "lfs" if name.endswith(".safetensors") else "regular" for name in names}
             return 200, {"files": [{"path": name, "uploadMode": modes[name], "shouldIgnore": False} for name in names]}
@@ -84,7 +97,8 @@ def hub(monkeypatch, tmp_path) -> Iterator[FakeHub]:
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content)
+            with suppress(BrokenPipeError):  # of a client that was ended
+                self.wfile.write(content)
 
         do_GET = do_POST = do_PUT = reply
 
@@ -101,6 +115,7 @@ def hub(monkeypatch, tmp_path) -> Iterator[FakeHub]:
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     yield found
+    found.goes_on.set()
     server.shutdown()
     server.server_close()
 
@@ -195,3 +210,66 @@ def test_a_token_that_the_hub_does_not_take_is_said(lbllm, recipe, hub, tmp_path
     assert f"--push {NAME}: the Hub does not take this token" in result.stderr
     assert "hf_ofSomebodyElse" not in result.stderr
     assert not (tmp_path / "run" / "export").exists()
+
+
+def closed() -> str:
+    """An address at which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def test_a_hub_that_is_not_there_is_no_fault_of_the_token(lbllm, recipe, hub, tmp_path, monkeypatch):
+    address = closed()
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    result = lbllm("export", "--recipe", recipe, "--push", NAME)
+    assert result.exit_code == 2
+    assert f"--push {NAME}: expected an answer of {address}, got: " in result.stderr
+    assert "refused; check the network, HF_ENDPOINT and HF_HUB_OFFLINE" in result.stderr
+    assert "token" not in result.stderr
+    assert not (tmp_path / "run" / "export").exists()
+
+
+def test_a_hub_in_trouble_is_no_fault_of_the_token(lbllm, recipe, hub):
+    hub.knows = 503
+    result = lbllm("export", "--recipe", recipe, "--push", NAME)
+    assert result.exit_code == 2
+    assert f"--push {NAME}: expected an answer of {hub.endpoint}, got: " in result.stderr
+    assert "503" in result.stderr
+    assert "token" not in result.stderr
+
+
+def test_offline_mode_is_named(lbllm, recipe, hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    result = lbllm("export", "--recipe", recipe, "--push", NAME)
+    assert result.exit_code == 2
+    assert "offline mode is enabled" in result.stderr
+    assert "token" not in result.stderr
+
+
+def test_weights_that_do_not_arrive_leave_the_export(lbllm, recipe, hub, tmp_path):
+    hub.stores = 403
+    result = lbllm("export", "--recipe", recipe, "--push", NAME)
+    assert result.exit_code == 1
+    assert "Error while uploading 'model.safetensors' to the Hub." in result.stderr
+    assert "to the Hub. 403 Forbidden" in result.stderr
+    assert f"{tmp_path / 'run' / 'export'} is written; run the same command again" in result.stderr
+    assert not hub.messages
+
+
+@pytest.mark.heavy
+def test_a_signal_ends_an_upload_at_once(recipe, hub, tmp_path):
+    hub.goes_on.clear()
+    told = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-m", "lbllm_cli", "export", "--recipe", str(recipe), "--push", NAME]
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env={**os.environ, **told}, preexec_fn=heard, **pipes) as child:
+        assert hub.begun.wait(120)
+        assert int((tmp_path / "run" / ".lock").read_text()) == child.pid
+        child.send_signal(signal.SIGINT)
+        _, stderr = child.communicate(timeout=20)
+    assert child.returncode == 130
+    assert stderr.endswith("lbllm: interrupted; run the same command again to resume\n")
+    assert (tmp_path / "run" / "export" / "model.safetensors").exists()
+    assert not hub.messages

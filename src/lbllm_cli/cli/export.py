@@ -49,18 +49,22 @@ def export(recipe: Recipe, repository: str | None, private: bool, dry_run: bool,
         to = f", and upload it to {repository}" if repository else ""
         say(f"export: would write {target}, {recipe.export.format}, from {checkpoint.path}{to}")
         return
-    with locked(plan.output), interrupt.graceful():
-        if done:
-            # It may have been measured since.
-            writer.write_card(target, plan.model, checkpoint, form, about)
-            files.touch(target / writer.RECORD)
-            say(f"export: up to date, {target}")
-        else:
-            writer.export(plan.model, checkpoint, target, form, shard, about)
-            without = "; quantizers of activations are left out" if checkpoint.activations and not by.quantizes else ""
-            say(f"export: {by.fidelity(plan.model)}{without}")
-            size = sum(file.stat().st_size for pattern in writer.WEIGHTS for file in target.glob(pattern))
-            say(f"export: {target}, {recipe.export.format}, {size:,} bytes of weights")
+    with locked(plan.output):
+        with interrupt.graceful():
+            if done:
+                # It may have been measured since.
+                writer.write_card(target, plan.model, checkpoint, form, about)
+                files.touch(target / writer.RECORD)
+                say(f"export: up to date, {target}")
+            else:
+                writer.export(plan.model, checkpoint, target, form, shard, about)
+                without = "; quantizers of activations are left out" if checkpoint.activations and not by.quantizes else ""
+                say(f"export: {by.fidelity(plan.model)}{without}")
+                size = sum(file.stat().st_size for pattern in writer.WEIGHTS for file in target.glob(pattern))
+                say(f"export: {target}, {recipe.export.format}, {size:,} bytes of weights")
+            if repository is not None:
+                interrupt.check()
+        # A signal ends an upload at once: nothing is lost by it.
         if repository is not None:
             address = push(target, repository, private, f"lbllm {__version__}, {stage}, {form}")
             say(f"export: {address}")
