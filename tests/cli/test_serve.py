@@ -218,6 +218,18 @@ def test_options_of_vllm_are_not_for_transformers(lbllm, toy):
     assert "--max-model-len 64: transformers' server takes no further options" in result.stderr
 
 
+@pytest.mark.parametrize(("family", "more"), [("gpt-oss", []), ("llama-tied", ["--device", "cpu"])])
+def test_what_goes_to_transformers_although_vllm_is_there(lbllm, export_of, monkeypatch, family, more):
+    def start(*_: object) -> None:
+        raise RunError("transformers' own")
+
+    monkeypatch.setattr(serve_vllm, "find_spec", lambda name: True)
+    monkeypatch.setattr(serve, "_start", start)
+    result = lbllm("serve", "--model", export_of(family), "--port", str(free_port()), *more)
+    assert result.exit_code == 1
+    assert "transformers' own" in result.stderr
+
+
 def test_vllm_takes_the_place_of_the_process(lbllm, toy, monkeypatch):
     """With a stand-in for vLLM: what it is started with."""
     started = []

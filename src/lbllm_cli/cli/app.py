@@ -252,7 +252,8 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="port to listen on")] = 8000,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; vLLM takes the one that it is built for")] = "auto",
     engine: Annotated[
-        Literal["auto", "vllm", "transformers"], typer.Option(help="auto: vLLM where it is installed and has the model's family")
+        Literal["auto", "vllm", "transformers"],
+        typer.Option(help="auto: vLLM where it is installed, but transformers for packed GPT-OSS, and where --device is given"),
     ] = "auto",
     full_activations: Annotated[
         bool, typer.Option("--full-activations", help="run activations, keys and values in full precision")
