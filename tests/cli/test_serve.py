@@ -49,11 +49,11 @@ class Server:
         return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", timeout=SECONDS, max_retries=0)
 
 
-def started(folder: Path, log: Path, program: str = "lbllm_cli", said: str = "serve: http") -> Server:
-    """A server of lbllm's, or of transformers' own. said: what it writes once it answers."""
+def started(folder: Path, log: Path, *more: str, program: str = "lbllm_cli", said: str = "serve: http") -> Server:
+    """A server of lbllm's, or of transformers' own. said: what it writes once it answers. more: options."""
     port = free_port()
     model = ["--model", str(folder)] if program == "lbllm_cli" else [str(folder)]
-    command = [sys.executable, "-m", program, "serve", *model, "--port", str(port), "--device", "cpu"]
+    command = [sys.executable, "-m", program, "serve", *model, "--port", str(port), "--device", "cpu", *more]
     heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
     with log.open("w") as out:
         process = subprocess.Popen(
@@ -133,6 +133,17 @@ def test_requests_that_come_together_are_answered_each_for_itself(server, ok):
         assert list(pool.map(ask, prompts)) == wanted
 
 
+def test_activations_may_stay_in_full_precision(server, ok, tmp_path):
+    wanted = written(ok, server, "A comet is", "--raw", "--full-activations")
+    assert wanted != written(ok, server, "A comet is", "--raw")
+    found = started(server.folder, tmp_path / "log", "--full-activations")
+    try:
+        options = {"model": str(found.folder), "prompt": "A comet is", "max_tokens": 12, "temperature": 0}
+        assert found.client.completions.create(**options).choices[0].text == wanted
+    finally:
+        found.process.kill()
+
+
 def test_another_model_is_refused(server):
     with pytest.raises(openai.BadRequestError) as refused:
         server.client.completions.create(model="gpt-2", prompt="x", max_tokens=1)
@@ -151,7 +162,8 @@ def test_transformers_serves_a_compressed_tensors_export_by_itself(ok, finished,
     shutil.copytree(output, tmp_path / "run")
     recipe = write_recipe(tmp_path / "r.yaml", toy, tmp_path / "run")
     ok("export", "--recipe", recipe, "export.format=compressed-tensors")
-    found = started(tmp_path / "run" / "export", tmp_path / "log", "transformers.cli.transformers", "Uvicorn running on")
+    theirs = {"program": "transformers.cli.transformers", "said": "Uvicorn running on"}
+    found = started(tmp_path / "run" / "export", tmp_path / "log", **theirs)
     try:
         options = {"prompt": "The sea", "max_tokens": 12, "temperature": 0}
         answer = found.client.completions.create(model=str(found.folder), **options).choices[0].text
