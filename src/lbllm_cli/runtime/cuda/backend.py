@@ -52,9 +52,9 @@ class CudaBackend(TorchBackend):
         """By the kernels where they have them."""
         if not self.runs:
             return None
-        from lbllm_cli.runtime.cuda.unit import CudaUnit, usable  # it imports Triton
+        from lbllm_cli.runtime.cuda.unit import unit_of  # it imports Triton
 
-        return CudaUnit(linears, quantizer) if usable(linears, quantizer) else None
+        return unit_of(linears, quantizer)
 
     def take_over(self, model: nn.Module, units: Units, quantized: bool) -> list[Any]:
         """Linears, the decoder's decode steps and the head, where the kernels have them."""

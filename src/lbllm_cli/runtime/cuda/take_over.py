@@ -8,7 +8,7 @@ from lbllm_cli.format.activations import input_name
 from lbllm_cli.runtime.attachments import share_inputs
 from lbllm_cli.runtime.cuda.head_linear import HeadLinear
 from lbllm_cli.runtime.cuda.step import DecodeStep, decoder_steppable
-from lbllm_cli.runtime.cuda.unit import CudaUnit, usable
+from lbllm_cli.runtime.cuda.unit import CudaUnit, unit_of
 from lbllm_cli.runtime.notices import say_layer_by_layer
 from lbllm_cli.runtime.units import Units
 
@@ -51,6 +51,6 @@ def _units_of(layer: nn.Module, units: Units, quantized: bool) -> list[CudaUnit]
     for names in units:
         linears: list[Any] = [layer.get_submodule(name) for name in names]
         by: Any = layer.get_submodule(input_name(names)) if quantized else None
-        if usable(linears, by):
-            found.append(CudaUnit(linears, by))
+        if unit := unit_of(linears, by):
+            found.append(unit)
     return found

@@ -163,3 +163,8 @@ def usable(linears: list[PackedLinear], quantizer: ActQuantizer | None) -> bool:
     if any(packed.weight.device != device for packed in linears) or not (device.type == "cuda" or INTERPRETED):
         return False
     return quantizer is None or quantizer.size == first.group_size or quantizer.size >= first.in_features
+
+
+def unit_of(linears: list[PackedLinear], quantizer: ActQuantizer | None) -> CudaUnit | None:
+    """Leaves linears that read one input, and its quantizer, to the kernels; None where they cannot run them."""
+    return CudaUnit(linears, quantizer) if usable(linears, quantizer) else None
