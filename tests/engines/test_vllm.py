@@ -183,10 +183,12 @@ def test_a_missing_tensor_is_refused_before_loading(toy_export, tmp_path, name):
         ("layers.0.self_attn.q_proj.input.act_levels", lambda t: t + 120, "qkv_proj.input.act_levels: expected rows that ascend"),
         ("layers.1.self_attn.key_cache.act_clip", lambda t: t * 0, "attn.key_cache.act_clip: expected 6554 to 65536"),
         ("layers.1.mlp.down_proj.scale", lambda t: t * torch.inf, "down_proj.packed.scale holds NaN or infinity"),
+        ("layers.1.mlp.experts.2.down_proj.scale", lambda t: t * torch.inf, "experts.packed.w2.2.scale holds NaN or infinity"),
+        ("layers.0.mlp.experts.gate_proj_input.act_levels", lambda t: t + 120, "gate_input.act_levels: expected rows"),
     ],
 )
 def test_values_without_meaning_are_refused(toy_export, tmp_path, name, change, message):
-    folder = copied(toy_export("llama-tied"), tmp_path / "export")
+    folder = copied(toy_export("qwen3-moe" if "experts" in name else "llama-tied"), tmp_path / "export")
     tensors = load_file(folder / "model.safetensors")
     tensors[f"model.{name}"] = change(tensors[f"model.{name}"])
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})

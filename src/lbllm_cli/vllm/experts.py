@@ -72,18 +72,20 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         its: Any = layer
         quantizers = [getattr(layer, name) if self.active else None for name in _INPUTS]
         its.packed = nn.ModuleDict()
-        for (name, shape), quantizer in zip(self.shapes.items(), quantizers, strict=True):
+        for name, shape in self.shapes.items():
             its.packed[name] = nn.ModuleList()
             for expert in range(self.experts):
                 packed = PackedLinear(*shape, self.config.group_size, bias=False, level_bits=self.config.level_bits)
                 for part in PARTS:
                     setattr(packed, part, getattr(layer, f"{name}_{part}").data[expert])
                 its.packed[name].append(packed)
-                check_values(packed, f"{self.prefix}.{expert}.{name}")
-                backend_of(packed.weight.device).hold([packed], quantizer)
             for part in PARTS:
                 delattr(layer, f"{name}_{part}")
+        # Before kernels get them, which trust tables.
         check_values(layer, self.prefix)
+        for held, quantizer in zip(its.packed.values(), quantizers, strict=True):
+            for packed in held:
+                backend_of(packed.weight.device).hold([packed], quantizer)
         self.quantizers = quantizers
 
     def apply(
