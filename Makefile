@@ -57,9 +57,9 @@ test-newest test-oldest: test-%:
 	.venv-$*/bin/python -m pip freeze --exclude-editable | xargs
 	.venv-$*/bin/python -m pytest --numprocesses $(JOBS) $(TESTS)
 
-# What runs in vLLM and llama.cpp, in an environment of its own: gigabytes, and ten minutes of compiling. What vLLM's packages for
+# What runs in vLLM and llama.cpp, in an environment of its own: gigabytes, and llama.cpp is compiled. What vLLM's packages for
 # pictures and sound bring was built for other versions of torch, and stops its import.
-.venv-vllm/.installed: $(INSTALLED) Makefile
+.venv-vllm/.installed: $(INSTALLED)
 	$(PYTHON) -m venv .venv-vllm
 	echo torch==$(TORCH) > .venv-vllm/constraints.txt
 	.venv-vllm/bin/python -m pip install --quiet --constraint .venv-vllm/constraints.txt torch
