@@ -41,6 +41,8 @@ from typing import Any
 
 PROMPT = "The sea was calm, and"
 WRITTEN = 64
+# Where in a segment differences are looked at by themselves.
+_LATER = ((10, 20), (100, 1 << 30))
 
 
 def write_text(args: argparse.Namespace) -> None:
@@ -197,18 +199,21 @@ def run(args: argparse.Namespace) -> None:
 
 
 def table(args: argparse.Namespace) -> None:
-    """All measurements of a folder, and how far each is from the first."""
+    """All measurements of a folder, and how far each is from the first; the last columns are of these places in a segment."""
     found = [json.loads(file.read_text()) for file in sorted(args.out.glob("*.json")) if file.name != args.text.name]
     found = sorted(found, key=lambda one: (args.first not in one["name"], one["name"]))
-    print("| engine | version | perplexity | mean difference of a token's loss | largest | the same of 64 tokens |")
-    print("|---|---|---:|---:|---:|---:|")
+    print("| engine | version | perplexity | mean difference of a token's loss | largest | the same of 64 | 10 to 20 | 100 on |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|")
+    places = [place for segment in json.loads(args.text.read_text())["segments"] for place in range(len(segment) - 1)]
     first = found[0]
     for one in found:
         apart = [abs(a - b) for a, b in zip(one["losses"], first["losses"], strict=True)]
         same = next((i for i, (a, b) in enumerate(zip(one["greedy"], first["greedy"], strict=True)) if a != b), WRITTEN)
         perplexity = math.exp(sum(one["losses"]) / len(one["losses"]))
-        mean = sum(apart) / len(apart)
-        print(f"| {one['name']} | {one['version']} | {perplexity:.4f} | {mean:.2g} | {max(apart):.2g} | {same} |")
+        later = [[a for a, place in zip(apart, places, strict=True) if low <= place < high] for low, high in _LATER]
+        mean, *means = (f"{sum(some) / len(some):.3g}" if some else "" for some in (apart, *later))
+        row = (one["name"], one["version"], f"{perplexity:.4f}", mean, f"{max(apart):.2g}", str(same), *means)
+        print(f"| {' | '.join(row)} |")
 
 
 def main() -> int:

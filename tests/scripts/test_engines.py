@@ -42,7 +42,7 @@ def test_formats_write_the_same_and_another_model_does_not(ok, tmp_path, monkeyp
     rows = [line.split("|") for line in run("table", "--first", "packed", "--text", text, "--out", out)[2:]]
     apart, same = ({row[1].split()[-1]: float(row[column]) for row in rows} for column in (5, 6))
     assert {same[form] for form in FORMATS} == {64}
-    # Of a token's loss, in nats: measured 5.7e-7.
+    # Of a token's loss at most, in nats: measured 2.9e-6.
     assert max(apart[form] for form in FORMATS) < 1e-5
     assert same["other"] < 64
-    assert apart["other"] > 0.1  # measured 0.89
+    assert apart["other"] > 0.1  # measured 2.6
