@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import lbllm_cli.hf  # noqa: F401 - packed folders
 from lbllm_cli.end_to_end.loss import distillation_loss
 from lbllm_cli.end_to_end.student import WholeStudent
+from lbllm_cli.format.weights import PackedWeight
 from lbllm_cli.models.model import open_model
 from lbllm_cli.pipeline.checkpoint import Checkpoint
 from lbllm_cli.recipe.schema import Model
@@ -118,3 +119,46 @@ def test_blocks_run_with_the_norms_of_their_parent(made):
         assert torch.equal(student.block.layer.get_parameter(inside), 2 * weight)
         assert torch.equal(teacher.layer.get_parameter(inside), weight)
         assert torch.equal(student.packed()[name], start[name])
+
+
+def test_trained_codes_start_as_the_parents_and_move(made):
+    """With latents: what a student begins with is the checkpoint's, bit for bit, and a step changes codes."""
+    parent = Checkpoint(made[1], "distill")
+    student = student_of(made, "distill", train=["weights", "levels"])
+    stored = {name: tensor for index in range(len(student.blocks)) for name, tensor in parent.read_block(index).items()}
+    snapshot = student.snapshot()
+    for name, tensor in stored.items():
+        assert torch.equal(snapshot[name], tensor), name
+    tokens = torch.randint(1024, (2, 24), generator=torch.Generator().manual_seed(3))
+    student.begin(0.0)
+    student.head(student(tokens)).square().mean().backward()
+    student.backward()
+    name, linear = "model.layers.1.mlp.down_proj", student.blocks[1].linears["mlp.down_proj"]
+    with torch.no_grad():
+        linear.latent -= linear.rms * linear.latent.grad / linear.latent.grad.abs().max()
+    student.constrain()
+    moved = student.snapshot()
+    assert not torch.equal(moved[f"{name}.weight"], stored[f"{name}.weight"])
+    other = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(moved[other], stored[other])
+    # What the next step runs with is what would be written now.
+    student.begin(0.0)
+    weight = student.blocks[1].block.linear("mlp.down_proj").weight
+    assert torch.equal(weight, PackedWeight.from_tensors(moved, name, weight.shape[1]).values())
+
+
+def test_gradients_of_trained_codes_are_those_of_the_weights(made):
+    """What reaches a latent is the gradient of its weight, of a level the sum over its weights: as with fixed codes."""
+    tokens = torch.randint(1024, (2, 24), generator=torch.Generator().manual_seed(3))
+    found = []
+    for train in (["levels"], ["weights", "levels"]):
+        student = student_of(made, "distill", train=train)
+        student.begin(0.0)
+        student.head(student(tokens)).square().mean().backward()
+        student.backward()
+        linear = student.blocks[1].linears["mlp.up_proj"]
+        order = linear.levels.detach().argsort(-1)
+        found.append(linear.levels.grad.gather(-1, order))
+    assert (found[0] - found[1]).abs().max() <= 1e-5 * found[0].abs().max()
+    sums = linear.latent.grad.flatten(1).sum() - linear.levels.grad.sum()
+    assert abs(float(sums)) <= 1e-4 * float(linear.latent.grad.abs().sum())

@@ -203,7 +203,7 @@ def test_values_without_meaning_are_refused(toy_export, tmp_path, name, change, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 9}, "packed format_version 9, this lbllm reads 2; update lbllm-cli"),
+        ({"format_version": 9}, "packed format_version 9, this lbllm reads 3; update lbllm-cli"),
         ({"group_size": 20}, "quantization_config.group_size: expected a multiple of 16"),
     ],
 )

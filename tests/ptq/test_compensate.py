@@ -106,7 +106,7 @@ def test_without_push_every_code_is_the_nearest_level(inn, size):
 def test_diagonal_hessian_pushes_nothing():
     weight = torch.randn(4, 20, generator=torch.Generator().manual_seed(3))
     factor = torch.diag(torch.linspace(0.5, 2, 20))
-    for a, b in zip(compensate(weight, factor, 8, _fit), compensate(weight, factor, 8, _fit, push=False), strict=True):
+    for a, b in zip(compensate(weight, factor, 8, _fit)[:3], compensate(weight, factor, 8, _fit, push=False)[:3], strict=True):
         assert torch.equal(a, b)
 
 
@@ -137,7 +137,7 @@ def test_weights_on_the_grid_come_back_exactly():
     values = planted.values()
     groups = iter(range(3))
     found = compensate(weight, factor, size, lambda group, importance: values[:, next(groups)])
-    for a, b in zip(found, planted, strict=True):
+    for a, b in zip(found[:3], planted[:3], strict=True):
         assert torch.equal(a, b)
 
 
@@ -159,5 +159,5 @@ def test_rows_are_independent():
     weight, _, factor = _case(6, 20, 6)
     whole = compensate(weight, factor, 8, _fit)
     for r in range(6):
-        for a, b in zip(compensate(weight[r : r + 1], factor, 8, _fit), whole, strict=True):
+        for a, b in zip(compensate(weight[r : r + 1], factor, 8, _fit)[:3], whole[:3], strict=True):
             assert torch.equal(a[0], b[r])

@@ -32,6 +32,7 @@ def test_expected_bits_are_the_bytes(out, inn, size):
 
 def test_expected_bits_by_hand():
     assert expected_bits([(4096, 4096)], 128) == 2.375
+    assert expected_bits([(4096, 4096)], 64, 4) == 2.5
     # 576 inputs are 5 groups of 128: 640 codes and 5 x 48 bits for 576 weights.
     assert expected_bits([(7, 576)], 128) == pytest.approx((640 * 2 + 5 * 48) / 576)
     # Two linears: weighted by their sizes.

@@ -110,9 +110,9 @@ def _float_levels(monkeypatch):
     """Catches the levels before they are put on the grid."""
     caught = []
 
-    def project(levels):
+    def project(levels, bits):
         caught.append(levels.clone())
-        return project_levels(levels)
+        return project_levels(levels, bits)
 
     monkeypatch.setattr(refine, "project_levels", project)
     return caught
@@ -133,7 +133,7 @@ def test_refit_against_dense_least_squares(monkeypatch, out, inn, size, random_c
     error = (values_of(found, size).double() - wanted).abs()
     assert bool((error <= 0.5 * found.scale.double()[at, index] + 3e-4).all())
     assert bool((found.levels[..., 1:] >= found.levels[..., :-1]).all())
-    assert [t.dtype for t in found] == [torch.uint8, torch.int8, torch.float16]
+    assert [t.dtype for t in found[:3]] == [torch.uint8, torch.int8, torch.float16]
 
 
 @pytest.mark.parametrize("random_codes", [False, True])
@@ -183,7 +183,7 @@ def test_refit_keeps_rows_that_cannot_be_solved():
     # Kept, then put on the grid again. Measured: unchanged.
     assert bool(((found.values() - fit.values())[1].abs() <= 0.5 * found.scale[1].float().unsqueeze(1) + 1e-6).all())
     assert torch.equal(found.ranks[1], fit.ranks[1])
-    for a, b in zip(found, good, strict=True):
+    for a, b in zip(found[:3], good[:3], strict=True):
         assert torch.equal(a[[0, 2, 3]], b[[0, 2, 3]])
 
 
@@ -192,7 +192,7 @@ def test_refit_in_chunks(monkeypatch):
     whole = refit_levels(weight, hessian, fit, 16)
     for chunk_bytes in (1, 4 * 12 * 60 * 4):
         monkeypatch.setattr(refine, "_CHUNK_BYTES", chunk_bytes)
-        for a, b in zip(refit_levels(weight, hessian, fit, 16), whole, strict=True):
+        for a, b in zip(refit_levels(weight, hessian, fit, 16)[:3], whole[:3], strict=True):
             assert torch.equal(a, b)
 
 
@@ -262,8 +262,8 @@ def test_descent_against_brute_force(size):
 
 def test_inputs_stay():
     weight, hessian, fit = _case(3, 20, 8, 11, random_codes=True)
-    kept = [t.clone() for t in (weight, hessian, *fit)]
+    kept = [t.clone() for t in (weight, hessian, *fit[:3])]
     refit_levels(weight, hessian, fit, 8)
     descend_codes(weight, hessian, fit, 8)
-    for now, before in zip((weight, hessian, *fit), kept, strict=True):
+    for now, before in zip((weight, hessian, *fit[:3]), kept, strict=True):
         assert torch.equal(now, before)

@@ -97,7 +97,7 @@ export: {shard_gb: -1, format: 3}
         "ptq.compensation: input should be a valid boolean, got 1",
         "ptq.levels: input should be 'em' or 'quantile', got 'kmeans'",
         "ptq.zzz: unknown key; valid: asymmetric, code_descent, compensation, damping, em_iterations, group_size, held_out, "
-        "importance, levels, refit, rounds, sequential",
+        "importance, level_bits, levels, refit, rounds, sequential",
         "eval.checkpoints[1]: input should be 'base', 'ptq', 'distill', 'distill-e2e', 'act-calib', "
         "'act-calib-e2e' or 'export', got 'pqt'",
         "export.shard_gb: input should be greater than or equal to 0.000001, got -1",

@@ -232,7 +232,7 @@ def test_stored_levels_forward():
     levels = torch.randn(6, 3, 4, generator=_generator(11)) * 0.05
     wanted = level_values(*project_levels(levels))
     assert torch.equal(stored_levels(levels, 8), wanted)
-    assert torch.equal(StoredLevels.apply(levels), wanted)
+    assert torch.equal(StoredLevels.apply(levels, 8), wanted)
     assert not torch.equal(wanted, levels)
 
 
@@ -240,7 +240,7 @@ def test_stored_levels_backward():
     # The surrogate is the identity. float32, because that is what a checkpoint's levels are.
     g = _generator(12)
     levels, upstream = (torch.randn(3, 2, 4, generator=g) for _ in range(2))
-    (found,) = _gradients(stored_levels, (levels,), upstream)
+    (found,) = _gradients(lambda x: stored_levels(x, 8), (levels,), upstream)
     assert torch.equal(found, upstream)
     wanted = _differences(lambda x: x, levels.double(), upstream.double())
     # Measured: 1.8e-13.

@@ -104,7 +104,7 @@ class Ptq(StageSection):
     """Stage 1: Hessian-weighted EM with error compensation, then refinement under the full Hessian."""
 
     group_size: int = Field(128, ge=16, le=4096, description="inputs that share four levels; a multiple of 16")
-    level_bits: Literal[8, 4] = Field(4, description="bits of a stored level; a group has four")
+    level_bits: Literal[8, 4] = Field(8, description="bits of a stored level; a group has four")
     levels: Literal["em", "quantile"] = Field("em", description="how a group's levels are fitted before coding")
     em_iterations: int = Field(20, ge=1, le=200, description="most EM iterations per group")
     importance: Literal["inverse_hessian", "hessian_diagonal"] = Field(

@@ -22,19 +22,20 @@ def masters(out: int, width: int, size: int) -> tuple[Tensor, Tensor]:
     return latent, torch.randn(*latent.shape[:2], 4, generator=random).sort(-1).values
 
 
-def test_levels_are_stored_as_the_format_has_them(device):
+@pytest.mark.parametrize("bits", [8, 4])
+def test_levels_are_stored_as_the_format_has_them(device, bits):
     random = torch.Generator().manual_seed(1)
     levels = torch.randn(300, 4, generator=random) * torch.logspace(-9, 8, 300).unsqueeze(1)  # down to subnormal scales, and 0
-    levels[::7] = level_values(*stored_grid(levels[::7]))  # on the grid already
+    levels[::7] = level_values(*stored_grid(levels[::7], bits))  # on the grid already
     levels[5, 1], levels[6] = torch.nan, torch.inf
-    found = KERNELS.stored_levels(levels.view(3, 100, 4).to(device), 8).view(300, 4).cpu()
-    expected = level_values(*stored_grid(levels))
+    found = KERNELS.stored_levels(levels.view(3, 100, 4).to(device), bits).view(300, 4).cpu()
+    expected = level_values(*stored_grid(levels, bits))
     good = expected.isfinite().all(1)
     assert torch.equal(found[good], expected[good])
     assert not found[~good].isfinite().any()
     assert 250 < good.sum() < 299
     assert (expected == 0).all(1).any()
-    assert torch.equal(stored_levels(levels[50:60], 8), found[50:60])
+    assert torch.equal(stored_levels(levels[50:60], bits), found[50:60])
 
 
 @pytest.mark.parametrize(("out", "width", "size"), SHAPES)

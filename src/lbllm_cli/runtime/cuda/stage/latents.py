@@ -51,12 +51,12 @@ def _fine_scale(largest, BLOCK: tl.constexpr):
 
 @triton.jit
 def _coarse_scale(largest, a, b, c, d, BLOCK: tl.constexpr):
-    """`format.weights._coarse_grid`'s, in the same order: 7, 6.75 and so on to 4.75."""
-    best = tl.div_rn(largest, tl.full([BLOCK], 7.0, tl.float32)).to(tl.float16).to(tl.float32)
+    """`format.weights._coarse_grid`'s, in the same order: 7.2, 7, 6.8, 6.2 and so on to 4.8."""
+    best = tl.div_rn(largest, tl.full([BLOCK], 7.2, tl.float32)).to(tl.float16).to(tl.float32)
     divisor = tl.where(best == 0, 1.0, best)
     least = (_miss(a, best, divisor) + _miss(b, best, divisor)) + (_miss(c, best, divisor) + _miss(d, best, divisor))
-    for quarter in tl.static_range(1, 10):
-        top = tl.full([BLOCK], 7.0 - 0.25 * quarter, tl.float32)
+    for place in tl.static_range(1, 9):
+        top = tl.full([BLOCK], 7.0 - place // 3 + 0.2 * (1 - place % 3), tl.float32)
         scale = tl.div_rn(largest, top).to(tl.float16).to(tl.float32)
         divisor = tl.where(scale == 0, 1.0, scale)
         error = (_miss(a, scale, divisor) + _miss(b, scale, divisor)) + (_miss(c, scale, divisor) + _miss(d, scale, divisor))

@@ -1,0 +1,88 @@
+"""Levels of 4 bits through all stages: what is stored, what is run, and who refuses what."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_toy, write_recipe
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import lbllm_cli.hf  # noqa: F401 - packed folders
+from docs import reader
+from lbllm_cli.format.weights import PackedWeight
+
+
+@pytest.fixture(scope="module")
+def run(once) -> Path:
+    """A toy with biases through all stages: groups of 32 are ragged."""
+    from lbllm_cli.cli.app import app
+
+    def make(folder: Path) -> Path:
+        toy = save_toy(folder / "model", "qwen2-biases")
+        sections = {"ptq": {"level_bits": 4}, "distill": {"epochs": 1}, "act_calib": {"epochs": 0}}
+        recipe = write_recipe(folder / "r.yaml", toy, folder / "run", **sections)
+        for command in ("ptq", "distill", "act-calib", "export"):
+            result = CliRunner().invoke(app, [command, "--recipe", str(recipe)], catch_exceptions=False)
+            assert result.exit_code == 0, result.stderr
+        return folder / "run"
+
+    return once("levels-of-4-bits", make)
+
+
+@pytest.mark.parametrize("stage", ["ptq", "distill", "act-calib"])
+def test_every_stage_stores_them(run, stage):
+    manifest = json.loads((run / stage / "lbllm_stage.json").read_text())
+    assert (manifest["format_version"], manifest["level_bits"]) == (2, 4)
+    stored = load_file(run / stage / "block_001.safetensors")
+    owners = PackedWeight.owners(stored)
+    assert len(owners) == 7
+    for owner in owners:
+        assert stored[f"{owner}.levels"].dtype == torch.uint8
+        weight = PackedWeight.from_tensors(stored, owner, stored[f"{owner}.weight"].shape[1] * 32)
+        assert weight.level_bits == 4
+        assert 5 <= int(weight.levels.abs().max()) <= 7
+
+
+def test_an_export_runs_with_what_the_specification_says(run, tmp_path, ok):
+    ok("export", "--recipe", run.parent / "r.yaml", "export.format=dense", f"output.dir={_copied(run, tmp_path)}")
+    config = json.loads((run / "export" / "config.json").read_text())["quantization_config"]
+    assert (config["format_version"], config["level_bits"]) == (3, 4)
+    packed, dense = reader.read_folder(run / "export"), reader.read_folder(tmp_path / "run" / "export")
+    for name, wanted in dense.items():
+        owner = name.removesuffix(".weight")
+        if f"{owner}.levels" in packed:
+            assert reader.weight(packed, owner, wanted.shape[1]).tobytes() == wanted.tobytes(), name
+    model = AutoModelForCausalLM.from_pretrained(run / "export")
+    for name, module in model.named_modules():
+        if hasattr(module, "dense_weight"):
+            assert module.dense_weight().numpy().tobytes() == dense[f"{name}.weight"].tobytes(), name
+    # A copy of the loaded model is the export again.
+    model.save_pretrained(tmp_path / "saved")
+    again = reader.read_folder(tmp_path / "saved")
+    assert all(again[name].tobytes() == packed[name].tobytes() for name in packed)
+
+
+def _copied(run: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(run, folder / "run"))
+
+
+def test_bits_are_counted_and_forecast(run, ok):
+    ok("eval", "--recipe", run.parent / "r.yaml", "eval.checkpoints=[ptq, export]")
+    results = json.loads((run / "eval" / "results.json").read_text())
+    stored = load_file(run / "ptq" / "block_000.safetensors")
+    source = load_file(run.parent / "model" / "model.safetensors")
+    owners = PackedWeight.owners(stored)
+    # 64 bits of codes, 16 of levels and 16 of a scale in a group of 32.
+    groups = sum(stored[f"{owner}.scale"].numel() for owner in owners)
+    assert results["ptq"]["bits_per_weight"] == round(96 * groups / sum(source[f"{owner}.weight"].numel() for owner in owners), 4)
+    assert results["export"]["bits_per_weight"] == results["ptq"]["bits_per_weight"]
+
+
+def test_another_number_of_bits_is_refused(run, lbllm):
+    result = lbllm("distill", "--recipe", run.parent / "r.yaml", "ptq.level_bits=8", "--force")
+    assert result.exit_code == 2
+    assert "ptq.level_bits" in result.stderr
