@@ -39,9 +39,10 @@ def recomputes(recipe: Recipe, model: SourceModel, settings: EndToEnd) -> bool:
 def end_to_end_need(recipe: Recipe, model: SourceModel, settings: EndToEnd, recomputed: bool) -> Need:
     """Need of an end-to-end phase: the rule of one block on the device does not hold there. Its `stage` is for the caller to say.
 
-    Resident are packed codes, masters of levels with gradient and two moments, embedding and head. With recomputation one block
-    at a time keeps what its backward pass needs, and of all others the inputs are kept. The loss takes four tensors of logits.
-    The teacher went ahead block by block.
+    Resident are packed codes, masters of levels with gradient and two moments, embedding and head. Where codes are trained these
+    are latents with two moments, and weights with their gradients; in torch, the codes that a step has found as well. With
+    recomputation one block at a time keeps what its backward pass needs, and of all others the inputs are kept. The loss takes
+    four tensors of logits. The teacher went ahead block by block.
     """
     length, rows = recipe.data.training.length, min(settings.micro_batch_size, settings.batch_size)
     weights, itemsize = model.binarized_parameters, model.dtype.itemsize
@@ -51,12 +52,14 @@ def end_to_end_need(recipe: Recipe, model: SourceModel, settings: EndToEnd, reco
     passing += model.blocks * rows * length * model.config.hidden_size * itemsize
     # In torch weights are decoded in several steps.
     passing += 8 * weights / model.blocks if model.backend.kernels is None else 0
-    resident = weights / 4 + 4 * levels + 12 * trained + model.count(model.outer_names()) * itemsize
+    latents = weights if "weights" in settings.trained else 0
+    held = 12 + 2 * itemsize + (0 if model.backend.kernels is not None else 1)
+    resident = (held * latents or weights / 4) + 4 * levels + 12 * trained + model.count(model.outer_names()) * itemsize
     loss = 4.0 * 4 * max(LOGITS, model.config.vocab_size)
     teaching = outer_bytes(model) + 2 * block_bytes(model) + activation_bytes(model, recipe.runtime.batch_size, length)
     device = max(resident + passing + loss, teaching)
     states = float(settings.sequences * length * model.config.hidden_size * itemsize)
-    state, blocks = 12.0 * trained, checkpoint_bytes(model, recipe.ptq.group_size, recipe.ptq.level_bits)
+    state, blocks = 12.0 * (trained + latents), checkpoint_bytes(model, recipe.ptq.group_size, recipe.ptq.level_bits)
     ram = host_bytes(model, device)
     if any(item.sampled for item in settings.source or recipe.data.training.source):
         whole = sampling_bytes(model, settings.sequences, length)
@@ -64,7 +67,7 @@ def end_to_end_need(recipe: Recipe, model: SourceModel, settings: EndToEnd, reco
         # On a GPU the file stays in RAM.
         device = device if model.backend.shares_ram else max(device, whole - 2.0 * model.count(list(model.shapes)))
     written = (model.blocks + 1) * states + blocks
-    cheaper = "set end_to_end.recompute: always and micro_batch_size: 1, or train: [scales, norms]"
+    cheaper = "set end_to_end.recompute: always and micro_batch_size: 1, or train: [scales, norms] alone"
     # The teacher's pass holds a block's inputs beside its outputs; training has its outputs alone.
     own, elsewhere = blocks + 2 * state, 2 * states if settings.teacher else 0.0
     disk = own if settings.teacher else max(2 * states, own + states)

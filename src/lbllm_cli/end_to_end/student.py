@@ -1,6 +1,7 @@
-"""A whole binarized model in training: every block resident as codes and decoded as it runs.
+"""A whole binarized model in training: every block resident, as codes that are decoded as it runs or as latents.
 
-Codes never change. Trained are levels, or one factor per group, norm weights, and quantizers where activations are quantized.
+Trained are levels, or one factor per group, norm weights, and quantizers where activations are quantized. Codes change where
+latents are trained: their blocks then have weights of their own, put in place before each step.
 """
 
 from typing import TYPE_CHECKING, Any

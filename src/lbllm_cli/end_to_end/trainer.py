@@ -1,6 +1,6 @@
 """What the end-to-end phase trains towards: the whole model against the teacher's next-token distributions.
 
-Not in LBLLM: blocks trained one by one see neither each other's errors nor what the model predicts. Codes stay as they are.
+Not in LBLLM: blocks trained one by one see neither each other's errors nor what the model predicts.
 """
 
 import math

@@ -63,7 +63,7 @@ class Training(Schedule):
 
 
 class EndToEnd(Schedule):
-    """Training of the whole model against the teacher's next-token distributions; codes do not change."""
+    """Training of the whole model against the teacher's next-token distributions."""
 
     source: Sources | None = Field(
         None,
@@ -104,6 +104,8 @@ class EndToEnd(Schedule):
     def _levels_or_scales(self) -> "EndToEnd":
         if {"levels", "scales"} <= set(self.trained):
             raise ValueError("train: levels and scales: a scale moves its levels; name one of them")
+        if {"weights", "scales"} <= set(self.trained):
+            raise ValueError("train: weights and scales: where codes move, so do single levels; name levels instead of scales")
         return self
 
 
@@ -111,7 +113,9 @@ class DistillEndToEnd(EndToEnd):
     """The end-to-end phase of stage 2."""
 
     train: list[Literal["weights", "levels", "scales", "norms"]] = Field(
-        ["levels", "norms"], min_length=1, description="what is trained; scales: all levels of a group by one factor"
+        ["levels", "norms"],
+        min_length=1,
+        description="what is trained; weights: codes, through latents; scales: all levels of a group by one factor",
     )
 
 
@@ -121,7 +125,7 @@ class ActEndToEnd(EndToEnd):
     train: list[Literal["weights", "levels", "scales", "norms", "clip_factors", "knees"]] = Field(
         ["levels", "norms", "clip_factors"],
         min_length=1,
-        description="what is trained; scales: all levels of a group by one factor",
+        description="what is trained; weights: codes, through latents; scales: all levels of a group by one factor",
     )
     lr_clip_factors: float = Field(1e-3, gt=0, le=1, description="AdamW rate of clipping factors, which lie in [0.1, 1]")
     lr_knees: float = Field(1e-2, gt=0, le=1, description="AdamW rate of the logarithm of coarse ratios, which place the knees")
