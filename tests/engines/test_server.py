@@ -4,18 +4,22 @@ vLLM lives in an environment of its own: `make serve-test`.
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import openai
+import psutil
 import pytest
 from conftest import save_toy
+from named_vllm import named_vllm
 from packed_models import exported
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: make serve-test")
@@ -32,33 +36,45 @@ class Served(NamedTuple):
     process: "subprocess.Popen[str]"
     folder: Path
     log: Path
+    port: int
 
     @property
     def client(self) -> Any:
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none", timeout=SECONDS, max_retries=0)
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", timeout=SECONDS, max_retries=0)
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[Served]:
+def served(tmp_path_factory) -> Path:
+    """A packed export with 4-bit activations, keys and values, and a chat template."""
     base = tmp_path_factory.mktemp("serve")
-    toy = save_toy(base / "model", "llama-tied", head_dim=32, hidden_size=128)
-    folder = exported(base, toy, ptq={"rounds": 0})
+    folder = exported(base, save_toy(base / "model", "llama-tied", head_dim=32, hidden_size=128), ptq={"rounds": 0})
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    log = base / "log"
-    command = [sys.executable, "-m", "lbllm_cli", "serve", "--model", str(folder), "--port", str(PORT), "--", "--enforce-eager"]
+    return folder
+
+
+@contextmanager
+def serving(folder: Path, log: Path, port: int, *more: str, **told: str) -> Iterator[Served]:
+    """`lbllm serve` until the end of the block. more: options. told: environment variables."""
+    command = [sys.executable, "-m", "lbllm_cli", "serve", "--model", str(folder), "--port", str(port), *more]
     with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(command, stdout=out, stderr=out, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | told)
     end = time.monotonic() + SECONDS
-    while "Application startup complete" not in log.read_text():
-        assert process.poll() is None, log.read_text()[-3000:]
-        assert time.monotonic() < end, log.read_text()[-3000:]
-        time.sleep(0.5)
-    yield Served(process, folder, log)
-    process.send_signal(signal.SIGINT)
     try:
+        while "Application startup complete" not in log.read_text():
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < end, log.read_text()[-3000:]
+            time.sleep(0.5)
+        yield Served(process, folder, log, port)
+        process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 0
     finally:
         process.kill()
+
+
+@pytest.fixture(scope="module")
+def server(served) -> Iterator[Served]:
+    with serving(served, served.parent / "log", PORT, "--", "--enforce-eager") as found:
+        yield found
 
 
 def written(ok, server: Served, prompt: str, *more: str) -> str:
@@ -107,6 +123,18 @@ def test_32_requests_of_mixed_lengths_at_once(server):
 def test_another_model_is_refused(server):
     with pytest.raises(openai.NotFoundError, match="gpt-2"):
         server.client.completions.create(model="gpt-2", prompt="x", max_tokens=1)
+
+
+def test_the_command_vllm_serve_runs_where_vllm_has_its_name(served, ok, tmp_path):
+    more = ("--full-activations", "--", "--enforce-eager", "--kv-cache-memory-bytes", str(1 << 24))
+    with serving(served, tmp_path / "log", PORT + 1, *more, **named_vllm(tmp_path / "named")) as found:
+        said = found.log.read_text()
+        (line,) = [line for line in said.splitlines() if line.startswith("serve: http")]
+        assert re.search(r"/export, vllm \d+\.\d+\.\d+", line)
+        assert "vllm.entrypoints.cli.main" in " ".join(psutil.Process(found.process.pid).cmdline())
+        expected = written(ok, found, "A comet is", "--raw", "--full-activations")
+        assert expected != written(ok, found, "A comet is", "--raw")
+        assert asked(found, "A comet is").choices[0].text == expected
 
 
 def test_a_port_in_use_is_refused_before_the_model_is_read(server, lbllm):
