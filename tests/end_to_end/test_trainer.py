@@ -277,7 +277,7 @@ def test_the_phase_alone(ok, lbllm, run, tmp_path):
     [
         ({"train": ["levels", "scales"]}, "distill.end_to_end: train: levels and scales: a scale moves its levels"),
         ({"train": ["weights", "scales"]}, "distill.end_to_end: train: weights and scales: where codes move"),
-        ({"train": ["knees"]}, "distill.end_to_end.train[0]: input should be 'weights', 'levels', 'scales' or 'norms', got 'knees'"),
+        ({"train": ["knees"]}, "end_to_end.train[0]: input should be 'weights', 'levels', 'scales' or 'norms', got 'knees'"),
         ({"batch_size": 24}, "distill.end_to_end.batch_size: 24 sequences in a step, but 24 sequences leave 22"),
         ({"sequences": 4000}, "(4000 beside the 9 of another set sequences x 32)"),
         ({"lr_soft": 1}, "distill.end_to_end.lr_soft: unknown key"),
