@@ -32,9 +32,8 @@ def read_folder(folder) -> dict[str, np.ndarray]:
 def weight(tensors, linear: str, inputs: int) -> np.ndarray:
     """Float32 [out, in] of a packed linear."""
     packed, levels, scale = (tensors[f"{linear}.{part}"] for part in ("weight", "levels", "scale"))
-    if levels.dtype == "u1":
-        halves = np.stack((levels & 15, levels >> 4), -1).reshape(*levels.shape[:2], 4).astype("i1")
-        levels = np.where(halves > 7, halves - 16, halves)
+    if levels.dtype == "u1":  # two to a byte, as two's complement
+        levels = ((np.stack((levels & 15, levels >> 4), -1) ^ 8).astype("i1") - 8).reshape(*levels.shape[:2], 4)
     codes = (packed[..., None] >> np.array([0, 2, 4, 6], "u1") & 3).reshape(*packed.shape[:2], -1)
     values = np.take_along_axis(levels, codes.astype("i8"), 2).astype("f4") * scale.astype("f4")[..., None]
     return values.reshape(len(packed), -1)[:, :inputs]

@@ -89,12 +89,16 @@ def open_parent(plan: Plan, spec: StageSpec) -> Checkpoint | None:
     parent = open_checkpoint(plan, before.name)
     for checkpoint in (*reversed(ancestors(plan.output, parent)), parent):
         _check_made_alike(plan, checkpoint)
-    for key, found in zip(("group_size", "level_bits"), parent.record.weights, strict=True):
-        if found != (wanted := getattr(plan.recipe.ptq, key)):
-            raise UsageError(
-                f"{parent.path} has {key.replace('_', ' ')} {found}, ptq.{key} is {wanted}; "
-                "set it back, or use another output.dir"
-            )
+    if parent.record.group_size != plan.recipe.ptq.group_size:
+        raise UsageError(
+            f"{parent.path} has group size {parent.record.group_size}, ptq.group_size is {plan.recipe.ptq.group_size}; "
+            "set it back, or use another output.dir"
+        )
+    if parent.record.level_bits != plan.recipe.ptq.level_bits:
+        raise UsageError(
+            f"{parent.path} has level bits {parent.record.level_bits}, ptq.level_bits is {plan.recipe.ptq.level_bits}; "
+            "set it back, or use another output.dir"
+        )
     return parent
 
 
