@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
 import lbllm_cli.hf  # noqa: F401  registers the packed format
-from lbllm_cli.format.weights import LEVEL_MAX, LEVELS, group_count
+from lbllm_cli.format.weights import level_max, LEVELS, group_count
 from lbllm_cli.runtime.cpu.library import DTYPES, Weights, pointer, quantizer_struct
 from lbllm_cli.runtime.cpu.unit import Unit, aligned
 from lbllm_cli.runtime.linear import PackedLinear
@@ -25,8 +25,8 @@ def random_packed(inputs: int, outputs: int, group_size: int) -> dict[str, Tenso
     groups = group_count(inputs, group_size)
     return {
         "weight": torch.randint(256, (outputs, groups, group_size // 4), dtype=torch.uint8),
-        "levels": torch.randint(-LEVEL_MAX, LEVEL_MAX + 1, (outputs, groups, LEVELS), dtype=torch.int8),
-        "scale": torch.full((outputs, groups), WEIGHT_RMS * 3**0.5 / LEVEL_MAX, dtype=torch.float16),
+        "levels": torch.randint(-level_max(8), level_max(8) + 1, (outputs, groups, LEVELS), dtype=torch.int8),
+        "scale": torch.full((outputs, groups), WEIGHT_RMS * 3**0.5 / level_max(8), dtype=torch.float16),
     }
 
 

@@ -147,7 +147,7 @@ def test_result_and_input():
     found = compensate(weight, factor, 8, _fit)
     assert torch.equal(weight, kept[0])
     assert torch.equal(factor, kept[1])
-    assert [(t.dtype, tuple(t.shape)) for t in found] == [
+    assert [(t.dtype, tuple(t.shape)) for t in found[:3]] == [
         (torch.uint8, (6, 20)),
         (torch.int8, (6, 3, 4)),
         (torch.float16, (6, 3)),
