@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
 import lbllm_cli.hf  # noqa: F401  registers the packed format
-from lbllm_cli.format.weights import level_max, LEVELS, group_count
+from lbllm_cli.format.weights import LEVELS, group_count, level_max
 from lbllm_cli.runtime.cpu.library import DTYPES, Weights, pointer, quantizer_struct
 from lbllm_cli.runtime.cpu.unit import Unit, aligned
 from lbllm_cli.runtime.linear import PackedLinear
