@@ -75,10 +75,11 @@ def test_gradients_are_those_of_the_whole_model_in_memory(ok, made, run, tmp_pat
     assert (student.norm.weight.grad - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+@pytest.mark.parametrize("train", [None, ["weights", "levels", "norms"]], ids=["levels", "codes"])
 @pytest.mark.parametrize("stage", ["distill", "act-calib"])
-def test_recomputation_changes_nothing(ok, run, tmp_path, stage):
+def test_recomputation_changes_nothing(ok, run, tmp_path, stage, train):
     found = []
-    settings = {"sequences": 24, "lr_levels": 0.01}
+    settings = {"sequences": 24, "lr_levels": 0.01, **({} if train is None else {"train": train})}
     for recompute in ("always", "never"):
         recipe = run(**{stage.replace("-", "_"): {**settings, "recompute": recompute}})
         ok(stage, "--recipe", recipe, "--only", "end-to-end", "--force")
@@ -162,3 +163,21 @@ def test_gradients_of_trained_codes_are_those_of_the_weights(made):
     assert (found[0] - found[1]).abs().max() <= 1e-5 * found[0].abs().max()
     sums = linear.latent.grad.flatten(1).sum() - linear.levels.grad.sum()
     assert abs(float(sums)) <= 1e-4 * float(linear.latent.grad.abs().sum())
+
+
+def test_an_expert_that_no_token_reaches_keeps_its_codes(finished):
+    """Of a mixture whose codes are trained: there is no gradient to carry to it."""
+    student = student_of(finished("ptq", family="qwen3-moe"), "ptq", train=["weights", "levels"])
+    router = next(module for name, module in student.blocks[0].block.layer.named_modules() if name == "mlp.gate")
+    with torch.no_grad():
+        # All experts are as good, and the same ones are taken for every token.
+        router.weight.zero_()
+    tokens = torch.randint(1024, (1, 8), generator=torch.Generator().manual_seed(3))
+    student.begin(0.0)
+    student.head(student(tokens)).square().mean().backward()
+    reached = {name for name in student.blocks[0].moving if student.blocks[0].block.linear(name).weight.grad is not None}
+    assert 0 < len(reached) < len(student.blocks[0].moving)
+    student.backward()
+    student.constrain()
+    for name, linear in student.blocks[0].moving.items():
+        assert (linear.latent.grad is not None) == (name in reached), name

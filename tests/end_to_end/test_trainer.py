@@ -92,9 +92,10 @@ def test_quantizers_are_trained_with_knees(ok, run, tmp_path, monkeypatch):
     assert {"act_clip"} <= changed <= {"act_clip", "act_levels", "act_zero"}
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(ok, lbllm, run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("changes", [{}, {"train": ["weights", "levels", "norms"], "lr_weights": 0.02}], ids=["levels", "codes"])
+def test_a_resumed_run_equals_an_uninterrupted_one(ok, lbllm, run, tmp_path, monkeypatch, changes):
     monkeypatch.setattr(end_to_end, "_RECORDS", 4)
-    recipe = run(distill={"epochs": 2})
+    recipe = run(distill={"epochs": 2, **changes})
     ok("distill", "--recipe", recipe)
     expected = hashes(tmp_path / "run" / "distill-e2e")
     shutil.rmtree(tmp_path / "run" / "distill-e2e")

@@ -67,7 +67,7 @@ def end_to_end_need(recipe: Recipe, model: SourceModel, settings: EndToEnd, reco
         # On a GPU the file stays in RAM.
         device = device if model.backend.shares_ram else max(device, whole - 2.0 * model.count(list(model.shapes)))
     written = (model.blocks + 1) * states + blocks
-    cheaper = "set end_to_end.recompute: always and micro_batch_size: 1, or train: [scales, norms] alone"
+    cheaper = "set end_to_end.recompute: always and micro_batch_size: 1, or train: [scales, norms]"
     # The teacher's pass holds a block's inputs beside its outputs; training has its outputs alone.
     own, elsewhere = blocks + 2 * state, 2 * states if settings.teacher else 0.0
     disk = own if settings.teacher else max(2 * states, own + states)

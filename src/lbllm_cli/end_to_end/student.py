@@ -19,7 +19,7 @@ from lbllm_cli.pipeline.checkpoint import Checkpoint
 from lbllm_cli.runtime.attachments import attach
 from lbllm_cli.runtime.backend import weight_on
 from lbllm_cli.runtime.quantizer import read_quantizers
-from lbllm_cli.training.block_linears import linear_groups
+from lbllm_cli.training.block_linears import linear_groups, put_weights, take_gradients
 from lbllm_cli.training.fixed import Fixed
 from lbllm_cli.training.interfaces import OwnStep, ParameterGroup
 from lbllm_cli.training.master import LEVELS, SCALES, WEIGHTS
@@ -73,15 +73,16 @@ class ResidentBlock:
         block = stored_block(model, index, stored, None)
         self.prefix, self.dtype = block.prefix, block.dtype
         self.block = block
-        self.linears: dict[str, Fixed | Nearest] = {}
+        self.fixed: dict[str, Fixed] = {}
+        self.moving: dict[str, Nearest] = {}
         for name in block.linears:
             weight = block.linear(name).weight
             packed = weight_on(PackedWeight.from_tensors(stored, block.prefix + name, weight.shape[1]), model.device)
             if WEIGHTS in train:
-                self.linears[name] = Nearest(weight, packed, train, settings.latent_margin)
+                self.moving[name] = Nearest(weight, packed, train, settings.latent_margin)
                 block.linear(name).weight = nn.Parameter(torch.empty_like(weight))
             else:
-                self.linears[name] = Fixed(weight, packed, train)
+                self.fixed[name] = Fixed(weight, packed, train)
                 # Decoded anew in every pass; what was read of it is let go of.
                 block.linear(name).weight = nn.Parameter(torch.empty(0), requires_grad=False)
         # As they are stored: the block has them in the compute dtype, which may be the shorter one.
@@ -99,34 +100,30 @@ class ResidentBlock:
             attach(block.layer, block.units, dict(self.quantizers))
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        fixed = {name: linear for name, linear in self.linears.items() if isinstance(linear, Fixed)}
-        weights = {f"{name}.weight": linear.weight(self.dtype) for name, linear in fixed.items()}
+        weights = {f"{name}.weight": linear.weight(self.dtype) for name, linear in self.fixed.items()}
         weights |= {f"{name}.weight": norm().to(self.dtype) for name, norm in self.norms.items()}
         outputs: Tensor = functional_call(self.block.layer, weights, (hidden,), self.block.arguments(hidden))
         return outputs
 
+    @property
+    def linears(self) -> dict[str, Fixed | Nearest]:
+        """All masters by name in the block: either kind alone."""
+        return {**self.fixed, **self.moving}
+
     def begin(self) -> None:
         """Puts the present weights into the block, where latents are trained; others are decoded as it runs."""
-        for name, linear in self.linears.items():
-            if isinstance(linear, Nearest):
-                linear.put(self.block.linear(name).weight)
+        put_weights(self.block, self.moving)
 
     def backward(self) -> None:
         """Carries the gradients of what was put to the masters."""
-        for name, linear in self.linears.items():
-            if isinstance(linear, Nearest):
-                weight = self.block.linear(name).weight
-                assert weight.grad is not None
-                linear.take(weight.grad)
-                weight.grad = None
+        take_gradients(self.block, self.moving)
 
     def snapshot(self) -> dict[str, Tensor]:
         """What training may have changed, under full names: all that a checkpoint holds but codes that are fixed."""
         tensors: dict[str, Tensor] = {}
         for name, linear in self.linears.items():
             parts = linear.packed().to_tensors(self.prefix + name)
-            moved = isinstance(linear, Nearest)
-            tensors |= {key: tensor for key, tensor in parts.items() if moved or not key.endswith(".weight")}
+            tensors |= {key: tensor for key, tensor in parts.items() if name in self.moving or not key.endswith(".weight")}
         tensors |= {f"{self.prefix}{name}.weight": norm.packed() for name, norm in self.norms.items()}
         return tensors | quantizer_tensors(self.prefix, self.quantizers)
 

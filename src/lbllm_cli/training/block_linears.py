@@ -1,6 +1,6 @@
 """The linears of a block in training: their masters, the weights these stand for, and the gradients on the way back."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -38,19 +38,11 @@ class BlockLinears:
 
     def begin(self) -> None:
         """Puts the present weights into the block."""
-        for name, linear in self.linears.items():
-            linear.put(self.block.linear(name).weight)
+        put_weights(self.block, self.linears)
 
     def backward(self) -> None:
         """Carries the gradients of the block's weights to the masters."""
-        for name, linear in self.linears.items():
-            weight = self.block.linear(name).weight
-            if weight.grad is None:
-                # Of an expert that no token of the step was sent to.
-                linear.skip()
-            else:
-                linear.take(weight.grad)
-                weight.grad = None
+        take_gradients(self.block, self.linears)
 
     def own_steps(self, dampening: float) -> list[OwnStep]:
         """Parameters that move themselves."""
@@ -67,6 +59,24 @@ class BlockLinears:
         for name, linear in self.linears.items():
             tensors |= linear.packed().to_tensors(self.block.prefix + name)
         return tensors
+
+
+def put_weights(block: Block, linears: Mapping[str, Trainable]) -> None:
+    """Puts the present weights of masters, by name in the block, into it."""
+    for name, linear in linears.items():
+        linear.put(block.linear(name).weight)
+
+
+def take_gradients(block: Block, linears: Mapping[str, Trainable]) -> None:
+    """Carries the gradients of what `put_weights` put to the masters."""
+    for name, linear in linears.items():
+        weight = block.linear(name).weight
+        if weight.grad is None:
+            # Of an expert that no token of the step was sent to.
+            linear.skip()
+        else:
+            linear.take(weight.grad)
+            weight.grad = None
 
 
 def linear_groups(linears: Iterable[Trainable], rates: dict[str, float]) -> list[ParameterGroup]:
