@@ -16,7 +16,7 @@ from lbllm_cli.pipeline.plan import Plan
 from lbllm_cli.pipeline.work import StageRun, parents_activations
 from lbllm_cli.recipe.schema import Recipe
 from lbllm_cli.recipe.stages import StageSpec
-from lbllm_cli.training.duration import block_training
+from lbllm_cli.training.duration import LATENT_BYTES, block_training
 from lbllm_cli.training.forecast import training_device, training_state
 from lbllm_cli.training.plots import plot_errors
 
@@ -51,7 +51,7 @@ def _cheaper(recipe: Recipe, model: SourceModel) -> str:
 
 def work(plan: Plan, spec: StageSpec) -> list[Part]:
     """Steps and passes of its blocks."""
-    return block_training(plan, spec, 38)
+    return block_training(plan, spec, LATENT_BYTES)
 
 
 def run(run: StageRun) -> None:

@@ -13,12 +13,13 @@ from lbllm_cli.end_to_end.trainer import EndToEndObjective
 from lbllm_cli.models.block import block_prefix
 from lbllm_cli.models.model import FINAL_NORM
 from lbllm_cli.pipeline.checkpoint import Checkpoint
-from lbllm_cli.pipeline.duration import BlockShape, Part
+from lbllm_cli.pipeline.duration import BlockShape, Part, steps
 from lbllm_cli.pipeline.forecast import Need
 from lbllm_cli.pipeline.plan import Plan
 from lbllm_cli.pipeline.training_state import TrainingState
 from lbllm_cli.pipeline.work import StageRun, parents_activations
 from lbllm_cli.recipe.stages import StageSpec
+from lbllm_cli.training.duration import LATENT_BYTES
 from lbllm_cli.training.loop import Job, TrainingLoop
 from lbllm_cli.training.plots import plot_steps
 
@@ -48,12 +49,15 @@ def work(plan: Plan, spec: StageSpec) -> list[Part]:
     trained, looked = float(rows * length), float(held * length * (settings.epochs + 1))
     # Both distributions and the gradient.
     head = 6.0 * model.config.vocab_size * shape.hidden * trained
-    # Weights are decoded, once more where blocks are computed again, and gradients of them are summed up.
-    decoded = rows / min(settings.micro_batch_size, settings.batch_size) * (3 + again) * 2.3 * shape.weights
+    if "weights" in settings.trained:
+        moved = float(steps(settings.sequences, held, settings.batch_size, settings.epochs) * LATENT_BYTES) * shape.weights
+    else:
+        # Weights are decoded, once more where blocks are computed again, and gradients of them are summed up.
+        moved = rows / min(settings.micro_batch_size, settings.batch_size) * (3 + again) * 2.3 * shape.weights
     training = Part(
         "training steps", f"{spec.section}.sequences",
         blocks * ((3 + again) * shape.forward(trained) + shape.forward(looked)) + head,
-        passed=blocks * (decoded + shape.passes(trained, 1 + again / 3)), read=shape.states(trained),
+        passed=blocks * (moved + shape.passes(trained, 1 + again / 3)), read=shape.states(trained),
     )  # fmt: skip
     teaching = Part(
         "the teacher's pass", f"{spec.section}.sequences", blocks * shape.forward(every),

@@ -7,6 +7,8 @@ from lbllm_cli.pipeline.duration import BlockShape, Part, steps
 from lbllm_cli.pipeline.plan import Plan
 from lbllm_cli.recipe.stages import StageSpec
 
+# That a step moves for each weight that has a latent: read, chosen, differentiated, and moved by AdamW.
+LATENT_BYTES = 38
 # Launches of a step for each linear of a block, at most: 600 of the usual seven.
 _LAUNCHES = 600 / 7
 
