@@ -844,7 +844,8 @@ def _stages() -> list[Case]:
             "run",
         ),
         Case("stage: another group", line("distill"), rewrite(manifest, group_size=32), "run"),
-        Case("stage: other bits of levels", line("distill"), rewrite(manifest, level_bits=4), "run"),
+        Case("stage: other bits of levels", line("distill"), rewrite(manifest, format_version=2, level_bits=4), "run"),
+        Case("stage: bits of levels in an early version", line("distill"), rewrite(manifest, level_bits=4), "run"),
         Case("report: nothing to report", line("report")),
         Case(
             "report: results that are damaged",

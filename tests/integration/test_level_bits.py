@@ -51,6 +51,7 @@ def test_an_export_runs_with_what_the_specification_says(run, tmp_path, ok):
     ok("export", "--recipe", run.parent / "r.yaml", "export.format=dense", f"output.dir={_copied(run, tmp_path)}")
     config = json.loads((run / "export" / "config.json").read_text())["quantization_config"]
     assert (config["format_version"], config["level_bits"]) == (3, 4)
+    assert json.loads((run / "export" / "lbllm_export.json").read_text())["format_version"] == 3
     packed, dense = reader.read_folder(run / "export"), reader.read_folder(tmp_path / "run" / "export")
     for name, wanted in dense.items():
         owner = name.removesuffix(".weight")

@@ -12,6 +12,7 @@ from lbllm_cli.core import files
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.core.validation import describe
 from lbllm_cli.format.settings import Activations
+from lbllm_cli.format.weights import LEVEL_BITS
 from lbllm_cli.recipe.stages import STAGES, StageName
 
 # 1: levels of 8 bits. 2: `level_bits` says how many they have.
@@ -88,6 +89,8 @@ class Manifest(_Record):
 
     @model_validator(mode="after")
     def _complete(self) -> "Manifest":
+        if (self.format_version == 1) != (self.level_bits == LEVEL_BITS[0]):
+            raise ValueError(f"level_bits: {self.level_bits} in format_version {self.format_version}, which says otherwise")
         if self.blocks_done != self.blocks:
             raise ValueError(f"files: {self.blocks_done} blocks, expected {self.blocks}")
         if self.parent is not None and not isinstance(self.inputs.get(PARENT), str):
