@@ -41,13 +41,13 @@ TOKENS = torch.randint(3, 90, (24,), generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture(scope="module")
 def toy_export(once) -> Any:
-    """toy_export(family): a W(1+1)A4KV4 export whose heads vLLM has."""
+    """toy_export(family): a W(1+1)A4KV4 export whose heads vLLM has. level_bits: of `ptq`."""
 
-    def of(family: str) -> Path:
+    def of(family: str, level_bits: int = 8) -> Path:
         def make(folder: Path) -> Path:
-            return exported(folder, save_toy(folder / "model", family, **WIDTHS), ptq={"rounds": 0})
+            return exported(folder, save_toy(folder / "model", family, **WIDTHS), ptq={"rounds": 0, "level_bits": level_bits})
 
-        return once(f"vllm-{family}", make)
+        return once(f"vllm-{family}-{level_bits}", make)
 
     return of
 
@@ -93,6 +93,11 @@ def compare(folder: Path, full: bool = False, **options: Any) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_computes_what_transformers_does(toy_export, family):
     compare(toy_export(family))
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "qwen2-biases", "qwen3-moe"])
+def test_levels_may_have_4_bits(toy_export, family):
+    compare(toy_export(family, 4))
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "gemma2", "gemma3", "mistral-sliding", "qwen2-biases"])

@@ -224,10 +224,19 @@ def test_levels_of_4_bits_against_brute_force():
             tried = [HALVES[i] for i in (step - 1, step)]
             step = min(tried, key=lambda s, top=top: abs(s - abs(max(row, key=abs)) / top))
             errors.append(sum((max(-7, min(7, round(x / step))) * step - x) ** 2 for x in row))
-        # Measured: 4e-7 of the squares, rounding in float32.
-        assert abs(error - min(errors)) <= 1e-5 * sum(x * x for x in row)
+        # Measured: 0. Of places that are equally good float32 may take the other.
+        assert abs(error - min(errors)) <= 1e-6 * sum(x * x for x in row)
         chosen.add(errors.index(min(errors)))
     assert len(chosen) == 9
+
+
+def test_nine_places_are_better_than_one():
+    g = _generator(8)
+    levels = torch.tensor([-1.5, -0.45, 0.45, 1.5]) + torch.randn(20000, 4, generator=g) * torch.tensor([0.25, 0.15, 0.15, 0.25])
+    found = (level_values(*project_levels(levels, 4)) - levels).square().sum()
+    step = levels.abs().amax(1, keepdim=True) / 7
+    # Measured: 0.60.
+    assert found < 0.65 * ((levels / step).round() * step - levels).square().sum()
 
 
 def test_levels_on_the_grid_of_4_bits_keep_their_values():

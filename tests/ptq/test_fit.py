@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lbllm_cli.format.weights import expected_bits, pack_codes
+from lbllm_cli.format.weights import PackedWeight, expected_bits, pack_codes
 
 SHAPES = [(3, 576, 128), (2, 100, 48), (5, 16, 16), (1, 1, 16), (4, 33, 16), (2, 128, 128)]
 
@@ -23,11 +23,13 @@ def _packed(out, inn, size, seed=0):
     return codes, levels, (torch.rand(out, groups, generator=g) * 0.02).half()
 
 
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(("out", "inn", "size"), [*SHAPES, (1, 4096, 128)])
-def test_expected_bits_are_the_bytes(out, inn, size):
+def test_expected_bits_are_the_bytes(out, inn, size, bits):
     codes, levels, scale = _packed(out, inn, size)
-    held = sum(t.numel() * t.element_size() for t in (pack_codes(codes, size), levels, scale))
-    assert expected_bits([(out, inn)], size) * out * inn == pytest.approx(8 * held, rel=1e-12)
+    stored = PackedWeight(pack_codes(codes, size), levels, scale, inn, bits).to_tensors("p")
+    held = sum(t.numel() * t.element_size() for t in stored.values())
+    assert expected_bits([(out, inn)], size, bits) * out * inn == pytest.approx(8 * held, rel=1e-12)
 
 
 def test_expected_bits_by_hand():
