@@ -12,7 +12,7 @@ from stages import logits_of
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-import lbllm_cli.hf  # noqa: F401 - packed folders
+import lbllm_cli.hf
 from docs import reader
 from lbllm_cli.format.weights import PackedWeight
 
