@@ -1,5 +1,6 @@
 """The whole pipeline on a simulated GPU: every stage runs by CUDA's rules, waits for nothing in its steps, and resumes."""
 
+import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -157,6 +158,20 @@ def test_stages_train_in_kernels_without_waiting(copied, simulated):
     found = simulated("distill", "--recipe", recipe, kernels="auto")
     obeys(found)
     assert {f"lbllm.{name}" for name in TRAINED} <= set(found.operators)
+
+
+@pytest.mark.parametrize("kernels", ["off", "auto"])
+def test_codes_of_the_whole_model_train_without_waiting(copied, simulated, kernels):
+    folder = copied("ptq")
+    text = {"training": {"source": str(folder / "chapter.txt"), **SHORT}}
+    phase = {"sequences": 2, "epochs": 1, "batch_size": 1, "train": ["weights", "levels", "norms"]}
+    recipe = recipe_in(folder, data=text)
+    # No latent moves before the phase.
+    changes = ("act_calib.batch_size=2", "distill.batch_size=2", "distill.epochs=0", f"distill.end_to_end={json.dumps(phase)}")
+    found = simulated("distill", "--recipe", recipe, *changes, kernels=kernels)
+    obeys(found)
+    in_kernels = {"lbllm.latent_step", "lbllm.nearest_levels", "lbllm.level_sums"}
+    assert in_kernels & set(found.operators) == (in_kernels if kernels == "auto" else set())
 
 
 @pytest.mark.slow
