@@ -22,6 +22,7 @@ from lbllm_cli.recipe.stages import STAGES, TABLE, StageSpec
 PTQ: dict[str, list[str]] = {
     "default": [],
     "group 128": ["ptq.group_size=128"],
+    "levels of 4 bits": ["ptq.level_bits=4"],
     "calibrated on novels": ["data.calibration.source=builtin:calibration/novels"],
     "calibrated on generate:": ["data.calibration.source=generate:"],
     "calibrated on both halves": ['data.calibration.source=["builtin:calibration", "generate:"]'],
@@ -99,6 +100,7 @@ END_TO_END: dict[str, list[str]] = {
     "scales": ["{}.train=[scales]"],
     "norms": ["{}.train=[norms]"],
     "scales and norms": ["{}.train=[scales, norms]"],
+    "codes, levels and norms": ["{}.train=[weights, levels, norms]"],
     "next token": ["{}.next_token=1"],
     "half next token": ["{}.next_token=0.5"],
     "temperature 2": ["{}.temperature=2"],
