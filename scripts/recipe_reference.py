@@ -58,8 +58,8 @@ schema; `lbllm config --schema` prints it.
 _SOURCES = """
 | `source` | text |
 |---|---|
-| `builtin:calibration`, `builtin:evaluation` | bundled: novels, technical and modern prose; one style alone with `/novels`, \
-`/technical`, `/modern` |
+| `builtin:calibration`, `builtin:training`, `builtin:evaluation` | bundled: novels, technical and modern prose; one style alone \
+with `/novels`, `/technical`, `/modern` |
 | a path | `.txt`, `.jsonl`, `.json`, `.parquet`, `.jsonl.gz`, `.json.gz` (`text_key`, or `messages_key` with the chat \
 template), a `save_to_disk` folder, `.safetensors` with `input_ids` |
 | `wikitext2`, `ptb`, `c4` | built as the quantization papers build them; `path:` reads a local file of the same schema |
@@ -69,7 +69,7 @@ template), a `save_to_disk` folder, `.safetensors` with `input_ids` |
 | `generate:` | sampled from the model itself: no data at all |
 
 A list of sources is a mixture, with a `weight` each. [Text](text.md) says which to take, and what is behind every name.
-Calibration and evaluation text of `builtin:` share no document, and outside the novels no project;
+The parts of `builtin:` share no paragraph. The evaluation part shares no project with the others, and no novel;
 `src/lbllm_cli/data/text/NOTICE.md` names sources and licences.
 """
 _CHANGES = """

@@ -64,7 +64,7 @@ def test_what_check_refuses(tmp_path):
     ]:
         with pytest.raises(UsageError, match=message):
             text_sources.check(item, evaluating)
-    for name in ("builtin:calibration", "builtin:evaluation/novels", "generate:", "hub:some/data", "hub:data_1.x", "c4"):
+    for name in ("builtin:calibration", "builtin:training/modern", "generate:", "hub:some/data", "hub:data_1.x", "c4"):
         text_sources.check(Source(source=name), evaluating=False)
 
 

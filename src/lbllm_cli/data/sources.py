@@ -17,12 +17,12 @@ from lbllm_cli.models import chat
 from lbllm_cli.recipe.base import Source
 
 STYLES = ("novels", "technical", "modern")
-PARTS = ("calibration", "evaluation")
+PARTS = ("calibration", "training", "evaluation")
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
 
 
 def expand(sources: list[Source]) -> list[Source]:
-    """`builtin:calibration` and `builtin:evaluation` stand for their styles in equal shares, novels first."""
+    """A bundled part without a style stands for its styles in equal shares, novels first."""
     expanded: list[Source] = []
     for item in sources:
         if item.source in {f"builtin:{part}" for part in PARTS}:
