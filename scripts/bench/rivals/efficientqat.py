@@ -33,7 +33,7 @@ class FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         """float32 in and out."""
         steps = weight / scale
         whole = zero.round()
@@ -45,7 +45,7 @@ class FakeQuantize(torch.autograd.Function):
         return offset * scale
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
         """Of weight, scale and zero."""
         scale, slope, inside = ctx.saved_tensors
         straight = gradient * inside
@@ -56,7 +56,7 @@ class FakeQuantize(torch.autograd.Function):
 class Quantized(nn.Module):
     """Parametrisation of a linear's weight [out, in]. scale, zero: [out, in / group, 1], both trained as floats."""
 
-    def __init__(self, weight: Tensor, group: int = GROUP):
+    def __init__(self, weight: Tensor, group: int):
         super().__init__()
         self.group = group
         groups = weight.detach().float().view(weight.shape[0], -1, group)
@@ -73,7 +73,8 @@ class Quantized(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         groups = weight.view(weight.shape[0], -1, self.group)
-        return FakeQuantize.apply(groups, *self.parts()).view_as(weight)
+        values: Tensor = FakeQuantize.apply(groups, *self.parts())  # type: ignore[no-untyped-call]
+        return values.view_as(weight)
 
     @torch.no_grad()
     def codes(self, weight: Tensor) -> Codes:
@@ -85,9 +86,9 @@ class Quantized(nn.Module):
         return Codes(codes.to(torch.uint8), scale.to(torch.float16), zero.to(torch.uint8))
 
 
-def attach(block: Block) -> dict[str, Quantized]:
+def attach(block: Block, group: int = GROUP) -> dict[str, Quantized]:
     """Makes a block's linears quantized ones: name in the block -> its quantizer."""
-    quantizers = {name: Quantized(block.linear(name).weight) for name in block.linears}
+    quantizers = {name: Quantized(block.linear(name).weight, group) for name in block.linears}
     for name, quantizer in quantizers.items():
         parametrize.register_parametrization(block.linear(name), "weight", quantizer)
         original(block, name).requires_grad_(True)

@@ -103,7 +103,8 @@ def importance_matrix(ground: Ground) -> dict[str, Tensor]:
     """
     path = ground.out / "importance.safetensors"
     if path.exists():
-        return load_file(path)
+        known: dict[str, Tensor] = load_file(path)
+        return known
     model, batch_size = ground.model, ground.plan.recipe.runtime.batch_size
     stream = embed_stream(model, ground.calibration, None, batch_size)
     found: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""What every rival starts from, and what it hands back: texts and base model of a recipe, and a model folder with other linears."""
+"""What every rival starts from and hands back: a recipe's texts and base model, and a model folder with other linears."""
 
 import shutil
 from collections.abc import Callable
@@ -42,7 +42,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Rival:
-    """One row. bits: of a block linear's weight, everything stored counted. formula: how they add up. asked: run by name alone."""
+    """One row. bits: of a block linear's weight, all that is stored counted. formula: how they add up. asked: only by name."""
 
     bits: float
     formula: str
@@ -54,7 +54,8 @@ def open_ground(recipe: Recipe, out: Path) -> Ground:
     """Checks the recipe and reads its texts."""
     stages = (STAGES["ptq"], STAGES["distill"])
     plan = prepare(recipe, stages=stages, evaluate=True)
-    return Ground(plan, *map(plan.stage_tokens, stages), out)
+    calibration, training = map(plan.stage_tokens, stages)
+    return Ground(plan, calibration, training, out)
 
 
 def write_folder(model: SourceModel, weights: dict[str, Tensor], folder: Path) -> None:

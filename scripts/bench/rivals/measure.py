@@ -1,4 +1,4 @@
-"""Measures a model folder as `lbllm eval` measures a checkpoint: perplexity, KL to the base model, same likeliest token, tasks."""
+"""Measures a model folder as `lbllm eval` measures a checkpoint: perplexity, KL to the base model, likeliest tokens, tasks."""
 
 from pathlib import Path
 from typing import Any
@@ -9,32 +9,32 @@ from torch import Tensor
 
 from lbllm_cli.evaluation import tasks as lm_tasks
 from lbllm_cli.models.model import SourceModel
-from lbllm_cli.pipeline.streams import HiddenStream, advance, embed_stream
+from lbllm_cli.pipeline.streams import advance, embed_stream
 from lbllm_cli.training.agreement import POSITIONS, Agreement, Predictions
 
 TASKS = ["builtin:continuation", "builtin:last_word"]
 
 
-def final_states(model: SourceModel, sets: dict[str, Tensor], batch_size: int) -> dict[str, HiddenStream]:
+def final_states(model: SourceModel, sets: dict[str, Tensor], batch_size: int) -> dict[str, Tensor]:
     """What the last block makes of each text: [segments, length, hidden] in memory."""
     streams = {text: embed_stream(model, tokens, None, batch_size) for text, tokens in sets.items()}
     for index in range(model.blocks):
         block = model.block(index)
         for stream in streams.values():
             advance(block, stream, stream, model.device, batch_size)
-    return streams
+    return {text: stream.data for text, stream in streams.items() if stream.data is not None}
 
 
 def base_states(ground: Ground, sets: dict[str, Tensor]) -> dict[str, Tensor]:
     """`final_states` of the base model: they are the same for every row, so the first one leaves them on disk."""
     path = ground.out / "base_states.pt"
     if not path.exists():
-        streams = final_states(ground.model, sets, ground.plan.recipe.runtime.batch_size)
+        states = final_states(ground.model, sets, ground.plan.recipe.runtime.batch_size)
         partial = path.with_suffix(".partial")
-        torch.save({text: stream.data for text, stream in streams.items()}, partial)
+        torch.save(states, partial)
         partial.rename(path)
-    states: dict[str, Tensor] = torch.load(path, weights_only=True)
-    return states
+    found: dict[str, Tensor] = torch.load(path, weights_only=True)
+    return found
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def measure(ground: Ground, rival: SourceModel | None) -> dict[str, Any]:
     sets = ground.plan.evaluation()
     batch_size = ground.plan.recipe.runtime.batch_size
     base = base_states(ground, sets)
-    own = {} if rival is None else {text: stream.data for text, stream in final_states(rival, sets, batch_size).items()}
+    own = {} if rival is None else final_states(rival, sets, batch_size)
     base_head = ground.model.head()
     head = base_head if rival is None else rival.head()
     found: dict[str, dict[str, float]] = {"perplexity": {}, "kl": {}, "top1": {}}

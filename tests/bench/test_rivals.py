@@ -1,0 +1,211 @@
+"""scripts/bench/rivals: bits add up, blocks straddle rows and come back, EfficientQAT's quantizer is the paper's.
+
+What the rivals' own libraries compute is theirs to test.
+"""
+
+import json
+import sys
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, save_toy, write_recipe
+from safetensors.torch import load_file
+from torch.nn.functional import mse_loss
+
+from lbllm_cli.core.errors import UsageError
+from lbllm_cli.recipe.load import load_recipe
+
+# Its modules import each other by name, as scripts in one folder do.
+sys.path.insert(0, str(ROOT / "scripts" / "bench" / "rivals"))
+try:
+    e2e_qp, efficientqat, ggml, ground, measure, plot, run, uniform = map(
+        import_module, ("e2e_qp", "efficientqat", "ggml", "ground", "measure", "plot", "run", "uniform")
+    )
+finally:
+    sys.path.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("bits", "expected"),
+    [
+        (uniform.uniform_bits(64), 2 + 18 / 64),
+        (uniform.uniform_bits(32), 2.5625),
+        (uniform.uniform_bits(64, zero_bits=0), 2.25),
+        (ggml.RIVALS["Q2_K"].bits, 2.625),
+        (ggml.RIVALS["IQ2_XXS"].bits, 2.0625),
+        (ggml.RIVALS["IQ3_XXS"].bits, 3.0625),
+    ],
+)
+def test_bits(bits, expected):
+    assert bits == expected
+
+
+def test_every_rival_has_a_file_of_its_own(tmp_path):
+    names = [run.BASE, *(name for names in run.RIVALS.values() for name in names)]
+    assert len({run.file_of(tmp_path, name, ".json") for name in names}) == len(names)
+    assert set(ggml.RIVALS) == set(run.RIVALS["ggml"])
+
+
+@pytest.mark.parametrize(("rows", "width", "joined"), [(8, 576, 4), (3, 512, 1), (4, 192, 4), (2, 128, 2)])
+def test_blocks_straddle_rows_and_come_back(rows, width, joined):
+    weight, importance = torch.randn(rows, width), torch.rand(width)
+    seen = []
+
+    def quantize(values, tiled):
+        seen.append((values.shape, tiled))
+        return np.floor(values)
+
+    found = ggml.straddled(weight, importance, quantize)
+    assert torch.equal(found, weight.floor())
+    (shape, tiled) = seen[0]
+    assert shape == (rows // joined, joined * width)
+    assert shape[1] % ggml.BLOCK == 0
+    # Every weight keeps its own channel's importance.
+    assert np.array_equal(np.broadcast_to(tiled, shape).reshape(rows, width), importance.expand(rows, width).numpy())
+
+
+def test_rows_that_fill_no_block_are_refused():
+    with pytest.raises(ValueError, match="6 rows of 576 do not fill"):
+        ggml.straddled(torch.zeros(6, 576), torch.ones(576), lambda values, _: values)
+
+
+def slow_quantize(weight, scale, zero):
+    """The paper's formula with autograd's own straight-through rounding."""
+
+    def rounded(value):
+        return value + (value.round() - value).detach()
+
+    whole = rounded(zero)
+    codes = (rounded(weight / scale) + whole).clamp(0, 3)
+    return (codes - whole) * scale
+
+
+def test_the_quantizer_and_its_gradients_are_the_papers():
+    torch.manual_seed(0)
+    weight, wanted = torch.randn(6, 3, 8), torch.randn(6, 3, 8)
+    # Narrow scales cut off many codes; zero points lie between whole numbers.
+    scale, zero = 0.2 + torch.rand(6, 3, 1), 3 * torch.rand(6, 3, 1)
+    sides = []
+    for function in (efficientqat.FakeQuantize.apply, slow_quantize):
+        leaves = [tensor.clone().requires_grad_() for tensor in (weight, scale, zero)]
+        values = function(*leaves)
+        mse_loss(values, wanted).backward()
+        sides.append([values.detach(), *(leaf.grad for leaf in leaves)])
+    for fast, slow in zip(*sides, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-7)
+    assert all(gradient.abs().sum() > 0 for gradient in sides[0][1:])
+
+
+def test_weights_on_a_grid_come_back_and_others_are_refused():
+    torch.manual_seed(0)
+    codes = torch.randint(0, 4, (5, 2, 4))
+    scale, zero = (torch.rand(5, 2) + 0.5).half().float(), torch.randint(0, 4, (5, 2))
+    weight = ((codes - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).view(5, 8)
+    found = uniform.on_grid(weight, scale, zero)
+    assert torch.equal(found.codes, codes.to(torch.uint8))
+    assert torch.equal(found.values(), weight)
+    with pytest.raises(ValueError, match="steps off"):
+        uniform.on_grid(weight + 0.3 * scale.repeat_interleave(4, 1), scale, zero)
+
+
+def test_fronts():
+    assert plot.front([(4.0, 2.0), (2.0, 4.0), (3.0, 1.0), (2.0, 3.0), (3.0, 1.0)]) == [(2.0, 3.0), (3.0, 1.0)]
+    assert plot.front([]) == []
+
+
+def test_ours_is_measured_on_the_same_text(tmp_path):
+    (tmp_path / "eval").mkdir()
+    entry = {"perplexity": {"novels": 12.0}, "kl": {"novels": 0.1}, "bits_per_weight": 2.5}
+    results = {"base": {"perplexity": {"novels": 8.0}}, "ptq": entry}
+    (tmp_path / "eval" / "results.json").write_text(json.dumps(results))
+    found = plot.own(f"lbllm={tmp_path}:ptq", results["base"])
+    assert (found.label, found.bits, found.perplexity, found.ours) == ("lbllm", 2.5, {"novels": 1.5}, True)
+    with pytest.raises(ValueError, match="novels"):
+        plot.own(f"lbllm={tmp_path}:ptq", {"perplexity": {"novels": 9.0}})
+    with pytest.raises(ValueError, match="distill is not measured"):
+        plot.own(f"lbllm={tmp_path}:distill", results["base"])
+    with pytest.raises(ValueError, match="expected LABEL"):
+        plot.own("lbllm", results["base"])
+
+
+@pytest.fixture
+def toy(tmp_path, little_text, given_tables):
+    path = write_recipe(tmp_path / "r.yaml", save_toy(tmp_path / "model"), tmp_path / "run")
+    recipe = load_recipe(path, ["model.dtype=float32"])
+    (tmp_path / "out").mkdir()
+    return ground.open_ground(recipe, tmp_path / "out")
+
+
+def test_rows_are_measured_once_and_written(toy, monkeypatch):
+    made = []
+
+    def make(given):
+        made.append(given)
+        names = given.model.binarized_names
+        return ground.Made({name: given.model.read([name])[name].float() for name in names}, "the base model itself")
+
+    run.base_row(toy, tasks=False)
+    row = run.make_row(toy, "Q2_K", ground.Rival(16.0, "16", make), keep=False, tasks=False)
+    base = json.loads((toy.out / "full-precision.json").read_text())
+    assert row["perplexity"] == base["perplexity"]
+    assert all(abs(value) < 1e-6 for value in row["kl"].values())
+    assert set(row["top1"].values()) == {1.0}
+    assert len(made) == 1
+    assert not list(toy.out.glob("*.model"))
+    run.write_table(toy.out)
+    assert "(1.00x)" in (toy.out / "table.md").read_text()
+    # A logarithm has no place for the KL of a model to itself.
+    row |= {"kl": dict.fromkeys(row["kl"], 0.5)}
+    plot.draw([plot.point("a row", row, base, ours=False)], list(base["perplexity"]), toy.out / "pareto.svg")
+    assert "a row" in (toy.out / "pareto.svg").read_text()
+
+
+def test_folders_hold_all_linears_or_are_refused(toy):
+    weights = {name: torch.zeros(toy.model.shapes[name]) for name in toy.model.binarized_names}
+    ground.write_folder(toy.model, weights, toy.out / "zeros")
+    found = load_file(toy.out / "zeros" / "model.safetensors")
+    assert set(found) == set(toy.model.shapes)
+    assert all(not found[name].any() for name in weights)
+    first, *rest = weights
+    with pytest.raises(ValueError, match="missing or left over"):
+        ground.write_folder(toy.model, {name: weights[name] for name in rest}, toy.out / "other")
+    with pytest.raises(ValueError, match="got"):
+        ground.write_folder(toy.model, {**weights, first: torch.zeros(1, 1)}, toy.out / "other")
+
+
+def test_block_ap_brings_a_block_nearer_and_stores_what_it_trained(toy, monkeypatch):
+    monkeypatch.setattr(efficientqat, "LR_WEIGHT", 1e-3)
+    monkeypatch.setattr(efficientqat, "LR_QUANTIZER", 1e-3)
+    block = toy.model.block(0)
+    torch.manual_seed(0)
+    inputs = torch.randn(8, 16, toy.model.config.hidden_size)
+    targets = block(inputs)
+    quantizers = efficientqat.attach(block, 16)
+    first, last = efficientqat.train(block, quantizers, inputs, targets, seed=0)
+    assert last < first
+    trained = block(inputs)
+    codes = efficientqat.detach(block, quantizers)
+    assert set(codes) == {name for name in toy.model.binarized_names if name.startswith(block.prefix)}
+    # Scales are rounded to 16 bits on the way.
+    torch.testing.assert_close(block(inputs), trained, rtol=0.02, atol=0.02)
+    path = toy.out / "codes.safetensors"
+    uniform.write_codes(path, codes)
+    back = uniform.read_codes(path)
+    assert all(torch.equal(back[name].values(), codes[name].values()) for name in codes)
+    name = next(iter(codes))
+    assert torch.equal(e2e_qp.Scaled(codes[name])(torch.zeros(toy.model.shapes[name])), codes[name].values())
+
+
+def test_an_unknown_rival_is_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["run.py", "--recipe", "r.yaml", "--out", str(tmp_path), "--only", "Q9"])
+    with pytest.raises(SystemExit):
+        run.main()
+    assert "no such rival: Q9" in capsys.readouterr().err
+
+
+def test_a_mistaken_recipe_is_the_projects_refusal(tmp_path):
+    arguments = run.argparse.Namespace(recipe=tmp_path / "none.yaml", out=tmp_path, overrides=[], segments=None)
+    with pytest.raises(UsageError, match="does not exist"):
+        run.resolved(arguments)
