@@ -45,7 +45,8 @@ def test_bits(bits, expected):
 def test_every_rival_has_a_file_of_its_own(tmp_path):
     names = [run.BASE, *(name for names in run.RIVALS.values() for name in names)]
     assert len({run.file_of(tmp_path, name, ".json") for name in names}) == len(names)
-    assert set(ggml.RIVALS) == set(run.RIVALS["ggml"])
+    for module in (ggml, efficientqat, e2e_qp):
+        assert list(module.RIVALS) == run.RIVALS[module.__name__]
 
 
 @pytest.mark.parametrize(("rows", "width", "joined"), [(8, 576, 4), (3, 512, 1), (4, 192, 4), (2, 128, 2)])
@@ -175,15 +176,13 @@ def test_folders_hold_all_linears_or_are_refused(toy):
         ground.write_folder(toy.model, {**weights, first: torch.zeros(1, 1)}, toy.out / "other")
 
 
-def test_block_ap_brings_a_block_nearer_and_stores_what_it_trained(toy, monkeypatch):
-    monkeypatch.setattr(efficientqat, "LR_WEIGHT", 1e-3)
-    monkeypatch.setattr(efficientqat, "LR_QUANTIZER", 1e-3)
+def test_block_ap_brings_a_block_nearer_and_stores_what_it_trained(toy):
     block = toy.model.block(0)
     torch.manual_seed(0)
     inputs = torch.randn(8, 16, toy.model.config.hidden_size)
     targets = block(inputs)
     quantizers = efficientqat.attach(block, 16)
-    first, last = efficientqat.train(block, quantizers, inputs, targets, seed=0)
+    first, last = efficientqat.train(block, quantizers, inputs, targets, rates=30, seed=0)
     assert last < first
     trained = block(inputs)
     codes = efficientqat.detach(block, quantizers)

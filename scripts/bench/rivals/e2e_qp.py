@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from efficientqat import GROUP, block_ap, cosine
+from efficientqat import GROUP, SHORT, block_ap, cosine
 from ground import Ground, Made, Rival
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -50,7 +50,7 @@ def make(ground: Ground) -> Made:
     """From what Block-AP left; it runs first where it has not."""
     from transformers import AutoModelForCausalLM
 
-    codes = block_ap(ground)
+    codes = block_ap(ground, SHORT)
     model: Any = AutoModelForCausalLM.from_pretrained(ground.model.folder, dtype=torch.float32).requires_grad_(False)
     scaled = {}
     for name, found in codes.items():
@@ -58,7 +58,7 @@ def make(ground: Ground) -> Made:
         parametrize.register_parametrization(model.get_submodule(name.removesuffix(".weight")), "weight", scaled[name])
     first, last = train(model, scaled, ground.training, ground.plan.recipe.runtime.seed)
     rows, length = ground.training.shape
-    note = f"behind Block-AP; {rows} x {length} tokens, one epoch, batches of {BATCH}; loss {first:.3f} to {last:.3f}"
+    note = f"behind Block-AP x{SHORT}; {rows} x {length} tokens, one epoch, batches of {BATCH}; loss {first:.3f} to {last:.3f}"
     stored = {name: Codes(codes[name].codes, one.scale.detach().half(), codes[name].zero) for name, one in scaled.items()}
     return Made({name: found.values() for name, found in stored.items()}, note)
 

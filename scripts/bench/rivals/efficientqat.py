@@ -21,6 +21,9 @@ from lbllm_cli.pipeline.streams import advance, embed_stream
 GROUP = 64
 EPOCHS, BATCH = 2, 2
 LR_QUANTIZER, LR_WEIGHT = 1e-4, 2e-5
+# The paper's rates are for 4,096 steps of a block. With 256 steps, 16 times as large ones go as far: on 128 sequences the loss of
+# SmolLM2's first block fell to 0.60 at the paper's, to 0.36 at 8 and to 0.24 at 30 times these.
+SHORT = 16
 # The paper's smallest scale, and what the cosine ends on as a share of the first rate.
 SMALLEST, LAST = 1e-4, 0.05
 
@@ -117,14 +120,16 @@ def cosine(step: int, steps: int) -> float:
     return LAST + (1 - LAST) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def train(block: Block, quantizers: dict[str, Quantized], inputs: Tensor, targets: Tensor, seed: int) -> tuple[float, float]:
+def train(
+    block: Block, quantizers: dict[str, Quantized], inputs: Tensor, targets: Tensor, rates: float, seed: int
+) -> tuple[float, float]:
     """Block-AP on one block whose linears are quantized; matrices are multiplied in bfloat16, everything else is in float32.
 
-    inputs, targets: [rows, length, hidden]. Returns the mean loss of the first and of the last eighth of the steps.
+    inputs, targets: [rows, length, hidden]. rates: times the paper's. Returns the mean loss of the first and last eighth of steps.
     """
     weights = [original(block, name) for name in quantizers]
     trained = [parameter for quantizer in quantizers.values() for parameter in quantizer.parameters()]
-    groups = [{"params": weights, "lr": LR_WEIGHT}, {"params": trained, "lr": LR_QUANTIZER}]
+    groups = [{"params": weights, "lr": rates * LR_WEIGHT}, {"params": trained, "lr": rates * LR_QUANTIZER}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, foreach=True)
     steps = EPOCHS * (len(inputs) // BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(cosine, steps=steps))
@@ -144,9 +149,9 @@ def train(block: Block, quantizers: dict[str, Quantized], inputs: Tensor, target
     return sum(losses[:part]) / part, sum(losses[-part:]) / part
 
 
-def block_ap(ground: Ground) -> dict[str, Codes]:
+def block_ap(ground: Ground, rates: float) -> dict[str, Codes]:
     """Codes of all block linears after Block-AP; kept in the benchmark's folder, for E2E-QP goes on from them."""
-    path = ground.out / "block_ap.safetensors"
+    path = ground.out / f"block_ap-{rates}.safetensors"
     if path.exists():
         return read_codes(path)
     model, batch_size = ground.model, ground.plan.recipe.runtime.batch_size
@@ -160,7 +165,8 @@ def block_ap(ground: Ground) -> dict[str, Codes]:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             advance(block, full, targets, model.device, batch_size)
         quantizers = attach(block)
-        first, last = train(block, quantizers, quantized.data, targets.data, ground.plan.recipe.runtime.seed + index)
+        seed = ground.plan.recipe.runtime.seed + index
+        first, last = train(block, quantizers, quantized.data, targets.data, rates, seed)
         found |= detach(block, quantizers)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             advance(block, quantized, quantized, model.device, batch_size)
@@ -171,13 +177,14 @@ def block_ap(ground: Ground) -> dict[str, Codes]:
     return found
 
 
-def make_block_ap(ground: Ground) -> Made:
+def make(rates: float, ground: Ground) -> Made:
     """After its first phase."""
     rows, length = ground.training.shape
-    note = f"{rows} x {length} tokens, {EPOCHS} epochs, batches of {BATCH}"
-    return Made({name: codes.values() for name, codes in block_ap(ground).items()}, note)
+    note = f"{rows} x {length} tokens, {EPOCHS} epochs, batches of {BATCH}, {rates} times the paper's rates"
+    return Made({name: codes.values() for name, codes in block_ap(ground, rates).items()}, note)
 
 
 RIVALS = {
-    "EfficientQAT Block-AP": Rival(uniform_bits(GROUP), f"2 + (16 + 2) / {GROUP}", make_block_ap),
+    name: Rival(uniform_bits(GROUP), f"2 + (16 + 2) / {GROUP}", partial(make, rates))
+    for name, rates in (("EfficientQAT Block-AP", 1), (f"EfficientQAT Block-AP x{SHORT}", SHORT))
 }
