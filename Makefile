@@ -84,7 +84,8 @@ RIVALS := scripts/bench/rivals
 	touch $@
 
 rivals: .venv-rivals/.installed $(MODEL)/config.json
-	.venv-rivals/bin/python $(RIVALS)/run.py --recipe recipes/smollm2-135m.yaml --out runs/rivals data.training.sequences=256
+	.venv-rivals/bin/python $(RIVALS)/run.py --recipe recipes/smollm2-135m.yaml --segments 12 --out runs/rivals \
+		data.training.sequences=256
 	.venv-rivals/bin/python $(RIVALS)/plot.py --out runs/rivals
 
 models/%/config.json: | $(VENV)/.installed

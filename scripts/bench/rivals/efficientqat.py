@@ -125,7 +125,7 @@ def train(
 ) -> tuple[float, float]:
     """Block-AP on one block whose linears are quantized; matrices are multiplied in bfloat16, everything else is in float32.
 
-    inputs, targets: [rows, length, hidden]. rates: times the paper's. Returns the mean loss of the first and last eighth of steps.
+    inputs, targets: [rows, length, hidden]. rates: times the paper's. Returns mean losses of the first and last eighth of steps.
     """
     weights = [original(block, name) for name in quantizers]
     trained = [parameter for quantizer in quantizers.values() for parameter in quantizer.parameters()]
