@@ -3,6 +3,7 @@
 What the rivals' own libraries compute is theirs to test.
 """
 
+import dataclasses
 import json
 import sys
 from importlib import import_module
@@ -195,6 +196,22 @@ def test_block_ap_brings_a_block_nearer_and_stores_what_it_trained(toy):
     assert all(torch.equal(back[name].values(), codes[name].values()) for name in codes)
     name = next(iter(codes))
     assert torch.equal(e2e_qp.Scaled(codes[name])(torch.zeros(toy.model.shapes[name])), codes[name].values())
+
+
+def test_a_stopped_block_ap_goes_on_where_it_was(toy, monkeypatch):
+    monkeypatch.setattr(efficientqat, "EPOCHS", 1)
+    monkeypatch.setattr(efficientqat.attach, "__defaults__", (16,))
+    few = dataclasses.replace(toy, training=toy.training[:4])
+    whole = efficientqat.block_ap(few, 16)
+    last = toy.model.block_names(toy.model.blocks - 1)
+    uniform.write_codes(toy.out / "block_ap-16.safetensors", {name: codes for name, codes in whole.items() if name not in last})
+    trained = []
+    train = efficientqat.train
+    monkeypatch.setattr(efficientqat, "train", lambda *arguments: trained.append(0) or train(*arguments))
+    again = efficientqat.block_ap(few, 16)
+    assert len(trained) == 1
+    assert set(again) == set(whole) == set(toy.model.binarized_names)
+    assert all(torch.equal(again[name].values(), whole[name].values()) for name in whole)
 
 
 def test_an_unknown_rival_is_named(monkeypatch, capsys, tmp_path):

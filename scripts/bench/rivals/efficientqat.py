@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from uniform import TOP, Codes, read_codes, uniform_bits, write_codes
 
 from lbllm_cli.models.block import Block
-from lbllm_cli.pipeline.streams import advance, embed_stream
+from lbllm_cli.pipeline.streams import HiddenStream, advance, embed_stream
 
 GROUP = 64
 EPOCHS, BATCH = 2, 2
@@ -149,31 +149,43 @@ def train(
     return sum(losses[:part]) / part, sum(losses[-part:]) / part
 
 
+@torch.no_grad()
+def through(block: Block, inputs: HiddenStream, outputs: HiddenStream, batch_size: int) -> None:
+    """A stream through a block as it is; matrices in bfloat16, as in training."""
+    with torch.autocast("cpu", torch.bfloat16):
+        advance(block, inputs, outputs, torch.device("cpu"), batch_size)
+
+
 def block_ap(ground: Ground, rates: float) -> dict[str, Codes]:
-    """Codes of all block linears after Block-AP; kept in the benchmark's folder, for E2E-QP goes on from them."""
-    path = ground.out / f"block_ap-{rates}.safetensors"
-    if path.exists():
-        return read_codes(path)
+    """Codes of all block linears after Block-AP; kept in the benchmark's folder, for E2E-QP goes on from them.
+
+    They are written after every block: a stopped run takes up those that are there, and trains the others.
+    """
     model, batch_size = ground.model, ground.plan.recipe.runtime.batch_size
+    path = ground.out / f"block_ap-{rates}.safetensors"
+    found = read_codes(path) if path.exists() else {}
+    if len(found) == len(model.binarized_names):
+        return found
     full = embed_stream(model, ground.training, None, batch_size)
     quantized, targets = embed_stream(model, ground.training, None, batch_size), full.like(None)
-    assert quantized.data is not None
-    assert targets.data is not None
-    found: dict[str, Codes] = {}
     for index in range(model.blocks):
         block = model.block(index)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            advance(block, full, targets, model.device, batch_size)
-        quantizers = attach(block)
-        seed = ground.plan.recipe.runtime.seed + index
-        first, last = train(block, quantizers, quantized.data, targets.data, rates, seed)
-        found |= detach(block, quantizers)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            advance(block, quantized, quantized, model.device, batch_size)
+        through(block, full, targets, batch_size)
+        names = [f"{block.prefix}{name}.weight" for name in block.linears]
+        if all(name in found for name in names):
+            for local, name in zip(block.linears, names, strict=True):
+                block.set_weight(local, found[name].values())
+        else:
+            assert quantized.data is not None
+            assert targets.data is not None
+            quantizers = attach(block)
+            seed = ground.plan.recipe.runtime.seed + index
+            first, last = train(block, quantizers, quantized.data, targets.data, rates, seed)
+            found |= detach(block, quantizers)
+            write_codes(path, found)
+            print(f"Block-AP: block {index + 1} of {model.blocks}, loss {first:.5g} to {last:.5g}", flush=True)
+        through(block, quantized, quantized, batch_size)
         full, targets = targets, full
-        print(f"Block-AP: block {index + 1} of {model.blocks}, loss {first:.5g} to {last:.5g}", flush=True)
-        assert targets.data is not None
-    write_codes(path, found)
     return found
 
 

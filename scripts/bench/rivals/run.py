@@ -5,7 +5,8 @@
     .venv-rivals/bin/python scripts/bench/rivals/run.py --recipe recipes/smollm2-135m.yaml --out runs/rivals [--only NAME ...]
 
 A row is OUT/NAME.json and is not made again; OUT/table.md is written after every row. The model folder of a row that was made and
-not yet measured is taken up again. Everything is computed in float32.
+not yet measured is taken up again, and Block-AP's blocks that are trained; minutes are those of the run that ended it. Everything
+is measured in float32.
 """
 
 import argparse
