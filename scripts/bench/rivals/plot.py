@@ -88,6 +88,9 @@ def draw(points: list[Point], texts: list[str], path: Path) -> None:
                 axes.annotate(one.label, (one.bits, loss), xytext=(5, 3), textcoords="offset points", fontsize=8, color=color)
             axes.set(yscale="log", title=f"{title}: {text}")
             axes.margins(x=0.18)
+            # Less than a decade is shown: without a word on the ticks between, one number would stand on an axis.
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
             axes.grid(alpha=0.3, which="both")
     for axes in grid[1]:
         axes.set_xlabel("bits per weight of the blocks' linears")
