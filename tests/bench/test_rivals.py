@@ -19,13 +19,15 @@ from lbllm_cli.core.errors import UsageError
 from lbllm_cli.recipe.load import load_recipe
 
 # Its modules import each other by name, as scripts in one folder do.
-sys.path.insert(0, str(ROOT / "scripts" / "bench" / "rivals"))
+FOLDER = ROOT / "scripts" / "bench" / "rivals"
+sys.path.insert(0, str(FOLDER))
 try:
-    e2e_qp, efficientqat, ggml, ground, measure, plot, run, uniform = map(
-        import_module, ("e2e_qp", "efficientqat", "ggml", "ground", "measure", "plot", "run", "uniform")
-    )
+    modules = {path.stem: import_module(path.stem) for path in sorted(FOLDER.glob("*.py"))}
 finally:
     sys.path.pop(0)
+e2e_qp, efficientqat, ggml, ground, plot, run, uniform = map(
+    modules.get, ("e2e_qp", "efficientqat", "ggml", "ground", "plot", "run", "uniform")
+)
 
 
 @pytest.mark.parametrize(
@@ -46,8 +48,8 @@ def test_bits(bits, expected):
 def test_every_rival_has_a_file_of_its_own(tmp_path):
     names = [run.BASE, *(name for names in run.RIVALS.values() for name in names)]
     assert len({run.file_of(tmp_path, name, ".json") for name in names}) == len(names)
-    for module in (ggml, efficientqat, e2e_qp):
-        assert list(module.RIVALS) == run.RIVALS[module.__name__]
+    for name in run.RIVALS:
+        assert list(modules[name].RIVALS) == run.RIVALS[name]
 
 
 @pytest.mark.parametrize(("rows", "width", "joined"), [(8, 576, 4), (3, 512, 1), (4, 192, 4), (2, 128, 2)])

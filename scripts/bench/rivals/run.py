@@ -28,7 +28,7 @@ from lbllm_cli.recipe.schema import Recipe
 # A module each, imported when one of its rivals is run: none needs the libraries of another.
 RIVALS = {
     "ggml": ["Q2_K", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "Q3_K"],
-    "gptq": ["GPTQ g64", "GPTQ g32"],
+    "gptq": ["GPTQ g64", "GPTQ g32", "GPTQ g64 mse", "GPTQ g32 mse"],
     "efficientqat": ["EfficientQAT Block-AP", "EfficientQAT Block-AP x16"],
     "e2e_qp": ["EfficientQAT E2E-QP"],
     "autoround": ["AutoRound", "AutoRound best"],
