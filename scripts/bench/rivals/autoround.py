@@ -16,12 +16,15 @@ BATCH = 4
 
 
 def make(iterations: int, ground: Ground) -> Made:
-    """All block linears, each block trained on what the quantized ones before it make of the calibration text."""
+    """All block linears, each block trained on what the quantized ones before it make of the training text.
+
+    A method that trains has the text of those that do; its steps are as many whatever the text.
+    """
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(ground.model.folder, dtype=torch.bfloat16)
-    count, length = ground.calibration.shape
+    count, length = ground.training.shape
     tuner = AutoRound(
         model,
         tokenizer=open_tokenizer(ground.plan.recipe.model, ground.model.folder),
@@ -30,7 +33,7 @@ def make(iterations: int, ground: Ground) -> Made:
         nsamples=count,
         seqlen=length,
         batch_size=BATCH,
-        dataset=list(ground.calibration.split(1)),
+        dataset=list(ground.training.split(1)),
         device_map="cpu",
         enable_torch_compile=False,
     )
