@@ -25,8 +25,8 @@ try:
     modules = {path.stem: import_module(path.stem) for path in sorted(FOLDER.glob("*.py"))}
 finally:
     sys.path.pop(0)
-e2e_qp, efficientqat, ggml, ground, plot, run, uniform = map(
-    modules.get, ("e2e_qp", "efficientqat", "ggml", "ground", "plot", "run", "uniform")
+e2e_qp, efficientqat, ggml, ground, measure, plot, run, uniform = map(
+    modules.get, ("e2e_qp", "efficientqat", "ggml", "ground", "measure", "plot", "run", "uniform")
 )
 
 
@@ -164,6 +164,19 @@ def test_rows_are_measured_once_and_written(toy, monkeypatch):
     row |= {"kl": dict.fromkeys(row["kl"], 0.5)}
     plot.draw([plot.point("a row", row, base, ours=False)], list(base["perplexity"]), toy.out / "pareto.svg")
     assert "a row" in (toy.out / "pareto.svg").read_text()
+
+
+def test_tasks_are_scored_on_a_rivals_folder(toy, ok, tmp_path):
+    """As `lbllm eval` scores the checkpoint it is a copy of: here the base model itself."""
+    weights = {name: toy.model.read([name])[name].float() for name in toy.model.binarized_names}
+    ground.write_folder(toy.model, weights, toy.out / "same")
+    recipe = toy.plan.recipe
+    few = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"limit": 6})})
+    found = measure.task_scores(dataclasses.replace(toy, plan=dataclasses.replace(toy.plan, recipe=few)), toy.out / "same")
+    ok("eval", "--recipe", tmp_path / "r.yaml", "model.dtype=float32", "eval.limit=6", f"eval.tasks={json.dumps(measure.TASKS)}")
+    expected = json.loads((tmp_path / "run" / "eval" / "results.json").read_text())["base"]["tasks"]
+    assert {task: scores["acc"] for task, scores in found.items()} == {task: scores["acc"] for task, scores in expected.items()}
+    assert len(found) == 2
 
 
 def test_folders_hold_all_linears_or_are_refused(toy):
