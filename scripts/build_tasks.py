@@ -1,9 +1,10 @@
-"""Build the two lm-eval tasks that ship inside the package, out of the bundled evaluation text.
+"""Build the lm-eval tasks that ship inside the package, out of the bundled evaluation text.
 
     python scripts/build_tasks.py
 
 `continuation`: which of four sentences comes next; the other three are as long, and come from nearby in the same document and,
-as it does, from inside a paragraph. `last_word`: the word that a passage ends with, and that it has used before.
+as it does, from inside a paragraph. `last_word`: the word that a passage ends with, and that it has used before. `retrieval`: a
+number of five digits that one sentence of a long passage names, and the last one asks for.
 Items are chosen by rules on the text alone, never by a model's answers. The same text gives the same bytes.
 """
 
@@ -27,6 +28,10 @@ CHOICES = 4
 APART = 10  # sentences from the true continuation to a distractor, at least: what comes right after it may fit as well
 NEAREST = 40  # sentences that the distractors are chosen from
 ALIKE = 0.2  # how much the length in characters of a distractor differs from the true one's, at most
+LENGTHS = (300, 600, 1200)  # words of a passage that a number is retrieved from
+PASSAGES = 12  # of each style and length
+KEEPERS = ("locker", "drawer", "cabin", "trunk", "stable")
+COLOURS = ("red", "green", "white", "brown", "yellow")
 FREQUENT = 400  # a word among that many commonest ones of every style belongs to no subject
 
 ABBREVIATIONS = ("Mr", "Mrs", "Dr", "St", "Rev", "Hon", "vs", "cf", "e.g", "i.e", "No", "Vol", "pp")
@@ -141,6 +146,40 @@ def last_words(document: list[Sentence], frequent: set[str]) -> Iterator[Candida
                 break
 
 
+def passages(document: list[Sentence], words: int) -> Iterator[list[str]]:
+    """Stretches of a document that have that many words, and no figure in them, one after the other."""
+    taken: list[str] = []
+    count = 0
+    for sentence in document:
+        if not re.search(r"\d", sentence.text):
+            taken.append(sentence.text)
+            count += sentence.words
+        if count >= words:
+            yield taken
+            taken, count = [], 0
+
+
+def retrieval(texts: list[str], words: int) -> Item:
+    """An item of the retrieval task: what is asked for stands anywhere in the passage, as often near its end as far from it."""
+    key = order(" ".join(texts))
+    at, number = int.from_bytes(key[:4]) % len(texts), 10_000 + int.from_bytes(key[4:8]) % 90_000
+    named = f"The number of the {COLOURS[key[8] % len(COLOURS)]} {KEEPERS[key[9] % len(KEEPERS)]} is"
+    context = " ".join([*texts[:at], f"{named} {number}.", *texts[at:], named])
+    return {"words": words, "context": context, "number": str(number)}
+
+
+def retrievals(documents: dict[str, list[Sentence]], style: str) -> list[Item]:
+    """The share of one style; lengths take turns."""
+    shares = []
+    for words in LENGTHS:
+        found = [
+            {"style": style, "document": name} | retrieval(texts, words)
+            for name, document in documents.items() for texts in passages(document, words)
+        ]  # fmt: skip
+        shares.append(take(found, PASSAGES))
+    return [item for turn in zip(*shares, strict=True) for item in turn]
+
+
 def frequent_words(documents: dict[str, dict[str, list[Sentence]]]) -> set[str]:
     """Words that are common in every style."""
     common = []
@@ -160,11 +199,11 @@ def disjoint(candidates: Iterable[Candidate]) -> Iterator[Item]:
             yield candidate.item
 
 
-def take(items: Iterable[Item]) -> list[Item]:
+def take(items: Iterable[Item], count: int = ITEMS) -> list[Item]:
     """The share of one style."""
-    taken = sorted(items, key=lambda item: order(str(item["context"])))[:ITEMS]
-    if len(taken) < ITEMS:
-        raise SystemExit(f"only {len(taken)} items of {ITEMS}")
+    taken = sorted(items, key=lambda item: order(str(item["context"])))[:count]
+    if len(taken) < count:
+        raise SystemExit(f"only {len(taken)} items of {count}")
     return taken
 
 
@@ -185,7 +224,7 @@ def build() -> dict[str, str]:
     """The data files: name and text; styles take turns, so that the first items of a file are a fair sample of it."""
     texts = {style: {r["document"]: sentences(r["text"]) for r in builtin_records("evaluation", style)} for style in STYLES}
     frequent = frequent_words(texts)
-    tasks: dict[str, list[list[Item]]] = {"continuation": [], "last_word": []}
+    tasks: dict[str, list[list[Item]]] = {"continuation": [], "last_word": [], "retrieval": []}
     for style, documents in texts.items():
         continued, ended = [], []
         for name, document in documents.items():
@@ -195,6 +234,7 @@ def build() -> dict[str, str]:
         tasks["continuation"].append(take(continued))
         shuffle_choices(tasks["continuation"][-1])
         tasks["last_word"].append(take(ended))
+        tasks["retrieval"].append(retrievals(documents, style))
     turns = {task: [item for turn in zip(*styles, strict=True) for item in turn] for task, styles in tasks.items()}
     return {f"{task}.jsonl": "".join(map(line, items)) for task, items in turns.items()}
 

@@ -137,8 +137,8 @@ class Eval(Section):
     )
     tasks: list[Annotated[str, Field(min_length=1)]] = Field(
         [],
-        description="lm-eval tasks: commonsense, mmlu, gsm8k, builtin:continuation, builtin:last_word, a task's YAML file, or "
-        "any name that lm-eval knows",
+        description="lm-eval tasks: commonsense, mmlu, gsm8k, builtin:continuation, builtin:last_word, builtin:retrieval, "
+        "a task's YAML file, or any name that lm-eval knows",
     )
     num_fewshot: int | None = Field(
         None, ge=0, le=100, description="examples in context; default commonsense 0, mmlu 5, gsm8k 5, others the task's own"
