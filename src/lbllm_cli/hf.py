@@ -25,7 +25,7 @@ from lbllm_cli.runtime.checks import check_files, check_linears, check_values
 from lbllm_cli.runtime.experts import experts_of, separate_experts
 from lbllm_cli.runtime.kv_cache import QuantizedKVCache, keep_quantized
 from lbllm_cli.runtime.linear import PackedLinear
-from lbllm_cli.runtime.quantizer import ActQuantizer, empty_quantizer, quantizer_widths
+from lbllm_cli.runtime.quantizer import ActQuantizer, empty_quantizers, quantizer_widths
 from lbllm_cli.runtime.softcap import keep_soft_cap
 from lbllm_cli.runtime.units import Units, find_units
 
@@ -71,14 +71,13 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
         self._units: Units = find_units(decoder, settings.linears)
         layout = format_of(settings.to_dict())
         for layer in decoder.layers:
-            widths = quantizer_widths(layer, self._units) if layout else {}
             with torch.device("meta"):
+                quantizers = empty_quantizers(layer, self._units, layout) if layout else {}
                 for name in settings.linears:
                     layer.set_submodule(name, _packed_like(layer.get_submodule(name), settings))
-                for name, width in widths.items():
-                    assert layout is not None
+                for name, quantizer in quantizers.items():
                     owner, _, own = name.rpartition(".")
-                    layer.get_submodule(owner).add_module(own, empty_quantizer(layout, name, width))
+                    layer.get_submodule(owner).add_module(own, quantizer)
         if paths := others.get("checkpoint_files"):
             check_files(model, [Path(path) for path in paths])
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import lbllm_cli.hf  # noqa: F401 - registers the packed format
 from lbllm_cli.act_calib.fit import fitted, sample_inputs
-from lbllm_cli.format.activations import CLIP_UNIT, KEYS, TENSORS, VALUES, ActivationFormat, input_name, split_groups
+from lbllm_cli.format.activations import CENTRE, CLIP_UNIT, KEYS, TENSORS, VALUES, ActivationFormat, input_name, split_groups
 from lbllm_cli.models.block import block_prefix
 from lbllm_cli.models.model import open_model
 from lbllm_cli.models.stored import stored_block
@@ -52,7 +52,9 @@ INPUTS = tuple(f"{name}.input" for name in ("self_attn.q_proj", "self_attn.o_pro
 
 def packed(folder: Path) -> list[dict[str, torch.Tensor]]:
     """Tensors of each block without the quantizers'."""
-    return [{k: v for k, v in load_file(folder / name).items() if k.rpartition(".")[2] not in TENSORS} for name in BLOCKS]
+    return [
+        {k: v for k, v in load_file(folder / name).items() if k.rpartition(".")[2] not in (*TENSORS, CENTRE)} for name in BLOCKS
+    ]
 
 
 def test_no_epochs_keep_the_weights_and_add_quantizers(ok, run, tmp_path):
@@ -72,7 +74,7 @@ def test_no_epochs_keep_the_weights_and_add_quantizers(ok, run, tmp_path):
         assert all(int(z) in row.tolist() for z, row in zip(zero, levels, strict=True))
     manifest = Checkpoint(tmp_path / "run", "act-calib").manifest
     assert manifest["parent"]["stage"] == "distill"
-    assert ActivationFormat(**manifest["activations"]) == ActivationFormat(4, 4, "group", "knee", "knee", 2, 32)
+    assert ActivationFormat(**manifest["activations"]) == ActivationFormat(4, 4, "group", "knee", "knee", 2, 32, key_centre=True)
 
 
 def test_training_moves_levels_and_quantizers_but_no_code(ok, run, tmp_path):
@@ -136,7 +138,7 @@ def test_what_is_reported_is_what_is_stored(ok, run, tmp_path, form, monkeypatch
         if best is None:  # no epoch was better than what was fitted
             again.append(None)
             return best
-        layout = ActivationFormat(4, 4, "group", form, form, 2, 32)
+        layout = ActivationFormat(4, 4, "group", form, form, 2, 32, key_centre=True)
         self.objective.student.block = stored_block(open_model(Model(path=str(toy)), CPU), self.progress.block, best, layout)
         again.append(self.objective.held_out(self.held, self.progress))
         return best
@@ -168,7 +170,7 @@ def test_quantizers_sit_where_the_block_reads_them(name, tmp_path):
     """A hand-made check of every family: linears of a unit see one quantized tensor, attention sees quantized keys and values."""
     folder = save_toy(tmp_path / "model", name)
     model = open_model(Model(path=str(folder)), CPU)
-    layout = ActivationFormat(4, 4, "group", "knee", "knee", 2, 32)
+    layout = ActivationFormat(4, 4, "group", "knee", "knee", 2, 32, key_centre=model.family.plain_softmax)
     block, plain = model.block(1), model.block(1)
     hidden = torch.randn(2, 24, 80, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

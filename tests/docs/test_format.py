@@ -70,7 +70,10 @@ def test_packed_weights_are_those_of_the_dense_export(run, tmp_path, ok):
     quantizers = packed.keys() - dense.keys() - own
     named = re.findall(r"^\| `((?:self_attn|mlp)\.[\w.]+)` \|", SPECIFICATION, flags=re.MULTILINE)
     parts = ("act_levels", "act_zero", "act_clip")
-    assert quantizers == {f"model.layers.{i}.{name}.{part}" for i in range(3) for name in named for part in parts}
+    wanted = {f"model.layers.{i}.{name}.{part}" for i in range(3) for name in named for part in parts}
+    assert quantizers == wanted | {f"model.layers.{i}.self_attn.key_cache.act_centre" for i in range(3)}
+    heads = json.loads((run / "export" / "config.json").read_text())["num_key_value_heads"]
+    assert all(len(packed[f"model.layers.{i}.self_attn.key_cache.act_centre"]) == heads for i in range(3))
 
 
 def test_quantizers_are_those_of_the_loaded_model(run):
@@ -122,14 +125,14 @@ def test_quantizing_gives_the_same_codes_steps_and_records(levels, zero):
 def test_every_key_is_specified(run, finished):
     config = json.loads((run / "export" / "config.json").read_text())["quantization_config"]
     assert documented("config.json") == config.keys() | config["activations"].keys() | {"level_bits"}
-    assert config["format_version"] == 2
+    assert config["format_version"] == 4
     manifest = json.loads((run / "act-calib" / "lbllm_stage.json").read_text())
     of_the_recipe = {name for name in manifest["inputs"] if name.startswith("act_calib.")}
     inputs = {name.replace("data.training", "<text>") for name in manifest["inputs"].keys() - of_the_recipe}
     assert documented("lbllm_stage.json") == manifest.keys() | inputs | {"level_bits"}
     record = json.loads((run / "export" / "lbllm_export.json").read_text())
     assert documented("lbllm_export.json") == record.keys()
-    assert (record["format_version"], manifest["format_version"]) == (2, 1)
+    assert (record["format_version"], manifest["format_version"]) == (4, 3)
     plain = json.loads((finished("ptq")[1] / "ptq" / "lbllm_stage.json").read_text())
     assert "activations" not in plain
     assert plain["parent"] is None

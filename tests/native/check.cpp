@@ -387,8 +387,10 @@ double step_difference(int hidden, int heads, int kv_heads, int d, int inner, in
     const lbllm_quantizer q = any_quantizer(kind, group), by = any_quantizer(kind, size);
     const lbllm_quantizer by_values = any_quantizer(4, size);
     const vector<float> before = norm_weights(hidden), after = norm_weights(hidden), query_norm = norm_weights(d), key_norm = norm_weights(d);
+    const vector<float> centre = normals(static_cast<size_t>(kv_heads) * d);
     const lbllm_block block{qkv.w, o.w, gate_up.w, down.w, &q, &q, &q, &q, &by, &by_values, before.data(), after.data(),
                             with_norms ? query_norm.data() : nullptr, with_norms ? key_norm.data() : nullptr,
+                            with_norms ? centre.data() : nullptr,
                             1e-6f, static_cast<float>(1 / sqrt(d)), hidden, heads, kv_heads, d, inner, LBLLM_FLOAT32};
     // Room for exactly the new token; records of the old ones are what the quantizer may write.
     const int bytes = record_bytes(by, d), value_bytes = record_bytes(by_values, d), kept = tokens + 1;
@@ -435,6 +437,7 @@ double step_difference(int hidden, int heads, int kv_heads, int d, int inner, in
             for (int i = 0; i < d; i++) {
                 const double other = i < d / 2 ? -own[static_cast<size_t>(i + d / 2)] : own[static_cast<size_t>(i - d / 2)];
                 head[i] = own[static_cast<size_t>(i)] * cosine[static_cast<size_t>(m * d + i)] + other * sine[static_cast<size_t>(m * d + i)];
+                if (with_norms && h >= heads) head[i] -= centre[static_cast<size_t>((h - heads) * d + i)];
             }
         }
         for (int h = 0; h < kv_heads; h++) {

@@ -5,7 +5,7 @@
 
 static const lbllm::Tier& tier = lbllm::EMULATED;
 
-int32_t lbllm_abi(void) { return 3; }
+int32_t lbllm_abi(void) { return 4; }
 const char* lbllm_tier(void) { return tier.name; }
 
 int32_t lbllm_choose_tier(const char* name) {

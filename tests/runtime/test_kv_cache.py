@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILIES
+from packed_models import kernels
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -134,12 +135,16 @@ def test_perplexity_of_the_export_is_that_of_eval(export, ok, tmp_path):
     results = json.loads(ok("eval", "--recipe", export.parents[1] / "r.yaml", f"output.dir={tmp_path}", "--json").stdout)
     text = next(builtin_records("evaluation", "novels"))["text"]
     tokens = torch.tensor(AutoTokenizer.from_pretrained(export)(text, add_special_tokens=False)["input_ids"][:128]).view(4, 32)
-    model = load(export)
-    losses = {}
-    for quantized in (True, False):
-        lbllm_cli.hf.quantize_activations(model, quantized)
-        losses[quantized] = float(cross_entropy(model(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).exp())
-    assert losses[True] == pytest.approx(results["act-calib"]["perplexity"]["novels"], rel=1e-3)
+    wanted = results["act-calib"]["perplexity"]["novels"]
+    for choice, apart in (("off", 1e-4), ("auto", 1e-2)):
+        with kernels(choice):
+            model = load(export)
+        losses = {}
+        for quantized in (True, False):
+            lbllm_cli.hf.quantize_activations(model, quantized)
+            losses[quantized] = float(cross_entropy(model(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).exp())
+        # In kernels a code may go over its edge, and what follows with it: 0.3 % of phi3's on one CPU.
+        assert losses[True] == pytest.approx(wanted, rel=apart)
     assert losses[False] == pytest.approx(results["ptq"]["perplexity"]["novels"], rel=2e-5)
 
 

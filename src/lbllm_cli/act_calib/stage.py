@@ -53,6 +53,7 @@ def activations(plan: Plan, parent: Checkpoint | None) -> ActivationFormat:
         kv_form=settings.kv_form,
         tables=settings.tables,
         group_size=plan.recipe.ptq.group_size,
+        key_centre=settings.key_centre == "mean" and plan.model.family.plain_softmax,
     )
 
 

@@ -12,7 +12,7 @@ from lbllm_cli.core.own_folders import check_own, remove_own
 from lbllm_cli.core.validation import describe
 from lbllm_cli.export.card import Described, model_card
 from lbllm_cli.export.formats import exporter
-from lbllm_cli.format.settings import FORMAT_VERSION
+from lbllm_cli.format.settings import format_version
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.pipeline.checkpoint import Checkpoint
 from lbllm_cli.pipeline.folders import EXPORT_FOLDER
@@ -69,7 +69,7 @@ def export_inputs(checkpoint: Checkpoint, form: str, shard_bytes: int) -> dict[s
     # By its bytes: another processor makes other ones of equal inputs.
     inputs = {"checkpoint": checkpoint.content, "format": form, "shard_bytes": shard_bytes}
     # An export that an earlier version wrote is up to date still: its own number for all of them was 2.
-    version = 2 if checkpoint.record.level_bits == 8 else FORMAT_VERSION
+    version = max(2, format_version(checkpoint.record.level_bits, checkpoint.activations))
     return {"format_version": version, "fingerprint": fingerprint(inputs), **inputs}
 
 

@@ -10,6 +10,9 @@ one of two kinds:
     uniform   T = 0, 1, 2, ..., and Z as dynamic as the step: the plain asymmetric quantizer.
 
 T lies in 0..127 for up to 7 bits (0..255 for 8), so that products with int8 levels are exact in integer dot products.
+
+Keys may be centred: what is quantized, and what attention then reads, is a key minus a constant vector of its head. A query's
+scores all move by one number, which its softmax does not see, so nothing adds the vector again.
 """
 
 import re
@@ -31,8 +34,11 @@ _SHARES = (1.0, 0.88)
 KEYS, VALUES = "self_attn.key_cache", "self_attn.value_cache"
 # What the tensors of a quantizer are called behind its name.
 TENSORS = ("act_levels", "act_zero", "act_clip")
+# And of centred keys one more.
+CENTRE = "act_centre"
 # Steps of keys and values are stored in the cache: 2 bytes, with the range of float32.
 KV_STEP = torch.bfloat16
+# Of clipping factors and centres as they are stored, integers that no loader casts: 2^-16.
 CLIP_UNIT = 65536
 # A factor far below 1 cuts every group's largest value; above 1 some levels are never used.
 CLIP_RANGE = 0.1, 1.0
@@ -62,6 +68,7 @@ class ActivationFormat:
 
     bits, kv_bits: 3 to 8. granularity: a step per token and group, or per token. form, kv_form: see above. tables: of a knee
     quantizer. group_size: inputs in a group; that of the weights. Keys and values have a step per token, head and group.
+    key_centre: whether keys are centred.
     """
 
     bits: int
@@ -71,6 +78,7 @@ class ActivationFormat:
     kv_form: Literal["knee", "uniform"]
     tables: int
     group_size: int
+    key_centre: bool = False
 
     def size(self, name: str, width: int) -> int:
         """Values that share a step, of the quantizer `name`: of an input with `width` channels, or keys with `width` per head."""
@@ -85,15 +93,26 @@ class ActivationFormat:
         zero = torch.zeros(count, dtype=torch.uint8) if form == "knee" else None
         return Tables(torch.zeros(count, 2**bits, dtype=torch.uint8), zero, torch.ones(count, 2))
 
+    def tensors(self, name: str) -> tuple[str, ...]:
+        """What the tensors of the quantizer `name` are called behind its name."""
+        return (*TENSORS, CENTRE) if name == KEYS and self.key_centre else TENSORS
+
     def as_dict(self) -> dict[str, Any]:
-        """For manifests and config.json."""
-        return asdict(self)
+        """For manifests and config.json; a key that earlier readers do not know is there where it says something."""
+        found = asdict(self)
+        return found if self.key_centre else {key: value for key, value in found.items() if key != "key_centre"}
 
 
 def format_of(manifest: dict[str, Any]) -> ActivationFormat | None:
     """Of a stage's manifest or a packed model's quantization_config; None where activations are in full precision."""
     values = manifest.get("activations")
     return ActivationFormat(**values) if values else None
+
+
+def stored_centre(keys: Tensor) -> Tensor:
+    """The mean of keys as it is stored, in units of 2^-16: float [rows, heads, tokens, width] -> int32 [heads, width]."""
+    mean = keys.float().mean((0, 2))
+    return (mean * CLIP_UNIT).round().clamp(-(2.0**30), 2.0**30).to(torch.int32)
 
 
 class Tables(NamedTuple):

@@ -11,8 +11,8 @@ from lbllm_cli.format.weights import LEVEL_BITS
 
 METHOD = "lbllm"
 # 1: weights alone. 2: with quantizers of activations, which a reader of 1 would leave out without a word. 3: levels of 4 bits,
-# with quantizers or without.
-FORMAT_VERSION = 3
+# with quantizers or without. 4: centred keys.
+FORMAT_VERSION = 4
 
 
 class Activations(BaseModel):
@@ -27,6 +27,7 @@ class Activations(BaseModel):
     kv_form: Literal["knee", "uniform"]
     tables: Annotated[int, Field(ge=1, le=2)]
     group_size: Annotated[int, Field(ge=16, le=4096)]
+    key_centre: bool = False
 
 
 def quantization_config(
@@ -35,7 +36,7 @@ def quantization_config(
     """The `quantization_config` block of a packed model's config.json. linears: of a block, that are packed."""
     return {
         "quant_method": METHOD,
-        "format_version": 3 if level_bits != 8 else 2 if activations else 1,
+        "format_version": format_version(level_bits, activations),
         **({"level_bits": level_bits} if level_bits != 8 else {}),
         **({"activations": activations.as_dict()} if activations else {}),
         "group_size": group_size,
@@ -43,6 +44,13 @@ def quantization_config(
         "linears": list(linears),
         "lbllm_version": __version__,
     }
+
+
+def format_version(level_bits: int, activations: ActivationFormat | None) -> int:
+    """Of a packed model: the smallest whose readers know all of it."""
+    if activations is not None and activations.key_centre:
+        return 4
+    return 3 if level_bits != 8 else 2 if activations else 1
 
 
 def check_settings(values: dict[str, Any]) -> None:
@@ -63,7 +71,7 @@ def check_settings(values: dict[str, Any]) -> None:
     check("linears", good, "the linears of a block", linears)
     bits = values.get("level_bits", 8)
     check("level_bits", type(bits) is int and bits in LEVEL_BITS, "8 or 4", bits)
-    check("format_version", bits == 8 or version == 3, "3 where levels have 4 bits", version)
+    check("format_version", bits == 8 or version in (3, 4), "3 or more where levels have 4 bits", version)
     layout = values.get("activations")
     if layout is None:
         return
@@ -73,4 +81,5 @@ def check_settings(values: dict[str, Any]) -> None:
         Activations.model_validate(layout)
     except ValidationError as error:
         raise ValueError(f"quantization_config.activations.{describe(error)}; export it again") from None
+    check("format_version", not layout.get("key_centre") or version == 4, "4 where keys are centred", version)
     check("activations.group_size", layout["group_size"] == size, f"that of the weights, {size}", layout["group_size"])

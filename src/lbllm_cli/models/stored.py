@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lbllm_cli.format.activations import TENSORS, ActivationFormat
+from lbllm_cli.format.activations import CENTRE, TENSORS, ActivationFormat
 from lbllm_cli.format.weights import PackedWeight
 from lbllm_cli.models.block import Block
 from lbllm_cli.models.model import SourceModel
@@ -13,9 +13,9 @@ from lbllm_cli.runtime.quantizer import read_quantizers
 
 def whole_tensors(stored: dict[str, Tensor]) -> dict[str, Tensor]:
     """Of a block's stored tensors, those that are neither a part of a packed weight nor of a quantizer."""
-    packed = set(PackedWeight.owners(stored))
+    packed, quantizing = set(PackedWeight.owners(stored)), (*TENSORS, CENTRE)
     names = [(name, *name.rpartition(".")[::2]) for name in stored]
-    return {name: stored[name] for name, owner, last in names if last not in TENSORS and owner not in packed}
+    return {name: stored[name] for name, owner, last in names if last not in quantizing and owner not in packed}
 
 
 def decoded(stored: dict[str, Tensor], model: SourceModel) -> dict[str, Tensor]:

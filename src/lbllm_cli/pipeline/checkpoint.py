@@ -19,7 +19,7 @@ from lbllm_cli.core.own_folders import check_own, remove_own
 from lbllm_cli.core.tensor_files import TensorEntry, read_header
 from lbllm_cli.format.activations import ActivationFormat, format_of
 from lbllm_cli.pipeline.folders import STAGE, STREAMS, UNFINISHED_STAGE
-from lbllm_cli.pipeline.stage_record import FORMAT_VERSION, OUTER, Manifest, block_file, read_manifest, read_progress
+from lbllm_cli.pipeline.stage_record import OUTER, Manifest, block_file, format_version, read_manifest, read_progress
 from lbllm_cli.recipe.stages import STAGES
 from lbllm_cli.runtime.backend import in_ram
 
@@ -231,7 +231,7 @@ class StageWriter:
         """Writes the manifest and renames the folder. facts: what readers need, reproducible values only."""
         manifest = {
             # What an earlier lbllm can read has the number that it knows.
-            "format_version": FORMAT_VERSION if "level_bits" in facts else 1,
+            "format_version": format_version(facts.get("level_bits", 8), "key_centre" in facts.get("activations", {})),
             "stage": self.stage,
             "fingerprint": fingerprint(self.inputs),
             **facts,

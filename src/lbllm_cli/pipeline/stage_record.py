@@ -15,8 +15,8 @@ from lbllm_cli.format.settings import Activations
 from lbllm_cli.format.weights import LEVEL_BITS
 from lbllm_cli.recipe.stages import STAGES, StageName
 
-# 1: levels of 8 bits. 2: `level_bits` says how many they have.
-FORMAT_VERSION = 2
+# 1: levels of 8 bits. 2: `level_bits` says how many they have. 3: keys are centred.
+FORMAT_VERSION = 3
 # Tensors outside the blocks that a stage has changed; a stage that changes none has no such file.
 OUTER = "outer.safetensors"
 # Of the parent in the inputs of a stage: see `lineage.stage_inputs`.
@@ -68,10 +68,15 @@ class Parent(BaseModel):
     fingerprint: str
 
 
+def format_version(level_bits: int, centred: bool) -> int:
+    """Of a stage's manifest: the smallest whose readers know all of it. centred: whether it has centred keys."""
+    return 3 if centred else 1 if level_bits == LEVEL_BITS[0] else 2
+
+
 class Manifest(_Record):
     """Of a finished stage. tokens: that it read."""
 
-    format_version: Literal[1, 2]
+    format_version: Literal[1, 2, 3]
     stage: StageName
     parent: Parent | None
     blocks: Count
@@ -89,8 +94,10 @@ class Manifest(_Record):
 
     @model_validator(mode="after")
     def _complete(self) -> "Manifest":
-        if (self.format_version == 1) != (self.level_bits == LEVEL_BITS[0]):
-            raise ValueError(f"level_bits: {self.level_bits} in format_version {self.format_version}, which says otherwise")
+        centred = self.activations is not None and self.activations.key_centre
+        if self.format_version != format_version(self.level_bits, centred):
+            found = f"level_bits {self.level_bits}, key_centre {centred}"
+            raise ValueError(f"{found} in format_version {self.format_version}, which says otherwise")
         if self.blocks_done != self.blocks:
             raise ValueError(f"files: {self.blocks_done} blocks, expected {self.blocks}")
         if self.parent is not None and not isinstance(self.inputs.get(PARENT), str):

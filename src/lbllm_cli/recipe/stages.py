@@ -84,8 +84,8 @@ TABLE = (
         "act-calib", command="act-calib", section="act_calib", text="data.training", package="act_calib",
         parents=("distill-e2e", "distill", "ptq"), streams=(4, 2),
         reads=(
-            *_BLOCKS, "parent", "sequences", "bits", "kv_bits", "granularity", "form", "kv_form", "tables", "lr_clip_factors",
-            "lr_knees", "soft", "temperature",
+            *_BLOCKS, "parent", "sequences", "bits", "kv_bits", "granularity", "form", "kv_form", "tables", "key_centre",
+            "lr_clip_factors", "lr_knees", "soft", "temperature",
         ),
     ),
     StageSpec(
@@ -135,6 +135,7 @@ COMMANDS = {
 # they made is still what the recipe says.
 CAME_LATER = {
     "ptq.level_bits": 8,
+    "act_calib.key_centre": "none",
     **{f"{section}.channel_cap": None for section in ("distill", "act_calib")},
     # Of phases whose codes are fixed they mean nothing.
     **{
@@ -169,7 +170,6 @@ NOT_IN_FINGERPRINT = {
     "eval": "evaluation trains nothing",
     "export": "an export has a record of its own",
 }
-
 
 
 def _formats() -> tuple[str, ...]:

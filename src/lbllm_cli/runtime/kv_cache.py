@@ -82,6 +82,7 @@ class _Records:
             return kept
         meet(self.keys_by)
         meet(self.values_by)
+        key_states = self.keys_by.centred(key_states)
         written = (write_record(x, by) for x, by in ((key_states, self.keys_by), (value_states, self.values_by)))
         keys, values = super().update(*written, *args, **kwargs)  # type: ignore[misc]
         dtype = key_states.dtype

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lbllm_cli.format.activations import (
+    CENTRE,
     CLIP_UNIT,
     KEYS,
     KV_STEP,
-    TENSORS,
     VALUES,
     ActivationFormat,
     Quantized,
@@ -32,15 +32,18 @@ class ActQuantizer(nn.Module):
     """Quantizes the last axis: [..., width] -> values that the codes stand for, in the input's dtype.
 
     act_levels: uint8 [tables, 2^bits]. act_zero: uint8 [tables], empty in the uniform form. act_clip: int32 [tables, 2], in
-    units of 2^-16: loaders that cast a model's floats leave it alone. size: values that share a step. step_dtype: what steps
-    are stored in.
+    units of 2^-16: loaders that cast a model's floats leave it alone. act_centre: int32 [heads, width], in the same units, of
+    keys [..., heads, tokens, width] that are centred, else None. size: values that share a step. step_dtype: what steps are
+    stored in.
     """
 
     act_levels: Tensor
     act_zero: Tensor
     act_clip: Tensor
 
-    def __init__(self, tables: Tables, size: int, step_dtype: torch.dtype = torch.float32):
+    act_centre: Tensor | None
+
+    def __init__(self, tables: Tables, size: int, step_dtype: torch.dtype = torch.float32, centre: Tensor | None = None):
         super().__init__()
         self.size = size
         self.step_dtype = step_dtype
@@ -48,6 +51,7 @@ class ActQuantizer(nn.Module):
         self.register_buffer("act_levels", tables.levels)
         self.register_buffer("act_zero", tables.levels.new_empty(0) if tables.zero is None else tables.zero)
         self.register_buffer("act_clip", stored_clip(tables.clip))
+        self.register_buffer("act_centre", centre)
 
     @property
     def tables(self) -> Tables:
@@ -72,7 +76,19 @@ class ActQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Linears that read one input call in turn; it is quantized once.
-        return once(x, self, self.in_dtype) if self.enabled else plain(x)
+        if not self.enabled:
+            return plain(x)
+        return once(x, self, self.in_dtype) if self.act_centre is None else self.in_dtype(self.centred(plain(x)))
+
+    @property
+    def centre(self) -> Tensor | None:
+        """What keys are centred by, float32 [heads, width]."""
+        return None if self.act_centre is None else self.act_centre.float() / CLIP_UNIT
+
+    def centred(self, keys: Tensor) -> Tensor:
+        """Keys [..., heads, tokens, width] minus the centre of their head, rounded to their dtype."""
+        centre = self.centre
+        return keys if centre is None else (keys.float() - centre.unsqueeze(-2)).to(keys.dtype)
 
     def in_dtype(self, x: Tensor) -> Tensor:
         """Values that the codes stand for, in the input's dtype: [..., width] -> the same."""
@@ -82,9 +98,14 @@ class ActQuantizer(nn.Module):
         return join_groups(self.values(split_groups(x, self.size)), x.shape[-1]).to(x.dtype)
 
 
-def empty_quantizer(layout: ActivationFormat, name: str, width: int) -> ActQuantizer:
-    """A quantizer of the right shapes for the input `name` with `width` channels, to be filled by a loader."""
-    return ActQuantizer(layout.empty(name), layout.size(name, width), KV_STEP if name in (KEYS, VALUES) else torch.float32)
+def empty_quantizer(layout: ActivationFormat, name: str, width: int, heads: int = 0) -> ActQuantizer:
+    """A quantizer of the right shapes for the input `name` with `width` channels, to be filled by a loader.
+
+    heads: of keys, where `name` is theirs.
+    """
+    centre = torch.zeros(heads, width, dtype=torch.int32) if CENTRE in layout.tensors(name) else None
+    dtype = KV_STEP if name in (KEYS, VALUES) else torch.float32
+    return ActQuantizer(layout.empty(name), layout.size(name, width), dtype, centre)
 
 
 def quantizer_widths(layer: nn.Module, units: Units) -> dict[str, int]:
@@ -95,13 +116,19 @@ def quantizer_widths(layer: nn.Module, units: Units) -> dict[str, int]:
     return found | {KEYS: int(attention.head_dim), VALUES: int(attention.head_dim)}
 
 
+def empty_quantizers(layer: nn.Module, units: Units, layout: ActivationFormat) -> dict[str, ActQuantizer]:
+    """Quantizers of a decoder layer by name in the block, to be filled by a loader."""
+    attention: Any = layer.get_submodule("self_attn")
+    heads = int(attention.config.num_key_value_heads)
+    return {name: empty_quantizer(layout, name, width, heads) for name, width in quantizer_widths(layer, units).items()}
+
+
 def read_quantizers(
     layer: nn.Module, units: Units, tensors: dict[str, Tensor], prefix: str, layout: ActivationFormat
 ) -> dict[str, ActQuantizer]:
     """Quantizers of a decoder layer from its checkpoint's tensors, by name in the block. prefix: of the block's tensors."""
-    found: dict[str, ActQuantizer] = {}
-    for name, width in quantizer_widths(layer, units).items():
-        quantizer = empty_quantizer(layout, name, width)
-        quantizer.load_state_dict({part: tensors[f"{prefix}{name}.{part}"] for part in TENSORS}, assign=True)
-        found[name] = quantizer
+    found = empty_quantizers(layer, units, layout)
+    for name, quantizer in found.items():
+        stored = {part: tensors[f"{prefix}{name}.{part}"] for part in layout.tensors(name)}
+        quantizer.load_state_dict(stored, assign=True)
     return found

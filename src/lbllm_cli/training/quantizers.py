@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from lbllm_cli.format.activations import CLIP_RANGE, TENSORS, Tables, stored_clip
+from lbllm_cli.format.activations import CENTRE, CLIP_RANGE, TENSORS, Tables, stored_clip
 from lbllm_cli.runtime.backend import backend_of
 from lbllm_cli.runtime.quantizer import ActQuantizer
 from lbllm_cli.training.act_ste import fake_quantize, fused_fake, fused_soft, soft_quantize
@@ -20,12 +20,15 @@ class TrainableQuantizer(ActQuantizer):
     """An ActQuantizer whose clipping factors, float32 [tables, 2], and log coarse ratios, float32 [tables, 2], have gradients.
 
     tables: where to start. shapes: of knee tables, None in the uniform form. train: kinds of parameters that get gradients.
-    Under no_grad the forward pass is always the deployed form; with gradients it is the soft form while `temperature` is above
-    0 and knees are trained.
+    centre: of centred keys, int32 [heads, width]. Under no_grad the forward pass is always the deployed form; with gradients it
+    is the soft form while `temperature` is above 0 and knees are trained.
     """
 
-    def __init__(self, tables: Tables, shapes: list[Shape] | None, size: int, step_dtype: torch.dtype, train: tuple[str, ...]):
-        super().__init__(tables, size, step_dtype)
+    def __init__(
+        self, tables: Tables, shapes: list[Shape] | None, size: int, step_dtype: torch.dtype, train: tuple[str, ...],
+        centre: Tensor | None = None
+    ):  # fmt: skip
+        super().__init__(tables, size, step_dtype, centre)
         self.shapes = shapes
         self.temperature = 0.0
         self.clip = nn.Parameter(tables.clip.clone(), requires_grad=CLIP_FACTORS in train)
@@ -41,7 +44,7 @@ class TrainableQuantizer(ActQuantizer):
         tables = quantizer.tables
         rows = zip(tables.levels.tolist(), [] if tables.zero is None else tables.zero.tolist(), strict=False)
         shapes = None if tables.zero is None else [Shape.of(levels, zero) for levels, zero in rows]
-        return cls(tables, shapes, quantizer.size, quantizer.step_dtype, train)
+        return cls(tables, shapes, quantizer.size, quantizer.step_dtype, train, quantizer.act_centre)
 
     def kinds(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by kind, frozen ones included."""
@@ -115,7 +118,8 @@ def anneal(quantizers: Iterable[TrainableQuantizer], progress: float, soft: floa
 
 def quantizer_tensors(prefix: str, quantizers: Quantizers) -> dict[str, Tensor]:
     """What a checkpoint holds of a block's quantizers. prefix: of the block's tensors."""
-    return {f"{prefix}{name}.{part}": q.get_buffer(part).clone() for name, q in quantizers.items() for part in TENSORS}
+    buffers = {f"{prefix}{name}.{part}": q._buffers.get(part) for name, q in quantizers.items() for part in (*TENSORS, CENTRE)}
+    return {name: buffer.clone() for name, buffer in buffers.items() if buffer is not None}
 
 
 def mean_clip(quantizers: Iterable[TrainableQuantizer]) -> float:

@@ -33,8 +33,9 @@ class QuantizedKeysValues(BaseKVCacheMethod):  # type: ignore[misc]
         """Both quantizers."""
         super().create_weights(layer)
         width: Any = layer.head_size
+        heads: Any = layer.num_kv_heads
         for name, own in ((KEYS, _KEYS), (VALUES, _VALUES)):
-            add_quantizer(layer, own, empty_quantizer(self.layout, name, width), self.loaded)
+            add_quantizer(layer, own, empty_quantizer(self.layout, name, width, heads), self.loaded)
         if self.form == "values":
             layer.forward = MethodType(_forward, layer)
         elif self.form == "codes":
@@ -47,7 +48,7 @@ class QuantizedKeysValues(BaseKVCacheMethod):  # type: ignore[misc]
         super().process_weights_after_loading(layer)
         # vLLM makes it anew to ask it once more, with everything in place.
         loaded: Loaded = layer.quant_method.loaded  # type: ignore[union-attr,assignment]
-        loaded.check(quantizer_parts(_KEYS) | quantizer_parts(_VALUES), self.prefix)
+        loaded.check(quantizer_parts(_KEYS, self.layout.tensors(KEYS)) | quantizer_parts(_VALUES), self.prefix)
         check_values(layer, self.prefix)
 
 
@@ -63,7 +64,7 @@ def _forward(layer: Any, query: Tensor, key: Tensor | None, value: Tensor | None
 
 def _kept(x: Tensor, layer: str, name: str) -> Tensor:
     module = get_forward_context().no_compile_layers[layer]
-    heads = x.view(-1, module.num_kv_heads, module.head_size)
+    heads = x.view(-1, module.num_kv_heads, 1, module.head_size)
     return getattr(module, name)(heads).view(x.shape)
 
 

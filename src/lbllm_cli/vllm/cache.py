@@ -106,7 +106,7 @@ class RecordAttention(AttentionImpl):  # type: ignore[misc]
         """Writes records. key, value: [tokens, heads, head_dim]. kv_cache: uint8 [pages, heads, tokens, content]."""
         count, page = len(slot_mapping), kv_cache.shape[2]
         pairs = ((key, self.keys_by), (value, self.values_by))
-        records = torch.cat([write_record(x[:count].unsqueeze(2), by) for x, by in pairs], -1).squeeze(2)
+        records = torch.cat([write_record(by.centred(x[:count].unsqueeze(2)), by) for x, by in pairs], -1).squeeze(2)
         # Padding has no slot.
         own = slot_mapping >= 0
         slots = slot_mapping[own].long()

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.library import Library
 from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 from vllm.model_executor.parameter import ModelWeightParameter
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from lbllm_cli.format.activations import TENSORS, ActivationFormat
+from lbllm_cli.format.activations import CENTRE, TENSORS, ActivationFormat
 from lbllm_cli.format.weights import PARTS
 from lbllm_cli.runtime.backend import backend_of
 from lbllm_cli.runtime.checks import check_values
@@ -47,10 +48,10 @@ class Loaded:
 
 def add_quantizer(layer: nn.Module, name: str, quantizer: ActQuantizer, loaded: Loaded) -> None:
     """Hangs a quantizer into a layer of vLLM; its tensors are counted under `<name>.<tensor>`."""
-    for part in TENSORS:
-        buffer = getattr(quantizer, part)
+    for part, buffer in quantizer.named_buffers():
+        fill: Any = _fill_heads if part == CENTRE else _fill
         # Not a parameter: it is stored once, whichever of the joined linears it came with.
-        buffer.weight_loader = loaded.noting(f"{name}.{part}", _fill)
+        buffer.weight_loader = loaded.noting(f"{name}.{part}", fill)  # type: ignore[attr-defined]
     layer.add_module(name, quantizer)
 
 
@@ -61,9 +62,16 @@ def _fill(buffer: Tensor, stored: Tensor, *_: Any) -> None:
     buffer.copy_(stored)
 
 
-def quantizer_parts(name: str) -> dict[str, int]:
+def _fill_heads(buffer: Tensor, stored: Tensor, *_: Any) -> None:
+    """The rows of this process's key heads: a share of them, or one that several processes have."""
+    parts, heads = get_tensor_model_parallel_world_size(), len(stored)
+    first = get_tensor_model_parallel_rank() * heads // parts
+    _fill(buffer, stored[first : first + max(1, heads // parts)])
+
+
+def quantizer_parts(name: str, parts: tuple[str, ...] = TENSORS) -> dict[str, int]:
     """What `add_quantizer` counts, once each."""
-    return {f"{name}.{part}": 1 for part in TENSORS}
+    return {f"{name}.{part}": 1 for part in parts}
 
 
 @register_weight_loader_v2_supported_method

@@ -43,9 +43,11 @@ def test_a_new_token_is_written_as_the_format_has_it(device, form, number, dtype
     found = qkv.view(rows, -1, 1, width).split([heads, kv_heads, kv_heads], 1)
     query, key = (part if number == 0 else norm(part).detach() for part, norm in zip(found, norms, strict=False))
     query, key = apply_rotary_pos_emb(query, key, cosine.unsqueeze(1), sine.unsqueeze(1))
-    wanted = write_record(key, tables, size), write_record(found[2], tables, size)
+    centre = None if number == 0 else random(kv_heads, width, seed=7)
+    kept = key if centre is None else (key.float() - centre.unsqueeze(1)).to(dtype)
+    wanted = write_record(kept, tables, size), write_record(found[2], tables, size)
 
-    by = RecordTables.of(on(device, tables), size)
+    by = RecordTables.of(on(device, tables), size, None if centre is None else centre.to(device))
     rooms = [torch.full((rows, kv_heads, capacity, part.shape[-1]), 7, dtype=torch.uint8, device=device) for part in wanted]
     out = torch.empty(rows, heads, width, dtype=dtype, device=device)
     weights = None if number == 0 else (*(norm.weight.data.to(device) for norm in norms), 1e-5)

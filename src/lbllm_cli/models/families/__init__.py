@@ -27,7 +27,8 @@ class Family:
 
     text: the models that it is known by, for messages and documents. embedding_scale: what embeddings are multiplied by before
     the first block, by the configuration; in the compute dtype, as transformers does. logit_divisor: what the head's products are
-    divided by. logit_cap: c where logits z are then c tanh(z / c). norm_offset: what is added to a stored norm weight before
+    divided by. logit_cap: c where logits z are then c tanh(z / c). plain_softmax: whether attention is a softmax of scores, which
+    does not see a number added to all of them: no soft cap, no sinks. norm_offset: what is added to a stored norm weight before
     it is used; 1 where weights are stored about zero. stored: of a block, where files hold tensors that modules have under
     other names here, or in one with others; {e} stands for the number of an expert, and of files that have all experts in one
     tensor it is the index on its first axis. within: models that see pictures as well, and have this one inside.
@@ -40,6 +41,7 @@ class Family:
     embedding_scale: Callable[[Any], float] = _one
     logit_divisor: Callable[[Any], float] = _one
     logit_cap: Callable[[Any], float | None] = _none
+    plain_softmax: bool = True
     norm_offset: float = 0.0
     stored: Mapping[str, Part] = field(default_factory=dict)
     within: tuple[str, ...] = ()

@@ -7,6 +7,7 @@ FAMILY = Family(
     "Gemma 2",
     embedding_scale=lambda config: float(config.hidden_size**0.5),
     logit_cap=lambda config: config.final_logit_softcapping,
+    plain_softmax=False,
     norm_offset=1.0,
     begins=True,
 )

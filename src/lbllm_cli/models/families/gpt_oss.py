@@ -11,6 +11,7 @@ _UP, _UP_BIAS = "mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj_bias"
 FAMILY = Family(
     "gpt_oss",
     "GPT-OSS in bfloat16",
+    plain_softmax=False,
     stored={
         "mlp.experts.{e}.gate_proj.weight": Part(_UP, transposed=True, half=0, interleaved=True),
         "mlp.experts.{e}.up_proj.weight": Part(_UP, transposed=True, half=1, interleaved=True),

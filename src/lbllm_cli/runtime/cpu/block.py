@@ -39,6 +39,7 @@ class _Known(NamedTuple):
     reference: Any
     addresses: list[int]
     norms: list[Tensor]
+    centre: Tensor | None
     buffers: CapturedQuantizers
     record_bytes: list[int]
 
@@ -115,12 +116,13 @@ class BlockStep:
             quantizers = [reference(quantizer) for quantizer in (*inputs, *by)]
             norms = [norm._parameters["weight"] for norm in self.norms]
             missing = (None,) * (len(_NORMS) - len(norms))
-            dtype = DTYPES[norms[0].dtype]
-            block = Block(*(struct[0] for struct in structs), *quantizers, *addresses, *missing, **self.shape, norm_dtype=dtype)
+            dtype, centre = DTYPES[norms[0].dtype], self.cached[0].centre
+            fields = (*(struct[0] for struct in structs), *quantizers, *addresses, *missing, pointer(centre))
+            block = Block(*fields, **self.shape, norm_dtype=dtype)
             buffers = CapturedQuantizers(self.quantizers)
             groups = (-(-int(self.attention.head_dim) // quantizer.size) for quantizer in self.cached)
             sizes = [count * record_bytes(quantizer) for count, quantizer in zip(groups, self.cached, strict=True)]
-            known = self._block = _Known(block, byref(block), addresses, norms, buffers, sizes)
+            known = self._block = _Known(block, byref(block), addresses, norms, centre, buffers, sizes)
         return known
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -164,9 +166,7 @@ class BlockStep:
         )
         return addresses if fit and len(dtypes) == 1 and dtypes <= DTYPES.keys() else None
 
-    def _step(
-        self, known: _Known, x: Tensor, mask: Tensor | None, cache: RecordLayer, angles: tuple[Tensor, Tensor]
-    ) -> Tensor:
+    def _step(self, known: _Known, x: Tensor, mask: Tensor | None, cache: RecordLayer, angles: tuple[Tensor, Tensor]) -> Tensor:
         lib = library()
         assert lib is not None
         rows, tokens, kv_heads = x.shape[0], cache.get_seq_length(), self.shape["kv_heads"]

@@ -17,7 +17,7 @@ from lbllm_cli.core.errors import UsageError
 from lbllm_cli.format.activations import LATTICE_MAX, Tables, snap_table
 from lbllm_cli.runtime.cpu.location import library_path
 
-ABI = 3
+ABI = 4
 TIERS = ("portable", "avx2", "avxvnni", "avx512")
 VARIABLE = "LBLLM_KERNELS"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -60,7 +60,7 @@ class Block(Structure):
     _fields_ = [
         *((name, Weights) for name in ("qkv", "o", "gate_up", "down")),
         *((name, POINTER(Quantizer)) for name in ("qkv_input", "o_input", "gate_up_input", "down_input", "keys", "values")),
-        *((name, c_void_p) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
+        *((name, c_void_p) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm", "key_centre")),
         *((name, c_float) for name in ("epsilon", "scaling")),
         *((name, c_int32) for name in ("hidden", "heads", "kv_heads", "head_dim", "intermediate", "norm_dtype")),
     ]

@@ -109,7 +109,7 @@ class StepLayer:
 
     def read_tables(self) -> None:
         """Of keys and values, as their quantizers have them now."""
-        keys, values = (RecordTables.of(quantizer.tables, quantizer.size) for quantizer in self.cached)
+        keys, values = (RecordTables.of(by.tables, by.size, by.centre) for by in self.cached)
         self.tables = keys, values
 
     def run(self, b: StepBuffers, hidden: Tensor, keys: Tensor, values: Tensor) -> None:

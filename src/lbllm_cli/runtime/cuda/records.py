@@ -30,18 +30,19 @@ class RecordTables:
     """A quantizer of keys or values in 4 bits as the kernels read it; made without waiting for the device.
 
     quantizer: what codes are found with. values: int8 [tables, 16], T - Z of each code; in the uniform form, whose Z lies in the
-    record, T. size: values that share a step, an even number.
+    record, T. size: values that share a step, an even number. centre: of centred keys, float32 [kv_heads, head_dim].
     """
 
     quantizer: QuantizerTables
     values: Tensor
     size: int
+    centre: Tensor | None = None
 
     @classmethod
-    def of(cls, tables: Tables, size: int) -> "RecordTables":
+    def of(cls, tables: Tables, size: int, centre: Tensor | None = None) -> "RecordTables":
         """On the device of the tables."""
         zero = 0 if tables.zero is None else tables.zero.int().unsqueeze(1)
-        return cls(QuantizerTables.of(tables), (tables.levels.int() - zero).to(torch.int8), size)
+        return cls(QuantizerTables.of(tables), (tables.levels.int() - zero).to(torch.int8), size, centre)
 
 
 def recordable(tables: Tables, size: int) -> bool:
@@ -129,9 +130,9 @@ def _write(
 @triton.jit
 def write_heads(
     qkv, cosine, sine, query_norm, key_norm, length, key_lattice, key_factors, key_levels, value_lattice, value_factors,
-    value_levels, query, keys, values, heads, kv_heads, capacity, width, turn, epsilon,
+    value_levels, centre, query, keys, values, heads, kv_heads, capacity, width, turn, epsilon,
     TABLES: tl.constexpr, PLACES: tl.constexpr, SIZE: tl.constexpr, HEADS: tl.constexpr, COUNT: tl.constexpr,
-    BLOCK: tl.constexpr, NORMS: tl.constexpr,
+    BLOCK: tl.constexpr, NORMS: tl.constexpr, CENTRE: tl.constexpr,
 ):  # fmt: skip
     """A program: HEADS heads of one row, of queries, keys, or values. turn: from a row of cos and sin to the next."""
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -157,6 +158,8 @@ def write_heads(
         if block < asking + keeping:
             x = own + ((heads + head) * width)[:, None]
             x = _turned(x, key_norm, cosine, sine, channel, inside, width, epsilon, NORMS, TYPE, HEADS, COUNT, BLOCK)
+            if CENTRE:
+                x = rounded(x - tl.load(centre + (head * width)[:, None] + channel, mask=inside, other=0.0), TYPE)
             _write(x, keys + record, there, key_lattice, key_factors, key_levels, TABLES, PLACES, SIZE, ROWS, BLOCK)
         else:
             x = own + ((heads + kv_heads + head) * width)[:, None]
@@ -174,21 +177,22 @@ def tile(width: int, size: int) -> dict[str, Any]:
 
 @operator(
     "append_records(Tensor qkv, Tensor cosine, Tensor sine, Tensor? query_norm, Tensor? key_norm, float epsilon, Tensor length, "
-    "Tensor[] keys_by, Tensor[] values_by, int tables, int places, int size, Tensor(a!) query, Tensor(b!) keys, "
+    "Tensor[] keys_by, Tensor[] values_by, Tensor? centre, int tables, int places, int size, Tensor(a!) query, Tensor(b!) keys, "
     "Tensor(c!) values)"
 )
 def _append_records(
     qkv: Tensor, cosine: Tensor, sine: Tensor, query_norm: Tensor | None, key_norm: Tensor | None, epsilon: float, length: Tensor,
-    keys_by: list[Tensor], values_by: list[Tensor], tables: int, places: int, size: int, query: Tensor, keys: Tensor,
-    values: Tensor,
+    keys_by: list[Tensor], values_by: list[Tensor], centre: Tensor | None, tables: int, places: int, size: int, query: Tensor,
+    keys: Tensor, values: Tensor,
 ) -> None:  # fmt: skip
     (rows, heads, width), (_, kv_heads, capacity, _) = query.shape, keys.shape
     constants = tile(width, size)
     each = constants["HEADS"]
     write_heads[(-(-heads // each) + 2 * -(-kv_heads // each), rows)](
         qkv, cosine, sine, qkv if query_norm is None else query_norm, qkv if key_norm is None else key_norm, length, *keys_by,
-        *values_by, query, keys, values, heads, kv_heads, capacity, width, width if len(cosine) == rows else 0, epsilon,
-        TABLES=tables, PLACES=places, NORMS=query_norm is not None, **constants,
+        *values_by, qkv if centre is None else centre, query, keys, values, heads, kv_heads, capacity, width,
+        width if len(cosine) == rows else 0, epsilon, TABLES=tables, PLACES=places, NORMS=query_norm is not None,
+        CENTRE=centre is not None, **constants,
     )  # fmt: skip
 
 
@@ -210,5 +214,6 @@ def append_records(
     if (form.count, form.places, keys_by.size) != (values_by.quantizer.count, values_by.quantizer.places, values_by.size):
         raise ValueError("keys and values are quantized in different forms; expected the same tables, bits and size")
     _append_records(
-        qkv, *angles, query_norm, key_norm, epsilon, length, *lists, form.count, form.places, keys_by.size, query, keys, values
-    )
+        qkv, *angles, query_norm, key_norm, epsilon, length, *lists, keys_by.centre, form.count, form.places, keys_by.size, query,
+        keys, values,
+    )  # fmt: skip

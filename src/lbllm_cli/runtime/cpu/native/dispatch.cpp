@@ -60,7 +60,7 @@ const Tier*& current() {
 
 }  // namespace
 
-LBLLM_EXPORT int32_t lbllm_abi(void) { return 3; }
+LBLLM_EXPORT int32_t lbllm_abi(void) { return 4; }
 
 LBLLM_EXPORT const char* lbllm_tier(void) { return current()->name; }
 

@@ -44,6 +44,7 @@ typedef struct {
     const lbllm_quantizer *qkv_input, *o_input, *gate_up_input, *down_input, *keys, *values;
     const void *attention_norm, *mlp_norm;  // [hidden], as the model has them
     const void *query_norm, *key_norm;      // [head_dim], or NULL
+    const float* key_centre;                // [kv_heads, head_dim], what keys are quantized and attended to without, or NULL
     float epsilon, scaling;
     int32_t hidden, heads, kv_heads, head_dim, intermediate;
     int32_t norm_dtype;  // of the four norms

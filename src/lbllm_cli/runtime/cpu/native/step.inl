@@ -194,7 +194,7 @@ struct HeadNorms {
     const float *query, *key;  // [head_dim], or NULL
 };
 
-// Norms and rotates queries and keys of one row in place, and writes its key and value to the cache.
+// Norms and rotates queries and keys of one row in place, centres its key, and writes it and its value to the cache.
 void place_row(const lbllm_block* b, const lbllm_cache* cache, const HeadNorms& norms, int64_t row, float* qkv, const float* cosine,
                const float* sine) {
     const int d = b->head_dim;
@@ -204,6 +204,8 @@ void place_row(const lbllm_block* b, const lbllm_cache* cache, const HeadNorms& 
         if (norm) rms_norm(qkv + h * d, norm, b->epsilon, d, qkv + h * d);
         rotate(qkv + h * d, cosine, sine, d);
     }
+    if (b->key_centre)
+        for (int i = 0; i < b->kv_heads * d; i++) qkv[b->heads * d + i] -= b->key_centre[i];
     for (int h = 0; h < b->kv_heads; h++) {
         uint8_t* key = cache->keys + row * cache->key_row_stride + h * cache->key_head_stride + cache->tokens * keys.size_of();
         uint8_t* value = cache->values + row * cache->value_row_stride + h * cache->value_head_stride;
