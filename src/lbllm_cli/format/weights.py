@@ -76,32 +76,36 @@ def _fine_grid(levels: Tensor) -> tuple[Tensor, Tensor]:
     scale = wanted.half()
     up = torch.nextafter(scale, torch.full_like(scale, torch.inf))
     scale = torch.where(scale.float() < wanted * (1 - 2e-6), up, scale)
-    divisor = torch.where(scale == 0, torch.ones_like(scale), scale).float().unsqueeze(-1)
-    stored = torch.round(levels.float() / divisor).clamp_(-most, most)
+    stored = torch.round(levels.float() / _divisor(scale).unsqueeze(-1)).clamp_(-most, most)
     return stored.to(torch.int8), scale
 
 
 def _coarse_grid(levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Levels of 4 bits: the scale with the smallest squared error of the four, the first of equal ones."""
-    largest, most = levels.abs().amax(dim=-1), level_max(4)
-    best: tuple[Tensor, Tensor, Tensor] | None = None
+    """Levels of 4 bits: the scale with the smallest squared error of the four, the first of equal ones.
+
+    Training asks at every step: with the four levels of all groups behind each other it takes half as long as with those of a
+    group side by side.
+    """
+    each, most = levels.movedim(-1, 0).contiguous(), level_max(4)
+    largest = each.abs().amax(dim=0)
+    scale, least = None, largest
     for top in _TOPS:
-        scale = (largest / top).half()
-        divisor = torch.where(scale == 0, torch.ones_like(scale), scale).float().unsqueeze(-1)
-        stored = torch.round(levels / divisor).clamp_(-most, most)
-        a, b, c, d = (stored * divisor).sub_(levels).square_().unbind(-1)
-        error = (a + b) + (c + d)
-        if best is None:
-            best = error, stored, scale
+        tried = (largest / top).half()
+        divisor = _divisor(tried)
+        a, b, c, d = (each / divisor).round_().clamp_(-most, most).mul_(divisor).sub_(each).square_()
+        error = (a + b).add_(c + d)
+        if scale is None:
+            scale, least = tried, error
         else:
-            better = error < best[0]
-            best = (
-                torch.where(better, error, best[0]),
-                torch.where(better.unsqueeze(-1), stored, best[1]),
-                torch.where(better, scale, best[2]),
-            )
-    assert best is not None
-    return best[1].to(torch.int8), best[2]
+            better = error < least
+            scale, least = torch.where(better, tried, scale), torch.where(better, error, least)
+    assert scale is not None
+    return torch.round(levels / _divisor(scale).unsqueeze(-1)).clamp_(-most, most).to(torch.int8), scale
+
+
+def _divisor(scale: Tensor) -> Tensor:
+    """What levels are divided by: float32, 1 where the scale is 0."""
+    return torch.where(scale == 0, torch.ones_like(scale), scale).float()
 
 
 def project_levels(levels: Tensor, level_bits: int = 8) -> tuple[Tensor, Tensor]:
