@@ -38,7 +38,8 @@ def kernels(choice: str) -> Iterator[None]:
 
 def exported(base: Path, toy: Path, **sections) -> Path:
     """A W(1+1)A4KV4 export of a toy."""
-    recipe = write_recipe(base / "r.yaml", toy, base / "run", act_calib={"parent": "ptq", "epochs": 0}, **sections)
+    settings = {"parent": "ptq", "epochs": 0, "key_centre": "mean"}
+    recipe = write_recipe(base / "r.yaml", toy, base / "run", act_calib=settings, **sections)
     with pytest.MonkeyPatch.context() as patch:
         give_tables(patch)
         for command in ("ptq", "act-calib", "export"):

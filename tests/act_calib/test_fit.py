@@ -74,7 +74,7 @@ def test_no_epochs_keep_the_weights_and_add_quantizers(ok, run, tmp_path):
         assert all(int(z) in row.tolist() for z, row in zip(zero, levels, strict=True))
     manifest = Checkpoint(tmp_path / "run", "act-calib").manifest
     assert manifest["parent"]["stage"] == "distill"
-    assert ActivationFormat(**manifest["activations"]) == ActivationFormat(4, 4, "group", "knee", "knee", 2, 32, key_centre=True)
+    assert ActivationFormat(**manifest["activations"]) == ActivationFormat(4, 4, "group", "knee", "knee", 2, 32)
 
 
 def test_training_moves_levels_and_quantizers_but_no_code(ok, run, tmp_path):
@@ -138,7 +138,7 @@ def test_what_is_reported_is_what_is_stored(ok, run, tmp_path, form, monkeypatch
         if best is None:  # no epoch was better than what was fitted
             again.append(None)
             return best
-        layout = ActivationFormat(4, 4, "group", form, form, 2, 32, key_centre=True)
+        layout = ActivationFormat(4, 4, "group", form, form, 2, 32)
         self.objective.student.block = stored_block(open_model(Model(path=str(toy)), CPU), self.progress.block, best, layout)
         again.append(self.objective.held_out(self.held, self.progress))
         return best
@@ -170,7 +170,7 @@ def test_quantizers_sit_where_the_block_reads_them(name, tmp_path):
     """A hand-made check of every family: linears of a unit see one quantized tensor, attention sees quantized keys and values."""
     folder = save_toy(tmp_path / "model", name)
     model = open_model(Model(path=str(folder)), CPU)
-    layout = ActivationFormat(4, 4, "group", "knee", "knee", 2, 32, key_centre=model.family.plain_softmax)
+    layout = ActivationFormat(4, 4, "group", "knee", "knee", 2, 32, key_centre=True)
     block, plain = model.block(1), model.block(1)
     hidden = torch.randn(2, 24, 80, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

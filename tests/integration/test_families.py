@@ -49,7 +49,8 @@ NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name in SECOND else [], 
 def test_every_family_through_everything(name, tmp_path, ok, caplog):
     folder, run = save_toy(tmp_path / "model", name, shard="100KB"), tmp_path / "run"
     settings = {"epochs": 1, "batch_size": 4, "end_to_end": PHASE}
-    recipe = write_recipe(tmp_path / "r.json", folder, run, distill=settings, act_calib={"epochs": 1, "end_to_end": PHASE})
+    acts = {"epochs": 1, "key_centre": "mean", "end_to_end": PHASE}
+    recipe = write_recipe(tmp_path / "r.json", folder, run, distill=settings, act_calib=acts)
     for command in ("ptq", "distill", "act-calib"):
         ok(command, "--recipe", recipe)
     results = json.loads(ok("eval", "--recipe", recipe, "--json").stdout)

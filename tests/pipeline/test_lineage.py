@@ -30,7 +30,7 @@ OTHERS = {
     "act_calib.form": "uniform",
     "act_calib.kv_form": "uniform",
     "act_calib.tables": 1,
-    "act_calib.key_centre": "none",
+    "act_calib.key_centre": "mean",
     "act_calib.temperature": [1.0, 0.1],
     "act_calib.end_to_end.soft_knee": [1.0, 0.1],
     **{f"{section}.loss": "plain" for section in ("distill", "act_calib")},

@@ -115,7 +115,8 @@ def _stages(settings: Settings, reasons: dict[str, str]) -> list[str]:
     lines.append("act_calib:")
     if settings.processor:
         lines.append(_line("  soft: 0", "coarse ratios stay as fitted: to train them gained nothing on a toy"))
-    lines += [micro, *_of_family(settings, "act_calib")]
+    centre = _line("  key_centre: mean", "keys without the mean of their head, which attention does not see")
+    lines += [centre, micro, *_of_family(settings, "act_calib")]
     return lines + _phase(settings, reasons, "and text that the phase before it does not hold")
 
 

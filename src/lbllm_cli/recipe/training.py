@@ -186,9 +186,9 @@ class ActCalib(Training):
     kv_form: Literal["knee", "uniform"] = Field("knee", description="the same for keys and values")
     tables: int = Field(2, ge=1, le=2, description="tables of a knee quantizer; with 2 each token and group takes the better")
     key_centre: Literal["mean", "none"] = Field(
-        "mean",
+        "none",
         description="mean: keys are quantized without the mean of their head, which no softmax sees, so that nothing adds it "
-        "again; attention with a soft cap or sinks does without it",
+        "again; attention with a soft cap or sinks does without it. What `lbllm init` writes; none is what earlier versions did",
     )
     train: list[Literal["weights", "levels", "clip_factors", "knees"]] = Field(
         ["levels", "clip_factors", "knees"],
