@@ -116,7 +116,8 @@ def test_builtin_tasks_run_on_a_few_items(ok, lbllm, tmp_path):
     recipe = write_recipe(tmp_path / "r.yaml", save_toy(tmp_path / "long", max_position_embeddings=512), tmp_path / "run")
     tasks = f"eval.tasks=[{', '.join(lm_tasks.builtin_tasks())}]"
     found = json.loads(ok("eval", "--recipe", recipe, tasks, "eval.limit=3", "--json").stdout)["base"]["tasks"]
-    assert {name: scores["samples"] for name, scores in found.items()} == {"lbllm_continuation": 3, "lbllm_last_word": 3}
+    samples = {name: scores["samples"] for name, scores in found.items()}
+    assert samples == {"lbllm_continuation": 3, "lbllm_last_word": 3, "lbllm_retrieval": 3}
     refused = lbllm("eval", "--recipe", recipe, tasks, "eval.num_fewshot=2")
     assert refused.exit_code == 2
     assert "lbllm_continuation is a task without any" in refused.stderr
