@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lbllm_cli.data.sources import STYLES, builtin_records
 
-# The compiled kernels quantize inputs of linears themselves, past the switches of single quantizers.
+# In torch, as stages are measured: in kernels a value may round to the code beside.
 os.environ["LBLLM_KERNELS"] = "off"
 
 
@@ -25,7 +25,7 @@ def segments(tokenizer: object, length: int) -> dict[str, Tensor]:
     """The first tokens of each style: int64 [1, length]."""
     found = {}
     for style in STYLES:
-        # A token is a character at least.
+        # Of prose a token is about four characters.
         text = "\n\n".join(record["text"] for record in builtin_records("evaluation", style))[: 16 * length]
         found[style] = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][:, :length]  # type: ignore[operator]
     return found

@@ -145,7 +145,7 @@ def test_perplexity_of_the_export_is_that_of_eval(export, ok, tmp_path):
             losses[quantized] = float(cross_entropy(model(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).exp())
         # In kernels a code may go over its edge, and what follows with it: 0.3 % of phi3's on one CPU.
         assert losses[True] == pytest.approx(wanted, rel=apart)
-    assert losses[False] == pytest.approx(results["ptq"]["perplexity"]["novels"], rel=2e-5)
+        assert losses[False] == pytest.approx(results["ptq"]["perplexity"]["novels"], rel=2e-5)
 
 
 @torch.no_grad()

@@ -110,7 +110,10 @@ def format_of(manifest: dict[str, Any]) -> ActivationFormat | None:
 
 
 def stored_centre(keys: Tensor) -> Tensor:
-    """The mean of keys as it is stored, in units of 2^-16: float [rows, heads, tokens, width] -> int32 [heads, width]."""
+    """The mean of keys as it is stored, in units of 2^-16: float [rows, heads, tokens, width] -> int32 [heads, width].
+
+    [2, 3, 96, 64] -> [3, 64].
+    """
     mean = keys.float().mean((0, 2))
     return (mean * CLIP_UNIT).round().clamp(-(2.0**30), 2.0**30).to(torch.int32)
 

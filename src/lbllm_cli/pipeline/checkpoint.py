@@ -231,7 +231,7 @@ class StageWriter:
         """Writes the manifest and renames the folder. facts: what readers need, reproducible values only."""
         manifest = {
             # What an earlier lbllm can read has the number that it knows.
-            "format_version": format_version(facts.get("level_bits", 8), "key_centre" in facts.get("activations", {})),
+            "format_version": format_version(facts.get("level_bits", 8), facts.get("activations", {}).get("key_centre", False)),
             "stage": self.stage,
             "fingerprint": fingerprint(self.inputs),
             **facts,

@@ -40,7 +40,6 @@ class ActQuantizer(nn.Module):
     act_levels: Tensor
     act_zero: Tensor
     act_clip: Tensor
-
     act_centre: Tensor | None
 
     def __init__(self, tables: Tables, size: int, step_dtype: torch.dtype = torch.float32, centre: Tensor | None = None):
