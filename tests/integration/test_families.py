@@ -57,12 +57,12 @@ def test_every_family_through_everything(name, tmp_path, ok, caplog):
     assert list(results) == ["base", *STAGES]
     measured = {stage: found["perplexity"]["novels"] for stage, found in results.items()}
     assert len({measured[stage] for stage in ("base", "ptq", "act-calib")}) == 3
-    # An epoch that is no better on its own validation text is not kept; on this text of 128 tokens it may be a little worse:
-    # 3 % on one CPU, nothing on another.
+    # An epoch that is no better on its own validation text is not kept; on this text of 128 tokens a phase may be a little
+    # worse: 3.5 % of mixtral's on one CPU, nothing on another.
     far = {stage: results[stage]["kl"]["novels"] for stage in STAGES}
-    assert far["distill"] <= 1.06 * far["ptq"]
+    assert far["distill"] <= 1.02 * far["ptq"]
     for stage in ("distill", "act-calib"):
-        assert far[f"{stage}-e2e"] <= 1.06 * far[stage]
+        assert far[f"{stage}-e2e"] <= 1.05 * far[stage]
     rows = evaluation_rows(folder)
     assert measured["base"] == pytest.approx(perplexity(load_dense(folder), rows), rel=1e-4)  # measured 1e-6
 
@@ -89,11 +89,11 @@ def test_every_family_through_everything(name, tmp_path, ok, caplog):
         assert isinstance(its, QuantizedKVCache)
         if model is not None:
             mine, cache = steps(model, tokens, 20)
-            # One code that goes over its edge early moves all that its sequence reads later: on one CPU 0.18 of one sequence,
-            # and 3e-7 of the other.
+            # One code that goes over its edge early moves all that its sequence reads later: on one CPU 0.18 of one sequence
+            # (qwen2-biases without centred keys), and 3e-7 of the other. A step that does not centre moves both by 0.2.
             rows_apart = [max(difference(a[row], b[row]) for a, b in zip(mine, theirs, strict=True)) for row in range(2)]
             assert min(rows_apart) < TIPPED, rows_apart
-            assert max(rows_apart) < 0.4, rows_apart
+            assert max(rows_apart) < 0.3, rows_apart
             assert cache.nbytes == its.nbytes
             stepped = any("forward" in vars(layer) for layer in model.get_decoder().layers)
             assert stepped == (name in STEPPED)
