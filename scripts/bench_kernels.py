@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 import lbllm_cli.hf  # noqa: F401  registers the packed format
-from lbllm_cli.runtime.cpu.library import TIERS, library
+from lbllm_cli.engine.abi import TIERS, library
 
 SECTIONS = ("linear", "quantizer", "model", "floor")
 ALONE = SECTIONS[:2]  # those that need no model

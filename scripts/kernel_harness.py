@@ -18,7 +18,8 @@ from torch import Tensor
 
 import lbllm_cli.hf  # noqa: F401  registers the packed format
 from lbllm_cli.core import files
-from lbllm_cli.runtime.cpu.library import pointer, tier
+from lbllm_cli.engine.abi import tier
+from lbllm_cli.runtime.cpu.library import pointer
 from lbllm_cli.training.knees import Shape
 
 # Tables as calibration finds them, with 25 and 55 as the largest places.

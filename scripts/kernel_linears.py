@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
 import lbllm_cli.hf  # noqa: F401  registers the packed format
-from lbllm_cli.format.weights import LEVELS, group_count, level_max
-from lbllm_cli.runtime.cpu.library import DTYPES, Weights, pointer, quantizer_struct
+from lbllm_cli.engine.abi import Weights
+from lbllm_cli.format.names import LEVELS
+from lbllm_cli.format.weights import group_count, level_max
+from lbllm_cli.runtime.cpu.library import DTYPES, pointer, quantizer_struct
 from lbllm_cli.runtime.cpu.unit import Unit, aligned
 from lbllm_cli.runtime.linear import PackedLinear
 from lbllm_cli.runtime.quantizer import ActQuantizer

@@ -202,7 +202,7 @@ def ok(lbllm):
 @pytest.fixture
 def in_torch(monkeypatch) -> Iterator[None]:
     """Packed models run in plain torch: bit for bit what the decoded weights give."""
-    from lbllm_cli.runtime.cpu.library import library
+    from lbllm_cli.engine.abi import library
 
     monkeypatch.setenv("LBLLM_KERNELS", "off")
     library.cache_clear()

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from lbllm_cli.cli.app import app
-from lbllm_cli.runtime.cpu.library import VARIABLE, library
+from lbllm_cli.engine.abi import VARIABLE, library
 from lbllm_cli.runtime.kv_cache import QuantizedKVCache
 from lbllm_cli.runtime.linear import PackedLinear
 
@@ -36,9 +36,9 @@ def kernels(choice: str) -> Iterator[None]:
         library.cache_clear()
 
 
-def exported(base: Path, toy: Path, **sections) -> Path:
-    """A W(1+1)A4KV4 export of a toy."""
-    settings = {"parent": "ptq", "epochs": 0, "key_centre": "mean"}
+def exported(base: Path, toy: Path, act: dict | None = None, **sections) -> Path:
+    """A W(1+1)A4KV4 export of a toy. act: keys of act_calib."""
+    settings = {"parent": "ptq", "epochs": 0, "key_centre": "mean", **(act or {})}
     recipe = write_recipe(base / "r.yaml", toy, base / "run", act_calib=settings, **sections)
     with pytest.MonkeyPatch.context() as patch:
         give_tables(patch)

@@ -2,7 +2,8 @@
 
 import torch
 
-from lbllm_cli.format.weights import LEVELS, PackedWeight, group_count, pack_codes
+from lbllm_cli.format.names import LEVELS
+from lbllm_cli.format.weights import PackedWeight, group_count, pack_codes
 
 
 def random_weights(in_features: int, outs: tuple[int, ...], group_size: int, seed: int = 0) -> list[PackedWeight]:

@@ -3,7 +3,7 @@
 import torch
 from random_models import FORMAT, GROUP, fill
 
-from lbllm_cli.format.activations import input_name
+from lbllm_cli.format.names import input_name
 from lbllm_cli.runtime.cuda.unit import CudaUnit
 from lbllm_cli.runtime.linear import PackedLinear
 from lbllm_cli.runtime.quantizer import empty_quantizer

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lbllm_cli.format.activations import TENSORS, ActivationFormat, stored_clip
+from lbllm_cli.format.activations import ActivationFormat, stored_clip
+from lbllm_cli.format.names import TENSORS
 from lbllm_cli.format.settings import quantization_config
 from lbllm_cli.hf import LbllmConfig, LbllmQuantizer
 from lbllm_cli.runtime.linear import PackedLinear

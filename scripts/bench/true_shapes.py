@@ -16,8 +16,9 @@ from simulated_gpu.sampling import sample
 from torch import Tensor
 from transformers import AutoConfig
 
-from lbllm_cli.core.tensor_files import TensorEntry
-from lbllm_cli.format.activations import KEYS, VALUES, ActivationFormat, input_name, stored_clip
+from lbllm_cli.core.headers import TensorEntry
+from lbllm_cli.format.activations import ActivationFormat, stored_clip
+from lbllm_cli.format.names import KEYS, VALUES, input_name
 from lbllm_cli.format.weights import PackedWeight, group_count
 from lbllm_cli.models.block import block_prefix
 from lbllm_cli.models.model import SourceModel

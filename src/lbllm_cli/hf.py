@@ -1,7 +1,7 @@
 """transformers plugin: `import lbllm_cli.hf`, then `AutoModelForCausalLM.from_pretrained` loads packed exports.
 
 On a CPU the model runs in the compiled kernels, where this installation has them; the environment variable LBLLM_KERNELS chooses
-among them (`runtime.cpu.library`).
+among them (`engine.abi`).
 
 Without the import transformers fails on the shape of the packed weights; it never runs with random ones.
 """

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import lbllm_cli.hf  # noqa: F401 - registers the packed format
 from lbllm_cli.act_calib.fit import fitted, sample_inputs
-from lbllm_cli.format.activations import CENTRE, CLIP_UNIT, KEYS, TENSORS, VALUES, ActivationFormat, input_name, split_groups
+from lbllm_cli.format.activations import ActivationFormat, split_groups
+from lbllm_cli.format.names import CENTRE, CLIP_UNIT, KEYS, TENSORS, VALUES, input_name
 from lbllm_cli.models.block import block_prefix
 from lbllm_cli.models.model import open_model
 from lbllm_cli.models.stored import stored_block

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import lbllm_cli.hf  # noqa: F401 - registers the packed format
 from lbllm_cli.act_calib.fit import fitted
-from lbllm_cli.format.activations import CENTRE, CLIP_UNIT, KEYS, ActivationFormat
+from lbllm_cli.format.activations import ActivationFormat
+from lbllm_cli.format.names import CENTRE, CLIP_UNIT, KEYS
 from lbllm_cli.format.settings import check_settings
 from lbllm_cli.models.block import block_prefix
 from lbllm_cli.pipeline.checkpoint import Checkpoint

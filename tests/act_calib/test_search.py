@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lbllm_cli.act_calib.search import Sample, fit_knees, grid
-from lbllm_cli.format.activations import LATTICE_MAX, dequantize, quantize
+from lbllm_cli.format.activations import dequantize, quantize
+from lbllm_cli.format.names import LATTICE_MAX
 from lbllm_cli.training.knees import Shape, tables_of
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from lbllm_cli.core.errors import UsageError
-from lbllm_cli.core.tensor_files import read_header
+from lbllm_cli.core.headers import read_header
 
 
 def _tensors(seed: int = 0) -> dict[str, torch.Tensor]:

@@ -14,11 +14,11 @@ import lbllm_cli.hf  # noqa: F401 - packed folders
 from lbllm_cli.cli.app import app
 from lbllm_cli.core import files
 from lbllm_cli.core.errors import UsageError
+from lbllm_cli.engine.abi import VARIABLE, library
 from lbllm_cli.evaluation import perplexity as evaluation
 from lbllm_cli.pipeline.checkpoint import Checkpoint
 from lbllm_cli.recipe.load import load_recipe
 from lbllm_cli.report import figures as plots
-from lbllm_cli.runtime.cpu.library import VARIABLE, library
 
 
 @pytest.fixture(scope="session")

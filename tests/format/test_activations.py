@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from lbllm_cli.format.activations import (
-    LATTICE_MAX,
     Tables,
     dequantize,
     join_groups,
@@ -17,6 +16,7 @@ from lbllm_cli.format.activations import (
     split_groups,
     uniform_levels,
 )
+from lbllm_cli.format.names import LATTICE_MAX
 from lbllm_cli.training.knees import Shape, tables_of
 
 ONE = Shape(4, 5, 3, 3, 3, 3)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lbllm_cli.act_calib.search import Sample, fit_knees
-from lbllm_cli.format.activations import KEYS, ActivationFormat, uniform_levels
+from lbllm_cli.format.activations import ActivationFormat, uniform_levels
+from lbllm_cli.format.names import KEYS
 from lbllm_cli.runtime.kv_cache import read_record, record_bytes, write_record
 from lbllm_cli.runtime.quantizer import empty_quantizer
 from lbllm_cli.training.knees import tables_of

@@ -99,8 +99,8 @@ def main(library: Path, export: Path) -> None:
 
     torch.set_num_threads(1)
     reference, model = load(export, None), load(export, library)
-    from lbllm_cli.runtime.cpu.library import library as loaded
-    from lbllm_cli.runtime.cpu.library import tier
+    from lbllm_cli.engine.abi import library as loaded
+    from lbllm_cli.engine.abi import tier
 
     print(f"tier {tier(loaded())}")
     for name, function in hostile_models.MODEL.items():

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lbllm_cli.hf  # noqa: F401 - registers the packed format
 from lbllm_cli.data.sources import builtin_records
-from lbllm_cli.runtime.cpu.location import library_path
+from lbllm_cli.engine.location import library_path
 from lbllm_cli.runtime.kv_cache import QuantizedKVCache
 from lbllm_cli.runtime.notices import say_layer_by_layer
 

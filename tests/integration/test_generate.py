@@ -291,7 +291,8 @@ def test_code_that_comes_with_a_model_runs_only_where_it_is_trusted(folder, lbll
 
 
 def test_predictions_that_are_not_finite_end_the_text(folder):
-    from lbllm_cli.models.streaming import Request, stream_text
+    from lbllm_cli.models.prompts import Request
+    from lbllm_cli.models.streaming import stream_text
 
     # Finite weights whose products are not.
     edit(folder, **{NORM: lambda t: torch.full_like(t, 3e38)})

@@ -11,8 +11,8 @@ from zipfile import ZipFile
 import pytest
 from conftest import ROOT
 
+from lbllm_cli.engine.location import library_path
 from lbllm_cli.recipe.load import load_recipe
-from lbllm_cli.runtime.cpu.location import library_path
 
 SOURCES, RECIPES = ROOT / "src", ROOT / "recipes"
 # Of the recipes those that name folders of a checkout.
@@ -20,7 +20,7 @@ IN_A_CHECKOUT = {
     "batch.mk", "demo.yaml", "gemma3-270m.yaml", "smollm2-135m.yaml", "smollm2-135m-end-to-end.yaml",
     "smollm2-135m-2.5-bits.yaml", "toy.yaml", "toy-experts.yaml",
 }  # fmt: skip
-LIBRARY = "lbllm_cli/runtime/cpu/liblbllm_kernels"
+LIBRARY = "lbllm_cli/engine/liblbllm_kernels"
 
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")), reason="no C++ compiler"

@@ -6,7 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lbllm_cli.core import model_folder
 from lbllm_cli.core.errors import RunError, UsageError
+from lbllm_cli.core.headers import read_header
 from lbllm_cli.models import folder as source
 
 CPU = torch.device("cpu")
@@ -29,7 +31,7 @@ def single(tmp_path):
     folder = tmp_path / "single"
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
-    save_file(_tensors(), folder / source.SINGLE, metadata={"format": "pt"})
+    save_file(_tensors(), folder / model_folder.SINGLE, metadata={"format": "pt"})
     return folder
 
 
@@ -44,12 +46,12 @@ def sharded(tmp_path):
     for name, held in parts.items():
         save_file({key: tensors[key] for key in held}, folder / name)
     weight_map = {key: name for name, held in parts.items() for key in held}
-    (folder / source.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
+    (folder / model_folder.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
     return folder
 
 
 def test_one_file_and_shards_hold_the_same(single, sharded):
-    first, second = source.read_folder(single), source.read_folder(sharded)
+    first, second = model_folder.read_folder(single), model_folder.read_folder(sharded)
     assert {name: (entry.dtype, entry.shape) for name, entry in first.items()} == {
         name: (entry.dtype, entry.shape) for name, entry in second.items()
     }
@@ -64,15 +66,15 @@ def test_one_file_and_shards_hold_the_same(single, sharded):
 def test_a_missing_shard_is_named(sharded):
     (sharded / "model-2.safetensors").unlink()
     with pytest.raises(UsageError, match=r"1 of 2 weight files are missing: model-2\.safetensors"):
-        source.read_folder(sharded)
+        model_folder.read_folder(sharded)
 
 
 def test_an_index_that_names_absent_tensors(sharded):
-    index = json.loads((sharded / source.INDEX).read_text(encoding="utf-8"))
+    index = json.loads((sharded / model_folder.INDEX).read_text(encoding="utf-8"))
     index["weight_map"] |= {"z.weight": "model-1.safetensors", "y.weight": "model-2.safetensors"}
-    (sharded / source.INDEX).write_text(json.dumps(index), encoding="utf-8")
+    (sharded / model_folder.INDEX).write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(UsageError, match=r"names 2 tensors that no shard holds, first y\.weight"):
-        source.read_folder(sharded)
+        model_folder.read_folder(sharded)
 
 
 @pytest.mark.parametrize(
@@ -83,9 +85,9 @@ def test_an_index_that_names_absent_tensors(sharded):
     ids=range(12),
 )  # fmt: skip
 def test_a_damaged_index_is_refused(sharded, text):
-    (sharded / source.INDEX).write_text(text, encoding="utf-8")
+    (sharded / model_folder.INDEX).write_text(text, encoding="utf-8")
     with pytest.raises(UsageError, match=r"index\.json (is not a safetensors index|cannot be read as JSON)"):
-        source.read_folder(sharded)
+        model_folder.read_folder(sharded)
 
 
 @pytest.mark.parametrize(
@@ -95,41 +97,41 @@ def test_an_index_names_files_of_its_folder(sharded, name):
     outside = sharded.parent / "outside.safetensors"
     save_file(_tensors(), outside)
     index = {"weight_map": dict.fromkeys(_tensors(), name.format(absolute=outside))}
-    (sharded / source.INDEX).write_text(json.dumps(index), encoding="utf-8")
+    (sharded / model_folder.INDEX).write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(UsageError, match=r"index\.json names .*; expected the names of files in"):
-        source.read_folder(sharded)
+        model_folder.read_folder(sharded)
 
 
 def test_shards_that_are_links_are_followed(sharded, tmp_path):
     (sharded / "model-1.safetensors").rename(tmp_path / "blob")
     (sharded / "model-1.safetensors").symlink_to(tmp_path / "blob")
-    assert source.read_folder(sharded).keys() == _tensors().keys()
+    assert model_folder.read_folder(sharded).keys() == _tensors().keys()
 
 
 def test_a_tensor_in_two_shards(sharded):
     save_file({"c.bias": torch.zeros(3), "a.weight": torch.ones(2), "b.weight": torch.ones(2)}, sharded / "model-1.safetensors")
     with pytest.raises(UsageError, match=r"c\.bias is in model-1\.safetensors and in model-2\.safetensors"):
-        source.read_folder(sharded)
+        model_folder.read_folder(sharded)
 
 
 def test_one_file_goes_before_an_index_as_in_transformers(single, sharded):
-    save_file({"only.weight": torch.ones(2)}, sharded / source.SINGLE)
-    assert set(source.read_folder(sharded)) == {"only.weight"}
+    save_file({"only.weight": torch.ones(2)}, sharded / model_folder.SINGLE)
+    assert set(model_folder.read_folder(sharded)) == {"only.weight"}
 
 
 def test_folders_without_safetensors(tmp_path):
     with pytest.raises(UsageError, match=r"no weights: expected model\.safetensors or .*, found no weight file"):
-        source.read_folder(tmp_path)
+        model_folder.read_folder(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(UsageError, match=r"found pytorch_model\.bin. Only safetensors are read; convert"):
-        source.read_folder(tmp_path)
-    assert not source.has_weights(tmp_path)
+        model_folder.read_folder(tmp_path)
+    assert not model_folder.has_weights(tmp_path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_weight_that_is_not_finite_is_named(sharded, value):
     save_file({"a.weight": torch.tensor([1.0, value]), "b.weight": torch.ones(2)}, sharded / "model-1.safetensors")
-    entries = source.read_folder(sharded)
+    entries = model_folder.read_folder(sharded)
     with pytest.raises(RunError, match=r"a\.weight in .*model-1\.safetensors holds NaN or infinity"):
         source.read_tensors(entries, ["b.weight", "a.weight"], CPU)
     assert set(source.read_tensors(entries, ["b.weight"], CPU)) == {"b.weight"}
@@ -142,7 +144,7 @@ def test_tensors_are_checked_and_compared_piece_by_piece(tmp_path, monkeypatch):
     tensors["other"][9, 3] += 1
     tensors["spoiled"][8, 1] = torch.inf
     save_file(tensors, tmp_path / "w.safetensors")
-    entries = source.read_header(tmp_path / "w.safetensors")
+    entries = read_header(tmp_path / "w.safetensors")
     source.check_finite(entries, ["a", "scalar", "none"])
     with pytest.raises(RunError, match=r"spoiled in .* holds NaN or infinity"):
         source.check_finite(entries, ["a", "spoiled"])
@@ -152,11 +154,11 @@ def test_tensors_are_checked_and_compared_piece_by_piece(tmp_path, monkeypatch):
 
 
 def _identity(folder) -> str:
-    return source.identity(folder, source.read_folder(folder))
+    return model_folder.identity(folder, model_folder.read_folder(folder))
 
 
 def test_identity_notices_changes(single):
-    file = single / source.SINGLE
+    file = single / model_folder.SINGLE
     generator = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(300, 400, generator=generator) for name in ("a.weight", "b.weight")}
     save_file(tensors, file)
@@ -187,8 +189,8 @@ def test_identity_notices_changes(single):
 def test_identity_notices_shapes_that_lie_deep_in_the_file(single):
     seen = set()
     for shape in ((300, 400), (400, 300), (120000,)):
-        save_file({"a.weight": torch.ones(shape)}, single / source.SINGLE, metadata={"padding": "x" * 70_000})
-        assert b"shape" not in (single / source.SINGLE).read_bytes()[:65536]
+        save_file({"a.weight": torch.ones(shape)}, single / model_folder.SINGLE, metadata={"padding": "x" * 70_000})
+        assert b"shape" not in (single / model_folder.SINGLE).read_bytes()[:65536]
         seen.add(_identity(single))
     assert len(seen) == 3
 
@@ -214,24 +216,24 @@ def test_metadata_is_copied_byte_for_byte(single, tmp_path):
     (single / "LICENSES").mkdir()
     target = tmp_path / "target"
     target.mkdir()
-    source.copy_metadata(single, target)
+    model_folder.copy_metadata(single, target)
     assert sorted(path.name for path in target.iterdir()) == sorted(kept)
     for name in kept:
         assert (target / name).read_bytes() == (single / name).read_bytes()
-    assert single / "config.json" in set(source.metadata_files(single))
+    assert single / "config.json" in set(model_folder.metadata_files(single))
 
 
 def test_a_folder_resolves_to_itself(single, monkeypatch):
-    assert source.resolve(str(single), None, True) == single
+    assert model_folder.resolve(str(single), None, True) == single
     monkeypatch.setenv("HOME", str(single.parent))
-    assert source.resolve("~/single", None, True) == single
+    assert model_folder.resolve("~/single", None, True) == single
 
 
 def test_paths_that_are_no_folder_are_refused_without_the_hub(single, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     for path in (str(single / "nowhere"), str(single / "config.json"), "./nowhere", "../a", "a/b/c", "~/no/where", "a b"):
         with pytest.raises(UsageError, match=r"is not a folder; give a folder with config\.json or a Hugging Face id"):
-            source.resolve(path, None, True)
+            model_folder.resolve(path, None, True)
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing-here", "nothing--here", "a..b", "nothing.git", "x" * 120])
@@ -240,16 +242,16 @@ def test_models_that_cannot_be_had_give_one_message(tmp_path, monkeypatch, name)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=f"model.path {name}: no such folder") as caught:
-        source.resolve(name, None, True)
+        model_folder.resolve(name, None, True)
     assert "\n" not in str(caught.value)
 
 
 def test_configs(single):
-    assert source.read_config(single) == {"model_type": "llama"}
+    assert model_folder.read_config(single) == {"model_type": "llama"}
     for text, message in (("{", "cannot be read as JSON"), ("[]", "expected a JSON object, got list")):
         (single / "config.json").write_text(text, encoding="utf-8")
         with pytest.raises(UsageError, match=message):
-            source.read_config(single)
+            model_folder.read_config(single)
     (single / "config.json").unlink()
     with pytest.raises(UsageError, match=r"has no config\.json"):
-        source.read_config(single)
+        model_folder.read_config(single)

@@ -6,7 +6,7 @@ from conftest import save_toy
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lbllm_cli.core.tensor_files import Part
+from lbllm_cli.core.headers import Part
 from lbllm_cli.models.layout import as_stored, named_entries, stored_part
 from lbllm_cli.models.model import open_model
 from lbllm_cli.recipe.schema import Model
@@ -63,7 +63,7 @@ def test_an_expert_that_files_lack_is_named(tmp_path):
     name = "model.layers.0.mlp.experts.2.up_proj.weight"
     part = stored_part(model.family, name)
     assert part == Part("model.layers.0.block_sparse_moe.experts.2.w3.weight")
-    from lbllm_cli.models.folder import read_folder
+    from lbllm_cli.core.model_folder import read_folder
 
     entries = read_folder(folder)
     del entries[part.name]

@@ -9,7 +9,8 @@ from transformers import LlamaForCausalLM
 
 
 def test_generate_stops_when_its_reader_does(ok, recipe, tmp_path, monkeypatch):
-    from lbllm_cli.models.streaming import Request, stream_text
+    from lbllm_cli.models.prompts import Request
+    from lbllm_cli.models.streaming import stream_text
 
     passes, forward = [], LlamaForCausalLM.forward
 

@@ -5,7 +5,7 @@
 
 static const lbllm::Tier& tier = lbllm::EMULATED;
 
-int32_t lbllm_abi(void) { return 4; }
+int32_t lbllm_abi(void) { return 5; }
 const char* lbllm_tier(void) { return tier.name; }
 
 int32_t lbllm_choose_tier(const char* name) {
@@ -38,9 +38,15 @@ int32_t lbllm_block_step(const lbllm_block* block, const lbllm_cache* cache, con
     return LBLLM_OK;
 }
 
-int32_t lbllm_head(const uint16_t* weight, const void* x, void* y, int32_t in_features, int64_t out_features, int32_t dtype,
-                int64_t rows, int32_t threads) {
-    tier.head(weight, x, y, in_features, out_features, dtype, rows, threads);
+int32_t lbllm_run(const lbllm_model* model, const lbllm_cache* caches, const int32_t* tokens, int64_t count, float* logits,
+                  int32_t threads) {
+    tier.run(model, caches, tokens, count, logits, threads);
+    return LBLLM_OK;
+}
+
+int32_t lbllm_head(const void* weight, int32_t weight_dtype, const void* x, void* y, int32_t in_features, int64_t out_features,
+                   int32_t dtype, int64_t rows, int32_t threads) {
+    tier.head(weight, weight_dtype, x, y, in_features, out_features, dtype, rows, threads);
     return LBLLM_OK;
 }
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 NATIVE = Path(__file__).parent
-SOURCES = ROOT / "src" / "lbllm_cli" / "runtime" / "cpu" / "native"
+SOURCES = ROOT / "src" / "lbllm_cli" / "engine" / "native"
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 X86 = platform.machine() in ("x86_64", "AMD64")
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
@@ -69,7 +69,7 @@ def test_every_tier_of_this_cpu_is_right_under_sanitizers(tmp_path, check):
     tiers = {name: own for name, own in TIERS.items() if name == "portable" or (X86 and understood(*own))}
     known = [f"-DLBLLM_HAVE_{name.upper()}" for name in tiers if name != "portable"]
     objects = [compiled(SOURCES / f"tier_{name}.cpp", tmp_path, *flags, *own) for name, own in tiers.items()]
-    objects += [compiled(source, tmp_path, *flags, *known) for source in (SOURCES / "dispatch.cpp", SOURCES / "pack.cpp")]
+    objects += [compiled(SOURCES / f"{name}.cpp", tmp_path, *flags, *known) for name in ("dispatch", "pack", "sample")]
     objects.append(check)
     assert "portable: good" in run(objects, tmp_path, *flags)
 

@@ -8,7 +8,7 @@ from conftest import save_toy
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lbllm_cli.format.activations import input_name
+from lbllm_cli.format.names import input_name
 from lbllm_cli.models.model import open_model
 from lbllm_cli.recipe.schema import Model
 from lbllm_cli.runtime.experts import Experts, expert_of, experts_of, separate_experts

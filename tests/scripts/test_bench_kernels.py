@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from lbllm_cli.runtime.cpu.library import library
+from lbllm_cli.engine.abi import library
 
 SCRIPT = ROOT / "scripts" / "bench_kernels.py"
 KERNEL = {"tier", "group_size", "granularity", "us", "gb_s", "bandwidth_share", "times_bfloat16", "times_float32"}

@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lbllm_cli.core import files
-from lbllm_cli.models import folder as source
+from lbllm_cli.core import files, model_folder
 from lbllm_cli.models.model import SourceModel, open_model
 from lbllm_cli.pipeline.plan import Plan, prepare
 from lbllm_cli.recipe.schema import Recipe
@@ -72,7 +71,7 @@ def write_folder(model: SourceModel, weights: dict[str, Tensor], folder: Path) -
     tensors = {**kept, **{name: weight.float().contiguous() for name, weight in weights.items()}}
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
     files.write_json(partial / "config.json", model.exported_config())
-    source.copy_metadata(model.folder, partial)
+    model_folder.copy_metadata(model.folder, partial)
     partial.rename(folder)
 
 

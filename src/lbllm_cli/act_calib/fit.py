@@ -11,16 +11,8 @@ from torch import Tensor, nn
 
 from lbllm_cli.act_calib.search import SAMPLE, Sample, fit_knees
 from lbllm_cli.core.splits import data_seed
-from lbllm_cli.format.activations import (
-    KEYS,
-    VALUES,
-    ActivationFormat,
-    Tables,
-    input_name,
-    split_groups,
-    stored_centre,
-    uniform_levels,
-)
+from lbllm_cli.format.activations import ActivationFormat, Tables, split_groups, stored_centre, uniform_levels
+from lbllm_cli.format.names import KEYS, VALUES, input_name
 from lbllm_cli.format.weights import PackedWeight
 from lbllm_cli.models.block import Block
 from lbllm_cli.pipeline.block_loop import BlockResult, BlockTask

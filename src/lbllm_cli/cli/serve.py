@@ -14,7 +14,7 @@ from lbllm_cli.cli.service import Service
 from lbllm_cli.core import interrupt
 from lbllm_cli.core.console import say
 from lbllm_cli.core.errors import Interrupted, RunError, UsageError, reason
-from lbllm_cli.models.folder import resolve
+from lbllm_cli.core.model_folder import resolve
 from lbllm_cli.models.tokenizer import read_tokenizer
 from lbllm_cli.models.whole_folder import check_folder, check_loaded
 from lbllm_cli.runtime.backend import choose_device

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lbllm_cli.core import files, interrupt
+from lbllm_cli.core import files, interrupt, model_folder
 from lbllm_cli.core.console import say
 from lbllm_cli.core.errors import LbllmError, RunError, UsageError
 from lbllm_cli.core.own_folders import remove_own
@@ -18,7 +18,6 @@ from lbllm_cli.evaluation.sizes import Sizes, measure_sizes, result
 from lbllm_cli.export import writer
 from lbllm_cli.export.card import Described
 from lbllm_cli.format.activations import format_of
-from lbllm_cli.models import folder as source
 from lbllm_cli.models.model import read_entries
 from lbllm_cli.pipeline.checkpoint import Checkpoint, complete_stages
 from lbllm_cli.pipeline.folders import EVAL_STREAMS, EXPORT_FOLDER
@@ -187,6 +186,6 @@ class EvaluationRun:
 
     def _format(self, name: str) -> Any:
         if name == EXPORT:
-            return format_of(source.read_config(self.plan.output / EXPORT).get("quantization_config") or {})
+            return format_of(model_folder.read_config(self.plan.output / EXPORT).get("quantization_config") or {})
         checkpoint = self.checkpoints[name]
         return None if checkpoint is None else checkpoint.activations

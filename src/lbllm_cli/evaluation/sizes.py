@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from lbllm_cli.core.tensor_files import TensorEntry
+from lbllm_cli.core.headers import TensorEntry
 from lbllm_cli.format.activations import ActivationFormat
 from lbllm_cli.models.model import SourceModel
 

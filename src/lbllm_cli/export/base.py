@@ -8,8 +8,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lbllm_cli.core import files, interrupt
-from lbllm_cli.models import folder as source
+from lbllm_cli.core import files, interrupt, model_folder
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.pipeline.checkpoint import Checkpoint
 
@@ -59,7 +58,7 @@ class FolderExporter(Exporter):
 
     def write(self, model: SourceModel, checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
         """One shard is held in memory at a time."""
-        source.copy_metadata(model.folder, folder)
+        model_folder.copy_metadata(model.folder, folder)
         files.write_json(folder / "config.json", model.exported_config() | self.settings(model, checkpoint))
         _write_shards(self._tensors(model, checkpoint), folder, shard_bytes)
 
@@ -108,10 +107,10 @@ def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_byt
     flush()
     weight_map: dict[str, str] = {}
     for number, (path, names) in enumerate(shards, 1):
-        name = source.SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = model_folder.SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         files.sync_file(path)
         path.rename(folder / name)
         weight_map |= dict.fromkeys(names, name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        files.write_json(folder / source.INDEX, index)
+        files.write_json(folder / model_folder.INDEX, index)

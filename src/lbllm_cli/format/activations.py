@@ -15,14 +15,14 @@ Keys may be centred: what is quantized, and what attention then reads, is a key 
 scores all move by one number, which its softmax does not see, so nothing adds the vector again.
 """
 
-import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-LATTICE_MAX = 127
+from lbllm_cli.format.names import CENTRE, CLIP_UNIT, KEYS, TENSORS, VALUES, step_size
+
 # Steps below this have no finite reciprocal worth using: the group is zero.
 _SMALLEST_STEP = 1e-30
 # A knee table is tried with the step that reaches the group's extremes and with a smaller one, and the better is taken. Together
@@ -30,33 +30,8 @@ _SMALLEST_STEP = 1e-30
 _SHARES = (1.0, 0.88)
 
 
-# Names in a block: what an attention layer's keys and values are quantized by, and what linears read is by `input_name`.
-KEYS, VALUES = "self_attn.key_cache", "self_attn.value_cache"
-# What the tensors of a quantizer are called behind its name.
-TENSORS = ("act_levels", "act_zero", "act_clip")
-# And of centred keys one more.
-CENTRE = "act_centre"
 # Steps of keys and values are stored in the cache: 2 bytes, with the range of float32.
 KV_STEP = torch.bfloat16
-# Of clipping factors and centres as they are stored, integers that no loader casts: 2^-16.
-CLIP_UNIT = 65536
-# A factor far below 1 cuts every group's largest value; above 1 some levels are never used.
-CLIP_RANGE = 0.1, 1.0
-
-
-_EXPERT = re.compile(r"(?<=\.experts)\.\d+\.(?=\w+$)")
-
-
-def input_name(unit: tuple[str, ...]) -> str:
-    """Name of the quantizer of what some linears read: it belongs to the first of them, or to all experts of a block.
-
-    ("mlp.gate_proj", "mlp.up_proj") -> "mlp.gate_proj.input"; ("mlp.experts.3.down_proj",) -> "mlp.experts.down_proj_input": few
-    tokens reach one expert, and what they read is alike.
-    """
-    shared, experts = _EXPERT.subn(".", unit[0])
-    return f"{shared}_input" if experts else f"{unit[0]}.input"
-
-
 def stored_clip(clip: Tensor) -> Tensor:
     """Clipping factors as they are stored: float [...] -> int32 [...], in units of 2^-16."""
     return (clip * CLIP_UNIT).round().to(torch.int32)
@@ -81,9 +56,8 @@ class ActivationFormat:
     key_centre: bool = False
 
     def size(self, name: str, width: int) -> int:
-        """Values that share a step, of the quantizer `name`: of an input with `width` channels, or keys with `width` per head."""
-        whole = self.granularity == "token" and name not in (KEYS, VALUES)
-        return width if whole else min(self.group_size, width)
+        """Values that share a step: see `names.step_size`."""
+        return step_size(name, width, self.granularity, self.group_size)
 
     def empty(self, name: str) -> "Tables":
         """Tables of the right shapes for the quantizer `name`, to be filled by a loader."""

@@ -1,13 +1,15 @@
 """What files say of the stored form: `quantization_config` of a packed model, activations in manifests."""
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lbllm_cli import __version__
 from lbllm_cli.core.validation import describe
-from lbllm_cli.format.activations import ActivationFormat
-from lbllm_cli.format.weights import LEVEL_BITS
+from lbllm_cli.format.names import LEVEL_BITS
+
+if TYPE_CHECKING:
+    from lbllm_cli.format.activations import ActivationFormat
 
 METHOD = "lbllm"
 # 1: weights alone. 2: with quantizers of activations, which a reader of 1 would leave out without a word. 3: levels of 4 bits,
@@ -31,7 +33,7 @@ class Activations(BaseModel):
 
 
 def quantization_config(
-    group_size: int, level_bits: int, stage: str, linears: tuple[str, ...], activations: ActivationFormat | None
+    group_size: int, level_bits: int, stage: str, linears: tuple[str, ...], activations: "ActivationFormat | None"
 ) -> dict[str, Any]:
     """The `quantization_config` block of a packed model's config.json. linears: of a block, that are packed."""
     return {
@@ -46,7 +48,7 @@ def quantization_config(
     }
 
 
-def format_version(level_bits: int, activations: ActivationFormat | None) -> int:
+def format_version(level_bits: int, activations: "ActivationFormat | None") -> int:
     """Of a packed model: the smallest whose readers know all of it."""
     if activations is not None and activations.key_centre:
         return 4

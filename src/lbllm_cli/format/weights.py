@@ -21,9 +21,8 @@ from math import ceil
 import torch
 from torch import Tensor
 
-LEVELS = 4
-# Bits that a file may have of a level.
-LEVEL_BITS = (8, 4)
+from lbllm_cli.format.names import LEVEL_BITS, LEVELS
+
 # Where the largest level of a group lies on the grid of 4 bits, before it is rounded: the best of these is taken, 7.2 first. On
 # levels about those of a normal distribution that makes 0.6 of the squared error that 7 alone does.
 _TOPS = tuple(whole + beside for whole in (7.0, 6.0, 5.0) for beside in (0.2, 0.0, -0.2))

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
 
 from lbllm_cli.core.errors import UsageError, reason
+from lbllm_cli.core.model_folder import code_hint, read_config
 from lbllm_cli.core.tensor_files import finite
+from lbllm_cli.engine.rope import known_positions
 from lbllm_cli.models.families import FAMILIES
-from lbllm_cli.models.folder import read_config
 from lbllm_cli.runtime.experts import separate_experts
 from lbllm_cli.runtime.softcap import keep_soft_cap
 
@@ -82,13 +83,6 @@ def read_configuration(folder: Path, trust_remote_code: bool) -> PretrainedConfi
             raise UsageError(f"{file}: per_layer_config: blocks of different shapes are not supported")
         check_family(file, config)
     return config
-
-
-def code_hint(values: Any, trust_remote_code: bool) -> str:
-    """What to add where a file that may name code of the folder's own cannot be used without it."""
-    if trust_remote_code or not isinstance(values, dict) or not values.get("auto_map"):
-        return ""
-    return "; it names code of its own (auto_map), which runs only with --trust-remote-code or model.trust_remote_code: true"
 
 
 def _check_sizes(file: Path, values: dict[str, Any]) -> None:
@@ -187,7 +181,4 @@ def positions(config: PretrainedConfig) -> int | None:
     limit = getattr(text, "max_position_embeddings", None)
     if type(limit) is not int or limit < 1:
         return None
-    rope = getattr(text, "rope_parameters", None) or {}
-    start, factor = rope.get("original_max_position_embeddings", limit), rope.get("factor", 1)
-    stretched = start * factor if isinstance(start, int | float) and isinstance(factor, int | float) else limit
-    return max(limit, int(stretched)) if math.isfinite(stretched) else limit
+    return known_positions(limit, getattr(text, "rope_parameters", None) or {})

@@ -2,13 +2,13 @@
 
 import math
 from pathlib import Path
-from typing import Any
-
-from transformers import GenerationConfig
+from typing import TYPE_CHECKING, Any
 
 from lbllm_cli.core import files
 from lbllm_cli.core.errors import UsageError
-from lbllm_cli.models.config import understood
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "begin_suppress_tokens")
 # Least and most. The rest of the file (beams, caches, lengths) is for other uses than one stream of text.
@@ -22,8 +22,8 @@ _NUMBERS: dict[str, tuple[type, float, float]] = {
 }
 
 
-def read_settings(folder: Path) -> GenerationConfig | None:
-    """Special tokens and sampling settings of a model folder; None where it has no generation_config.json.
+def read_values(folder: Path) -> dict[str, Any] | None:
+    """Special tokens and sampling settings of a model folder, what is null left out; None where it has no generation_config.json.
 
     Temperatures are the command line's. Raises UsageError naming the first value that is none.
     """
@@ -38,7 +38,19 @@ def read_settings(folder: Path) -> GenerationConfig | None:
         expected = _expected(key, value)
         if expected:
             raise UsageError(f"{file}: {key}: expected {expected}, got {str(value)[:40]}; mend it or take it out")
-    with understood(file):
+    return taken
+
+
+def read_settings(folder: Path) -> "GenerationConfig | None":
+    """The same for transformers. Raises UsageError also for a file that it cannot read."""
+    taken = read_values(folder)
+    if taken is None:
+        return None
+    from transformers import GenerationConfig
+
+    from lbllm_cli.models.config import understood
+
+    with understood(folder / "generation_config.json"):
         # As loading the model reads it: it stops at values that nothing here uses.
         GenerationConfig.from_pretrained(folder)
         return GenerationConfig(**taken)

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lbllm_cli.core.tensor_files import Part, TensorEntry
+from lbllm_cli.core.headers import Part, TensorEntry
 from lbllm_cli.models.families import FAMILIES
 
 # Beginnings of names in such folders, in the layouts of both years, and what they are in a text model's own.

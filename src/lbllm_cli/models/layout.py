@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lbllm_cli.core.tensor_files import Part, TensorEntry
+from lbllm_cli.core.headers import Part, TensorEntry
 from lbllm_cli.models.families import Family
 
 _BLOCK = re.compile(r"^(model\.layers\.\d+\.)(.+)$")

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from lbllm_cli.core import model_folder
 from lbllm_cli.core.errors import UsageError
-from lbllm_cli.core.tensor_files import DISK_DTYPES, TensorEntry, mismatch
+from lbllm_cli.core.headers import TensorEntry, mismatch
+from lbllm_cli.core.tensor_files import DISK_DTYPES
 from lbllm_cli.models import folder as source
 from lbllm_cli.models.block import BLOCKS, Block, block_prefix, block_units
 from lbllm_cli.models.config import check_family, module_shapes, one_block, read_configuration, understood
@@ -35,7 +37,7 @@ def load_config(folder: Path) -> PretrainedConfig:
 
     Raises UsageError naming what is not supported: the family, or an already quantized model.
     """
-    values = source.read_config(folder)
+    values = model_folder.read_config(folder)
     kind = inner_type(values) or values.get("model_type")
     supported = "; ".join(f"{key} ({family.text})" for key, family in FAMILIES.items())
     if kind not in list(FAMILIES):
@@ -58,7 +60,7 @@ def load_config(folder: Path) -> PretrainedConfig:
 
 def read_entries(folder: Path, config: PretrainedConfig) -> dict[str, TensorEntry]:
     """Tensors of a model folder of a known family, by the names that they have here. Raises UsageError as `read_folder`."""
-    entries, family = inner_entries(source.read_folder(folder)), FAMILIES[config.model_type]
+    entries, family = inner_entries(model_folder.read_folder(folder)), FAMILIES[config.model_type]
     if not family.stored:
         return entries
     with understood(folder / "config.json"):
@@ -191,7 +193,7 @@ class SourceModel:
 
     def exported_config(self) -> dict[str, Any]:
         """config.json for a copy of the model: the source's values, but whether head and embedding are one as it really is."""
-        values = source.read_config(self.folder)
+        values = model_folder.read_config(self.folder)
         tied = bool(self.config.tie_word_embeddings)
         if inner_type(values) is not None:
             values = inner_values(values, tied)
@@ -235,8 +237,8 @@ class SourceModel:
         return [name for name in self.block_names(index) if name.endswith("norm.weight")]
 
     def identity(self) -> str:
-        """Hash of the model folder, see `source.identity`."""
-        return source.identity(self.folder, self.entries)
+        """Hash of the model folder, see `model_folder.identity`."""
+        return model_folder.identity(self.folder, self.entries)
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """dtype of a tensor on disk."""
@@ -254,9 +256,9 @@ def open_model(recipe: "Model", device: torch.device, weights: bool = True) -> S
     does, and used apart where they differ. weights: False needs only config.json, for forecasts. Raises UsageError for a missing
     or damaged file, an unsupported family, missing or unknown tensors or other shapes than the configuration's.
     """
-    folder = source.resolve(recipe.path, recipe.revision, weights)
+    folder = model_folder.resolve(recipe.path, recipe.revision, weights)
     config = load_config(folder)
-    stored = weights or source.has_weights(folder)
+    stored = weights or model_folder.has_weights(folder)
     entries = read_entries(folder, config) if stored else {}
     dtype = _compute_dtype(recipe, config, entries, device)
     if config.tie_word_embeddings and {EMBEDDING, HEAD} <= set(entries):

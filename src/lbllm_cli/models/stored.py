@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from lbllm_cli.format.activations import CENTRE, TENSORS, ActivationFormat
+from lbllm_cli.format.activations import ActivationFormat
+from lbllm_cli.format.names import CENTRE, TENSORS
 from lbllm_cli.format.weights import PackedWeight
 from lbllm_cli.models.block import Block
 from lbllm_cli.models.model import SourceModel

@@ -7,11 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+from lbllm_cli.core import model_folder
 from lbllm_cli.core.errors import UsageError
+from lbllm_cli.core.model_folder import code_hint
 from lbllm_cli.core.tensor_files import finite
 from lbllm_cli.format.settings import METHOD, check_settings
-from lbllm_cli.models import folder as source
-from lbllm_cli.models.config import code_hint, read_configuration, understood
+from lbllm_cli.models.config import read_configuration, understood
 from lbllm_cli.models.families import FAMILIES
 from lbllm_cli.models.inner import KEY_MAPPING
 from lbllm_cli.models.model import SourceModel, read_entries
@@ -24,9 +25,9 @@ def check_folder(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     trust_remote_code: whether code that the folder brings may run. Raises UsageError for what cannot be loaded. In the families
     that lbllm supports every tensor must be there; a packed folder's are compared as it is loaded.
     """
-    values = source.read_config(folder)
+    values = model_folder.read_config(folder)
     config = read_configuration(folder, trust_remote_code)
-    source.read_folder(folder)
+    model_folder.read_folder(folder)
     quantized = values.get("quantization_config")
     if quantized:
         _check_quantization(folder, quantized)
@@ -58,7 +59,7 @@ def load_folder(folder: Path, config: PretrainedConfig, trust_remote_code: bool,
     """
     import lbllm_cli.hf  # noqa: F401 - registers the packed format
 
-    if config.model_type != source.read_config(folder).get("model_type"):
+    if config.model_type != model_folder.read_config(folder).get("model_type"):
         options = {**options, "key_mapping": KEY_MAPPING}
     with refusing(folder):
         model, found = AutoModelForCausalLM.from_pretrained(

@@ -15,8 +15,8 @@ from torch import Tensor
 from lbllm_cli.core import files
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.core.fingerprint import changes, fingerprint
+from lbllm_cli.core.headers import TensorEntry, read_header
 from lbllm_cli.core.own_folders import check_own, remove_own
-from lbllm_cli.core.tensor_files import TensorEntry, read_header
 from lbllm_cli.format.activations import ActivationFormat, format_of
 from lbllm_cli.pipeline.folders import STAGE, STREAMS, UNFINISHED_STAGE
 from lbllm_cli.pipeline.stage_record import OUTER, Manifest, block_file, format_version, read_manifest, read_progress

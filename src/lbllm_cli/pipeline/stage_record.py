@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from lbllm_cli.core import files
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.core.validation import describe
+from lbllm_cli.format.names import LEVEL_BITS
 from lbllm_cli.format.settings import Activations
-from lbllm_cli.format.weights import LEVEL_BITS
 from lbllm_cli.recipe.stages import STAGES, StageName
 
 # 1: levels of 8 bits. 2: `level_bits` says how many they have. 3: keys are centred.

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lbllm_cli.format.weights import LEVELS
+from lbllm_cli.format.names import LEVELS
 from lbllm_cli.runtime.backend import backend_of
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lbllm_cli.format.activations import input_name, join_groups, quantize, reciprocal, split_groups
+from lbllm_cli.format.activations import join_groups, quantize, reciprocal, split_groups
+from lbllm_cli.format.names import input_name
 from lbllm_cli.models.block import block_prefix
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.models.stored import decoded, stored_block

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lbllm_cli.core.errors import RunError
-from lbllm_cli.format.activations import KEYS, VALUES, input_name
+from lbllm_cli.format.names import KEYS, VALUES, input_name
 from lbllm_cli.runtime.shared_input import SharedInput
 from lbllm_cli.runtime.units import Units
 

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from lbllm_cli.core.errors import LbllmError, UsageError, reason
-from lbllm_cli.core.tensor_files import TensorEntry, finite, mismatch, read_header
-from lbllm_cli.format.activations import CLIP_RANGE, CLIP_UNIT, LATTICE_MAX
+from lbllm_cli.core.headers import TensorEntry, mismatch, read_header
+from lbllm_cli.core.tensor_files import finite
+from lbllm_cli.format.names import CLIP_RANGE, CLIP_UNIT, LATTICE_MAX
 from lbllm_cli.runtime.linear import PackedLinear
 from lbllm_cli.runtime.quantizer import ActQuantizer
 

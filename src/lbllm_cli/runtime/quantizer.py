@@ -8,20 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lbllm_cli.format.activations import (
-    CENTRE,
-    CLIP_UNIT,
-    KEYS,
-    KV_STEP,
-    VALUES,
-    ActivationFormat,
-    Quantized,
-    Tables,
-    input_name,
-    join_groups,
-    split_groups,
-    stored_clip,
-)
+from lbllm_cli.format.activations import KV_STEP, ActivationFormat, Quantized, Tables, join_groups, split_groups, stored_clip
+from lbllm_cli.format.names import CENTRE, CLIP_UNIT, KEYS, VALUES, input_name
 from lbllm_cli.runtime.backend import backend_of
 from lbllm_cli.runtime.shared_input import once, plain
 from lbllm_cli.runtime.torch.quantizer import quantized as reference

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from lbllm_cli.format.activations import LATTICE_MAX, Tables
+from lbllm_cli.format.activations import Tables
+from lbllm_cli.format.names import LATTICE_MAX
 
 
 class Shape(NamedTuple):

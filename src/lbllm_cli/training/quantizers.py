@@ -5,7 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from lbllm_cli.format.activations import CENTRE, CLIP_RANGE, TENSORS, Tables, stored_clip
+from lbllm_cli.format.activations import Tables, stored_clip
+from lbllm_cli.format.names import CENTRE, CLIP_RANGE, TENSORS
 from lbllm_cli.runtime.backend import backend_of
 from lbllm_cli.runtime.quantizer import ActQuantizer
 from lbllm_cli.training.act_ste import fake_quantize, fused_fake, fused_soft, soft_quantize

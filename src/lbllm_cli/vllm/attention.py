@@ -9,7 +9,8 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from lbllm_cli.format.activations import KEYS, VALUES, ActivationFormat
+from lbllm_cli.format.activations import ActivationFormat
+from lbllm_cli.format.names import KEYS, VALUES
 from lbllm_cli.runtime.checks import check_values
 from lbllm_cli.runtime.quantizer import empty_quantizer
 from lbllm_cli.vllm.cache import RecordAttention, record_backend

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
-from lbllm_cli.format.activations import TENSORS, ActivationFormat
+from lbllm_cli.format.activations import ActivationFormat
+from lbllm_cli.format.names import TENSORS
 from lbllm_cli.format.weights import PARTS
 from lbllm_cli.runtime.backend import backend_of
 from lbllm_cli.runtime.checks import check_values

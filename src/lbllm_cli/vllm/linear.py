@@ -14,7 +14,8 @@ from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_
 from vllm.model_executor.parameter import ModelWeightParameter
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from lbllm_cli.format.activations import CENTRE, TENSORS, ActivationFormat
+from lbllm_cli.format.activations import ActivationFormat
+from lbllm_cli.format.names import CENTRE, TENSORS
 from lbllm_cli.format.weights import PARTS
 from lbllm_cli.runtime.backend import backend_of
 from lbllm_cli.runtime.checks import check_values

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lbllm_cli.runtime.cpu.library import TIERS, VARIABLE, library, tier
+from lbllm_cli.engine.abi import TIERS, VARIABLE, library, tier
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from transformers import DynamicCache
 
 import lbllm_cli.hf
 from lbllm_cli.core.errors import RunError
+from lbllm_cli.engine.abi import library
+from lbllm_cli.engine.location import library_path
 from lbllm_cli.runtime.attachments import attach
 from lbllm_cli.runtime.cpu import block as kernel_block
-from lbllm_cli.runtime.cpu.library import library
-from lbllm_cli.runtime.cpu.location import library_path
 from lbllm_cli.runtime.cpu.unit import Unit
 from lbllm_cli.runtime.kv_cache import QuantizedKVCache
 from lbllm_cli.runtime.quantizer import ActQuantizer

@@ -13,9 +13,9 @@ from transformers import AutoTokenizer
 
 import lbllm_cli.hf
 from lbllm_cli.data.sources import builtin_records
+from lbllm_cli.engine.location import library_path
 from lbllm_cli.runtime.cpu.block import BlockStep
 from lbllm_cli.runtime.cpu.head import HeadLinear
-from lbllm_cli.runtime.cpu.location import library_path
 from lbllm_cli.runtime.kv_cache import QuantizedKVCache, RecordLayer
 from lbllm_cli.runtime.linear import PackedLinear
 

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from lbllm_cli.engine.location import library_path
 from lbllm_cli.format.activations import Tables, dequantize, places, quantize, split_groups, stored_clip, uniform_levels
 from lbllm_cli.format.weights import PackedWeight, group_count, pack_codes
 from lbllm_cli.runtime.backend import backend_of
 from lbllm_cli.runtime.cpu.head import ROWS_MAX, HeadLinear
 from lbllm_cli.runtime.cpu.library import DTYPES, pointer, quantizer_struct
-from lbllm_cli.runtime.cpu.location import library_path
 from lbllm_cli.runtime.cpu.quantizer import native_gradients
 from lbllm_cli.runtime.cpu.unit import Unit, usable
 from lbllm_cli.runtime.linear import PackedLinear

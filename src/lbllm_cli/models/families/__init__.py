@@ -10,7 +10,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
-from lbllm_cli.core.tensor_files import Part
+from lbllm_cli.core.headers import Part
 
 
 def _one(config: Any) -> float:

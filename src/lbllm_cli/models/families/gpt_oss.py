@@ -3,7 +3,7 @@
 OpenAI's own files hold experts in MXFP4; what is read here are copies in bfloat16.
 """
 
-from lbllm_cli.core.tensor_files import Part
+from lbllm_cli.core.headers import Part
 from lbllm_cli.models.families import Family
 
 _UP, _UP_BIAS = "mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj_bias"

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from lbllm_cli.core.tensor_files import Part
+from lbllm_cli.core.headers import Part
 from lbllm_cli.models.families import granite
 
 FAMILY = replace(

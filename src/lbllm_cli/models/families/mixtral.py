@@ -1,6 +1,6 @@
 """Mixtral: files have other names for experts and router."""
 
-from lbllm_cli.core.tensor_files import Part
+from lbllm_cli.core.headers import Part
 from lbllm_cli.models.families import Family
 
 FAMILY = Family(

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lbllm_cli.engine.abi import library
 from lbllm_cli.format import kv_record
-from lbllm_cli.format.activations import Quantized, Tables, input_name
+from lbllm_cli.format.activations import Quantized, Tables
+from lbllm_cli.format.names import input_name
 from lbllm_cli.runtime.attachments import share_inputs
 from lbllm_cli.runtime.cpu.block import BlockStep, steppable
 from lbllm_cli.runtime.cpu.head import HeadLinear
-from lbllm_cli.runtime.cpu.library import library
 from lbllm_cli.runtime.cpu.quantizer import native_gradients, native_quantized
 from lbllm_cli.runtime.cpu.unit import Unit, usable
 from lbllm_cli.runtime.linear import PackedLinear

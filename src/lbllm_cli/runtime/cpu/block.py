@@ -11,17 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from lbllm_cli.core.errors import RunError
-from lbllm_cli.format.activations import KEYS, VALUES
+from lbllm_cli.engine.abi import HEAD_MAX, Block, CacheView, library
+from lbllm_cli.format.names import KEYS, VALUES
 from lbllm_cli.runtime.attachments import Arguments, taken_proof
 from lbllm_cli.runtime.cpu.captured import CapturedModules, CapturedQuantizers
-from lbllm_cli.runtime.cpu.library import DTYPES, Block, CacheView, library, pointer, quantizer_struct, supported
+from lbllm_cli.runtime.cpu.library import DTYPES, pointer, quantizer_struct, supported
 from lbllm_cli.runtime.cpu.unit import Unit
 from lbllm_cli.runtime.kv_cache import RecordLayer, record_bytes
 from lbllm_cli.runtime.quantizer import ActQuantizer
 from lbllm_cli.runtime.units import Units
 
-# The library decodes a head's record into a buffer of this many floats.
-_HEAD_MAX = 256
 # What the step computes: transformers' layers with another order of norms, residuals or scalings go layer by layer. A name is put
 # here when tests/native compare the step with that layer.
 _LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "SeedOssDecoderLayer")
@@ -213,5 +212,5 @@ def steppable(layer: nn.Module, units: Units) -> bool:
     attention: Any = layer.self_attn
     activation = type(getattr(layer.get_submodule("mlp"), "act_fn", None)).__name__
     cached: list[Any] = [layer.get_submodule(name) for name in (KEYS, VALUES)]
-    small = int(attention.head_dim) <= _HEAD_MAX and all(quantizer.size % 2 == 0 for quantizer in cached)
+    small = int(attention.head_dim) <= HEAD_MAX and all(quantizer.size % 2 == 0 for quantizer in cached)
     return small and activation in ("SiLU", "SiLUActivation") and all(supported(q.tables, cached=True) for q in cached)

@@ -1,139 +1,12 @@
-"""The compiled library through ctypes: finding it, choosing its tier, and the structures of its ABI (native/lbllm_kernels.h).
-
-ctypes, not a torch extension: one wheel serves every torch, and a call costs a third of a registered operator's.
-"""
-
-import ctypes
-import logging
-import os
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int8, c_int32, c_int64, c_uint8, c_void_p
-from functools import cache
-from typing import Any
+"""What of torch goes to the compiled library: dtypes, addresses of tensors, tables of quantizers."""
 
 import torch
 from torch import Tensor
 
-from lbllm_cli.core.errors import UsageError
-from lbllm_cli.format.activations import LATTICE_MAX, Tables, snap_table
-from lbllm_cli.runtime.cpu.location import library_path
+from lbllm_cli.engine import abi
+from lbllm_cli.format.activations import Tables
 
-ABI = 4
-TIERS = ("portable", "avx2", "avxvnni", "avx512")
-VARIABLE = "LBLLM_KERNELS"
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-# Sums of a group's levels are int16 in the library.
-GROUP_MAX = 256
-# What an entry answers that refuses what it was given (native/lbllm_kernels.h). Callers check first, by name: this is what keeps
-# a caller's mistake from being a write past a buffer.
-_REFUSALS = dict(enumerate(("a size", "an element type", "a quantizer", "the shapes of a block", "the shapes of a cache"), 1))
-
-_log = logging.getLogger("lbllm")
-
-
-class Weights(Structure):
-    """`lbllm_weights`."""
-
-    _fields_ = [
-        *((name, c_void_p) for name in ("tiles", "bias")),
-        *((name, c_int32) for name in ("in_features", "out_features", "group_size")),
-    ]
-
-
-class Quantizer(Structure):
-    """`lbllm_quantizer`."""
-
-    _fields_ = [
-        ("tables", c_int32),
-        ("size", c_int32),
-        ("top", c_int32 * 2),
-        ("zero", c_int32 * 2),
-        ("clip", c_float * 2 * 2),
-        ("lattice", c_int8 * (LATTICE_MAX + 1) * 2),
-        ("code", c_uint8 * (LATTICE_MAX + 1) * 2),
-        ("value", c_int8 * 16 * 2),
-    ]
-
-
-class Block(Structure):
-    """`lbllm_block`."""
-
-    _fields_ = [
-        *((name, Weights) for name in ("qkv", "o", "gate_up", "down")),
-        *((name, POINTER(Quantizer)) for name in ("qkv_input", "o_input", "gate_up_input", "down_input", "keys", "values")),
-        *((name, c_void_p) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm", "key_centre")),
-        *((name, c_float) for name in ("epsilon", "scaling")),
-        *((name, c_int32) for name in ("hidden", "heads", "kv_heads", "head_dim", "intermediate", "norm_dtype")),
-    ]
-
-
-class CacheView(Structure):
-    """`lbllm_cache`."""
-
-    _fields_ = [
-        *((name, c_void_p) for name in ("keys", "values")),
-        *((name, c_int64) for name in ("key_row_stride", "key_head_stride", "value_row_stride", "value_head_stride", "tokens")),
-        ("mask", c_void_p),
-        ("rows", c_int64),
-        *((name, c_int32) for name in ("kv_heads", "key_bytes", "value_bytes")),
-    ]
-
-
-def _status(code: int) -> None:
-    """What ctypes makes of an entry's answer. Raises ValueError where it refused."""
-    if code:
-        raise ValueError(f"the compiled kernels refuse {_REFUSALS.get(code, code)}; nothing was computed")
-
-
-_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
-    "lbllm_abi": (c_int32, []),
-    "lbllm_tier": (c_char_p, []),
-    "lbllm_choose_tier": (c_int32, [c_char_p]),
-    "lbllm_tiles_bytes": (c_int64, [c_int32] * 3),
-    "lbllm_pack": (_status, [c_void_p] * 3 + [c_int32] * 3 + [c_void_p, c_int32]),
-    "lbllm_unpack": (_status, [POINTER(Weights), c_int32, c_int32] + [c_void_p] * 3),
-    "lbllm_quantize": (_status, [POINTER(Quantizer), c_void_p, c_int32, c_int64, c_int32] + [c_void_p] * 5 + [c_int32] * 2),
-    "lbllm_quantize_backward": (_status, [POINTER(Quantizer), c_void_p, c_int32, c_int64] + [c_void_p] * 7 + [c_int32]),
-    "lbllm_linear": (_status, [POINTER(Weights), POINTER(Quantizer), c_void_p, c_void_p, c_int32, c_int64, c_int32]),
-    "lbllm_block_step": (_status, [POINTER(Block), POINTER(CacheView)] + [c_void_p] * 4 + [c_int32, c_int64, c_int32]),
-    "lbllm_head": (_status, [c_void_p] * 3 + [c_int32, c_int64, c_int32, c_int64, c_int32]),
-    "lbllm_read": (ctypes.c_uint64, [c_void_p, c_int64, c_int32]),
-}
-
-
-@cache
-def library() -> Any | None:
-    """The library with the tier that LBLLM_KERNELS asks for, or None: linears then run in torch, which one log line says.
-
-    LBLLM_KERNELS: `auto` (the best tier of this CPU), the name of a tier, or `off`. Raises UsageError for anything else, for a
-    tier that this CPU or this build does not have, and for a library of another ABI.
-    """
-    wanted = os.environ.get(VARIABLE, "auto") or "auto"
-    if wanted not in ("auto", "off", *TIERS):
-        raise UsageError(f"{VARIABLE}={wanted}: expected auto, off, or one of {', '.join(TIERS)}")
-    if wanted == "off":
-        return None
-    path = library_path()
-    if path is None:
-        if wanted != "auto":
-            raise UsageError(f"{VARIABLE}={wanted}: this installation has no compiled kernels; install it with a C++ compiler")
-        _log.warning("this installation has no compiled kernels: packed models run in torch, many times slower")
-        return None
-    # torch is imported above: its libgomp is in the process already, and the library uses that one and its threads.
-    found = ctypes.CDLL(str(path))
-    # Before the others are looked up: an older library does not have them all.
-    if found.lbllm_abi() != ABI:
-        raise UsageError(f"{path} has ABI {found.lbllm_abi()}, expected {ABI}; install lbllm-cli again")
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(found, name)
-        function.restype, function.argtypes = result, arguments
-    if wanted != "auto" and found.lbllm_choose_tier(wanted.encode()):
-        raise UsageError(f"{VARIABLE}={wanted}: not in this build, or not supported by this CPU; here: {tier(found)}")
-    return found
-
-
-def tier(lib: Any) -> str:
-    """Name of the tier that `lib` runs."""
-    return str(lib.lbllm_tier().decode())
+DTYPES = {torch.float32: abi.FLOAT32, torch.bfloat16: abi.BFLOAT16}
 
 
 def pointer(tensor: Tensor | None) -> int | None:
@@ -141,23 +14,17 @@ def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def _plain(tables: Tables) -> list[abi.Table]:
+    zeros = [None] if tables.zero is None else tables.zero.tolist()
+    clips = [(above, below) for above, below in tables.clip.tolist()]
+    return [abi.Table(*parts) for parts in zip(tables.levels.tolist(), zeros, clips, strict=True)]
+
+
 def supported(tables: Tables, cached: bool = False) -> bool:
-    """Whether the library has this quantizer: places up to 127; 4-bit codes where it reads them from a cache."""
-    return int(tables.levels.max()) <= LATTICE_MAX and (not cached or tables.levels.shape[1] == 16)
+    """Whether the library has this quantizer: see `abi.fits`."""
+    return abi.fits(_plain(tables), cached)
 
 
-def quantizer_struct(tables: Tables, size: int) -> Quantizer:
-    """A quantizer with its lookups worked out. size: values that share a step. Raises ValueError where it is not `supported`."""
-    if not supported(tables):
-        raise ValueError(f"the compiled kernels have tables up to {LATTICE_MAX}, this one reaches {int(tables.levels.max())}")
-    struct = Quantizer(tables=0 if tables.zero is None else len(tables.zero), size=size)
-    for t, (levels, clip) in enumerate(zip(tables.levels, tables.clip, strict=True)):
-        zero = 0 if tables.zero is None else int(tables.zero[t])
-        nearest = snap_table(levels)
-        struct.top[t], struct.zero[t] = int(levels[-1]), zero
-        struct.clip[t][:] = clip.tolist()
-        struct.lattice[t][: len(nearest)] = (levels.int()[nearest] - zero).tolist()
-        struct.code[t][: len(nearest)] = nearest.tolist()
-        if len(levels) == 16:
-            struct.value[t][:] = (levels.int() - zero).tolist()
-    return struct
+def quantizer_struct(tables: Tables, size: int) -> abi.Quantizer:
+    """A quantizer as the library reads it: see `abi.quantizer`."""
+    return abi.quantizer(_plain(tables), size)

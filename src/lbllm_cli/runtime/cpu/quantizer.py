@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lbllm_cli.engine.abi import library
 from lbllm_cli.format.activations import Quantized, Tables
-from lbllm_cli.runtime.cpu.library import DTYPES, library, pointer, quantizer_struct, supported
+from lbllm_cli.runtime.cpu.library import DTYPES, pointer, quantizer_struct, supported
 
 
 def native_quantized(x: Tensor, tables: Tables, step_dtype: torch.dtype = torch.float32) -> Quantized | None:

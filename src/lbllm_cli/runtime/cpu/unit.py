@@ -1,8 +1,5 @@
 """Linears that read one input, repacked for the library: one quantization and one call for all of them."""
 
-import ctypes
-import mmap
-import sys
 import weakref
 from ctypes import byref
 from itertools import accumulate
@@ -12,16 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lbllm_cli.format.weights import LEVELS, PackedWeight, group_count
+from lbllm_cli.engine import memory
+from lbllm_cli.engine.abi import GROUP_MAX, Quantizer, Weights, library
+from lbllm_cli.format.names import LEVELS
+from lbllm_cli.format.weights import PackedWeight, group_count
 from lbllm_cli.runtime.attachments import meet
 from lbllm_cli.runtime.cpu.captured import CapturedQuantizers
-from lbllm_cli.runtime.cpu.library import DTYPES, GROUP_MAX, Quantizer, Weights, library, pointer, quantizer_struct, supported
+from lbllm_cli.runtime.cpu.library import DTYPES, pointer, quantizer_struct, supported
 from lbllm_cli.runtime.linear import PackedLinear
 from lbllm_cli.runtime.quantizer import ActQuantizer
 from lbllm_cli.runtime.shared_input import once, plain
 
-_MADV_HUGEPAGE, _MADV_PAGEOUT = 14, 21
-_HUGE = 1 << 21
 # What the registered operator finds a unit by.
 _UNITS: "weakref.WeakValueDictionary[int, Unit]" = weakref.WeakValueDictionary()
 
@@ -152,37 +150,13 @@ def _repacked(linears: list[PackedLinear]) -> Tensor:
     lib.lbllm_pack(*map(pointer, parts), *shape, pointer(tiles), torch.get_num_threads())
     for packed in each:
         for tensor in packed.tensors:
-            _page_out(tensor)
+            memory.page_out(tensor.data_ptr(), tensor.nbytes)
     return tiles
 
 
-def _page_out(tensor: Tensor) -> None:
-    """Lets go of the memory of a tensor that is not needed any more, where the system can.
-
-    Loaders map files, and an embedding that is used as it lies in the file keeps all of it mapped: the codes of SmolLM2-135M
-    stayed resident beside their repacked form, 35 of 167 MB. Unlike MADV_DONTNEED it loses nothing, whatever the memory is.
-    """
-    page = mmap.PAGESIZE
-    first, end = -(-tensor.data_ptr() // page) * page, (tensor.data_ptr() + tensor.nbytes) // page * page
-    _advise(first, end - first, _MADV_PAGEOUT)
-
-
 def aligned(size: int) -> Tensor:
-    """uint8 [size] on large pages where the system has them, or at least from the beginning of a cache line.
-
-    On small ones prefetching stops every 4 KiB: 2 to 9 % of the time of a linear with cold weights.
-    """
-    unit = _HUGE if size >= _HUGE else 64
-    whole = torch.empty(size + unit, dtype=torch.uint8)
-    start = -whole.data_ptr() % unit
-    _advise(whole.data_ptr() + start, size // _HUGE * _HUGE, _MADV_HUGEPAGE)
-    return whole[start : start + size]
-
-
-def _advise(address: int, size: int, advice: int) -> None:
-    """madvise on Linux. A system that does not know the advice refuses, and nothing changes."""
-    if sys.platform == "linux" and size:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), advice)
+    """uint8 [size]: see `memory.aligned`."""
+    return torch.from_numpy(memory.aligned(size))
 
 
 def usable(linears: list[PackedLinear], quantizer: ActQuantizer | None) -> bool:

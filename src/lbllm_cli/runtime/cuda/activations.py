@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lbllm_cli.format.activations import LATTICE_MAX, Tables
+from lbllm_cli.format.activations import Tables
+from lbllm_cli.format.names import LATTICE_MAX
 from lbllm_cli.runtime.cuda.instructions import nearest_integer, product, rounded_to
 from lbllm_cli.runtime.cuda.operators import operator
 

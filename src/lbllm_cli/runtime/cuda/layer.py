@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lbllm_cli.format.activations import KEYS, VALUES
+from lbllm_cli.format.names import KEYS, VALUES
 from lbllm_cli.runtime.cuda.activations import QuantizerTables
 from lbllm_cli.runtime.cuda.attention import attend_records, join_and_quantize, parts_of
 from lbllm_cli.runtime.cuda.fused import gate_and_quantize, norm_and_quantize

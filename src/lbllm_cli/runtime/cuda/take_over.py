@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from lbllm_cli.format.activations import input_name
+from lbllm_cli.format.names import input_name
 from lbllm_cli.runtime.attachments import share_inputs
 from lbllm_cli.runtime.cuda.head_linear import HeadLinear
 from lbllm_cli.runtime.cuda.step import DecodeStep, decoder_steppable

@@ -16,7 +16,8 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from lbllm_cli.format.weights import LEVELS, PackedWeight, group_count
+from lbllm_cli.format.names import LEVELS
+from lbllm_cli.format.weights import PackedWeight, group_count
 
 CODES_OF_WORD = 16
 # Where in a word the four selectors begin; their codes are 4 bits apart.

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from lbllm_cli.format.activations import Tables
-from lbllm_cli.format.weights import LEVELS, group_count
+from lbllm_cli.format.names import LEVELS
+from lbllm_cli.format.weights import group_count
 from lbllm_cli.runtime.cuda.activations import quantize_values
 from lbllm_cli.runtime.cuda.stage import codes as packed
 from lbllm_cli.runtime.cuda.stage import columns, em, latents, normal, order, quantizers, soft

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lbllm_cli.format.activations import LATTICE_MAX
+from lbllm_cli.format.names import LATTICE_MAX
 from lbllm_cli.runtime.cuda.instructions import nearest_integer
 from lbllm_cli.runtime.cuda.operators import operator
 from lbllm_cli.runtime.cuda.stage.quantizers import candidate, grouping

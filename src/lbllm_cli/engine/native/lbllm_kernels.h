@@ -1,4 +1,4 @@
-// C ABI of the CPU kernels: what `lbllm_cli.kernels` calls through ctypes. No torch headers, no state but the chosen tier.
+// C ABI of the CPU kernels: what `lbllm_cli.engine.abi` calls through ctypes. No torch headers, no state but the chosen tier.
 //
 // Weights are the W(1+1) format of `format/weights.py`, repacked once at load (layout.h). Inputs are quantized as in
 // `format/activations.py`: x = d * (T - Z), T an integer in 0..127, d and Z per token and group. Then
@@ -19,7 +19,8 @@ enum { LBLLM_FLOAT32 = 0, LBLLM_BFLOAT16 = 1 };  // element types of inputs and 
 
 // What an entry returns: 0, or what is wrong with what it was given; nothing is read or written then. Buffers are as large as
 // the sizes beside them say: that is the caller's to see to.
-enum { LBLLM_OK = 0, LBLLM_BAD_SIZE = 1, LBLLM_BAD_TYPE = 2, LBLLM_BAD_QUANTIZER = 3, LBLLM_BAD_BLOCK = 4, LBLLM_BAD_CACHE = 5 };
+enum { LBLLM_OK = 0, LBLLM_BAD_SIZE = 1, LBLLM_BAD_TYPE = 2, LBLLM_BAD_QUANTIZER = 3, LBLLM_BAD_BLOCK = 4, LBLLM_BAD_CACHE = 5,
+       LBLLM_BAD_TOKEN = 6, LBLLM_NOT_FINITE = 7 };
 
 // One linear, or several that read the same input, one below the other.
 typedef struct {
@@ -54,11 +55,32 @@ typedef struct {
 typedef struct {
     uint8_t *keys, *values;
     int64_t key_row_stride, key_head_stride, value_row_stride, value_head_stride;
-    int64_t tokens;      // of each row, before this step; there is room for one more
+    int64_t tokens;      // of each row, before this step; there is room for the new ones
     const float* mask;   // [rows, tokens + 1], added to the scores, or NULL
     int64_t rows;
     int32_t kv_heads, key_bytes, value_bytes;  // of a record
 } lbllm_cache;
+
+// A model of such blocks, whose streams are float32.
+typedef struct {
+    const lbllm_block* blocks;
+    const void *embedding, *head;  // [vocab, hidden], of embedding_dtype and head_dtype
+    const void* norm;              // [hidden], of norm_dtype
+    const float* frequencies;      // [head_dim / 2] of the rotary embedding, radians per position
+    float amplitude;               // of its cosine and sine
+    float epsilon;                 // of the last norm
+    int32_t count, vocab, hidden, head_dim;  // count: of blocks
+    int32_t embedding_dtype, head_dtype, norm_dtype;
+} lbllm_model;
+
+// How a token is drawn from logits, in this order: penalty, temperature, top_k, top_p, min_p.
+typedef struct {
+    float temperature;  // 0: the likeliest token, the first one on a tie
+    float top_p;        // the fewest tokens whose chances reach this much; 1: all
+    float min_p;        // tokens with at least this share of the likeliest one's chance; 0: all
+    float penalty;      // logits of tokens that were there are divided by it where they are positive, else multiplied; 1: none
+    int32_t top_k;      // 0: all
+} lbllm_sampling;
 
 // Version of this ABI. Python refuses a library of another one.
 LBLLM_EXPORT int32_t lbllm_abi(void);
@@ -96,8 +118,16 @@ LBLLM_EXPORT int32_t lbllm_linear(const lbllm_weights* weights, const lbllm_quan
 // Its key and value are appended to the cache's records.
 LBLLM_EXPORT int32_t lbllm_block_step(const lbllm_block* block, const lbllm_cache* cache, const void* in, void* out,
                                       const void* cosine, const void* sine, int32_t dtype, int64_t rows, int32_t threads);
-// y [rows, out] = x [rows, in] times bfloat16 weights [out, in]: the head of a model, for few rows.
-LBLLM_EXPORT int32_t lbllm_head(const uint16_t* weight, const void* x, void* y, int32_t in_features, int64_t out_features,
-                                int32_t dtype, int64_t rows, int32_t threads);
+// Tokens [count] through a model, behind those that its caches [model->count] hold, of one row and without masks: their keys and
+// values are appended, for which there is room. logits float [vocab] of what follows the last one, or NULL.
+LBLLM_EXPORT int32_t lbllm_run(const lbllm_model* model, const lbllm_cache* caches, const int32_t* tokens, int64_t count,
+                               float* logits, int32_t threads);
+// Draws the next token from logits [vocab], which are written over. before [count]: tokens that were there. state: of the random
+// numbers, any number to begin with. What is not finite cannot be drawn from: LBLLM_NOT_FINITE.
+LBLLM_EXPORT int32_t lbllm_sample(const lbllm_sampling* sampling, float* logits, int32_t vocab, const int32_t* before,
+                                  int64_t count, uint64_t* state, int32_t* token);
+// y [rows, out] = x [rows, in] times weights [out, in] of weight_dtype: the head of a model, for few rows.
+LBLLM_EXPORT int32_t lbllm_head(const void* weight, int32_t weight_dtype, const void* x, void* y, int32_t in_features,
+                                int64_t out_features, int32_t dtype, int64_t rows, int32_t threads);
 // Reads `bytes` of memory as fast as the tier can; returns their sum modulo 2^64, so that it cannot be left out.
 LBLLM_EXPORT uint64_t lbllm_read(const uint8_t* data, int64_t bytes, int32_t threads);

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lbllm_cli.runtime.cpu import __path__ as folders
+from lbllm_cli.engine import __path__ as folders
 
 STEM = "liblbllm_kernels"
 

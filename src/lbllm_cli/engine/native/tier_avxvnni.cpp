@@ -7,8 +7,12 @@
 #include "quantize.inl"
 #include "linear.inl"
 #include "head.inl"
-#include "step.inl"
+#include "records.inl"
+#include "attention.inl"
+#include "prefill.inl"
+#include "block.inl"
+#include "model.inl"
 
 namespace lbllm {
-extern const Tier tier_avxvnni{"avxvnni", quantize, quantize_backward, linear, block_step, head, read};
+extern const Tier tier_avxvnni{"avxvnni", quantize, quantize_backward, linear, block_step, run, head, read};
 }  // namespace lbllm

@@ -30,29 +30,54 @@ inline void head_rows(const uint16_t* const w[kHeadRows], const float* x, int n,
     for (int i = 0; i < kHeadRows; i++) total[i] = sum(even[i] + odd[i]);
 }
 
-void head(const uint16_t* weight, const void* x, void* y, int32_t in_features, int64_t out_features, int32_t dtype, int64_t rows,
-          int32_t threads) {
+// Of float32 weights, in the order of the model.
+inline void head_rows(const float* const w[kHeadRows], const float* x, int n, float total[kHeadRows]) {
+    for (int i = 0; i < kHeadRows; i++) {
+        v8f a = {}, b = {};
+        for (int c = 0; c < n; c += 16) {
+            a = fused(load<v8f>(w[i] + c), load<v8f>(x + c), a);
+            b = fused(load<v8f>(w[i] + c + 8), load<v8f>(x + c + 8), b);
+        }
+        total[i] = sum(a + b);
+    }
+}
+
+inline float as_float(float x) { return x; }
+inline float as_float(uint16_t bits) { return from_bfloat16(bits); }
+
+// values: inputs [rows, in_features]; ordered: the same as head_rows reads whole vectors of them.
+template <typename T>
+void multiply_head(const T* weight, const float* values, const float* ordered, void* y, int in_features, int64_t out_features,
+                   int dtype, int64_t rows, int threads) {
     const int whole = in_features / 16 * 16;
-    Scratch<float> memory;
-    float* values = memory.of(rows * 2 * in_features);
-    float* ordered = values + rows * in_features;
-    read_floats(x, dtype, 0, static_cast<int>(rows * in_features), values);
-    for (int64_t m = 0; m < rows; m++) even_odd(values + m * in_features, whole, ordered + m * in_features);
-    threads = useful_threads(threads, in_features * out_features, kWeightsPerThread);
     (void)threads;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t r = 0; r < out_features; r += kHeadRows) {
         const int n = static_cast<int>(smaller<int64_t>(kHeadRows, out_features - r));
-        const uint16_t* w[kHeadRows];
+        const T* w[kHeadRows];
         for (int i = 0; i < kHeadRows; i++) w[i] = weight + (r + smaller(i, n - 1)) * in_features;
         for (int64_t m = 0; m < rows; m++) {
             float total[8] = {};
             head_rows(w, ordered + m * in_features, whole, total);
             for (int i = 0; i < n; i++)
-                for (int c = whole; c < in_features; c++) total[i] += from_bfloat16(w[i][c]) * values[m * in_features + c];
+                for (int c = whole; c < in_features; c++) total[i] += as_float(w[i][c]) * values[m * in_features + c];
             write_floats(total, n, y, dtype, m * out_features + r);
         }
     }
+}
+
+void head(const void* weight, int32_t weight_dtype, const void* x, void* y, int32_t in_features, int64_t out_features,
+          int32_t dtype, int64_t rows, int32_t threads) {
+    Scratch<float> memory;
+    float* values = memory.of(rows * 2 * in_features);
+    float* ordered = values + rows * in_features;
+    read_floats(x, dtype, 0, static_cast<int>(rows * in_features), values);
+    threads = useful_threads(threads, in_features * out_features, kWeightsPerThread);
+    if (weight_dtype == LBLLM_FLOAT32)
+        return multiply_head(static_cast<const float*>(weight), values, values, y, in_features, out_features, dtype, rows, threads);
+    const int whole = in_features / 16 * 16;
+    for (int64_t m = 0; m < rows; m++) even_odd(values + m * in_features, whole, ordered + m * in_features);
+    multiply_head(static_cast<const uint16_t*>(weight), values, ordered, y, in_features, out_features, dtype, rows, threads);
 }
 
 uint64_t read(const uint8_t* data, int64_t bytes, int32_t threads) {

@@ -60,7 +60,7 @@ const Tier*& current() {
 
 }  // namespace
 
-LBLLM_EXPORT int32_t lbllm_abi(void) { return 4; }
+LBLLM_EXPORT int32_t lbllm_abi(void) { return 5; }
 
 LBLLM_EXPORT const char* lbllm_tier(void) { return current()->name; }
 
@@ -116,17 +116,31 @@ LBLLM_EXPORT int32_t lbllm_block_step(const lbllm_block* block, const lbllm_cach
     if (rows < 0 || threads < 1 || rows * block->hidden > kLargest || rows * block->head_dim > kLargest) return LBLLM_BAD_SIZE;
     if (!rows) return LBLLM_OK;
     if (!in || !out || !cosine || !sine) return LBLLM_BAD_SIZE;
-    if (const int32_t wrong = check(cache, block, rows)) return wrong;
+    if (const int32_t wrong = check(cache, block, rows, 1)) return wrong;
     current()->block_step(block, cache, in, out, cosine, sine, dtype, rows, threads);
     return LBLLM_OK;
 }
 
-LBLLM_EXPORT int32_t lbllm_head(const uint16_t* weight, const void* x, void* y, int32_t in_features, int64_t out_features,
-                                int32_t dtype, int64_t rows, int32_t threads) {
-    if (!known(dtype)) return LBLLM_BAD_TYPE;
+LBLLM_EXPORT int32_t lbllm_run(const lbllm_model* model, const lbllm_cache* caches, const int32_t* tokens, int64_t count,
+                               float* logits, int32_t threads) {
+    if (const int32_t wrong = check(model)) return wrong;
+    if (!caches || !tokens || count < 1 || count > kLargest || threads < 1) return LBLLM_BAD_SIZE;
+    for (int i = 0; i < model->count; i++) {
+        if (const int32_t wrong = check(caches + i, model->blocks + i, 1, count)) return wrong;
+        if (caches[i].tokens != caches[0].tokens || caches[i].mask) return LBLLM_BAD_CACHE;
+    }
+    for (int64_t m = 0; m < count; m++)
+        if (tokens[m] < 0 || tokens[m] >= model->vocab) return LBLLM_BAD_TOKEN;
+    current()->run(model, caches, tokens, count, logits, threads);
+    return LBLLM_OK;
+}
+
+LBLLM_EXPORT int32_t lbllm_head(const void* weight, int32_t weight_dtype, const void* x, void* y, int32_t in_features,
+                                int64_t out_features, int32_t dtype, int64_t rows, int32_t threads) {
+    if (!known(dtype) || !known(weight_dtype)) return LBLLM_BAD_TYPE;
     if (rows < 0 || in_features < 1 || out_features < 1 || threads < 1 || rows * in_features > kLargest) return LBLLM_BAD_SIZE;
     if (rows && (!weight || !x || !y)) return LBLLM_BAD_SIZE;
-    if (rows) current()->head(weight, x, y, in_features, out_features, dtype, rows, threads);
+    if (rows) current()->head(weight, weight_dtype, x, y, in_features, out_features, dtype, rows, threads);
     return LBLLM_OK;
 }
 

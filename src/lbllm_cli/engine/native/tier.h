@@ -18,6 +18,7 @@ struct Tier {
     Checked<decltype(&lbllm_quantize_backward)>::type quantize_backward;
     Checked<decltype(&lbllm_linear)>::type linear;
     Checked<decltype(&lbllm_block_step)>::type block_step;
+    Checked<decltype(&lbllm_run)>::type run;
     Checked<decltype(&lbllm_head)>::type head;
     decltype(&lbllm_read) read;
 };

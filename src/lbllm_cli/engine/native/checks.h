@@ -54,19 +54,37 @@ inline int64_t record_bytes(const lbllm_quantizer* q, int head_dim) {
 }
 
 // Records of one kind: heads and rows that do not lie in each other.
-inline bool apart(int64_t bytes, int64_t row_stride, int64_t head_stride, const lbllm_cache* c) {
-    const int64_t own = (c->tokens + 1) * bytes;
+inline bool apart(int64_t bytes, int64_t row_stride, int64_t head_stride, const lbllm_cache* c, int64_t count) {
+    const int64_t own = (c->tokens + count) * bytes;
     return (c->kv_heads == 1 || head_stride >= own) && (c->rows == 1 || row_stride >= own);
 }
 
-inline int32_t check(const lbllm_cache* c, const lbllm_block* b, int64_t rows) {
-    if (!c || !c->keys || !c->values || c->tokens < 0 || c->tokens >= kLargest) return LBLLM_BAD_CACHE;
+// A cache that `count` new tokens of each row are appended to.
+inline int32_t check(const lbllm_cache* c, const lbllm_block* b, int64_t rows, int64_t count) {
+    if (!c || !c->keys || !c->values || c->tokens < 0 || c->tokens > kLargest - count) return LBLLM_BAD_CACHE;
     if (c->rows != rows || c->kv_heads != b->kv_heads) return LBLLM_BAD_CACHE;
     if (c->key_bytes != record_bytes(b->keys, b->head_dim) || c->value_bytes != record_bytes(b->values, b->head_dim))
         return LBLLM_BAD_CACHE;
-    const bool whole = apart(c->key_bytes, c->key_row_stride, c->key_head_stride, c) &&
-                       apart(c->value_bytes, c->value_row_stride, c->value_head_stride, c);
+    const bool whole = apart(c->key_bytes, c->key_row_stride, c->key_head_stride, c, count) &&
+                       apart(c->value_bytes, c->value_row_stride, c->value_head_stride, c, count);
     return whole ? LBLLM_OK : LBLLM_BAD_CACHE;
+}
+
+inline int32_t check(const lbllm_model* m) {
+    if (!m || !m->blocks || !m->embedding || !m->head || !m->norm || !m->frequencies || m->count < 1 || m->vocab < 1)
+        return LBLLM_BAD_BLOCK;
+    if (!known(m->embedding_dtype) || !known(m->head_dtype) || !known(m->norm_dtype)) return LBLLM_BAD_TYPE;
+    for (int i = 0; i < m->count; i++) {
+        const lbllm_block* b = m->blocks + i;
+        if (const int32_t wrong = check(b)) return wrong;
+        if (b->hidden != m->hidden || b->head_dim != m->head_dim) return LBLLM_BAD_BLOCK;
+    }
+    return LBLLM_OK;
+}
+
+inline bool good(const lbllm_sampling* s) {
+    return s && s->temperature >= 0 && s->top_p >= 0 && s->top_p <= 1 && s->min_p >= 0 && s->min_p <= 1 && s->penalty > 0 &&
+           s->top_k >= 0;
 }
 
 }  // namespace

@@ -1,0 +1,149 @@
+"""A packed export in the compiled library: a call for the tokens that are new, no torch."""
+
+from collections.abc import Sequence
+from ctypes import byref, c_int32, c_uint64
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lbllm_cli.engine import abi
+from lbllm_cli.engine.blocks import Blocks
+from lbllm_cli.engine.config import Unfit, read_configuration
+from lbllm_cli.engine.rope import frequencies
+from lbllm_cli.engine.tensors import Tensors
+
+# Tokens of a prompt between two looks at whether somebody wants to stop.
+CHUNK = 256
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_DTYPES = {"F32": abi.FLOAT32, "BF16": abi.BFLOAT16}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn, in this order: penalty, temperature, top_k, top_p, min_p (`lbllm_sampling`).
+
+    temperature: 0 for the likeliest token. top_k: 0 for all. penalty: logits of tokens that were there are divided by it where
+    they are positive, else multiplied.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    penalty: float = 1.0
+
+
+class Model:
+    """A model of a folder. Raises Unfit where the library cannot run it, UsageError for damaged files."""
+
+    def __init__(self, folder: Path, threads: int):
+        lib = abi.library()
+        if lib is None:
+            raise Unfit("there are no compiled kernels, or LBLLM_KERNELS=off")
+        config = read_configuration(folder)
+        tensors = Tensors(folder)
+        self.lib, self.config, self.threads = lib, config, threads
+        self.blocks = Blocks(lib, config, tensors, threads)
+        shape = config.vocab_size, config.hidden_size
+        self._embedding, embedding_dtype = tensors.floats(_EMBEDDING, *shape)
+        tied = _HEAD not in tensors
+        if tied and not config.tie_word_embeddings:
+            raise Unfit(f"{_HEAD}: there is none")
+        self._head, head_dtype = (self._embedding, embedding_dtype) if tied else tensors.floats(_HEAD, *shape)
+        self._norm = tensors.small_floats("model.norm.weight", config.hidden_size)
+        tensors.check_all_read()
+        try:
+            self._frequencies = frequencies(config.head_dim, config.rope)
+        except (KeyError, TypeError, ValueError) as error:
+            raise Unfit(f"rope_parameters: {error}") from None
+        if not np.isfinite(self._frequencies).all():
+            raise Unfit("rope_parameters give rotary embeddings that are not finite")
+        arrays = (array.ctypes.data for array in (self._embedding, self._head, self._norm, self._frequencies))
+        self.struct = abi.Model(
+            self.blocks.structs, *arrays, amplitude=1.0, epsilon=config.rms_norm_eps, count=config.num_hidden_layers,
+            vocab=config.vocab_size, hidden=config.hidden_size, head_dim=config.head_dim,
+            embedding_dtype=_DTYPES[embedding_dtype], head_dtype=_DTYPES[head_dtype], norm_dtype=abi.FLOAT32,
+        )  # fmt: skip
+
+
+class Session:
+    """One text: its keys and values, and the tokens that they are of.
+
+    room: tokens that there is memory for; it grows as it must.
+    """
+
+    def __init__(self, model: Model, room: int = 512):
+        self.model, self.tokens = model, list[int]()
+        self._logits = np.empty(model.config.vocab_size, np.float32)
+        self._records: list[list[NDArray[np.uint8]]] = []
+        self._caches = (abi.CacheView * model.config.num_hidden_layers)()
+        self._room = 0
+        self._grow(room)
+
+    def _grow(self, room: int) -> None:
+        """Memory for `room` tokens, with the records of those that are there."""
+        config, sizes, kept = self.model.config, self.model.blocks.record_bytes, len(self.tokens)
+        heads, before = config.num_key_value_heads, self._records
+        made = []
+        for index in range(config.num_hidden_layers):
+            pair = [np.empty((heads, room, size), np.uint8) for size in sizes]
+            for new, old in zip(pair, before[index] if before else (), strict=False):
+                new[:, :kept] = old[:, :kept]
+            made.append(pair)
+            strides = [stride for array in pair for stride in (array.nbytes, array.strides[0])]
+            addresses = (array.ctypes.data for array in pair)
+            self._caches[index] = abi.CacheView(*addresses, *strides, kept, None, 1, heads, *sizes)
+        self._records, self._room = made, room
+
+    def keep(self, count: int) -> None:
+        """Forgets all but the first `count` tokens."""
+        self._set(self.tokens[:count])
+
+    def _set(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+        for cache in self._caches:
+            cache.tokens = len(tokens)
+
+    def run(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Appends tokens. Logits of what follows the last, float32 [vocab], which the next call writes over.
+
+        Raises ValueError for no tokens and for one that the model does not have. What a KeyboardInterrupt has cut short is kept
+        as far as it went.
+        """
+        if not tokens:
+            raise ValueError("expected tokens, got none")
+        self._set(self.tokens)
+        wanted = len(self.tokens) + len(tokens)
+        if wanted > self._room:
+            self._grow(max(wanted, min(2 * self._room, self.model.config.max_position_embeddings)))
+        for start in range(0, len(tokens), CHUNK):
+            piece = np.array(tokens[start : start + CHUNK], np.int32)
+            last = start + CHUNK >= len(tokens)
+            logits = self._logits.ctypes.data if last else None
+            model = self.model
+            model.lib.lbllm_run(byref(model.struct), self._caches, piece.ctypes.data, len(piece), logits, model.threads)
+            self._set([*self.tokens, *tokens[start : start + CHUNK]])
+        return self._logits
+
+
+class Sampler:
+    """Draws tokens. seed: of the random numbers; equal seeds draw equal tokens from equal logits."""
+
+    def __init__(self, lib: Any, settings: Sampling, seed: int):
+        given = (settings.temperature, settings.top_p, settings.min_p, settings.penalty)
+        self._lib, self._struct = lib, abi.Sampling(*given, top_k=settings.top_k)
+        self._state = c_uint64(seed)
+
+    def draw(self, logits: NDArray[np.float32], before: Sequence[int]) -> int:
+        """A token from logits [vocab], which are written over. before: tokens that were there.
+
+        Raises FloatingPointError where logits are not finite.
+        """
+        penalized = np.array(before, np.int32) if self._struct.penalty != 1.0 else np.empty(0, np.int32)
+        token = c_int32()
+        arguments = (logits.ctypes.data, len(logits), penalized.ctypes.data, len(penalized))
+        self._lib.lbllm_sample(byref(self._struct), *arguments, byref(self._state), byref(token))
+        return token.value

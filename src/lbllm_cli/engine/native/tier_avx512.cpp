@@ -1,0 +1,15 @@
+// AVX-512 with VNNI.
+#include "vectors.inl"
+#include "dots_avx512.inl"
+#include "quantize.inl"
+#include "linear.inl"
+#include "head.inl"
+#include "records.inl"
+#include "attention.inl"
+#include "prefill.inl"
+#include "block.inl"
+#include "model.inl"
+
+namespace lbllm {
+extern const Tier tier_avx512{"avx512", quantize, quantize_backward, linear, block_step, run, head, read};
+}  // namespace lbllm

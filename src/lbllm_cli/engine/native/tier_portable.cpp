@@ -1,0 +1,15 @@
+// Any processor.
+#include "vectors.inl"
+#include "dots_portable.inl"
+#include "quantize.inl"
+#include "linear.inl"
+#include "head.inl"
+#include "records.inl"
+#include "attention.inl"
+#include "prefill.inl"
+#include "block.inl"
+#include "model.inl"
+
+namespace lbllm {
+extern const Tier tier_portable{"portable", quantize, quantize_backward, linear, block_step, run, head, read};
+}  // namespace lbllm

@@ -1,0 +1,163 @@
+"""`lbllm chat`, of lines that are put in, and in a terminal."""
+
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from lbllm_cli.cli import chat
+from lbllm_cli.cli.app import app
+from lbllm_cli.engine.location import library_path
+from lbllm_cli.engine.model import Session
+
+if library_path() is None:
+    pytest.skip("this installation has no compiled kernels", allow_module_level=True)
+
+TEMPLATE = (
+    "{% for message in messages %}<|endoftext|>{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|endoftext|>assistant:{% endif %}"
+)
+
+
+@pytest.fixture
+def folder(export_of, tmp_path):
+    target = shutil.copytree(export_of("llama-tied"), tmp_path / "export")
+    (target / "chat_template.jinja").write_text(TEMPLATE)
+    return target
+
+
+@pytest.fixture
+def talk(folder):
+    """talk(lines, options) -> the result."""
+
+    def run(text: str, *options: str):
+        command = ["chat", "--model", str(folder), "--max-new-tokens", "8", "--temperature", "0", *options]
+        return CliRunner().invoke(app, command, input=text, catch_exceptions=False)
+
+    return run
+
+
+def test_each_line_is_answered(talk):
+    result = talk("the sea\nthe sky\n")
+    assert result.exit_code == 0, result.stderr
+    assert len(result.stdout.splitlines()) >= 2
+    assert result.stdout == talk("the sea\nthe sky\n").stdout
+    assert "128 positions" in result.stderr
+
+
+def test_a_conversation_goes_on_until_it_is_forgotten(talk, monkeypatch):
+    asked = []
+    render = chat.templates.render
+    monkeypatch.setattr(chat.templates, "render", lambda tokenizer, messages, *rest, **options: (
+        asked.append([message["role"] for message in messages]) or render(tokenizer, messages, *rest, **options)
+    ))  # fmt: skip
+    talk("the sea\nthe sky\n/reset\nthe sea\n")
+    assert asked == [["user"], ["user", "assistant", "user"], ["user"]]
+    asked.clear()
+    talk("the sea\n/reset\nthe sky\n", "--system", "Be short.")
+    assert asked == [["system", "user"]] * 2
+
+
+def test_what_was_said_is_not_computed_again(talk, monkeypatch):
+    counts = []
+    run = Session.run
+    monkeypatch.setattr(Session, "run", lambda self, tokens: counts.append(len(tokens)) or run(self, tokens))
+    talk("the sea\n")
+    alone = counts[0]
+    counts.clear()
+    talk("the sea\nthe sky\n")
+    second = [count for count in counts if count > 1][1]
+    assert second < 2 * alone + 8
+
+
+def test_commands(talk):
+    result = talk("/help\n\n/exit\nthe sea\n")
+    assert result.stdout == ""
+    assert "there is no /help" in result.stderr
+
+
+def test_the_oldest_messages_are_forgotten_where_there_is_no_room(talk):
+    result = talk("the sea was calm and the sky was clear\n" * 9, "--system", "Be short.")
+    assert result.exit_code == 0
+    assert "the oldest message and its answer are forgotten" in result.stderr
+    assert result.stderr.count("chat: the message has") == 0
+
+
+def test_a_message_without_room_is_refused_and_the_conversation_goes_on(talk):
+    result = talk("the sea " * 200 + "\nthe sea\n")
+    assert result.exit_code == 0
+    assert "shorten it" in result.stderr
+    assert result.stdout == "\n" + talk("the sea\n").stdout
+
+
+def test_an_answer_that_is_stopped_leaves_the_program(talk, monkeypatch):
+    run, calls = Session.run, []
+
+    def stopped(self, tokens):
+        calls.append(tokens)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return run(self, tokens)
+
+    monkeypatch.setattr(Session, "run", stopped)
+    result = talk("the sea\nthe sky\n")
+    assert result.exit_code == 0
+    first, second = result.stdout.split(" [stopped]\n")
+    assert first
+    assert second
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "chat_template.jinja").unlink(), "has no chat template"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "lbllm chat cannot run"),
+        (lambda folder: (folder / "generation_config.json").write_text('{"suppress_tokens": [3]}'), "suppress_tokens"),
+    ],
+)
+def test_folders_that_it_cannot_talk_with(talk, folder, change, message):
+    change(folder)
+    result = talk("the sea\n")
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_bad_options(talk):
+    assert talk("x\n", "--temperature", "nan").exit_code == 2
+    assert talk("x\n", "--max-new-tokens", "0").exit_code == 2
+    assert "the chat template cannot" not in talk("x\n", "--system", "fine").stderr
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(sys.platform != "linux", reason="a terminal of Linux")
+def test_in_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_ends(folder):
+    main, terminal = pty.openpty()
+    command = [sys.executable, "-m", "lbllm_cli", "chat", "--model", str(folder), "--max-new-tokens", "100", "--temperature", "0"]
+    with subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True) as process:
+        os.close(terminal)
+        seen = b""
+
+        def until(text: bytes) -> None:
+            nonlocal seen
+            end = time.monotonic() + 60
+            while text not in seen:
+                assert time.monotonic() < end, seen
+                seen += os.read(main, 4096)
+
+        until(b"> ")
+        os.write(main, b"the sea\n")
+        until(b"the sea\r\n")
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        seen = b""
+        os.write(main, b"\n/reset\n")
+        until(b"forgotten")
+        os.write(main, b"\x04")
+        assert process.wait(30) == 0
+        os.close(main)
