@@ -26,6 +26,7 @@ from lbllm_cli.runtime.experts import experts_of, separate_experts
 from lbllm_cli.runtime.kv_cache import QuantizedKVCache, keep_quantized
 from lbllm_cli.runtime.linear import PackedLinear
 from lbllm_cli.runtime.quantizer import ActQuantizer, empty_quantizers, quantizer_widths
+from lbllm_cli.runtime.rows import restore_rows, stand_for_rows
 from lbllm_cli.runtime.softcap import keep_soft_cap
 from lbllm_cli.runtime.units import Units, find_units
 
@@ -40,16 +41,17 @@ class LbllmConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(
         self, group_size: int, linears: list[str], format_version: int, activations: dict[str, Any] | None = None,
-        level_bits: int = 8, **others: Any
+        level_bits: int = 8, head_bits: int = 16, **others: Any
     ):  # fmt: skip
         given = {"group_size": group_size, "linears": linears, "format_version": format_version, "level_bits": level_bits}
-        check_settings(given | {"activations": activations})
+        check_settings(given | {"activations": activations, "head_bits": head_bits})
         self.quant_method = METHOD
         self.group_size = group_size
         self.linears = linears
         self.format_version = format_version
         self.activations = activations
         self.level_bits = level_bits
+        self.head_bits = head_bits
         for key, value in others.items():
             setattr(self, key, value)
 
@@ -78,6 +80,8 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
                 for name, quantizer in quantizers.items():
                     owner, _, own = name.rpartition(".")
                     layer.get_submodule(owner).add_module(own, quantizer)
+        if settings.head_bits != 16:
+            stand_for_rows(model)
         if paths := others.get("checkpoint_files"):
             check_files(model, [Path(path) for path in paths])
 
@@ -90,6 +94,10 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **others: Any) -> nn.Module:
         check_values(model)
+        if self.quantization_config.head_bits != 16:
+            restore_rows(model)
+            # A folder that this model is saved to has them as the model has.
+            self.quantization_config.head_bits = 16
         self._handles: list[Any] = []
         quantized = bool(self.quantization_config.activations)
         layers = model.get_decoder().layers

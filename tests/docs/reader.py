@@ -39,6 +39,11 @@ def weight(tensors, linear: str, inputs: int) -> np.ndarray:
     return values.reshape(len(packed), -1)[:, :inputs]
 
 
+def rows(tensors, owner: str) -> np.ndarray:
+    """Float32 [rows, width] of an embedding or a head in 8 bits."""
+    return tensors[f"{owner}.weight"].astype("f4") * tensors[f"{owner}.scale"].astype("f4")[:, None]
+
+
 def tables(tensors, quantizer: str):
     """T, Z (empty in the uniform form) and clipping factors."""
     levels, zero, clip = (tensors[f"{quantizer}.{part}"] for part in ("act_levels", "act_zero", "act_clip"))

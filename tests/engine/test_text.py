@@ -19,7 +19,7 @@ def tokenizer():
 
 
 @pytest.mark.parametrize(
-    "text", ["The sea was calm.", "caf\u00e9 \u2013 \U0001f30a\U0001f30a na\u00efve", "  two  spaces\n\nand lines\n", "\u65e5\u672c"]
+    "text", ["The sea was calm.", "caf\u00e9 \u2013 \U0001f30a\U0001f30a na\u00efve", "  two  spaces\n\nlines\n", "\u65e5\u672c"]
 )
 def test_pieces_make_up_the_text_and_split_no_character(tokenizer, text):
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -7,6 +7,7 @@ import torch
 from conftest import save_toy, write_recipe
 from huggingface_hub import metadata_load
 
+from lbllm_cli.export.base import Form
 from lbllm_cli.export.card import Described, model_card
 from lbllm_cli.export.formats import exporter
 from lbllm_cli.models.model import open_model
@@ -27,7 +28,8 @@ def card(ok, tmp_path):
             (source / "README.md").write_text(source_card)
         ok("ptq", "--recipe", write_recipe(tmp_path / "r.yaml", source, tmp_path / "run"), "ptq.rounds=0")
         model = open_model(Model(path=str(source)), torch.device("cpu"))
-        text = model_card(model, Checkpoint(tmp_path / "run", "ptq"), exporter("packed"), Described(path or str(source)))
+        form, about = Form("packed", 10**9), Described(path or str(source))
+        text = model_card(model, Checkpoint(tmp_path / "run", "ptq"), exporter("packed"), form, about)
         (tmp_path / "README.md").write_text(text)
         return metadata_load(tmp_path / "README.md"), text.split("---\n", 2)[2]
 

@@ -44,9 +44,9 @@ int32_t lbllm_run(const lbllm_model* model, const lbllm_cache* caches, const int
     return LBLLM_OK;
 }
 
-int32_t lbllm_head(const void* weight, int32_t weight_dtype, const void* x, void* y, int32_t in_features, int64_t out_features,
-                   int32_t dtype, int64_t rows, int32_t threads) {
-    tier.head(weight, weight_dtype, x, y, in_features, out_features, dtype, rows, threads);
+int32_t lbllm_head(const lbllm_rows* weight, const void* x, void* y, int32_t in_features, int64_t out_features, int32_t dtype,
+                   int64_t rows, int32_t threads) {
+    tier.head(weight, x, y, in_features, out_features, dtype, rows, threads);
     return LBLLM_OK;
 }
 

@@ -12,6 +12,7 @@ from lbllm_cli.core.errors import UsageError
 from lbllm_cli.core.lock import locked
 from lbllm_cli.evaluation.records import read_results
 from lbllm_cli.export import writer
+from lbllm_cli.export.base import Form
 from lbllm_cli.export.card import Described
 from lbllm_cli.export.forecast import export_need
 from lbllm_cli.export.formats import exporter
@@ -39,8 +40,8 @@ def export(recipe: Recipe, repository: str | None, private: bool, dry_run: bool,
     checkpoint = open_checkpoint(plan, stage)
     by.check(plan.model, checkpoint.record.group_size)
     target = plan.output / EXPORT
-    form, shard = recipe.export.format, int(recipe.export.shard_gb * 1e9)
-    done = not force and writer.up_to_date(target, writer.export_inputs(checkpoint, form, shard))
+    form = Form(recipe.export.format, int(recipe.export.shard_gb * 1e9), recipe.export.head_bits)
+    done = not force and writer.up_to_date(target, writer.export_inputs(checkpoint, form))
     if not done:
         writer.check_target(target)
     about = _described(recipe, plan.output, checkpoint, repository)
@@ -57,16 +58,16 @@ def export(recipe: Recipe, repository: str | None, private: bool, dry_run: bool,
                 files.touch(target / writer.RECORD)
                 say(f"export: up to date, {target}")
             else:
-                writer.export(plan.model, checkpoint, target, form, shard, about)
+                writer.export(plan.model, checkpoint, target, form, about)
                 without = "; quantizers of activations are left out" if checkpoint.activations and not by.quantizes else ""
-                say(f"export: {by.fidelity(plan.model)}{without}")
+                say(f"export: {by.fidelity(plan.model, form)}{without}")
                 size = sum(file.stat().st_size for pattern in writer.WEIGHTS for file in target.glob(pattern))
                 say(f"export: {target}, {recipe.export.format}, {size:,} bytes of weights")
             if repository is not None:
                 interrupt.check()
         # A signal ends an upload at once: nothing is lost by it.
         if repository is not None:
-            address = push(target, repository, private, f"lbllm {__version__}, {stage}, {form}")
+            address = push(target, repository, private, f"lbllm {__version__}, {stage}, {form.format}")
             say(f"export: {address}")
 
 

@@ -22,7 +22,7 @@ from lbllm_cli.format.names import LATTICE_MAX
 ABI = 5
 TIERS = ("portable", "avx2", "avxvnni", "avx512")
 VARIABLE = "LBLLM_KERNELS"
-FLOAT32, BFLOAT16 = 0, 1
+FLOAT32, BFLOAT16, INT8 = 0, 1, 2
 # Sums of a group's levels are int16 in the library.
 GROUP_MAX = 256
 # The library decodes a head's record into a buffer of this many floats.
@@ -85,14 +85,21 @@ class CacheView(Structure):
     ]
 
 
+class Rows(Structure):
+    """`lbllm_rows`."""
+
+    _fields_ = [("weight", c_void_p), ("scale", c_void_p), ("dtype", c_int32)]
+
+
 class Model(Structure):
     """`lbllm_model`."""
 
     _fields_ = [
         ("blocks", POINTER(Block)),
-        *((name, c_void_p) for name in ("embedding", "head", "norm", "frequencies")),
+        *((name, Rows) for name in ("embedding", "head")),
+        *((name, c_void_p) for name in ("norm", "frequencies")),
         *((name, c_float) for name in ("amplitude", "epsilon")),
-        *((name, c_int32) for name in ("count", "vocab", "hidden", "head_dim", "embedding_dtype", "head_dtype", "norm_dtype")),
+        *((name, c_int32) for name in ("count", "vocab", "hidden", "head_dim", "norm_dtype")),
     ]
 
 
@@ -124,7 +131,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "lbllm_block_step": (_status, [POINTER(Block), POINTER(CacheView)] + [c_void_p] * 4 + [c_int32, c_int64, c_int32]),
     "lbllm_run": (_status, [POINTER(Model), POINTER(CacheView), c_void_p, c_int64, c_void_p, c_int32]),
     "lbllm_sample": (_status, [POINTER(Sampling), c_void_p, c_int32, c_void_p, c_int64, POINTER(c_uint64), POINTER(c_int32)]),
-    "lbllm_head": (_status, [c_void_p, c_int32, c_void_p, c_void_p, c_int32, c_int64, c_int32, c_int64, c_int32]),
+    "lbllm_head": (_status, [POINTER(Rows), c_void_p, c_void_p, c_int32, c_int64, c_int32, c_int64, c_int32]),
     "lbllm_read": (c_uint64, [c_void_p, c_int64, c_int32]),
 }
 

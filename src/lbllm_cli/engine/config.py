@@ -102,6 +102,11 @@ class Configuration(BaseModel):
         return int(self.quantization_config.get("level_bits", 8))
 
     @property
+    def head_bits(self) -> int:
+        """Bits of embedding and head, 16 for as the source has them."""
+        return int(self.quantization_config.get("head_bits", 16))
+
+    @property
     def activations(self) -> dict[str, Any]:
         """How activations, keys and values are quantized."""
         return dict(self.quantization_config["activations"])

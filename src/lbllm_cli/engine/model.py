@@ -17,8 +17,8 @@ from lbllm_cli.engine.tensors import Tensors
 
 # Tokens of a prompt between two looks at whether somebody wants to stop.
 CHUNK = 256
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_DTYPES = {"F32": abi.FLOAT32, "BF16": abi.BFLOAT16}
+_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
+_DTYPES = {"F32": abi.FLOAT32, "BF16": abi.BFLOAT16, "I8": abi.INT8}
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,13 @@ class Model:
         self.lib, self.config, self.threads = lib, config, threads
         self.blocks = Blocks(lib, config, tensors, threads)
         shape = config.vocab_size, config.hidden_size
-        self._embedding, embedding_dtype = tensors.floats(_EMBEDDING, *shape)
-        tied = _HEAD not in tensors
+        embedding = self._embedding = tensors.rows(_EMBEDDING, *shape)
+        tied = f"{_HEAD}.weight" not in tensors
         if tied and not config.tie_word_embeddings:
-            raise Unfit(f"{_HEAD}: there is none")
-        self._head, head_dtype = (self._embedding, embedding_dtype) if tied else tensors.floats(_HEAD, *shape)
+            raise Unfit(f"{_HEAD}.weight: there is none")
+        head = self._head = embedding if tied else tensors.rows(_HEAD, *shape)
+        if config.head_bits != 16 and {embedding[1], head[1]} != {"I8"}:
+            raise Unfit(f"head_bits {config.head_bits}: embedding or head has others")
         self._norm = tensors.small_floats("model.norm.weight", config.hidden_size)
         tensors.check_all_read()
         try:
@@ -61,12 +63,15 @@ class Model:
             raise Unfit(f"rope_parameters: {error}") from None
         if not np.isfinite(self._frequencies).all():
             raise Unfit("rope_parameters give rotary embeddings that are not finite")
-        arrays = (array.ctypes.data for array in (self._embedding, self._head, self._norm, self._frequencies))
         self.struct = abi.Model(
-            self.blocks.structs, *arrays, amplitude=1.0, epsilon=config.rms_norm_eps, count=config.num_hidden_layers,
-            vocab=config.vocab_size, hidden=config.hidden_size, head_dim=config.head_dim,
-            embedding_dtype=_DTYPES[embedding_dtype], head_dtype=_DTYPES[head_dtype], norm_dtype=abi.FLOAT32,
+            self.blocks.structs, _rows(*embedding), _rows(*head), self._norm.ctypes.data, self._frequencies.ctypes.data,
+            amplitude=1.0, epsilon=config.rms_norm_eps, count=config.num_hidden_layers, vocab=config.vocab_size,
+            hidden=config.hidden_size, head_dim=config.head_dim, norm_dtype=abi.FLOAT32,
         )  # fmt: skip
+
+
+def _rows(weight: NDArray[Any], dtype: str, scale: NDArray[Any] | None) -> abi.Rows:
+    return abi.Rows(weight.ctypes.data, None if scale is None else scale.ctypes.data, _DTYPES[dtype])
 
 
 class Session:

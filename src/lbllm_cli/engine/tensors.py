@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from lbllm_cli.core.model_folder import read_folder
 from lbllm_cli.engine.config import Unfit
+from lbllm_cli.format.names import ROW_SCALE
 
 # numpy has no bfloat16: its bits.
 _DTYPES = {"U8": np.uint8, "I8": np.int8, "I32": np.int32, "F16": np.float16, "F32": np.float32, "BF16": np.uint16}
@@ -63,6 +64,16 @@ class Tensors:
             if not good.all():
                 raise Unfit(f"{name} holds NaN or infinity")
         return (stored.astype(np.float32), "F32") if dtype == "F16" else (stored, dtype)
+
+    def rows(self, owner: str, count: int, width: int) -> tuple[NDArray[Any], str, NDArray[np.float16] | None]:
+        """An embedding or a head: weight and dtype as `floats`, None; or int8 [count, width], I8, and a scale for each row."""
+        entry = self.entries.get(f"{owner}.weight")
+        if entry is None or entry.dtype != "I8":
+            return *self.floats(f"{owner}.weight", count, width), None
+        scale = self.array(f"{owner}.{ROW_SCALE}", "F16", count)
+        if not np.isfinite(scale).all():
+            raise Unfit(f"{owner}.{ROW_SCALE} holds NaN or infinity")
+        return self.array(f"{owner}.weight", "I8", count, width), "I8", scale
 
     def small_floats(self, name: str, *shape: int) -> NDArray[np.float32]:
         """The same as float32 in memory, for norms and biases."""

@@ -16,6 +16,7 @@ from lbllm_cli.evaluation.cache import Measurements
 from lbllm_cli.evaluation.perplexity import Evaluation, whole_perplexity
 from lbllm_cli.evaluation.sizes import Sizes, measure_sizes, result
 from lbllm_cli.export import writer
+from lbllm_cli.export.base import Form
 from lbllm_cli.export.card import Described
 from lbllm_cli.format.activations import format_of
 from lbllm_cli.models.model import read_entries
@@ -171,8 +172,8 @@ class EvaluationRun:
         if checkpoint is None:
             return (self.plan.output / EXPORT if name == EXPORT else self.plan.model.folder), False
         folder, recipe = self.folder / f"{name}.model", self.plan.recipe
-        shard = int(recipe.export.shard_gb * 1e9)
-        writer.export(self.plan.model, checkpoint, folder, USUAL_FORMAT, shard, Described(recipe.model.path))
+        form = Form(USUAL_FORMAT, int(recipe.export.shard_gb * 1e9))
+        writer.export(self.plan.model, checkpoint, folder, form, Described(recipe.model.path))
         return folder, True
 
     def _sizes(self, name: str) -> Sizes:

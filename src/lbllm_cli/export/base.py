@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,18 @@ from torch import Tensor
 from lbllm_cli.core import files, interrupt, model_folder
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.pipeline.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Form:
+    """What an export is to be. format: of `export.formats`. shard_bytes: of its largest weight file, where there may be several.
+
+    head_bits: of embedding and head in a packed export, 16 for as the source has them.
+    """
+
+    format: str
+    shard_bytes: int
+    head_bits: int = 16
 
 
 class Exporter(ABC):
@@ -25,15 +38,15 @@ class Exporter(ABC):
         """Raises UsageError naming what the model, or groups of this size, have that the format cannot hold."""
 
     @abstractmethod
-    def write(self, model: SourceModel, checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
-        """Fills a new folder. shard_bytes: of its largest weight file, where there may be several."""
+    def write(self, model: SourceModel, checkpoint: Checkpoint, folder: Path, form: Form) -> None:
+        """Fills a new folder."""
 
     @abstractmethod
     def weight_bytes(self, model: SourceModel, group_size: int, level_bits: int) -> float:
         """Bytes of all binarized weights."""
 
     @abstractmethod
-    def fidelity(self, model: SourceModel) -> str:
+    def fidelity(self, model: SourceModel, form: Form) -> str:
         """How a loaded model's weights compare with the checkpoint's, for the log."""
 
     @abstractmethod
@@ -45,26 +58,30 @@ class FolderExporter(Exporter):
     """A format that is a folder as transformers has them: configuration, tokenizer, and safetensors."""
 
     @abstractmethod
-    def settings(self, model: SourceModel, checkpoint: Checkpoint) -> dict[str, Any]:
+    def settings(self, model: SourceModel, checkpoint: Checkpoint, form: Form) -> dict[str, Any]:
         """What config.json has beside the source's values."""
 
     @abstractmethod
     def block(self, model: SourceModel, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors of a block as the folder has them. stored: as the checkpoint has them."""
 
+    def outer(self, tensors: dict[str, Tensor], form: Form) -> dict[str, Tensor]:
+        """Tensors outside the blocks as the folder has them."""
+        return tensors
+
     def named(self, model: SourceModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """All tensors of a block by the names that they have in the folder: those of modules."""
         return tensors
 
-    def write(self, model: SourceModel, checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
+    def write(self, model: SourceModel, checkpoint: Checkpoint, folder: Path, form: Form) -> None:
         """One shard is held in memory at a time."""
         model_folder.copy_metadata(model.folder, folder)
-        files.write_json(folder / "config.json", model.exported_config() | self.settings(model, checkpoint))
-        _write_shards(self._tensors(model, checkpoint), folder, shard_bytes)
+        files.write_json(folder / "config.json", model.exported_config() | self.settings(model, checkpoint, form))
+        _write_shards(self._tensors(model, checkpoint, form), folder, form.shard_bytes)
 
-    def _tensors(self, model: SourceModel, checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    def _tensors(self, model: SourceModel, checkpoint: Checkpoint, form: Form) -> Iterator[tuple[str, Tensor]]:
         """All tensors of the exported model: everything outside the blocks, then block by block."""
-        yield from outer_tensors(model, checkpoint).items()
+        yield from self.outer(outer_tensors(model, checkpoint), form).items()
         binarized = set(model.binarized_names)
         for index in range(model.blocks):
             interrupt.check()

@@ -11,7 +11,7 @@ from huggingface_hub import metadata_load
 
 from lbllm_cli import __version__
 from lbllm_cli.core.markdown import literal
-from lbllm_cli.export.base import Exporter
+from lbllm_cli.export.base import Exporter, Form
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.pipeline.checkpoint import Checkpoint
 
@@ -32,7 +32,7 @@ class Described:
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def model_card(model: SourceModel, checkpoint: Checkpoint, by: Exporter, about: Described) -> str:
+def model_card(model: SourceModel, checkpoint: Checkpoint, by: Exporter, form: Form, about: Described) -> str:
     """Model card: what this is, what it was measured at, and how to run it."""
     path = about.path
     local = os.path.isdir(os.path.expanduser(path))
@@ -45,7 +45,7 @@ def model_card(model: SourceModel, checkpoint: Checkpoint, by: Exporter, about: 
         f"The linear layers of {name}'s decoder blocks are binarized to a sign bit and a bitmap bit per weight, four levels "
         f"per group of {checkpoint.record.group_size} inputs (LBLLM, arXiv 2604.19167), by lbllm {__version__}, "
         f"stage `{checkpoint.stage}`. "
-        f"Embeddings, {'' if checkpoint.read_outer() else 'norms, '}biases and head are those of the source model. "
+        f"{_unchanged(checkpoint, form)}"
         "The source model's licence applies."
     )
     lines.append("")
@@ -57,6 +57,14 @@ def model_card(model: SourceModel, checkpoint: Checkpoint, by: Exporter, about: 
         ]
     bits = 8 * by.weight_bytes(model, *checkpoint.record.weights) / model.binarized_parameters
     return "\n".join([*lines, *_results(about.results, bits, layout is not None), *by.loading(about.place)]) + "\n"
+
+
+def _unchanged(checkpoint: Checkpoint, form: Form) -> str:
+    norms = "" if checkpoint.read_outer() else "norms"
+    if form.head_bits == 16:
+        return f"Embeddings, {norms + ', ' if norms else ''}biases and head are those of the source model. "
+    kept = f"{norms + ' and ' if norms else ''}biases are those of the source model, embeddings and head are rounded to"
+    return f"{kept[0].upper()}{kept[1:]} {form.head_bits} bits. "
 
 
 def _results(results: dict[str, dict[str, Any]], bits: float, quantized: bool) -> list[str]:

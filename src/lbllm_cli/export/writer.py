@@ -10,6 +10,7 @@ from lbllm_cli.core.errors import UsageError
 from lbllm_cli.core.fingerprint import fingerprint
 from lbllm_cli.core.own_folders import check_own, remove_own
 from lbllm_cli.core.validation import describe
+from lbllm_cli.export.base import Form
 from lbllm_cli.export.card import Described, model_card
 from lbllm_cli.export.formats import exporter
 from lbllm_cli.format.settings import format_version
@@ -22,7 +23,7 @@ RECORD = "lbllm_export.json"
 WEIGHTS = ("*.safetensors", "*.gguf")
 
 
-def export(model: SourceModel, checkpoint: Checkpoint, target: Path, form: str, shard_bytes: int, about: Described) -> None:
+def export(model: SourceModel, checkpoint: Checkpoint, target: Path, form: Form, about: Described) -> None:
     """Writes the model folder `target` in a format, replacing an earlier export of lbllm as a whole.
 
     about: for its card. One shard is held in memory at a time. Raises UsageError as `check_target`, or when a block file was
@@ -32,11 +33,10 @@ def export(model: SourceModel, checkpoint: Checkpoint, target: Path, form: str, 
     partial, replaced = (target.with_name(target.name + tail) for tail in (".partial", ".replaced"))
     remove_own(partial, EXPORT_FOLDER)
     partial.mkdir(parents=True)
-    inputs = export_inputs(checkpoint, form, shard_bytes)
+    inputs = export_inputs(checkpoint, form)
     # An unfinished export must be known for one as well, or nobody could delete it.
     files.write_json(partial / RECORD, inputs)
-    by = exporter(form)
-    by.write(model, checkpoint, partial, shard_bytes)
+    exporter(form.format).write(model, checkpoint, partial, form)
     write_card(partial, model, checkpoint, form, about)
     written = sorted(file for pattern in ("config.json", *WEIGHTS) for file in partial.glob(pattern))
     files.write_json(partial / RECORD, inputs | {"files": {file.name: files.sha256(file) for file in written}})
@@ -49,9 +49,9 @@ def export(model: SourceModel, checkpoint: Checkpoint, target: Path, form: str, 
     remove_own(replaced, EXPORT_FOLDER)
 
 
-def write_card(folder: Path, model: SourceModel, checkpoint: Checkpoint, form: str, about: Described) -> None:
+def write_card(folder: Path, model: SourceModel, checkpoint: Checkpoint, form: Form, about: Described) -> None:
     """The card alone: what was measured since an export was written is in it then."""
-    files.write_text(folder / "README.md", model_card(model, checkpoint, exporter(form), about))
+    files.write_text(folder / "README.md", model_card(model, checkpoint, exporter(form.format), form, about))
 
 
 def check_target(target: Path) -> None:
@@ -64,12 +64,14 @@ def check_target(target: Path) -> None:
         check_own(target.with_name(target.name + tail), EXPORT_FOLDER)
 
 
-def export_inputs(checkpoint: Checkpoint, form: str, shard_bytes: int) -> dict[str, Any]:
+def export_inputs(checkpoint: Checkpoint, form: Form) -> dict[str, Any]:
     """What an export depends on; equal inputs mean that it is up to date."""
     # By its bytes: another processor makes other ones of equal inputs.
-    inputs = {"checkpoint": checkpoint.content, "format": form, "shard_bytes": shard_bytes}
+    inputs: dict[str, Any] = {"checkpoint": checkpoint.content, "format": form.format, "shard_bytes": form.shard_bytes}
+    if form.head_bits != 16:  # earlier versions had nothing else
+        inputs["head_bits"] = form.head_bits
     # An export that an earlier version wrote is up to date still: its own number for all of them was 2.
-    version = max(2, format_version(checkpoint.record.level_bits, checkpoint.activations))
+    version = max(2, format_version(checkpoint.record.level_bits, checkpoint.activations, form.head_bits))
     return {"format_version": version, "fingerprint": fingerprint(inputs), **inputs}
 
 

@@ -7,6 +7,10 @@ LATTICE_MAX = 127
 # Levels of a group of weights, and bits that a file may have of each.
 LEVELS = 4
 LEVEL_BITS = (8, 4)
+# Integers of an embedding's or head's row in 8 bits, and what they are called beside its weight.
+ROW_LEVEL_MAX = 127
+ROW_SCALE = "scale"
+HEAD_BITS = (16, 8)
 # Names in a block: what an attention layer's keys and values are quantized by, and what linears read is by `input_name`.
 KEYS, VALUES = "self_attn.key_cache", "self_attn.value_cache"
 # What the tensors of a quantizer are called behind its name.

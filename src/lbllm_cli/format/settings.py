@@ -6,15 +6,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lbllm_cli import __version__
 from lbllm_cli.core.validation import describe
-from lbllm_cli.format.names import LEVEL_BITS
+from lbllm_cli.format.names import HEAD_BITS, LEVEL_BITS
 
 if TYPE_CHECKING:
     from lbllm_cli.format.activations import ActivationFormat
 
 METHOD = "lbllm"
 # 1: weights alone. 2: with quantizers of activations, which a reader of 1 would leave out without a word. 3: levels of 4 bits,
-# with quantizers or without. 4: centred keys.
-FORMAT_VERSION = 4
+# with quantizers or without. 4: centred keys. 5: embedding and head of 8 bits.
+FORMAT_VERSION = 5
 
 
 class Activations(BaseModel):
@@ -33,13 +33,18 @@ class Activations(BaseModel):
 
 
 def quantization_config(
-    group_size: int, level_bits: int, stage: str, linears: tuple[str, ...], activations: "ActivationFormat | None"
-) -> dict[str, Any]:
-    """The `quantization_config` block of a packed model's config.json. linears: of a block, that are packed."""
+    group_size: int, level_bits: int, stage: str, linears: tuple[str, ...], activations: "ActivationFormat | None",
+    head_bits: int = 16,
+) -> dict[str, Any]:  # fmt: skip
+    """The `quantization_config` block of a packed model's config.json.
+
+    linears: of a block, that are packed. head_bits: of embedding and head, 16 for as the source has them.
+    """
     return {
         "quant_method": METHOD,
-        "format_version": format_version(level_bits, activations),
+        "format_version": format_version(level_bits, activations, head_bits),
         **({"level_bits": level_bits} if level_bits != 8 else {}),
+        **({"head_bits": head_bits} if head_bits != 16 else {}),
         **({"activations": activations.as_dict()} if activations else {}),
         "group_size": group_size,
         "stage": stage,
@@ -48,8 +53,10 @@ def quantization_config(
     }
 
 
-def format_version(level_bits: int, activations: "ActivationFormat | None") -> int:
+def format_version(level_bits: int, activations: "ActivationFormat | None", head_bits: int = 16) -> int:
     """Of a packed model: the smallest whose readers know all of it."""
+    if head_bits != 16:
+        return 5
     if activations is not None and activations.key_centre:
         return 4
     return 3 if level_bits != 8 else 2 if activations else 1
@@ -64,7 +71,8 @@ def check_settings(values: dict[str, Any]) -> None:
 
     version, size, linears = values.get("format_version"), values.get("group_size"), values.get("linears")
     check("format_version", type(version) is int and version > 0, f"1 to {FORMAT_VERSION}", version)
-    if version is not None and version > FORMAT_VERSION:
+    assert isinstance(version, int)
+    if version > FORMAT_VERSION:
         raise ValueError(f"packed format_version {version}, this lbllm reads {FORMAT_VERSION}; update lbllm-cli")
     good = type(size) is int and 16 <= size <= 4096 and size % 16 == 0
     check("group_size", good, "a multiple of 16 up to 4096", size)
@@ -73,7 +81,10 @@ def check_settings(values: dict[str, Any]) -> None:
     check("linears", good, "the linears of a block", linears)
     bits = values.get("level_bits", 8)
     check("level_bits", type(bits) is int and bits in LEVEL_BITS, "8 or 4", bits)
-    check("format_version", bits == 8 or version in (3, 4), "3 or more where levels have 4 bits", version)
+    check("format_version", bits == 8 or version >= 3, "3 or more where levels have 4 bits", version)
+    head = values.get("head_bits", 16)
+    check("head_bits", type(head) is int and head in HEAD_BITS, "8 or 16", head)
+    check("format_version", head == 16 or version >= 5, "5 where embedding and head have 8 bits", version)
     layout = values.get("activations")
     if layout is None:
         return
@@ -83,5 +94,5 @@ def check_settings(values: dict[str, Any]) -> None:
         Activations.model_validate(layout)
     except ValidationError as error:
         raise ValueError(f"quantization_config.activations.{describe(error)}; export it again") from None
-    check("format_version", not layout.get("key_centre") or version == 4, "4 where keys are centred", version)
+    check("format_version", not layout.get("key_centre") or version >= 4, "4 or more where keys are centred", version)
     check("activations.group_size", layout["group_size"] == size, f"that of the weights, {size}", layout["group_size"])

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lbllm_cli.core.errors import LbllmError, UsageError, reason
 from lbllm_cli.core.headers import TensorEntry, mismatch, read_header
@@ -14,6 +14,7 @@ from lbllm_cli.core.tensor_files import finite
 from lbllm_cli.format.names import CLIP_RANGE, CLIP_UNIT, LATTICE_MAX
 from lbllm_cli.runtime.linear import PackedLinear
 from lbllm_cli.runtime.quantizer import ActQuantizer
+from lbllm_cli.runtime.rows import StoredRows
 
 _DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.float16: "F16", torch.int32: "I32"}
 
@@ -27,7 +28,14 @@ def check_linears(layer: nn.Module, linears: list[str]) -> None:
 
 
 def _packed(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear | ActQuantizer))
+    kinds = PackedLinear | ActQuantizer | StoredRows
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, kinds))
+
+
+def _stored(module: nn.Module) -> dict[str, Tensor]:
+    """What a file has of such a module in a dtype of its own."""
+    parameters = dict(module.named_parameters(recurse=False)) if isinstance(module, StoredRows) else {}
+    return parameters | dict(module.named_buffers(recurse=False))
 
 
 def _own_entries(model: Any, paths: list[Path]) -> dict[str, TensorEntry]:
@@ -48,7 +56,7 @@ def check_files(model: Any, paths: list[Path]) -> None:
     entries = _own_entries(model, paths)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, module in _packed(model):
-        for part, tensor in module.named_buffers(recurse=False):
+        for part, tensor in _stored(module).items():
             entry, expected = entries.pop(f"{name}.{part}", None), (_DTYPES[tensor.dtype], shapes.pop(f"{name}.{part}"))
             got = "nothing" if entry is None else f"{entry.dtype} {entry.shape}"
             if entry is None or (entry.dtype, entry.shape) != expected:
@@ -77,7 +85,7 @@ def check_values(model: nn.Module, prefix: str = "") -> None:
             raise ValueError(f"{name} holds NaN or infinity; export it again")
     least, most = (round(factor * CLIP_UNIT) for factor in CLIP_RANGE)
     for own, module in _packed(model):
-        if isinstance(module, PackedLinear):
+        if not isinstance(module, ActQuantizer):
             continue
         name = f"{prefix}.{own}" if prefix else own
         levels, top = module.act_levels.int(), LATTICE_MAX if module.bits < 8 else 255

@@ -13,6 +13,7 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models.utils import WeightsMapper
 
 from lbllm_cli.format.activations import format_of
@@ -21,6 +22,8 @@ from lbllm_cli.format.settings import METHOD, check_settings
 _IN_BLOCK = re.compile(r"\.layers\.\d+\.(.+)$")
 # In --additional-config, the first is what counts without it.
 _CHOICES = {"lbllm_activations": ("stored", "full"), "lbllm_cache": ("values", "codes")}
+# Families of which vLLM makes the embedding without asking how it is quantized.
+_DENSE_ROWS = ("gemma2", "mixtral", "gpt_oss", "granitemoe")
 _MIXTRAL = {
     r"\.mlp\.(gate|experts)\.": r".block_sparse_moe.\1.",
     r"(\.experts\.\d+)\.gate_proj\.": r"\1.w1.",
@@ -43,6 +46,7 @@ class LbllmConfig(QuantizationConfig):  # type: ignore[misc]
         self.settings = settings
         self.group_size: int = settings["group_size"]
         self.level_bits: int = settings.get("level_bits", 8)
+        self.head_bits: int = settings.get("head_bits", 16)
         self.linears: list[str] = settings["linears"]
         self.layout = format_of(settings)
         self.model_type = ""
@@ -93,6 +97,11 @@ class LbllmConfig(QuantizationConfig):  # type: ignore[misc]
         from lbllm_cli.hf import check_packed
 
         self.model_type = hf_config.model_type
+        if self.head_bits != 16 and self.model_type in _DENSE_ROWS:
+            raise ValueError(
+                f"vLLM's {self.model_type} has an embedding of 16 bits alone, the export has head_bits {self.head_bits}; "
+                "export it again with export.head_bits=16"
+            )
         if os.path.isdir(model_name):
             check_packed(hf_config, sorted(Path(model_name).glob("model*.safetensors")))
 
@@ -101,6 +110,7 @@ class LbllmConfig(QuantizationConfig):  # type: ignore[misc]
         from lbllm_cli.vllm.attention import QuantizedKeysValues
         from lbllm_cli.vllm.experts import PackedExpertsMethod
         from lbllm_cli.vllm.linear import PackedLinearMethod
+        from lbllm_cli.vllm.rows import PackedRowsMethod
 
         if isinstance(layer, LinearBase):
             names = self._stored_names(prefix)
@@ -108,6 +118,8 @@ class LbllmConfig(QuantizationConfig):  # type: ignore[misc]
         if isinstance(layer, Attention) and self.layout is not None:
             form = self._wanted()["lbllm_cache"] if self._active_layout() else "full"
             return QuantizedKeysValues(self, prefix, self.layout, form)
+        if isinstance(layer, VocabParallelEmbedding) and self.head_bits != 16:
+            return PackedRowsMethod(prefix)
         if isinstance(layer, RoutedExperts) and any(".experts." in name for name in self.linears):
             return PackedExpertsMethod(self, prefix, layer.moe_config, self.layout, self._active_layout() is not None)
         return None

@@ -70,10 +70,13 @@ inline int32_t check(const lbllm_cache* c, const lbllm_block* b, int64_t rows, i
     return whole ? LBLLM_OK : LBLLM_BAD_CACHE;
 }
 
+inline bool good(const lbllm_rows* r) {
+    return r && r->weight && (known(r->dtype) ? !r->scale : r->dtype == LBLLM_INT8 && r->scale);
+}
+
 inline int32_t check(const lbllm_model* m) {
-    if (!m || !m->blocks || !m->embedding || !m->head || !m->norm || !m->frequencies || m->count < 1 || m->vocab < 1)
-        return LBLLM_BAD_BLOCK;
-    if (!known(m->embedding_dtype) || !known(m->head_dtype) || !known(m->norm_dtype)) return LBLLM_BAD_TYPE;
+    if (!m || !m->blocks || !m->norm || !m->frequencies || m->count < 1 || m->vocab < 1) return LBLLM_BAD_BLOCK;
+    if (!good(&m->embedding) || !good(&m->head) || !known(m->norm_dtype)) return LBLLM_BAD_TYPE;
     for (int i = 0; i < m->count; i++) {
         const lbllm_block* b = m->blocks + i;
         if (const int32_t wrong = check(b)) return wrong;

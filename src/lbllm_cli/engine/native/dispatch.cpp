@@ -135,12 +135,12 @@ LBLLM_EXPORT int32_t lbllm_run(const lbllm_model* model, const lbllm_cache* cach
     return LBLLM_OK;
 }
 
-LBLLM_EXPORT int32_t lbllm_head(const void* weight, int32_t weight_dtype, const void* x, void* y, int32_t in_features,
-                                int64_t out_features, int32_t dtype, int64_t rows, int32_t threads) {
-    if (!known(dtype) || !known(weight_dtype)) return LBLLM_BAD_TYPE;
+LBLLM_EXPORT int32_t lbllm_head(const lbllm_rows* weight, const void* x, void* y, int32_t in_features, int64_t out_features,
+                                int32_t dtype, int64_t rows, int32_t threads) {
+    if (!known(dtype) || (rows && !good(weight))) return LBLLM_BAD_TYPE;
     if (rows < 0 || in_features < 1 || out_features < 1 || threads < 1 || rows * in_features > kLargest) return LBLLM_BAD_SIZE;
-    if (rows && (!weight || !x || !y)) return LBLLM_BAD_SIZE;
-    if (rows) current()->head(weight, weight_dtype, x, y, in_features, out_features, dtype, rows, threads);
+    if (rows && (!x || !y)) return LBLLM_BAD_SIZE;
+    if (rows) current()->head(weight, x, y, in_features, out_features, dtype, rows, threads);
     return LBLLM_OK;
 }
 

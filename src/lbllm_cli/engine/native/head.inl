@@ -42,12 +42,42 @@ inline void head_rows(const float* const w[kHeadRows], const float* x, int n, fl
     }
 }
 
+// Of int8 weights, in the order of the model; without their scales.
+inline void head_rows(const int8_t* const w[kHeadRows], const float* x, int n, float total[kHeadRows]) {
+    v8f a[kHeadRows] = {}, b[kHeadRows] = {};
+    for (int c = 0; c < n; c += 16) {
+        const v8f left = load<v8f>(x + c), right = load<v8f>(x + c + 8);
+        for (int i = 0; i < kHeadRows; i++) {
+            __builtin_prefetch(w[i] + c + kHeadAhead);
+            a[i] = fused(bytes(w[i] + c), left, a[i]);
+            b[i] = fused(bytes(w[i] + c + 8), right, b[i]);
+        }
+    }
+    for (int i = 0; i < kHeadRows; i++) total[i] = sum(a[i] + b[i]);
+}
+
 inline float as_float(float x) { return x; }
 inline float as_float(uint16_t bits) { return from_bfloat16(bits); }
+inline float as_float(int8_t x) { return x; }
+
+inline float from_half(uint16_t bits) {
+    uint8_t eight[16] = {};
+    memcpy(eight, &bits, 2);
+    return halves(eight)[0];
+}
+
+// A row of an embedding as floats.
+inline void read_row(const lbllm_rows& rows, int64_t row, int width, float* to) {
+    if (rows.dtype != LBLLM_INT8) return read_floats(rows.weight, rows.dtype, row * width, width, to);
+    const int8_t* from = static_cast<const int8_t*>(rows.weight) + row * width;
+    const float scale = from_half(rows.scale[row]);
+    for (int i = 0; i < width; i++) to[i] = scale * from[i];
+}
 
 // values: inputs [rows, in_features]; ordered: the same as head_rows reads whole vectors of them.
+// scale: of rows, or NULL.
 template <typename T>
-void multiply_head(const T* weight, const float* values, const float* ordered, void* y, int in_features, int64_t out_features,
+void multiply_head(const T* weight, const uint16_t* scale, const float* values, const float* ordered, void* y, int in_features, int64_t out_features,
                    int dtype, int64_t rows, int threads) {
     const int whole = in_features / 16 * 16;
     (void)threads;
@@ -61,23 +91,31 @@ void multiply_head(const T* weight, const float* values, const float* ordered, v
             head_rows(w, ordered + m * in_features, whole, total);
             for (int i = 0; i < n; i++)
                 for (int c = whole; c < in_features; c++) total[i] += as_float(w[i][c]) * values[m * in_features + c];
+            for (int i = 0; scale && i < n; i++) total[i] *= from_half(scale[r + i]);
             write_floats(total, n, y, dtype, m * out_features + r);
         }
     }
 }
 
-void head(const void* weight, int32_t weight_dtype, const void* x, void* y, int32_t in_features, int64_t out_features,
-          int32_t dtype, int64_t rows, int32_t threads) {
-    Scratch<float> memory;
+void head(const lbllm_rows* weight, const void* x, void* y, int32_t in_features, int64_t out_features, int32_t dtype, int64_t rows,
+          int32_t threads) {
+    static thread_local Scratch<float> memory;
     float* values = memory.of(rows * 2 * in_features);
     float* ordered = values + rows * in_features;
     read_floats(x, dtype, 0, static_cast<int>(rows * in_features), values);
     threads = useful_threads(threads, in_features * out_features, kWeightsPerThread);
-    if (weight_dtype == LBLLM_FLOAT32)
-        return multiply_head(static_cast<const float*>(weight), values, values, y, in_features, out_features, dtype, rows, threads);
-    const int whole = in_features / 16 * 16;
-    for (int64_t m = 0; m < rows; m++) even_odd(values + m * in_features, whole, ordered + m * in_features);
-    multiply_head(static_cast<const uint16_t*>(weight), values, ordered, y, in_features, out_features, dtype, rows, threads);
+    if (weight->dtype == LBLLM_BFLOAT16) {
+        const int whole = in_features / 16 * 16;
+        for (int64_t m = 0; m < rows; m++) even_odd(values + m * in_features, whole, ordered + m * in_features);
+        multiply_head(static_cast<const uint16_t*>(weight->weight), nullptr, values, ordered, y, in_features, out_features, dtype,
+                      rows, threads);
+    } else if (weight->dtype == LBLLM_INT8) {
+        multiply_head(static_cast<const int8_t*>(weight->weight), weight->scale, values, values, y, in_features, out_features, dtype,
+                      rows, threads);
+    } else {
+        multiply_head(static_cast<const float*>(weight->weight), nullptr, values, values, y, in_features, out_features, dtype, rows,
+                      threads);
+    }
 }
 
 uint64_t read(const uint8_t* data, int64_t bytes, int32_t threads) {

@@ -15,7 +15,7 @@
 #define LBLLM_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { LBLLM_FLOAT32 = 0, LBLLM_BFLOAT16 = 1 };  // element types of inputs and outputs
+enum { LBLLM_FLOAT32 = 0, LBLLM_BFLOAT16 = 1, LBLLM_INT8 = 2 };  // element types; of inputs and outputs the first two
 
 // What an entry returns: 0, or what is wrong with what it was given; nothing is read or written then. Buffers are as large as
 // the sizes beside them say: that is the caller's to see to.
@@ -61,16 +61,22 @@ typedef struct {
     int32_t kv_heads, key_bytes, value_bytes;  // of a record
 } lbllm_cache;
 
+// Rows of an embedding or a head.
+typedef struct {
+    const void* weight;     // [rows, width]
+    const uint16_t* scale;  // float16 [rows], as its bits, of int8 weights; NULL of others
+    int32_t dtype;
+} lbllm_rows;
+
 // A model of such blocks, whose streams are float32.
 typedef struct {
     const lbllm_block* blocks;
-    const void *embedding, *head;  // [vocab, hidden], of embedding_dtype and head_dtype
+    lbllm_rows embedding, head;    // [vocab, hidden]
     const void* norm;              // [hidden], of norm_dtype
     const float* frequencies;      // [head_dim / 2] of the rotary embedding, radians per position
     float amplitude;               // of its cosine and sine
     float epsilon;                 // of the last norm
-    int32_t count, vocab, hidden, head_dim;  // count: of blocks
-    int32_t embedding_dtype, head_dtype, norm_dtype;
+    int32_t count, vocab, hidden, head_dim, norm_dtype;  // count: of blocks
 } lbllm_model;
 
 // How a token is drawn from logits, in this order: penalty, temperature, top_k, top_p, min_p.
@@ -126,8 +132,8 @@ LBLLM_EXPORT int32_t lbllm_run(const lbllm_model* model, const lbllm_cache* cach
 // numbers, any number to begin with. What is not finite cannot be drawn from: LBLLM_NOT_FINITE.
 LBLLM_EXPORT int32_t lbllm_sample(const lbllm_sampling* sampling, float* logits, int32_t vocab, const int32_t* before,
                                   int64_t count, uint64_t* state, int32_t* token);
-// y [rows, out] = x [rows, in] times weights [out, in] of weight_dtype: the head of a model, for few rows.
-LBLLM_EXPORT int32_t lbllm_head(const void* weight, int32_t weight_dtype, const void* x, void* y, int32_t in_features,
-                                int64_t out_features, int32_t dtype, int64_t rows, int32_t threads);
+// y [rows, out] = x [rows, in] times weights [out, in]: the head of a model, for few rows.
+LBLLM_EXPORT int32_t lbllm_head(const lbllm_rows* weight, const void* x, void* y, int32_t in_features, int64_t out_features,
+                                int32_t dtype, int64_t rows, int32_t threads);
 // Reads `bytes` of memory as fast as the tier can; returns their sum modulo 2^64, so that it cannot be left out.
 LBLLM_EXPORT uint64_t lbllm_read(const uint8_t* data, int64_t bytes, int32_t threads);

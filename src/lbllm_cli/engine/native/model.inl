@@ -26,7 +26,7 @@ void run(const lbllm_model* model, const lbllm_cache* caches, const int32_t* tok
     for (int64_t first = 0; first < count; first += kRunTokens) {
         some = smaller(kRunTokens, count - first);
         for (int64_t m = 0; m < some; m++)
-            read_floats(model->embedding, model->embedding_dtype, tokens[first + m] * h, model->hidden, stream + m * h);
+            read_row(model->embedding, tokens[first + m], model->hidden, stream + m * h);
         rotary(model, caches[0].tokens + first, some, cosine, sine);
         for (int b = 0; b < model->count; b++) {
             lbllm_cache cache = caches[b];
@@ -39,7 +39,7 @@ void run(const lbllm_model* model, const lbllm_cache* caches, const int32_t* tok
     float* normed = weight + h;
     read_floats(model->norm, model->norm_dtype, 0, model->hidden, weight);
     rms_norm(stream + (some - 1) * h, weight, model->epsilon, model->hidden, normed);
-    head(model->head, model->head_dtype, normed, logits, model->hidden, model->vocab, LBLLM_FLOAT32, 1, threads);
+    head(&model->head, normed, logits, model->hidden, model->vocab, LBLLM_FLOAT32, 1, threads);
 }
 
 }  // namespace

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lbllm_cli.core.errors import UsageError
-from lbllm_cli.export.base import FolderExporter, snippet
+from lbllm_cli.export.base import FolderExporter, Form, snippet
 from lbllm_cli.format.weights import PackedWeight
 from lbllm_cli.models.block import block_prefix
 from lbllm_cli.models.model import SourceModel
@@ -34,7 +34,7 @@ class CompressedTensors(FolderExporter):
                 "dense"
             )
 
-    def settings(self, model: SourceModel, checkpoint: Checkpoint) -> dict[str, Any]:
+    def settings(self, model: SourceModel, checkpoint: Checkpoint, form: Form) -> dict[str, Any]:
         """Scheme of every linear: a row whose last group is shorter has groups that divide it, several to one of ours."""
         groups: dict[int, list[str]] = {}
         for name in model.linears:
@@ -69,7 +69,7 @@ class CompressedTensors(FolderExporter):
             rows * (width + -width % _WORD + 2.0 * width / gcd(width, group_size)) + 16 for rows, width in model.binarized_shapes
         )
 
-    def fidelity(self, model: SourceModel) -> str:
+    def fidelity(self, model: SourceModel, form: Form) -> str:
         """The file is exact."""
         return "weights are exact where they are loaded in float32; in 16 bits their reader rounds levels times scales"
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lbllm_cli.export.base import FolderExporter
+from lbllm_cli.export.base import FolderExporter, Form
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.models.stored import decoded
 from lbllm_cli.pipeline.checkpoint import Checkpoint
@@ -13,7 +13,7 @@ from lbllm_cli.pipeline.checkpoint import Checkpoint
 class Dense(FolderExporter):
     """One tensor a weight."""
 
-    def settings(self, model: SourceModel, checkpoint: Checkpoint) -> dict[str, Any]:
+    def settings(self, model: SourceModel, checkpoint: Checkpoint, form: Form) -> dict[str, Any]:
         """Nothing beside the source's values."""
         return {}
 
@@ -29,7 +29,7 @@ class Dense(FolderExporter):
         """Two bytes a weight."""
         return model.binarized_parameters * 2.0
 
-    def fidelity(self, model: SourceModel) -> str:
+    def fidelity(self, model: SourceModel, form: Form) -> str:
         """In the source's dtype."""
         dtype = str(model.source_dtype()).removeprefix("torch.")
         return "weights are exact in float32" if dtype == "float32" else f"weights are rounded to {dtype}"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lbllm_cli.core import files, interrupt
 from lbllm_cli.core.errors import UsageError
-from lbllm_cli.export.base import Exporter, outer_tensors, snippet
+from lbllm_cli.export.base import Exporter, Form, outer_tensors, snippet
 from lbllm_cli.export.gguf.architectures import ARCHITECTURES, odd_rope, rope_factors, turned_rows, write_settings
 from lbllm_cli.export.gguf.vocabulary import Vocabulary
 from lbllm_cli.format.weights import PackedWeight
@@ -63,8 +63,8 @@ class Gguf(Exporter):
             raise UsageError(f"export.format: gguf has blocks of {_BLOCK}, which do not divide {found}; take another format")
         Vocabulary(model.folder, config.vocab_size)
 
-    def write(self, model: SourceModel, checkpoint: Checkpoint, folder: Path, shard_bytes: int) -> None:
-        """One block is held in memory at a time; shard_bytes is of no use to a file that is whole."""
+    def write(self, model: SourceModel, checkpoint: Checkpoint, folder: Path, form: Form) -> None:
+        """One block is held in memory at a time; the file is whole, whatever the size of a shard."""
         import gguf
 
         architecture = ARCHITECTURES[model.config.model_type]
@@ -141,7 +141,7 @@ class Gguf(Exporter):
         """34 for 32 weights."""
         return model.binarized_parameters * _BLOCK_BYTES / _BLOCK
 
-    def fidelity(self, model: SourceModel) -> str:
+    def fidelity(self, model: SourceModel, form: Form) -> str:
         """The file is exact; llama.cpp multiplies with activations that it rounds to eight bits in blocks of 32."""
         return "weights are exact; llama.cpp rounds activations to 8 bits as it multiplies"
 

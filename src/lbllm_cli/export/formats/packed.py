@@ -4,9 +4,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lbllm_cli.export.base import FolderExporter, snippet
+from lbllm_cli.core.errors import RunError
+from lbllm_cli.export.base import FolderExporter, Form, snippet
+from lbllm_cli.format.names import ROW_SCALE
+from lbllm_cli.format.rows import quantize_rows
 from lbllm_cli.format.settings import quantization_config
-from lbllm_cli.models.model import SourceModel
+from lbllm_cli.models.model import EMBEDDING, HEAD, SourceModel
 from lbllm_cli.pipeline.checkpoint import Checkpoint
 from lbllm_cli.pipeline.forecast import checkpoint_bytes
 
@@ -16,10 +19,24 @@ class Packed(FolderExporter):
 
     quantizes = True
 
-    def settings(self, model: SourceModel, checkpoint: Checkpoint) -> dict[str, Any]:
+    def settings(self, model: SourceModel, checkpoint: Checkpoint, form: Form) -> dict[str, Any]:
         """How to read the folder."""
-        found = quantization_config(*checkpoint.record.weights, checkpoint.stage, model.linears, checkpoint.activations)
+        stage, activations = checkpoint.stage, checkpoint.activations
+        found = quantization_config(*checkpoint.record.weights, stage, model.linears, activations, form.head_bits)
         return {"quantization_config": found}
+
+    def outer(self, tensors: dict[str, Tensor], form: Form) -> dict[str, Tensor]:
+        """Embedding and head in 8 bits, where they are asked for."""
+        if form.head_bits == 16:
+            return tensors
+        found = dict(tensors)
+        for name in (EMBEDDING, HEAD):
+            if name in tensors:
+                try:
+                    found[name], found[f"{name.removesuffix('.weight')}.{ROW_SCALE}"] = quantize_rows(tensors[name])
+                except ValueError as error:
+                    raise RunError(f"export.head_bits: 8: {name}: {error}; set it to 16") from None
+        return found
 
     def block(self, model: SourceModel, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         """As the checkpoint has them."""
@@ -29,9 +46,9 @@ class Packed(FolderExporter):
         """Those of the stage."""
         return checkpoint_bytes(model, group_size, level_bits)
 
-    def fidelity(self, model: SourceModel) -> str:
+    def fidelity(self, model: SourceModel, form: Form) -> str:
         """Tensors are the checkpoint's."""
-        return "everything is exact"
+        return "everything is exact" if form.head_bits == 16 else "everything is exact but for embedding and head, in 8 bits"
 
     def loading(self, place: str) -> list[str]:
         """With the plugin."""

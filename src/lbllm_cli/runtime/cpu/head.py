@@ -1,9 +1,11 @@
 """The model's head for few tokens: a bandwidth-bound product with bfloat16 weights."""
 
+from ctypes import byref
+
 import torch
 from torch import Tensor, nn
 
-from lbllm_cli.engine.abi import BFLOAT16, library
+from lbllm_cli.engine.abi import BFLOAT16, Rows, library
 from lbllm_cli.runtime.cpu.library import DTYPES, pointer
 
 # Above, torch's matrix product is faster.
@@ -40,5 +42,5 @@ class HeadLinear(nn.Linear):
         x = input.contiguous()
         y = x.new_empty(*x.shape[:-1], self.out_features)
         shape = (self.in_features, self.out_features, DTYPES[x.dtype], rows, torch.get_num_threads())
-        lib.lbllm_head(pointer(self.weight), BFLOAT16, pointer(x), pointer(y), *shape)
+        lib.lbllm_head(byref(Rows(pointer(self.weight), None, BFLOAT16)), pointer(x), pointer(y), *shape)
         return y
