@@ -41,13 +41,14 @@ TOKENS = torch.randint(3, 90, (24,), generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture(scope="module")
 def toy_export(once) -> Any:
-    """toy_export(family): a W(1+1)A4KV4 export whose heads vLLM has. level_bits: of `ptq`."""
+    """toy_export(family): a W(1+1)A4KV4 export whose heads vLLM has. level_bits: of `ptq`. head_bits: of `export`."""
 
-    def of(family: str, level_bits: int = 8) -> Path:
+    def of(family: str, level_bits: int = 8, head_bits: int = 16) -> Path:
         def make(folder: Path) -> Path:
-            return exported(folder, save_toy(folder / "model", family, **WIDTHS), ptq={"rounds": 0, "level_bits": level_bits})
+            sections = {"ptq": {"rounds": 0, "level_bits": level_bits}, "export": {"head_bits": head_bits}}
+            return exported(folder, save_toy(folder / "model", family, **WIDTHS), **sections)
 
-        return once(f"vllm-{family}-{level_bits}", make)
+        return once(f"vllm-{family}-{level_bits}-{head_bits}", make)
 
     return of
 
@@ -98,6 +99,19 @@ def test_every_family_computes_what_transformers_does(toy_export, family):
 @pytest.mark.parametrize("family", ["llama-tied", "qwen2-biases", "qwen3-moe"])
 def test_levels_may_have_4_bits(toy_export, family):
     compare(toy_export(family, 4))
+
+
+@pytest.mark.parametrize(
+    "family", [family for family in FAMILIES if family not in ("gemma2", "granitemoe", "mixtral")]
+)
+def test_embedding_and_head_may_have_8_bits(toy_export, family):
+    compare(toy_export(family, head_bits=8))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "granitemoe", "mixtral"])
+def test_where_vllm_asks_for_no_embedding_of_8_bits_it_is_refused(toy_export, family):
+    with pytest.raises(ValueError, match=r"export it again with export\.head_bits=16"):
+        engine(toy_export(family, head_bits=8))
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "gemma2", "gemma3", "mistral-sliding", "qwen2-biases"])
