@@ -2,15 +2,6 @@
 
 namespace {
 
-inline float dot(const float* a, const float* b, int n) {
-    v8f x = {}, y = {};
-    for (int i = 0; i < n; i += 16) {
-        x = fused(load<v8f>(a + i), load<v8f>(b + i), x);
-        y = fused(load<v8f>(a + i + 8), load<v8f>(b + i + 8), y);
-    }
-    return sum(x + y);
-}
-
 // Attention of the heads that share one key head over tokens first .. last: per head the largest score, the sum of the weights
 // relative to it, and the weighted values.
 struct Part {
@@ -26,27 +17,43 @@ struct Part {
     void run(const float* q, float* out) const {
         const Records keys(b->keys, b->head_dim), values(b->values, b->head_dim);
         static thread_local Scratch<float> memory;
-        const int64_t tokens = last - first, room = tokens + 8;
-        float* decoded = memory.of(larger(keys.floats(), values.floats()) + shared() * room);
-        float* scores = decoded + larger(keys.floats(), values.floats());
+        const int64_t tokens = last - first, room = (tokens / kLanes + 1) * kLanes;
+        float* decoded = memory.of(kLanes * larger(keys.floats(), values.floats()) + shared() * room);
+        float* scores = decoded + kLanes * larger(keys.floats(), values.floats());
         const uint8_t* key = cache->keys + row * cache->key_row_stride + head * cache->key_head_stride + first * keys.size_of();
-        for (int64_t t = 0; t < tokens; t++, key += keys.size_of()) {
-            keys.read(key, decoded);
-            const float bias = cache->mask ? cache->mask[row * (cache->tokens + 1) + first + t] : 0.0f;
-            for (int h = 0; h < shared(); h++) scores[h * room + t] = dot(q + h * keys.floats(), decoded, keys.floats()) + bias;
+        for (int64_t t = 0; t < tokens; t += kLanes, key += kLanes * keys.size_of()) {
+            const int some = static_cast<int>(smaller<int64_t>(kLanes, tokens - t));
+            for (int i = 0; i < some; i++) keys.read(key + i * keys.size_of(), decoded + i * keys.floats());
+            for (int h = 0; h < shared(); h++)
+                store(scores + h * room + t, products(q + h * keys.floats(), decoded, keys.floats(), some));
         }
+        for (int64_t t = 0; cache->mask && t < tokens; t++)
+            for (int h = 0; h < shared(); h++) scores[h * room + t] += cache->mask[row * (cache->tokens + 1) + first + t];
         const int wide = 2 + values.floats();
         for (int h = 0; h < shared(); h++) soften(scores + h * room, tokens, out + h * wide);
         const uint8_t* value = cache->values + row * cache->value_row_stride + head * cache->value_head_stride;
         value += first * values.size_of();
-        for (int64_t t = 0; t < tokens; t++, value += values.size_of()) {
-            values.read(value, decoded);
-            for (int h = 0; h < shared(); h++) {
-                const v8f weight = all(scores[h * room + t]);
-                float* to = out + h * wide + 2;
-                for (int i = 0; i < values.floats(); i += 8)
-                    store(to + i, fused(weight, load<v8f>(decoded + i), load<v8f>(to + i)));
-            }
+        for (int64_t t = 0; t < tokens; t += kLanes, value += kLanes * values.size_of()) {
+            const int some = static_cast<int>(smaller<int64_t>(kLanes, tokens - t));
+            for (int i = 0; i < some; i++) values.read(value + i * values.size_of(), decoded + i * values.floats());
+            for (int h = 0; h < shared(); h++) gather(scores + h * room + t, decoded, values.floats(), some, out + h * wide + 2);
+        }
+    }
+
+    // Products of one query with `some` keys, at most kLanes; the rest is of no meaning.
+    static Floats products(const float* q, const float* keys, int n, int some) {
+        Floats sums[kLanes] = {};
+        for (int t = 0; t < some; t++, keys += n)
+            for (int i = 0; i < n; i += kLanes) sums[t] = fused(load<Floats>(q + i), load<Floats>(keys + i), sums[t]);
+        return sums_of(sums);
+    }
+
+    // to [n] += the sum of `some` values, each times its weight.
+    static void gather(const float* weights, const float* values, int n, int some, float* to) {
+        for (int i = 0; i < n; i += kLanes) {
+            Floats sum = load<Floats>(to + i);
+            for (int t = 0; t < some; t++) sum = fused(every(weights[t]), load<Floats>(values + t * n + i), sum);
+            store(to + i, sum);
         }
     }
 
@@ -54,7 +61,7 @@ struct Part {
     void soften(float* scores, int64_t tokens, float* out) const {
         float top = scores[0];
         for (int64_t t = 1; t < tokens; t++) top = larger(top, scores[t]);
-        fill(scores + tokens, scores + tokens + 8, -1e30f);
+        fill(scores + tokens, scores + (tokens / kLanes + 1) * kLanes, -1e30f);
         v8f total = {};
         for (int64_t t = 0; t < tokens; t += 8) {
             const v8f weight = exponential(load<v8f>(scores + t) - all(top));

@@ -6,7 +6,7 @@
 
 namespace {
 
-constexpr int kTokens = 1;  // two spill accumulators
+constexpr int kTokens = 2;  // whose dot products are taken together
 
 inline __m256i both_lanes(const uint8_t* x) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
@@ -91,22 +91,32 @@ inline void decode(const uint8_t* codes, const int8_t* levels, int chunks, int8_
         }
 }
 
-// Dot products of 8 decoded rows with `kTokens` inputs, `stride` bytes apart.
+inline v8f floats_of(const int8_t* from) { return bytes(from); }
+
+typedef __m256i Lanes;
+constexpr int kPanelVectors = 2;
+
+// Dot products of a panel's rows with `kTokens` inputs, `stride` bytes apart. levels: [blocks][16 rows][4], blocks a multiple of 16.
 template <int kSafe>
-inline void dots_decoded(const int8_t* w, const uint8_t* x, int64_t stride, int chunks, v8i* out) {
-    __m256i acc[kTokens][4] = {};
-    for (int c = 0; c < chunks; c++, w += 512, x += lbllm::kChunk) {
-        const __m256i* v = reinterpret_cast<const __m256i*>(w);
+inline void panel_dots(const int8_t* levels, const uint8_t* x, int64_t stride, int blocks, Lanes (*dot)[kPanelVectors]) {
+    __m256i acc[kTokens][kPanelVectors] = {};
+    for (int block = 0; block < blocks; block += 4, levels += 256, x += 16) {
+        const __m256i* w = reinterpret_cast<const __m256i*>(levels);
         for (int t = 0; t < kTokens; t++) {
-            const uint8_t* in = x + t * stride;
-            const __m256i quad[4] = {both_lanes(in), both_lanes(in + 16), both_lanes(in + 32), both_lanes(in + 48)};
-            for (int p = 0; p < 4; p++) {
-                const __m256i rows[4] = {v[p], v[4 + p], v[8 + p], v[12 + p]};
-                acc[t][p] = multiply_add<kSafe>(acc[t][p], quad, rows);
+            __m256i quad[4];
+            for (int k = 0; k < 4; k++) {
+                int32_t four;
+                memcpy(&four, x + t * stride + 4 * k, 4);
+                quad[k] = _mm256_set1_epi32(four);
+            }
+            for (int v = 0; v < kPanelVectors; v++) {
+                const __m256i rows[4] = {w[v], w[2 + v], w[4 + v], w[6 + v]};
+                acc[t][v] = multiply_add<kSafe>(acc[t][v], quad, rows);
             }
         }
     }
-    for (int t = 0; t < kTokens; t++) out[t] = row_sums(acc[t][0], acc[t][1], acc[t][2], acc[t][3]);
+    for (int t = 0; t < kTokens; t++)
+        for (int v = 0; v < kPanelVectors; v++) dot[t][v] = acc[t][v];
 }
 
 // 16 bytes of 4-bit codes to int8: those of the low nibbles, then those of the high ones.

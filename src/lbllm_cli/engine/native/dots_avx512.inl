@@ -2,7 +2,7 @@
 
 namespace {
 
-constexpr int kTokens = 4;
+constexpr int kTokens = 8;  // whose dot products are taken together
 
 inline __m512i four_lanes(const uint8_t* x) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
@@ -73,20 +73,33 @@ inline void accumulate(__m512i& acc, __m512i x, __m512i w) {
 #endif
 }
 
-// Dot products of 8 decoded rows with `kTokens` inputs, `stride` bytes apart.
+// Sixteen int8 as floats.
+inline __m512 floats_of(const int8_t* from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+
+typedef __m512i Lanes;
+constexpr int kPanelVectors = 2;
+
+// a * b + c, rounded once.
+inline __m512 fused(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+
+// Dot products of a panel's rows with `kTokens` inputs, `stride` bytes apart. levels: [blocks][32 rows][4].
 template <int kSafe>
-inline void dots_decoded(const int8_t* w, const uint8_t* x, int64_t stride, int chunks, v8i* out) {
+inline void panel_dots(const int8_t* levels, const uint8_t* x, int64_t stride, int blocks, Lanes (*dot)[kPanelVectors]) {
     __m512i low[kTokens], high[kTokens];
     for (int t = 0; t < kTokens; t++) low[t] = high[t] = _mm512_setzero_si512();
-    for (int u = 0; u < chunks * 4; u++, w += 128, x += 16) {
-        const __m512i a = _mm512_load_si512(w), b = _mm512_load_si512(w + 64);
+    for (int block = 0; block < blocks; block++, levels += 128, x += 4) {
+        const __m512i a = _mm512_load_si512(levels), b = _mm512_load_si512(levels + 64);
         for (int t = 0; t < kTokens; t++) {
-            const __m512i in = four_lanes(x + t * stride);
+            int32_t four;
+            memcpy(&four, x + t * stride, 4);
+            const __m512i in = _mm512_set1_epi32(four);
             accumulate(low[t], in, a);
             accumulate(high[t], in, b);
         }
     }
-    for (int t = 0; t < kTokens; t++) out[t] = row_sums(low[t], high[t]);
+    for (int t = 0; t < kTokens; t++) dot[t][0] = low[t], dot[t][1] = high[t];
 }
 
 // 16 bytes of 4-bit codes to int8: those of the low nibbles, then those of the high ones.

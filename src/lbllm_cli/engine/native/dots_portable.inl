@@ -48,30 +48,43 @@ inline v4i products(v8h x0, v8h x1, const int8_t* w) {
 #endif
 }
 
-// Dot products of 8 decoded rows (in the order of scales) with `kTokens` inputs, `stride` bytes apart.
-template <int kSafe>
-inline void dots_decoded(const int8_t* w, const uint8_t* x, int64_t stride, int chunks, v8i* out) {
-    (void)stride;
+// Dot products of 8 decoded rows (in the order of scales) with one input.
+inline v8i dots_decoded(const int8_t* w, const uint8_t* x, int chunks) {
     v4i total[8] = {};
     for (int u = 0; u < chunks * 4; u++, w += 128) {
         const v8h x0 = wide(x + u * 16), x1 = wide(x + u * 16 + 8);
         for (int row = 0; row < 8; row++) total[row] += products(x0, x1, w + row * 16);
     }
-    for (int row = 0; row < 8; row++)
-        out[0][lbllm::place_of(row)] = (total[row][0] + total[row][1]) + (total[row][2] + total[row][3]);
+    v8i out;
+    for (int row = 0; row < 8; row++) out[lbllm::place_of(row)] = (total[row][0] + total[row][1]) + (total[row][2] + total[row][3]);
+    return out;
 }
 
 // Dot products of 8 rows with one input, straight from the codes.
 template <int kSafe, int kChunks>
 inline v8i dots(const uint8_t* codes, const int8_t* levels, const uint8_t* x, int chunks) {
     alignas(16) int8_t w[4 * 8 * 16];
-    v8i total = {}, part;
+    v8i total = {};
     for (int c = 0; c < (kChunks ? kChunks : chunks); c++) {
         decode(codes + c * lbllm::kChunkBytes, levels, 1, w);
-        dots_decoded<kSafe>(w, x + c * lbllm::kChunk, 0, 1, &part);
-        total += part;
+        total += dots_decoded(w, x + c * lbllm::kChunk, 1);
     }
     return total;
+}
+
+inline v8f floats_of(const int8_t* from) { return bytes(from); }
+
+typedef v8i Lanes;
+constexpr int kPanelVectors = 1;
+
+// Dot products of a panel's rows with one input. levels: [blocks][8 rows][4].
+template <int kSafe>
+inline void panel_dots(const int8_t* levels, const uint8_t* x, int64_t, int blocks, Lanes (*dot)[kPanelVectors]) {
+    v8i acc = {};
+    for (int block = 0; block < blocks; block++, levels += 32)
+        for (int row = 0; row < 8; row++)
+            for (int i = 0; i < 4; i++) acc[row] += levels[row * 4 + i] * x[block * 4 + i];
+    dot[0][0] = acc;
 }
 
 // 16 bytes of 4-bit codes to int8: those of the low nibbles, then those of the high ones.

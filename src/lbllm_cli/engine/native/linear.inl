@@ -3,12 +3,6 @@
 
 namespace {
 
-constexpr int64_t kWeightsPerThread = 1 << 17;  // times rows
-constexpr int64_t kBlockRows = 128;             // rows whose sums stay in a core's cache
-constexpr int64_t kInputRows = 1024;            // rows whose inputs are laid out at once, whatever the length of a prompt
-constexpr int kAhead = 2048;                    // bytes of weights asked for before they are needed: a tenth faster on cold ones
-constexpr int kDecodeFrom = 4;                  // rows from which decoding a group once pays
-
 // Adds a group's share of eight outputs: d * scale * (dot - Z * sum of levels). Every term in brackets is an exact integer.
 inline v8f add_group(v8f y, v8i dot, const uint8_t* record, float step, float zero) {
     const v8f exact = to_float(dot) - all(zero) * shorts(record + lbllm::kSums);
@@ -18,15 +12,15 @@ inline v8f add_group(v8f y, v8i dot, const uint8_t* record, float step, float ze
 // Eight outputs of few rows, each group's codes looked up anew for each: they stay in the nearest cache. kChunks: of a group that
 // is not the last; 0: any number.
 template <int kSafe, int kChunks>
-void tile_few(const Layout& l, const uint8_t* record, const Quantized& x, int64_t first, int64_t count, v8f* y) {
-    for (int64_t m = 0; m < count; m++) y[m] = v8f{};
+void tile_few(const Layout& l, const uint8_t* record, const Quantized& x, v8f* y) {
+    for (int64_t m = 0; m < x.rows; m++) y[m] = v8f{};
     for (int g = 0; g < l.groups; record += l.record, g++) {
         const uint8_t* codes = record + lbllm::kCodes;
         const int8_t* levels = reinterpret_cast<const int8_t*>(record + lbllm::kLevelTable);
         for (int line = 0; line < l.record; line += 64) __builtin_prefetch(record + kAhead + line);
-        const int64_t at = g * x.rows + first;
-        const uint8_t* in = x.at(l, g, first);
-        for (int64_t m = 0; m < count; m++, in += l.input) {
+        const int64_t at = g * x.rows;
+        const uint8_t* in = x.at(l, g, 0);
+        for (int64_t m = 0; m < x.rows; m++, in += l.input) {
             const v8i dot = l.chunks(g) == kChunks ? dots<kSafe, kChunks>(codes, levels, in, kChunks)
                                                    : dots<kSafe, 0>(codes, levels, in, l.chunks(g));
             y[m] = add_group(y[m], dot, record, x.steps[at + m], x.zeros[at + m]);
@@ -34,31 +28,11 @@ void tile_few(const Layout& l, const uint8_t* record, const Quantized& x, int64_
     }
 }
 
-// Eight outputs of many rows: a group is decoded once for all.
 template <int kSafe>
-void tile_many(const Layout& l, const uint8_t* record, const Quantized& x, int64_t first, int64_t count, v8f* y) {
-    static thread_local Scratch<int8_t> memory;
-    int8_t* decoded = memory.of(l.input * lbllm::kRows);
-    for (int64_t m = 0; m < count; m++) y[m] = v8f{};
-    for (int g = 0; g < l.groups; record += l.record, g++) {
-        decode(record + lbllm::kCodes, reinterpret_cast<const int8_t*>(record + lbllm::kLevelTable), l.chunks(g), decoded);
-        const int64_t at = g * x.rows + first;
-        const uint8_t* in = x.at(l, g, first);
-        for (int64_t m = 0; m < count; m += kTokens) {
-            v8i dot[kTokens];
-            dots_decoded<kSafe>(decoded, in + m * l.input, l.input, l.chunks(g), dot);
-            for (int64_t t = 0; t < kTokens && m + t < count; t++)
-                y[m + t] = add_group(y[m + t], dot[t], record, x.steps[at + m + t], x.zeros[at + m + t]);
-        }
-    }
-}
-
-template <int kSafe>
-void tile_rows(const Layout& l, const uint8_t* tile, const Quantized& x, int64_t first, int64_t count, v8f* y) {
-    if (count >= kDecodeFrom) return tile_many<kSafe>(l, tile, x, first, count, y);
-    if (l.full_chunks == 1) return tile_few<kSafe, 1>(l, tile, x, first, count, y);
-    if (l.full_chunks == 2) return tile_few<kSafe, 2>(l, tile, x, first, count, y);
-    tile_few<kSafe, 0>(l, tile, x, first, count, y);
+void tile_rows(const Layout& l, const uint8_t* tile, const Quantized& x, v8f* y) {
+    if (l.full_chunks == 1) return tile_few<kSafe, 1>(l, tile, x, y);
+    if (l.full_chunks == 2) return tile_few<kSafe, 2>(l, tile, x, y);
+    tile_few<kSafe, 0>(l, tile, x, y);
 }
 
 // Sums of rows first .. first + count of a tile, with biases, to y.
@@ -75,15 +49,12 @@ template <int kSafe>
 void multiply(const lbllm_weights& w, const Quantized& x, void* y, int dtype, int threads) {
     const Layout l(w.in_features, w.out_features, w.group_size);
     threads = useful_threads(threads, static_cast<int64_t>(w.in_features) * w.out_features * x.rows, kWeightsPerThread);
-    (void)threads;
+    if (x.rows >= kDecodeFrom) return multiply_panels<kSafe>(w, l, x, y, dtype, threads);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t t = 0; t < l.tiles; t++) {
-        alignas(64) v8f out[kBlockRows];
-        for (int64_t first = 0; first < x.rows; first += kBlockRows) {
-            const int64_t count = smaller(kBlockRows, x.rows - first);
-            tile_rows<kSafe>(l, w.tiles + t * l.tile, x, first, count, out);
-            write_tile(w, t, out, first, count, y, dtype);
-        }
+        v8f out[kDecodeFrom];
+        tile_rows<kSafe>(l, w.tiles + t * l.tile, x, out);
+        write_tile(w, t, out, 0, x.rows, y, dtype);
     }
 }
 

@@ -4,27 +4,27 @@ namespace {
 
 constexpr int kQueries = 32;  // tokens that share decoded keys and values
 constexpr int kKeys = 128;    // decoded at once: with the queries they stay in a core's own cache
-constexpr int kTileRows = 4;
-constexpr int kTileColumns = 16;
+constexpr int kTileRows = 6;
+constexpr int kTileColumns = 2 * kLanes;
 
 // c [rows, columns] += a [rows, depth] b [depth, columns]. rows: whole tiles of kTileRows; columns: of kTileColumns.
 inline void add_product(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride, int rows,
                         int columns, int depth) {
     for (int r = 0; r < rows; r += kTileRows)
         for (int k = 0; k < columns; k += kTileColumns) {
-            v8f sums[kTileRows][2];
+            Floats sums[kTileRows][2];
             for (int i = 0; i < kTileRows; i++)
-                for (int j = 0; j < 2; j++) sums[i][j] = load<v8f>(c + (r + i) * c_stride + k + 8 * j);
+                for (int j = 0; j < 2; j++) sums[i][j] = load<Floats>(c + (r + i) * c_stride + k + kLanes * j);
             for (int d = 0; d < depth; d++) {
-                const v8f left = load<v8f>(b + d * b_stride + k), right = load<v8f>(b + d * b_stride + k + 8);
+                const Floats left = load<Floats>(b + d * b_stride + k), right = load<Floats>(b + d * b_stride + k + kLanes);
                 for (int i = 0; i < kTileRows; i++) {
-                    const v8f factor = all(a[(r + i) * a_stride + d]);
+                    const Floats factor = every(a[(r + i) * a_stride + d]);
                     sums[i][0] = fused(factor, left, sums[i][0]);
                     sums[i][1] = fused(factor, right, sums[i][1]);
                 }
             }
             for (int i = 0; i < kTileRows; i++)
-                for (int j = 0; j < 2; j++) store(c + (r + i) * c_stride + k + 8 * j, sums[i][j]);
+                for (int j = 0; j < 2; j++) store(c + (r + i) * c_stride + k + kLanes * j, sums[i][j]);
         }
 }
 

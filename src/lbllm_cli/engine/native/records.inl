@@ -49,17 +49,17 @@ struct Records {
         for (int g = 0; g < groups; g++, record += codes + 3) {
             uint16_t stored;
             memcpy(&stored, record + codes, 2);
-            const v8f step = all(from_bfloat16(stored));
+            const Floats step = every(from_bfloat16(stored));
             const int mark = record[codes + 2];
             const int8_t* value = q->value[q->tables ? mark & 1 : 0];
-            const v8f shift = all(q->tables ? 0.0f : static_cast<float>(mark));
+            const Floats shift = every(q->tables ? 0.0f : static_cast<float>(mark));
             for (int at = 0; at < codes; at += 16, out += 32) {
                 alignas(16) uint8_t packed[16] = {};
                 alignas(16) int8_t found[32];
                 const bool whole = at + 16 <= codes;
                 if (!whole) memcpy(packed, record + at, static_cast<size_t>(codes - at));
                 nibbles(whole ? record + at : packed, value, found);
-                for (int i = 0; i < 32; i += 8) store(out + i, (bytes(found + i) - shift) * step);
+                for (int i = 0; i < 32; i += kLanes) store(out + i, ((Floats)floats_of(found + i) - shift) * step);
             }
         }
     }

@@ -1,7 +1,9 @@
 // AVX2, FMA and F16C.
 #include "vectors.inl"
 #include "dots_avx2.inl"
+#include "lanes.inl"
 #include "quantize.inl"
+#include "panels.inl"
 #include "linear.inl"
 #include "head.inl"
 #include "records.inl"

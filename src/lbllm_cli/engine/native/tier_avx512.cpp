@@ -1,7 +1,9 @@
 // AVX-512 with VNNI.
 #include "vectors.inl"
 #include "dots_avx512.inl"
+#include "lanes.inl"
 #include "quantize.inl"
+#include "panels.inl"
 #include "linear.inl"
 #include "head.inl"
 #include "records.inl"

@@ -4,7 +4,9 @@
 #define LBLLM_DPBUSD _mm256_dpbusd_avx_epi32
 
 #include "dots_avx2.inl"
+#include "lanes.inl"
 #include "quantize.inl"
+#include "panels.inl"
 #include "linear.inl"
 #include "head.inl"
 #include "records.inl"

@@ -1,7 +1,9 @@
 // Any processor.
 #include "vectors.inl"
 #include "dots_portable.inl"
+#include "lanes.inl"
 #include "quantize.inl"
+#include "panels.inl"
 #include "linear.inl"
 #include "head.inl"
 #include "records.inl"

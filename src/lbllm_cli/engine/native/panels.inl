@@ -1,0 +1,103 @@
+// Linears of many rows. A panel is several tiles, decoded once for all rows into an order in which every lane of a vector is an
+// output row: its sums need no shuffles, and what is done once a group and token is done for all lanes of a panel at once. In the
+// order of the tiles that took as long as the products themselves, at groups of 64.
+
+namespace {
+
+constexpr int64_t kWeightsPerThread = 1 << 17;  // times rows
+constexpr int64_t kBlockRows = 128;             // rows whose sums stay in a core's cache
+constexpr int64_t kInputRows = 1024;            // rows whose inputs are laid out at once, whatever the length of a prompt
+constexpr int kAhead = 2048;                    // bytes of weights asked for before they are needed: a tenth faster on cold ones
+constexpr int kDecodeFrom = 4;                  // rows from which decoding a group once pays
+
+constexpr int kPanelRows = kLanes * kPanelVectors;
+constexpr int kPanelTiles = kPanelRows / lbllm::kRows;
+constexpr int kBlock = 4;  // columns whose products a lane adds at once
+
+// Decoded levels of a tile, int8 [chunks][4][8][16], to [chunks * 16 blocks][8 rows][4 columns], blocks `stride` bytes apart.
+inline void turn(const int8_t* decoded, int chunks, int64_t stride, int8_t* to) {
+    for (int unit = 0; unit < chunks * 4; unit++, decoded += 128, to += 4 * stride)
+        for (int row = 0; row < lbllm::kRows; row++)
+            for (int block = 0; block < 4; block++) memcpy(to + block * stride + row * kBlock, decoded + row * 16 + block * kBlock, kBlock);
+}
+
+// A group of a panel: levels by blocks of columns, scales, sums of levels.
+struct Panel {
+    alignas(64) float scale[kPanelRows], sum[kPanelRows];
+    int8_t* levels;  // [chunks * 16][kPanelRows][4]
+    int8_t* decoded;
+
+    // record: of the first tile, the next one `tile` bytes behind; tiles: how many there are, the rest is zeros.
+    void read(const uint8_t* record, int64_t tile, int tiles, int chunks) {
+        for (int t = 0; t < kPanelTiles; t++, record += tile) {
+            int8_t* to = levels + t * lbllm::kRows * kBlock;
+            if (t >= tiles) {
+                for (int block = 0; block < chunks * 16; block++) memset(to + block * kPanelRows * kBlock, 0, lbllm::kRows * kBlock);
+                continue;
+            }
+            decode(record + lbllm::kCodes, reinterpret_cast<const int8_t*>(record + lbllm::kLevelTable), chunks, decoded);
+            turn(decoded, chunks, kPanelRows * kBlock, to);
+            const v8f scales = halves(record), sums = shorts(record + lbllm::kSums);
+            for (int row = 0; row < lbllm::kRows; row++) {
+                scale[t * lbllm::kRows + row] = scales[lbllm::place_of(row)];
+                sum[t * lbllm::kRows + row] = sums[lbllm::place_of(row)];
+            }
+        }
+    }
+};
+
+// Outputs of a panel for `count` rows of inputs: y [count, kPanelRows].
+template <int kSafe>
+void panel_rows(const Layout& l, const uint8_t* tile, int tiles, const Quantized& x, int64_t first, int64_t count, float* y) {
+    static thread_local Scratch<int8_t> memory;
+    Panel panel{};
+    panel.levels = memory.of(l.input * (kPanelRows + lbllm::kRows));
+    panel.decoded = panel.levels + l.input * kPanelRows;
+    fill(y, y + count * kPanelRows, 0.0f);
+    for (int g = 0; g < l.groups; g++) {
+        panel.read(tile + static_cast<int64_t>(g) * l.record, l.tile, tiles, l.chunks(g));
+        Floats scale[kPanelVectors], sum[kPanelVectors];
+        for (int v = 0; v < kPanelVectors; v++) {
+            scale[v] = load<Floats>(panel.scale + v * kLanes);
+            sum[v] = load<Floats>(panel.sum + v * kLanes);
+        }
+        const int64_t at = g * x.rows + first;
+        const uint8_t* in = x.at(l, g, first);
+        for (int64_t m = 0; m < count; m += kTokens) {
+            Lanes dot[kTokens][kPanelVectors];
+            panel_dots<kSafe>(panel.levels, in + m * l.input, l.input, l.chunks(g) * 16, dot);
+            for (int64_t t = 0; t < kTokens && m + t < count; t++)
+                for (int v = 0; v < kPanelVectors; v++) {
+                    // As add_group: every term in brackets is an exact integer.
+                    const Floats exact = __builtin_convertvector((Integers)dot[t][v], Floats) - every(x.zeros[at + m + t]) * sum[v];
+                    float* to = y + (m + t) * kPanelRows + v * kLanes;
+                    store(to, fused(exact, scale[v] * every(x.steps[at + m + t]), load<Floats>(to)));
+                }
+        }
+    }
+}
+
+template <int kSafe>
+void multiply_panels(const lbllm_weights& w, const Layout& l, const Quantized& x, void* y, int dtype, int threads) {
+    const int64_t panels = lbllm::ceil_div(l.tiles, kPanelTiles);
+    (void)threads;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t p = 0; p < panels; p++) {
+        static thread_local Scratch<float> memory;
+        float* sums = memory.of(kBlockRows * kPanelRows);
+        const int tiles = static_cast<int>(smaller<int64_t>(kPanelTiles, l.tiles - p * kPanelTiles));
+        const int64_t row = p * kPanelRows;
+        const int n = static_cast<int>(smaller<int64_t>(kPanelRows, w.out_features - row));
+        for (int64_t first = 0; first < x.rows; first += kBlockRows) {
+            const int64_t count = smaller(kBlockRows, x.rows - first);
+            panel_rows<kSafe>(l, w.tiles + p * kPanelTiles * l.tile, tiles, x, first, count, sums);
+            for (int64_t m = 0; m < count; m++) {
+                float* own = sums + m * kPanelRows;
+                for (int i = 0; w.bias && i < n; i++) own[i] += w.bias[row + i];
+                write_floats(own, n, y, dtype, (first + m) * w.out_features + row);
+            }
+        }
+    }
+}
+
+}  // namespace
