@@ -2,6 +2,50 @@
 
 namespace {
 
+// A number of tokens that the compiler knows.
+struct AllLanes {
+    constexpr operator int() const { return kLanes; }
+};
+
+// sums [t] += kVectors vectors of a query times those of each of `some` keys, n floats apart.
+template <int kVectors, typename Some>
+inline void add_products(const float* q, const float* keys, int n, Some some, Floats* sums) {
+    Floats own[kVectors];
+    for (int v = 0; v < kVectors; v++) own[v] = load<Floats>(q + v * kLanes);
+    for (int t = 0; t < some; t++)
+        for (int v = 0; v < kVectors; v++) sums[t] = fused(own[v], load<Floats>(keys + t * n + v * kLanes), sums[t]);
+}
+
+// Products of one query with `some` keys, at most kLanes; what is behind them has no meaning.
+template <typename Some>
+inline Floats products_of(const float* q, const float* keys, int n, Some some) {
+    Floats sums[kLanes] = {};
+    int i = 0;
+    for (; i + 4 * kLanes <= n; i += 4 * kLanes) add_products<4>(q + i, keys + i, n, some, sums);
+    for (; i < n; i += kLanes) add_products<1>(q + i, keys + i, n, some, sums);
+    return sums_of(sums);
+}
+
+// kVectors vectors of to += those of `some` values, n floats apart, each times its weight.
+template <int kVectors, typename Some>
+inline void add_values(const float* weights, const float* values, int n, Some some, float* to) {
+    Floats sums[kVectors];
+    for (int v = 0; v < kVectors; v++) sums[v] = load<Floats>(to + v * kLanes);
+    for (int t = 0; t < some; t++) {
+        const Floats weight = every(weights[t]);
+        for (int v = 0; v < kVectors; v++) sums[v] = fused(weight, load<Floats>(values + t * n + v * kLanes), sums[v]);
+    }
+    for (int v = 0; v < kVectors; v++) store(to + v * kLanes, sums[v]);
+}
+
+// to [n] += the sum of `some` values, each times its weight.
+template <typename Some>
+inline void gather(const float* weights, const float* values, int n, Some some, float* to) {
+    int i = 0;
+    for (; i + 4 * kLanes <= n; i += 4 * kLanes) add_values<4>(weights, values + i, n, some, to + i);
+    for (; i < n; i += kLanes) add_values<1>(weights, values + i, n, some, to + i);
+}
+
 // Attention of the heads that share one key head over tokens first .. last: per head the largest score, the sum of the weights
 // relative to it, and the weighted values.
 struct Part {
@@ -16,52 +60,50 @@ struct Part {
     // q: [shared][keys.floats()], scaled, in decoded order. out: [shared][2 + values.floats()].
     void run(const float* q, float* out) const {
         const Records keys(b->keys, b->head_dim), values(b->values, b->head_dim);
+        const bool usual = keys.codes == 32 && values.codes == 32 && keys.groups == values.groups;
+        if (usual && keys.groups == 1) return run<32, 64>(keys, values, q, out);
+        if (usual && keys.groups == 2) return run<32, 128>(keys, values, q, out);
+        run<0, 0>(keys, values, q, out);
+    }
+
+    // kCodes: bytes of the codes of a group, kFloats: of a decoded record; 0: any number.
+    template <int kCodes, int kFloats>
+    void run(const Records& keys, const Records& values, const float* q, float* out) const {
+        const int key_floats = kFloats ? kFloats : keys.floats(), value_floats = kFloats ? kFloats : values.floats();
         static thread_local Scratch<float> memory;
         const int64_t tokens = last - first, room = (tokens / kLanes + 1) * kLanes;
-        float* decoded = memory.of(kLanes * larger(keys.floats(), values.floats()) + shared() * room);
-        float* scores = decoded + kLanes * larger(keys.floats(), values.floats());
+        float* decoded = memory.of(kLanes * larger(key_floats, value_floats) + shared() * room);
+        float* scores = decoded + kLanes * larger(key_floats, value_floats);
         const uint8_t* key = cache->keys + row * cache->key_row_stride + head * cache->key_head_stride + first * keys.size_of();
-        for (int64_t t = 0; t < tokens; t += kLanes, key += kLanes * keys.size_of()) {
-            const int some = static_cast<int>(smaller<int64_t>(kLanes, tokens - t));
-            for (int i = 0; i < some; i++) keys.read(key + i * keys.size_of(), decoded + i * keys.floats());
+        const auto score = [&](int64_t t, auto some) {
+            for (int i = 0; i < some; i++) keys.read<kCodes>(key + (t + i) * keys.size_of(), decoded + i * key_floats);
             for (int h = 0; h < shared(); h++)
-                store(scores + h * room + t, products(q + h * keys.floats(), decoded, keys.floats(), some));
-        }
+                store(scores + h * room + t, products_of(q + h * key_floats, decoded, key_floats, some));
+        };
+        const int64_t whole = tokens / kLanes * kLanes;
+        // A number of tokens that is known leaves sums in registers: two thirds of the time.
+        for (int64_t t = 0; t < whole; t += kLanes) score(t, AllLanes{});
+        if (whole < tokens) score(whole, static_cast<int>(tokens - whole));
         for (int64_t t = 0; cache->mask && t < tokens; t++)
             for (int h = 0; h < shared(); h++) scores[h * room + t] += cache->mask[row * (cache->tokens + 1) + first + t];
-        const int wide = 2 + values.floats();
+        const int wide = 2 + value_floats;
         for (int h = 0; h < shared(); h++) soften(scores + h * room, tokens, out + h * wide);
         const uint8_t* value = cache->values + row * cache->value_row_stride + head * cache->value_head_stride;
         value += first * values.size_of();
-        for (int64_t t = 0; t < tokens; t += kLanes, value += kLanes * values.size_of()) {
-            const int some = static_cast<int>(smaller<int64_t>(kLanes, tokens - t));
-            for (int i = 0; i < some; i++) values.read(value + i * values.size_of(), decoded + i * values.floats());
-            for (int h = 0; h < shared(); h++) gather(scores + h * room + t, decoded, values.floats(), some, out + h * wide + 2);
-        }
-    }
-
-    // Products of one query with `some` keys, at most kLanes; the rest is of no meaning.
-    static Floats products(const float* q, const float* keys, int n, int some) {
-        Floats sums[kLanes] = {};
-        for (int t = 0; t < some; t++, keys += n)
-            for (int i = 0; i < n; i += kLanes) sums[t] = fused(load<Floats>(q + i), load<Floats>(keys + i), sums[t]);
-        return sums_of(sums);
-    }
-
-    // to [n] += the sum of `some` values, each times its weight.
-    static void gather(const float* weights, const float* values, int n, int some, float* to) {
-        for (int i = 0; i < n; i += kLanes) {
-            Floats sum = load<Floats>(to + i);
-            for (int t = 0; t < some; t++) sum = fused(every(weights[t]), load<Floats>(values + t * n + i), sum);
-            store(to + i, sum);
-        }
+        const auto mix = [&](int64_t t, auto some) {
+            for (int i = 0; i < some; i++) values.read<kCodes>(value + (t + i) * values.size_of(), decoded + i * value_floats);
+            for (int h = 0; h < shared(); h++) gather(scores + h * room + t, decoded, value_floats, some, out + h * wide + 2);
+        };
+        for (int64_t t = 0; t < whole; t += kLanes) mix(t, AllLanes{});
+        if (whole < tokens) mix(whole, static_cast<int>(tokens - whole));
     }
 
     // Scores to e^(score - largest), in place; the largest and their sum to out, zeros behind them.
     void soften(float* scores, int64_t tokens, float* out) const {
-        float top = scores[0];
-        for (int64_t t = 1; t < tokens; t++) top = larger(top, scores[t]);
         fill(scores + tokens, scores + (tokens / kLanes + 1) * kLanes, -1e30f);
+        v8f most = load<v8f>(scores);
+        for (int64_t t = 8; t < tokens; t += 8) most = maximum(most, load<v8f>(scores + t));
+        const float top = largest(most);
         v8f total = {};
         for (int64_t t = 0; t < tokens; t += 8) {
             const v8f weight = exponential(load<v8f>(scores + t) - all(top));

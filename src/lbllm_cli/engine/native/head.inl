@@ -44,16 +44,27 @@ inline void head_rows(const float* const w[kHeadRows], const float* x, int n, fl
 
 // Of int8 weights, in the order of the model; without their scales.
 inline void head_rows(const int8_t* const w[kHeadRows], const float* x, int n, float total[kHeadRows]) {
-    v8f a[kHeadRows] = {}, b[kHeadRows] = {};
-    for (int c = 0; c < n; c += 16) {
-        const v8f left = load<v8f>(x + c), right = load<v8f>(x + c + 8);
-        for (int i = 0; i < kHeadRows; i++) {
-            __builtin_prefetch(w[i] + c + kHeadAhead);
-            a[i] = fused(bytes(w[i] + c), left, a[i]);
-            b[i] = fused(bytes(w[i] + c + 8), right, b[i]);
+    Floats sums[kHeadRows][2] = {};
+    const auto add = [&](int c, int which) {
+        const Floats in = load<Floats>(x + c);
+        for (int i = 0; i < kHeadRows; i++) sums[i][which] = fused((Floats)floats_of(w[i] + c), in, sums[i][which]);
+    };
+    int c = 0;
+    for (; c + 2 * kLanes <= n; c += 2 * kLanes) {
+        for (int i = 0; i < kHeadRows; i++) __builtin_prefetch(w[i] + c + kHeadAhead);
+        add(c, 0);
+        add(c + kLanes, 1);
+    }
+    for (; c < n; c += kLanes) add(c, 0);
+    for (int i = 0; i < kHeadRows; i++) {
+        const Floats both = sums[i][0] + sums[i][1];
+        total[i] = 0.0f;
+        for (int lane = 0; lane < kLanes; lane += 8) {
+            v8f part;
+            memcpy(&part, reinterpret_cast<const char*>(&both) + lane * 4, sizeof part);
+            total[i] += sum(part);
         }
     }
-    for (int i = 0; i < kHeadRows; i++) total[i] = sum(a[i] + b[i]);
 }
 
 inline float as_float(float x) { return x; }

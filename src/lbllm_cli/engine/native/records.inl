@@ -44,22 +44,30 @@ struct Records {
 
     int padded_values() const { return ::padded(size); }
 
-    // Step times T - Z of all values, in decoded order.
+    void read(const uint8_t* record, float* out) const { codes == 32 ? read<32>(record, out) : read<0>(record, out); }
+
+    // Step times T - Z of all values, in decoded order. kCodes: bytes of a group's codes, 0: any number. Known when it is compiled it
+    // takes 0.6 of the time.
+    template <int kCodes>
     void read(const uint8_t* record, float* out) const {
+        const int codes = kCodes ? kCodes : this->codes;
         for (int g = 0; g < groups; g++, record += codes + 3) {
             uint16_t stored;
             memcpy(&stored, record + codes, 2);
             const Floats step = every(from_bfloat16(stored));
             const int mark = record[codes + 2];
             const int8_t* value = q->value[q->tables ? mark & 1 : 0];
-            const Floats shift = every(q->tables ? 0.0f : static_cast<float>(mark));
+            const Floats shift = every(static_cast<float>(mark));
             for (int at = 0; at < codes; at += 16, out += 32) {
                 alignas(16) uint8_t packed[16] = {};
                 alignas(16) int8_t found[32];
                 const bool whole = at + 16 <= codes;
                 if (!whole) memcpy(packed, record + at, static_cast<size_t>(codes - at));
                 nibbles(whole ? record + at : packed, value, found);
-                for (int i = 0; i < 32; i += kLanes) store(out + i, ((Floats)floats_of(found + i) - shift) * step);
+                for (int i = 0; i < 32; i += kLanes) {
+                    const Floats lattice = (Floats)floats_of(found + i);
+                    store(out + i, (q->tables ? lattice : lattice - shift) * step);
+                }
             }
         }
     }

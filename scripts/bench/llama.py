@@ -5,7 +5,7 @@
     lbllm export --recipe recipes/smollm2-135m-2.5-bits.yaml export.format=gguf   # the next export replaces it
     mkdir -p runs/llama && mv runs/smollm2-135m-2.5-bits/export/model.gguf runs/llama/source.gguf
     lbllm export --recipe recipes/smollm2-135m-2.5-bits.yaml
-    python scripts/bench/llama_cpp.py --packed runs/smollm2-135m-2.5-bits/export --gguf runs/llama/source.gguf --out runs/llama
+    python scripts/bench/llama.py --packed runs/smollm2-135m-2.5-bits/export --gguf runs/llama/source.gguf --out runs/llama
 
 llama.cpp's other files are made of the GGUF export by its own quantizer, of weights that were rounded before: their speed is that
 of any weights. Where rows are no multiple of 256 it takes other types for some of them, of more bits.
@@ -210,12 +210,13 @@ def compare(args: argparse.Namespace) -> None:
                 rounds.append({"threads": threads, "round": number, "what": f"{what} {count}", **found})  # type: ignore[dict-item]
                 with (args.out / "rounds.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps(rounds[-1]) + "\n")
+        memory = {name: process.memory() for name, process in running.items()}
         for name, process in running.items():
             for what, count in questions:
                 own = [found for found in rounds if found["what"] == f"{what} {count}"]  # type: ignore[comparison-overlap]
                 ratio = statistics.median(found["lbllm"] / found[name] for found in own)
                 rows[name][f"{what} {count}, {threads}"] = {"s": statistics.median(found[name] for found in own), "ratio": ratio}
-            rows[name][f"memory, {threads}"] = {"s": process.memory(), "ratio": running["lbllm"].memory() / process.memory()}
+            rows[name][f"memory, {threads}"] = {"s": memory[name], "ratio": memory["lbllm"] / memory[name]}
             process.end()
     for name, path in paths.items():
         size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.glob("*.safetensors")))
