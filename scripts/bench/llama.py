@@ -12,7 +12,7 @@ of any weights. Where rows are no multiple of 256 it takes other types for some 
 
 Both run in processes of their own and take turns; a ratio is the median of ratios within a round. The table is OUT/table.md, and
 every measurement is in OUT/rounds.jsonl. Times are wall times: where other programs keep the cores busy the script refuses, or
-measures with --cpu-time the CPU time of one thread alone.
+measures with --cpu-time the CPU time of one thread alone. For models that are not at hand there is random_export.py.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ CONTEXTS, PROMPTS = (16, 512, 1500), (128, 512)
 DECODED = 24
 VOCABULARY = 30_000
 ROOM = 2048
-FIRST = "first"
 
 
 def tokens_of(count: int) -> list[int]:
@@ -123,10 +122,10 @@ def work(args: argparse.Namespace) -> None:
         print(json.dumps(measure(engine, what, count, args.cpu_time)), flush=True)
 
 
-def make_files(source: Path, out: Path, python: str) -> dict[str, Path]:
+def make_files(source: Path, out: Path, python: str, kinds: list[str]) -> dict[str, Path]:
     """llama.cpp's files by kind, made once."""
     found = {}
-    for kind in KINDS:
+    for kind in kinds:
         path = found[kind] = out / f"{kind}.gguf"
         if path.exists():
             continue
@@ -185,19 +184,32 @@ def start_seconds(python: str, path: Path, threads: int) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+def busy_cores() -> float:
+    """Cores that other programs keep busy, over two seconds."""
+
+    def ticks() -> tuple[int, int]:
+        values = [int(word) for word in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:]]
+        return values[3] + values[4], sum(values[:8])
+
+    before = ticks()
+    time.sleep(2)
+    idle, whole = (after - first for after, first in zip(ticks(), before, strict=True))
+    return (os.cpu_count() or 1) * (1 - idle / whole)
+
+
 def check_load(threads: int) -> None:
     """Ends the script where other programs leave fewer cores than it wants."""
-    cores, load = os.cpu_count() or 1, os.getloadavg()[0]
-    if load > cores - threads + 0.3:
-        sys.exit(f"load average {load:.1f}: with {threads} threads of {cores} cores times mean nothing; wait, or give --cpu-time")
+    cores, busy = os.cpu_count() or 1, busy_cores()
+    if busy > cores - threads + 0.2:
+        sys.exit(f"{busy:.1f} of {cores} cores are busy: with {threads} threads times mean nothing; wait, or give --cpu-time")
 
 
 def compare(args: argparse.Namespace) -> None:
     """All rounds, and the table."""
     args.out.mkdir(parents=True, exist_ok=True)
-    paths = {"lbllm": args.packed, **make_files(args.gguf, args.out, args.python)}
+    paths = {"lbllm": args.packed, **make_files(args.gguf, args.out, args.python, args.kinds)}
     python = dict.fromkeys(paths, args.python) | {"lbllm": sys.executable}
-    questions = [("token", count) for count in CONTEXTS] + [("prompt", count) for count in PROMPTS]
+    questions = [("token", count) for count in args.contexts] + [("prompt", count) for count in args.prompts]
     rows: dict[str, dict[str, dict[str, float]]] = {name: {} for name in paths}
     for threads in args.threads:
         if not args.cpu_time:
@@ -271,6 +283,9 @@ def main() -> None:
     parser.add_argument("--python", default=".venv-llama/bin/python", help="that has llama-cpp-python")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, help="tokens before the one that is timed")
+    parser.add_argument("--prompts", type=int, nargs="+", default=PROMPTS, help="tokens of prompts that are timed")
     parser.add_argument("--cpu-time", action="store_true", help="CPU time of one thread: for a machine that others use")
     args = parser.parse_args()
     if args.cpu_time and args.threads != [1]:
