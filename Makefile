@@ -88,6 +88,21 @@ rivals: .venv-rivals/.installed $(MODEL)/config.json
 		data.training.sequences=256
 	.venv-rivals/bin/python $(RIVALS)/plot.py --out runs/rivals
 
+# llama.cpp, compiled for this machine, and exports of two shapes beside it.
+.venv-llama/.installed:
+	$(PYTHON) -m venv .venv-llama
+	.venv-llama/bin/python -m pip install --quiet 'llama-cpp-python>=0.3.36' gguf
+	touch $@
+
+LLAMA := runs/llama
+llama: .venv-llama/.installed $(VENV)/.installed
+	$(PY) scripts/bench/random_export.py smollm2-135m --out $(LLAMA)/smollm2-135m
+	$(PY) scripts/bench/llama.py --packed $(LLAMA)/smollm2-135m/export --gguf $(LLAMA)/smollm2-135m/source.gguf \
+		--out $(LLAMA)/smollm2-135m
+	$(PY) scripts/bench/random_export.py llama3.2-1b --out $(LLAMA)/llama3.2-1b
+	$(PY) scripts/bench/llama.py --packed $(LLAMA)/llama3.2-1b/export --gguf $(LLAMA)/llama3.2-1b/source.gguf \
+		--out $(LLAMA)/llama3.2-1b --rounds 3 --kinds Q4_0 Q2_K TQ2_0 --contexts 16 512 --prompts 128
+
 models/%/config.json: | $(VENV)/.installed
 	$(PY) scripts/fetch_model.py $* models/$*
 

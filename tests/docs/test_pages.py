@@ -57,7 +57,7 @@ def test_commands_of_lbllm_can_be_given(page):
         if name == "init":
             arguments = arguments or ["model"]
         elif "--model" not in arguments and "--recipe" not in arguments:  # the name of a command, perhaps with an option
-            needed = {"generate": ["--model", "m", "--prompt", "p"], "serve": ["--model", "m"]}
+            needed = {"generate": ["--model", "m", "--prompt", "p"], "serve": ["--model", "m"], "chat": ["--model", "m"]}
             arguments += needed.get(name, ["--recipe", "recipes/toy.yaml"])
         context = COMMANDS[name].make_context(name, arguments)
         if recipe := context.params.get("recipe"):

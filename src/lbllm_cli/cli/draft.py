@@ -15,6 +15,7 @@ from lbllm_cli.core.errors import UsageError
 from lbllm_cli.core.strict_yaml import parse_yaml
 from lbllm_cli.evaluation.forecast import eval_need
 from lbllm_cli.export.forecast import export_need
+from lbllm_cli.format.settings import DENSE_ROWS
 from lbllm_cli.format.weights import expected_bits
 from lbllm_cli.pipeline.forecast import Need, checkpoint_bytes
 from lbllm_cli.pipeline.plan import Plan
@@ -168,6 +169,7 @@ def generous(model: PlacedModel, path: str, name: str, chat: bool) -> Settings:
         path=path, name=name, dtype=str(model.dtype).removeprefix("torch."), group_size=group_size(model),
         length=min(2048, limit), measured=min(2048, limit), mixture=CHAT_MIXTURE if chat else BASE_MIXTURE,
         bos=model.family.begins, family=(model.family.drafted, model.family.measured),
+        head_bits=16 if model.config.model_type in DENSE_ROWS else 8,
     )  # fmt: skip
     if model.machine.has_gpu:
         return common

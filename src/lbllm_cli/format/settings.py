@@ -15,6 +15,8 @@ METHOD = "lbllm"
 # 1: weights alone. 2: with quantizers of activations, which a reader of 1 would leave out without a word. 3: levels of 4 bits,
 # with quantizers or without. 4: centred keys. 5: embedding and head of 8 bits.
 FORMAT_VERSION = 5
+# Families of which vLLM makes the embedding without asking how it is quantized: 8 bits of it are none that it can read.
+DENSE_ROWS = ("gemma2", "mixtral", "gpt_oss", "granitemoe")
 
 
 class Activations(BaseModel):

@@ -17,13 +17,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.models.utils import WeightsMapper
 
 from lbllm_cli.format.activations import format_of
-from lbllm_cli.format.settings import METHOD, check_settings
+from lbllm_cli.format.settings import DENSE_ROWS, METHOD, check_settings
 
 _IN_BLOCK = re.compile(r"\.layers\.\d+\.(.+)$")
 # In --additional-config, the first is what counts without it.
 _CHOICES = {"lbllm_activations": ("stored", "full"), "lbllm_cache": ("values", "codes")}
-# Families of which vLLM makes the embedding without asking how it is quantized.
-_DENSE_ROWS = ("gemma2", "mixtral", "gpt_oss", "granitemoe")
 _MIXTRAL = {
     r"\.mlp\.(gate|experts)\.": r".block_sparse_moe.\1.",
     r"(\.experts\.\d+)\.gate_proj\.": r"\1.w1.",
@@ -97,7 +95,7 @@ class LbllmConfig(QuantizationConfig):  # type: ignore[misc]
         from lbllm_cli.hf import check_packed
 
         self.model_type = hf_config.model_type
-        if self.head_bits != 16 and self.model_type in _DENSE_ROWS:
+        if self.head_bits != 16 and self.model_type in DENSE_ROWS:
             raise ValueError(
                 f"vLLM's {self.model_type} has an embedding of 16 bits alone, the export has head_bits {self.head_bits}; "
                 "export it again with export.head_bits=16"
