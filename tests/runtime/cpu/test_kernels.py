@@ -390,10 +390,11 @@ def test_the_operator_is_registered_as_torch_wants_it():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stored", DTYPES)
 @torch.no_grad()
-def test_the_head_is_a_matrix_product(lib, dtype):
+def test_the_head_is_a_matrix_product(lib, dtype, stored):
     for inn, out in ((7, 3), (16, 9), (40, 33), (100, 5), (576, 70), (601, 4)):
-        head = nn.Linear(inn, out, bias=False).bfloat16()
+        head = nn.Linear(inn, out, bias=False).to(stored)
         head.weight.copy_(torch.randn(out, inn, generator=seeded(inn)))
         head.__class__ = HeadLinear
         for rows in range(1, ROWS_MAX + 1):
@@ -406,10 +407,10 @@ def test_the_head_is_a_matrix_product(lib, dtype):
 
 @torch.no_grad()
 def test_a_head_of_another_kind_is_torchs():
-    plain = nn.Linear(40, 6, bias=False)
+    plain = nn.Linear(40, 6, bias=False).double()
     head = copy.deepcopy(plain)
     head.__class__ = HeadLinear
-    x = torch.randn(2, 40)
+    x = torch.randn(2, 40).double()
     assert torch.equal(head(x), plain(x))
     many = torch.randn(ROWS_MAX + 1, 40).bfloat16()
     assert torch.equal(head.bfloat16()(many), plain.bfloat16()(many))

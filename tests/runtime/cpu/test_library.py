@@ -5,9 +5,9 @@ import logging
 import pytest
 
 from lbllm_cli.core.errors import UsageError
+from lbllm_cli.engine import abi as kernels
 from lbllm_cli.engine.abi import TIERS, library, tier
 from lbllm_cli.engine.location import library_path
-from lbllm_cli.engine import abi as kernels
 
 if library_path() is None:
     pytest.skip("this installation has no compiled kernels", allow_module_level=True)

@@ -1,11 +1,11 @@
-"""The model's head for few tokens: a bandwidth-bound product with bfloat16 weights."""
+"""The model's head for few tokens: a product that is bound by the bandwidth of memory."""
 
 from ctypes import byref
 
 import torch
 from torch import Tensor, nn
 
-from lbllm_cli.engine.abi import BFLOAT16, Rows, library
+from lbllm_cli.engine.abi import Rows, library
 from lbllm_cli.runtime.cpu.library import DTYPES, pointer
 
 # Above, torch's matrix product is faster.
@@ -13,7 +13,7 @@ ROWS_MAX = 4
 
 
 class HeadLinear(nn.Linear):
-    """A linear without bias, in bfloat16."""
+    """A linear without bias, in bfloat16 or float32."""
 
     @classmethod
     def of(cls, head: nn.Linear) -> "HeadLinear":
@@ -27,7 +27,7 @@ class HeadLinear(nn.Linear):
         """[..., in] -> [..., out]; as torch computes it, where the library cannot."""
         rows = input.numel() // self.in_features
         lib = library()
-        runs = lib is not None and rows <= ROWS_MAX and self.weight.dtype == torch.bfloat16 and self.weight.is_contiguous()
+        runs = lib is not None and rows <= ROWS_MAX and self.weight.dtype in DTYPES and self.weight.is_contiguous()
         runs = (
             runs
             and self.bias is None
@@ -42,5 +42,5 @@ class HeadLinear(nn.Linear):
         x = input.contiguous()
         y = x.new_empty(*x.shape[:-1], self.out_features)
         shape = (self.in_features, self.out_features, DTYPES[x.dtype], rows, torch.get_num_threads())
-        lib.lbllm_head(byref(Rows(pointer(self.weight), None, BFLOAT16)), pointer(x), pointer(y), *shape)
+        lib.lbllm_head(byref(Rows(pointer(self.weight), None, DTYPES[self.weight.dtype])), pointer(x), pointer(y), *shape)
         return y
