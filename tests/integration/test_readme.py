@@ -31,7 +31,8 @@ def checkout(tmp_path_factory) -> Path:
             spec["segments"] = 1
         values["data"]["calibration"]["sequences"] = values["data"]["training"]["sequences"] = 8
         (folder / "recipes" / recipe.name).write_text(yaml.safe_dump(values), encoding="utf-8")
-    save_toy(folder / "models" / "smollm2-135m", max_position_embeddings=2048)
+    toy = save_toy(folder / "models" / "smollm2-135m", max_position_embeddings=2048)
+    (toy / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }} {% endfor %}", encoding="utf-8")
     return folder
 
 
