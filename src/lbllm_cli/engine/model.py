@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from ctypes import byref, c_int32, c_uint64
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +74,16 @@ def _rows(weight: NDArray[Any], dtype: str, scale: NDArray[Any] | None) -> abi.R
     return abi.Rows(weight.ctypes.data, None if scale is None else scale.ctypes.data, _DTYPES[dtype])
 
 
+class _Memory(NamedTuple):
+    """Records of keys and values of each block, and the library's view of them. One value: an interrupt between two would leave a
+    view of memory that is gone.
+    """
+
+    records: list[list[NDArray[np.uint8]]]
+    caches: Any
+    room: int
+
+
 class Session:
     """One text: its keys and values, and the tokens that they are of.
 
@@ -83,34 +93,26 @@ class Session:
     def __init__(self, model: Model, room: int = 512):
         self.model, self.tokens = model, list[int]()
         self._logits = np.empty(model.config.vocab_size, np.float32)
-        self._records: list[list[NDArray[np.uint8]]] = []
-        self._caches = (abi.CacheView * model.config.num_hidden_layers)()
-        self._room = 0
-        self._grow(room)
+        self._memory = self._grown(room, None)
 
-    def _grow(self, room: int) -> None:
+    def _grown(self, room: int, before: "_Memory | None") -> "_Memory":
         """Memory for `room` tokens, with the records of those that are there."""
         config, sizes, kept = self.model.config, self.model.blocks.record_bytes, len(self.tokens)
-        heads, before = config.num_key_value_heads, self._records
-        made = []
+        heads, made = config.num_key_value_heads, []
+        caches = (abi.CacheView * config.num_hidden_layers)()
         for index in range(config.num_hidden_layers):
             pair = [np.empty((heads, room, size), np.uint8) for size in sizes]
-            for new, old in zip(pair, before[index] if before else (), strict=False):
+            for new, old in zip(pair, before.records[index] if before else (), strict=False):
                 new[:, :kept] = old[:, :kept]
             made.append(pair)
             strides = [stride for array in pair for stride in (array.nbytes, array.strides[0])]
             addresses = (array.ctypes.data for array in pair)
-            self._caches[index] = abi.CacheView(*addresses, *strides, kept, None, 1, heads, *sizes)
-        self._records, self._room = made, room
+            caches[index] = abi.CacheView(*addresses, *strides, kept, None, 1, heads, *sizes)
+        return _Memory(made, caches, room)
 
     def keep(self, count: int) -> None:
         """Forgets all but the first `count` tokens."""
-        self._set(self.tokens[:count])
-
-    def _set(self, tokens: list[int]) -> None:
-        self.tokens = tokens
-        for cache in self._caches:
-            cache.tokens = len(tokens)
+        del self.tokens[count:]
 
     def run(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Appends tokens. Logits of what follows the last, float32 [vocab], which the next call writes over.
@@ -120,17 +122,20 @@ class Session:
         """
         if not tokens:
             raise ValueError("expected tokens, got none")
-        self._set(self.tokens)
         wanted = len(self.tokens) + len(tokens)
-        if wanted > self._room:
-            self._grow(max(wanted, min(2 * self._room, self.model.config.max_position_embeddings)))
+        if wanted > self._memory.room:
+            room = max(wanted, min(2 * self._memory.room, self.model.config.max_position_embeddings))
+            self._memory = self._grown(room, self._memory)
+        caches = self._memory.caches
         for start in range(0, len(tokens), CHUNK):
             piece = np.array(tokens[start : start + CHUNK], np.int32)
             last = start + CHUNK >= len(tokens)
             logits = self._logits.ctypes.data if last else None
             model = self.model
-            model.lib.lbllm_run(byref(model.struct), self._caches, piece.ctypes.data, len(piece), logits, model.threads)
-            self._set([*self.tokens, *tokens[start : start + CHUNK]])
+            for cache in caches:
+                cache.tokens = len(self.tokens)
+            model.lib.lbllm_run(byref(model.struct), caches, piece.ctypes.data, len(piece), logits, model.threads)
+            self.tokens.extend(tokens[start : start + CHUNK])
         return self._logits
 
 
