@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +19,23 @@ if library_path() is None:
 @pytest.fixture(autouse=True)
 def without_gpu(monkeypatch):
     monkeypatch.setattr(native, "has_gpu", lambda: False)
+
+
+def test_a_gpu_needs_a_driver_and_a_torch_that_was_built_for_it(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    (tmp_path / "lib").mkdir()
+    monkeypatch.setattr(native, "find_spec", lambda _: SimpleNamespace(submodule_search_locations=[str(tmp_path)]))
+    monkeypatch.setattr(native, "_DRIVERS", (str(tmp_path / "driver"),))
+    assert not native.has_gpu()
+    (tmp_path / "driver").touch()
+    assert not native.has_gpu()
+    (tmp_path / "lib" / "libtorch_cuda.so").touch()
+    assert native.has_gpu()
+    (tmp_path / "driver").unlink()
+    assert not native.has_gpu()
+    monkeypatch.setattr(native, "find_spec", lambda _: None)
+    (tmp_path / "driver").touch()
+    assert not native.has_gpu()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """A packed export in the compiled library alone: opened in tenths of a second, torch is not imported."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,8 @@ Engine = Literal["auto", "native", "transformers"]
 # What transformers draws from where a folder does not say.
 _USUAL_TOP_K = 50
 _KNOWN = {"bos_token_id", "eos_token_id", "pad_token_id", "top_k", "top_p", "min_p", "repetition_penalty"}
+# Of NVIDIA, of AMD, and of either behind Windows.
+_DRIVERS = "/proc/driver/nvidia/version", "/dev/kfd", "/dev/dxg"
 # Values of other settings that change nothing.
 _IDLE = {"no_repeat_ngram_size": 0, "typical_p": 1.0}
 
@@ -31,8 +34,12 @@ class Native:
 
 
 def has_gpu() -> bool:
-    """Whether the system has a driver of NVIDIA's: what `--device auto` then takes is torch's to say."""
-    return Path("/proc/driver/nvidia/version").exists()
+    """Whether there are a driver of a GPU and a torch that was built for one: then torch says what `--device auto` takes."""
+    if not any(Path(driver).exists() for driver in _DRIVERS):
+        return False
+    found = find_spec("torch")
+    folders = [Path(folder, "lib") for folder in (found.submodule_search_locations or ())] if found else []
+    return any(file.stem in ("libtorch_cuda", "libtorch_hip") for folder in folders for file in folder.glob("libtorch_*"))
 
 
 def open_native(folder: Path, device: str, temperature: float, threads: int | None) -> Native:
