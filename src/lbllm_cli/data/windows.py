@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +19,10 @@ from lbllm_cli.recipe.base import Source
 
 # A stream from the hub has no end that could be waited for: this many times the needed tokens are read to choose from.
 OVERSAMPLE = 4
+# Texts as they were encoded by a tokenizer, for as long as that is there: two seconds for the bundled one, of every stage. Larger
+# ones are read again.
+_KEPT: "WeakKeyDictionary[Any, dict[Source, Tensor]]" = WeakKeyDictionary()
+_KEPT_MOST = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,17 @@ def windows(item: Source, wanted: Wanted, tokenizer: Any) -> Tensor:
     if preset is not None and preset.joiner:
         texts = iter([preset.joiner.join(text_sources.documents(item, False, tokenizer))])
         return _of_all(read(batches(texts, tokenizer, wanted.where(item)), None), item, wanted)
-    return _of_all(read(_batched(item, wanted, tokenizer), None), item, wanted)
+    return _of_all(_whole(item, wanted, tokenizer), item, wanted)
+
+
+def _whole(item: Source, wanted: Wanted, tokenizer: Any) -> Tensor:
+    """Ids of a whole text, int64 [n]. Stages of a run, and sets that follow each other, read the same one."""
+    kept = _KEPT.setdefault(tokenizer, {})
+    if (found := kept.get(item)) is None:
+        found = read(_batched(item, wanted, tokenizer), None)
+        if found.numel() <= _KEPT_MOST:
+            kept[item] = found
+    return found
 
 
 def read(batched: Iterator[Tensor], needed: int | None) -> Tensor:

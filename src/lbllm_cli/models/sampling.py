@@ -16,7 +16,6 @@ from transformers import DynamicCache
 from lbllm_cli.core import files, interrupt
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.models.model import SourceModel
-from lbllm_cli.models.whole_folder import load_folder
 from lbllm_cli.recipe.base import Source
 from lbllm_cli.runtime.attachments import Arguments
 
@@ -42,6 +41,8 @@ def sample_tokens(model: SourceModel, tokenizer: Any, wanted: Sampling, kept: Pa
     kept: folder of what has been sampled, ROWS_AT_ONCE sequences a file with the generator's state behind them. What is there
     already is not sampled again, and what follows has the bytes that it would have had. Raises UsageError for a damaged file.
     """
+    from lbllm_cli.models.whole_folder import load_folder  # a CPU second, of which forecasts need nothing
+
     # A family's own classes are always there, whatever code the folder brings.
     network = load_folder(model.folder, model.config, False, dtype=model.dtype).to(model.device)
     generator = torch.Generator(device=model.device).manual_seed(wanted.seed)
