@@ -117,8 +117,7 @@ def test_an_answer_that_is_stopped_leaves_the_program(talk, monkeypatch):
     ("change", "message"),
     [
         (lambda folder: (folder / "chat_template.jinja").unlink(), "has no chat template"),
-        (lambda folder: (folder / "config.json").write_text("{}"), "lbllm chat cannot run"),
-        (lambda folder: (folder / "generation_config.json").write_text('{"suppress_tokens": [3]}'), "suppress_tokens"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "config.json"),
     ],
 )
 def test_folders_that_it_cannot_talk_with(talk, folder, change, message):
@@ -126,6 +125,19 @@ def test_folders_that_it_cannot_talk_with(talk, folder, change, message):
     result = talk("the sea\n")
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_what_the_native_engine_does_not_do_is_done_by_transformers(talk, folder):
+    first = talk("the sea\nthe sky\n")
+    assert "native engine" in first.stderr
+    other = talk("the sea\nthe sky\n", "--engine", "transformers", "--threads", "1")
+    assert "transformers on cpu" in other.stderr
+    assert other.stdout == first.stdout
+    (folder / "generation_config.json").write_text('{"suppress_tokens": [3]}')
+    assert "transformers on cpu" in talk("the sea\n").stderr
+    result = talk("the sea\n", "--engine", "native")
+    assert result.exit_code == 2
+    assert "suppress_tokens; take --engine transformers" in result.stderr
 
 
 def test_bad_options(talk):

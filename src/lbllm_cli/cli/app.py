@@ -30,6 +30,10 @@ Overrides = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, print the plan, write nothing")]
 Only = Annotated[Phase | None, typer.Option("--only", help="one of the two phases", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="replace what other inputs made")]
+EngineOption = Annotated[
+    Literal["auto", "native", "transformers"],
+    typer.Option("--engine", help="auto: on a CPU the native engine where it knows the export, which needs no torch"),
+]
 Threads = Annotated[
     int | None, typer.Option(min=1, max=1024, help="default: one for each core, or OMP_NUM_THREADS", show_default=False)
 ]
@@ -225,10 +229,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0: always the likeliest token")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="for temperatures above 0")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
-    engine: Annotated[
-        Literal["auto", "native", "transformers"],
-        typer.Option(help="auto: on a CPU the native engine where it knows the export, which needs no torch"),
-    ] = "auto",
+    engine: EngineOption = "auto",
     threads: Threads = None,
     full_activations: Annotated[
         bool, typer.Option("--full-activations", help="do not quantize activations, keys and values")
@@ -249,19 +250,24 @@ def generate(
 
 @app.command(epilog="Example: `lbllm chat --model runs/smollm2-135m/export`")
 def chat(
-    model: Annotated[str, typer.Option("--model", "-m", help="packed export, or a Hugging Face id of one", show_default=False)],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="exported folder, any model folder, or a Hugging Face id", show_default=False)
+    ],
     system: Annotated[str | None, typer.Option(help="system message to begin with", show_default=False)] = None,
     temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0: always the likeliest token")] = 0.7,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="for temperatures above 0")] = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=2**31, help="tokens of an answer at most")] = 512,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    engine: EngineOption = "auto",
     threads: Threads = None,
 ) -> None:
-    """Talk with a packed export in the terminal, on the CPU."""
+    """Talk with a model in the terminal."""
+    # More than six parameters: each is an option.
     with _exit_codes():
         from lbllm_cli.cli.chat import Wishes
         from lbllm_cli.cli.chat import chat as talk
 
-        talk(model, Wishes(system, temperature, seed, max_new_tokens, threads))
+        talk(model, Wishes(system, temperature, seed, max_new_tokens, device, engine, threads))
 
 
 @app.command(

@@ -7,10 +7,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 from lbllm_cli.cli.generate import speed
-from lbllm_cli.cli.native import Native, open_native
+from lbllm_cli.cli.native import Engine, Native, open_native
 from lbllm_cli.core.console import say
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.core.model_folder import resolve
@@ -21,21 +23,76 @@ from lbllm_cli.models import chat as templates
 from lbllm_cli.models.prompts import check_tokens, tokens_of
 
 Message = dict[str, str]
+# Of a model that knows none.
+_NO_LIMIT = 1 << 20
 _HELP = "Ctrl-C stops an answer, /reset forgets the conversation, Ctrl-D or /exit ends."
+
+
+class Answers(Protocol):
+    """What writes answers. limit: positions of the model. name: how it is called in the first line."""
+
+    tokenizer: Any
+    limit: int
+    vocab: int
+    name: str
+
+    def pieces(self, prompt: list[int], count: int, times: list[float]) -> Iterator[str]:
+        """Text behind a prompt, at most `count` tokens; their times behind that of the beginning."""
+
+
+class NativeAnswers:
+    """By the native engine. What a prompt shares with the last one is not computed again."""
+
+    def __init__(self, native: Native, seed: int):
+        self._native = native
+        self.tokenizer, self.limit, self.vocab = native.tokenizer, native.limit, native.model.config.vocab_size
+        self.name = f"{native.model.threads} threads, native engine"
+        self._session, self._sampler = Session(native.model), Sampler(native.model.lib, native.sampling, seed)
+
+    def pieces(self, prompt: list[int], count: int, times: list[float]) -> Iterator[str]:
+        """As `Answers`."""
+        decoder = Decoder(self.tokenizer)
+        times.append(time.perf_counter())
+        for token in new_tokens(self._session, prompt, self._sampler, count, self._native.ends):
+            times.append(time.perf_counter())
+            yield decoder.add(token)
+        yield decoder.rest()
+
+
+class TorchAnswers:
+    """By transformers, every time from the beginning."""
+
+    def __init__(self, folder: Path, wishes: "Wishes"):
+        import torch
+
+        from lbllm_cli.models.streaming import TextModel
+        from lbllm_cli.runtime.backend import choose_device
+
+        device = choose_device(wishes.device, "--device")
+        if wishes.threads:
+            torch.set_num_threads(wishes.threads)
+        self._model, self._device, self._temperature = TextModel(folder, False), device, wishes.temperature
+        torch.manual_seed(wishes.seed)
+        self.tokenizer, self.vocab = self._model.tokenizer, self._model.vocab
+        self.limit = self._model.limit or _NO_LIMIT
+        self.name = f"transformers on {device}"
+
+    def load(self) -> None:
+        """Reads the weights."""
+        self._model.load(self._device)
+
+    def pieces(self, prompt: list[int], count: int, times: list[float]) -> Iterator[str]:
+        """As `Answers`."""
+        return self._model.pieces(prompt, count, self._temperature, times)
 
 
 @dataclass
 class Conversation:
-    """Messages, and the session that has read them."""
+    """Messages, and who answers them. most: tokens of an answer."""
 
-    native: Native
-    sampler: Sampler
+    answers: Answers
     most: int
     messages: list[Message]
-    session: Session = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.session = Session(self.native.model)
 
     def ask(self, text: str) -> Iterator[str]:
         """Appends a message and its answer, which comes piece by piece; an answer that is broken off counts as far as it came.
@@ -49,41 +106,40 @@ class Conversation:
         except UsageError:
             self.messages.pop()
             raise
-        count = min(self.most, self.native.limit - len(prompt))
-        decoder, said, times = Decoder(self.native.tokenizer), "", [time.perf_counter()]
+        count = min(self.most, self.answers.limit - len(prompt))
+        said: list[str] = []
+        times: list[float] = []
+        pieces = self.answers.pieces(prompt, count, times)
         try:
-            for token in new_tokens(self.session, prompt, self.sampler, count, self.native.ends):
-                times.append(time.perf_counter())
-                piece = decoder.add(token)
-                said += piece
+            for piece in pieces:
+                said.append(piece)
                 yield piece
-            rest = decoder.rest()
-            said += rest
-            yield rest
         finally:
-            self.messages.append({"role": "assistant", "content": said})
+            # A generator that is dropped in the middle is closed when it pleases Python.
+            pieces.close()  # type: ignore[attr-defined]
+            self.messages.append({"role": "assistant", "content": "".join(said)})
         yield f"\n[{speed(times, len(prompt))}]" if sys.stderr.isatty() and len(times) > 1 else ""
 
     def _fitting(self) -> list[int]:
         """Tokens of the conversation, its oldest messages left out until there is room for an answer."""
-        room = min(self.most, self.native.limit // 4)
+        room = min(self.most, self.answers.limit // 4)
         while True:
             prompt = self._tokens()
-            if len(prompt) + room <= self.native.limit:
+            if len(prompt) + room <= self.answers.limit:
                 return prompt
             first = 1 if self.messages[0]["role"] == "system" else 0
             if len(self.messages) - first < 3:
                 raise UsageError(
-                    f"the message has {len(prompt)} tokens with all that goes before it, the model {self.native.limit} "
+                    f"the message has {len(prompt)} tokens with all that goes before it, the model {self.answers.limit} "
                     "positions; shorten it"
                 )
             del self.messages[first : first + 2]
             say("chat: the oldest message and its answer are forgotten, the model has no more positions")
 
     def _tokens(self) -> list[int]:
-        text = templates.render(self.native.tokenizer, self.messages, "the conversation", add_generation_prompt=True)
-        tokens = tokens_of(self.native.tokenizer, text, "the conversation", add_special_tokens=False)
-        check_tokens(tokens, self.native.model.config.vocab_size, "the conversation")
+        text = templates.render(self.answers.tokenizer, self.messages, "the conversation", add_generation_prompt=True)
+        tokens = tokens_of(self.answers.tokenizer, text, "the conversation", add_special_tokens=False)
+        check_tokens(tokens, self.answers.vocab, "the conversation")
         return tokens
 
 
@@ -95,26 +151,35 @@ class Wishes:
     temperature: float
     seed: int
     max_new_tokens: int
+    device: str
+    engine: Engine
     threads: int | None
 
 
+def _answers(folder: Path, wishes: Wishes) -> Answers:
+    """Who answers, by the engine that is asked for; of `auto` the native one where it runs the folder."""
+    if wishes.engine != "transformers":
+        try:
+            return NativeAnswers(open_native(folder, wishes.device, wishes.temperature, wishes.threads), wishes.seed)
+        except Unfit as error:
+            if wishes.engine == "native":
+                raise UsageError(f"--engine native cannot run {folder}: {error}; take --engine transformers") from None
+    return TorchAnswers(folder, wishes)
+
+
 def chat(model: str, wishes: Wishes) -> None:
-    """Talks until the end of the input. model: a packed export, or the id of one."""
+    """Talks until the end of the input. model: a folder or an id."""
     if math.isnan(wishes.temperature):
         raise UsageError("--temperature nan: expected a number from 0 to 2")
     folder = resolve(model, None, weights=True, key="--model")
-    try:
-        native = open_native(folder, "cpu", wishes.temperature, wishes.threads)
-    except Unfit as error:
-        raise UsageError(
-            f"lbllm chat cannot run {folder}: {error}; see `lbllm generate` and `lbllm serve`, which run any model"
-        ) from None
-    if not native.tokenizer.chat_template:
+    answers = _answers(folder, wishes)
+    if not answers.tokenizer.chat_template:
         raise UsageError(f"{folder} has no chat template, it is not made for conversations; see `lbllm generate --raw`")
-    sampler = Sampler(native.model.lib, native.sampling, wishes.seed)
+    if isinstance(answers, TorchAnswers):
+        answers.load()
     start = [{"role": "system", "content": _text(wishes.system, "--system")}] if wishes.system else []
-    talk = Conversation(native, sampler, wishes.max_new_tokens, list(start))
-    say(f"chat: {folder}, {native.limit} positions, {native.model.threads} threads. {_HELP}")
+    talk = Conversation(answers, wishes.max_new_tokens, list(start))
+    say(f"chat: {folder}, {answers.limit} positions, {answers.name}. {_HELP}")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     with _interruptible():
