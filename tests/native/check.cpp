@@ -613,6 +613,40 @@ void check_runs() {
     expect(worst < 0.3, "run", "worst", worst, 0.3);
 }
 
+// A drawn token is one that the settings leave, by a slow sort; of what is not finite none is drawn.
+void check_sample() {
+    uint64_t numbers = 3;
+    for (int turn = 0; turn < 300; turn++) {
+        const int vocab = 1 + below(turn % 3 ? 40 : 700);
+        vector<float> logits = normals(static_cast<size_t>(vocab), 3);
+        const lbllm_sampling s{below(4) ? 0.7f : 0.0f, below(2) ? 0.8f : 1.0f, below(2) ? 0.1f : 0.0f, below(2) ? 1.5f : 1.0f,
+                               below(2) ? 1 + below(9) : 0};
+        vector<int32_t> before;
+        for (int i = below(5); i > 0; i--) before.push_back(below(vocab));
+        vector<double> scores(logits.begin(), logits.end());
+        vector<bool> seen(scores.size());
+        for (const int32_t token : before) seen[static_cast<size_t>(token)] = true;
+        for (size_t i = 0; i < scores.size(); i++)
+            if (seen[i]) scores[i] = scores[i] > 0 ? scores[i] / s.penalty : scores[i] * s.penalty;
+        vector<double> sorted = scores;
+        std::sort(sorted.rbegin(), sorted.rend());
+        if (s.top_k && static_cast<size_t>(s.top_k) < sorted.size()) sorted.resize(static_cast<size_t>(s.top_k));
+        double total = 0, reached = 0, least = sorted[0];
+        for (const double score : sorted) total += exp((score - sorted[0]) / s.temperature);
+        for (size_t i = 0; s.temperature > 0 && i < sorted.size() && (i == 0 || reached < s.top_p * total); i++) {
+            const double chance = exp((sorted[i] - sorted[0]) / s.temperature);
+            reached += chance;
+            if (chance >= s.min_p) least = sorted[i];
+        }
+        int32_t token = -1;
+        const int32_t code = lbllm_sample(&s, logits.data(), vocab, before.data(), static_cast<int64_t>(before.size()), &numbers, &token);
+        const bool drawn = code == LBLLM_OK && token >= 0 && token < vocab;
+        expect(drawn && scores[static_cast<size_t>(token)] >= least - 1e-5, "sample", "a token that is left", token, vocab);
+        logits[static_cast<size_t>(below(vocab))] = NAN;
+        expect(lbllm_sample(&s, logits.data(), vocab, nullptr, 0, &numbers, &token) == LBLLM_NOT_FINITE, "sample", "not a number", turn, 0);
+    }
+}
+
 void check_read() {
     Aligned<uint32_t> words(3 * 1024);
     uint64_t total = 0;
@@ -639,6 +673,7 @@ void check_tier() {
     check_head(600, 700, 2, LBLLM_BFLOAT16, 3, LBLLM_BFLOAT16);
     check_steps();
     check_runs();
+    check_sample();
     check_read();
 }
 

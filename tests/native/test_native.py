@@ -81,7 +81,7 @@ def test_tiers_that_this_cpu_may_lack_are_right_in_emulation(tier, tmp_path, che
         pytest.skip("no SIMDe headers (Debian: libsimde-dev)")
     objects = [compiled(SOURCES / f"tier_{tier}.cpp", tmp_path, *SANITIZED, *AVX2, f"-I{NATIVE / 'simde'}")]
     objects.append(compiled(NATIVE / "emulated.cpp", tmp_path, *SANITIZED, f"-DEMULATED=tier_{tier}"))
-    objects += [compiled(SOURCES / "pack.cpp", tmp_path, *SANITIZED), check]
+    objects += [compiled(SOURCES / f"{name}.cpp", tmp_path, *SANITIZED) for name in ("pack", "sample")] + [check]
     assert f"{tier}: good" in run(objects, tmp_path, *SANITIZED)
 
 
