@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import sys
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,13 @@ def aligned(size: int) -> NDArray[np.uint8]:
     start = -whole.ctypes.data % unit
     _advise(whole.ctypes.data + start, size // _HUGE * _HUGE, _MADV_HUGEPAGE)
     return whole[start : start + size]
+
+
+def on_large_pages(array: NDArray[Any]) -> NDArray[Any]:
+    """A copy of a mapped array: a file lies on small pages, which makes reading a head of 263 MB 4 % slower, of 28 MB 9 %."""
+    copy = aligned(array.nbytes).view(array.dtype).reshape(array.shape)
+    copy[:] = array
+    return copy
 
 
 def page_out(address: int, size: int) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lbllm_cli.engine import abi
 from lbllm_cli.engine.blocks import Blocks
 from lbllm_cli.engine.config import Unfit, read_configuration
+from lbllm_cli.engine.memory import on_large_pages
 from lbllm_cli.engine.rope import frequencies
 from lbllm_cli.engine.tensors import Tensors
 
@@ -48,11 +49,11 @@ class Model:
         self.lib, self.config, self.threads = lib, config, threads
         self.blocks = Blocks(lib, config, tensors, threads)
         shape = config.vocab_size, config.hidden_size
-        embedding = self._embedding = tensors.rows(_EMBEDDING, *shape)
+        embedding = self._embedding = _table(tensors, _EMBEDDING, shape)
         tied = f"{_HEAD}.weight" not in tensors
         if tied and not config.tie_word_embeddings:
             raise Unfit(f"{_HEAD}.weight: there is none")
-        head = self._head = embedding if tied else tensors.rows(_HEAD, *shape)
+        head = self._head = embedding if tied else _table(tensors, _HEAD, shape)
         if config.head_bits != 16 and {embedding[1], head[1]} != {"I8"}:
             raise Unfit(f"head_bits {config.head_bits}: embedding or head has others")
         self._norm = tensors.small_floats("model.norm.weight", config.hidden_size)
@@ -68,6 +69,11 @@ class Model:
             amplitude=1.0, epsilon=config.rms_norm_eps, count=config.num_hidden_layers, vocab=config.vocab_size,
             hidden=config.hidden_size, head_dim=config.head_dim, norm_dtype=abi.FLOAT32,
         )  # fmt: skip
+
+
+def _table(tensors: Tensors, owner: str, shape: tuple[int, int]) -> tuple[NDArray[Any], str, NDArray[Any] | None]:
+    weight, dtype, scale = tensors.rows(owner, *shape)
+    return on_large_pages(weight), dtype, scale
 
 
 def _rows(weight: NDArray[Any], dtype: str, scale: NDArray[Any] | None) -> abi.Rows:

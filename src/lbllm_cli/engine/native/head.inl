@@ -2,8 +2,6 @@
 
 namespace {
 
-constexpr int kHeadAhead = 2048;  // bytes of weights asked for before they are needed
-
 // Two vectors of bfloat16 weights at even and odd places: as floats, without a shuffle.
 inline v8f even_floats(v8u pairs) { return (v8f)(pairs << 16); }
 inline v8f odd_floats(v8u pairs) { return (v8f)(pairs & 0xffff0000u); }
@@ -15,13 +13,14 @@ inline void even_odd(const float* x, int n, float* to) {
 
 constexpr int kHeadRows = 4;
 
-// Products of rows of weights with one input, n columns in the order of even_odd.
-inline void head_rows(const uint16_t* const w[kHeadRows], const float* x, int n, float total[kHeadRows]) {
+// Products of rows of weights with one input, n columns in the order of even_odd. ahead: from a weight to that which is asked for
+// before it is needed, of the rows that come next: within a row of 2,048 bytes it was the one beside it.
+inline void head_rows(const uint16_t* const w[kHeadRows], const float* x, int n, int64_t ahead, float total[kHeadRows]) {
     v8f even[kHeadRows] = {}, odd[kHeadRows] = {};
     for (int c = 0; c < n; c += 16) {
         const v8f a = load<v8f>(x + c), b = load<v8f>(x + c + 8);
         for (int i = 0; i < kHeadRows; i++) {
-            __builtin_prefetch(w[i] + c + kHeadAhead);
+            __builtin_prefetch(w[i] + c + ahead);
             const v8u pairs = load<v8u>(w[i] + c);
             even[i] = fused(even_floats(pairs), a, even[i]);
             odd[i] = fused(odd_floats(pairs), b, odd[i]);
@@ -31,10 +30,11 @@ inline void head_rows(const uint16_t* const w[kHeadRows], const float* x, int n,
 }
 
 // Of float32 weights, in the order of the model.
-inline void head_rows(const float* const w[kHeadRows], const float* x, int n, float total[kHeadRows]) {
+inline void head_rows(const float* const w[kHeadRows], const float* x, int n, int64_t ahead, float total[kHeadRows]) {
     for (int i = 0; i < kHeadRows; i++) {
         v8f a = {}, b = {};
         for (int c = 0; c < n; c += 16) {
+            __builtin_prefetch(w[i] + c + ahead);
             a = fused(load<v8f>(w[i] + c), load<v8f>(x + c), a);
             b = fused(load<v8f>(w[i] + c + 8), load<v8f>(x + c + 8), b);
         }
@@ -43,7 +43,7 @@ inline void head_rows(const float* const w[kHeadRows], const float* x, int n, fl
 }
 
 // Of int8 weights, in the order of the model; without their scales.
-inline void head_rows(const int8_t* const w[kHeadRows], const float* x, int n, float total[kHeadRows]) {
+inline void head_rows(const int8_t* const w[kHeadRows], const float* x, int n, int64_t ahead, float total[kHeadRows]) {
     Floats sums[kHeadRows][2] = {};
     const auto add = [&](int c, int which) {
         const Floats in = load<Floats>(x + c);
@@ -51,7 +51,7 @@ inline void head_rows(const int8_t* const w[kHeadRows], const float* x, int n, f
     };
     int c = 0;
     for (; c + 2 * kLanes <= n; c += 2 * kLanes) {
-        for (int i = 0; i < kHeadRows; i++) __builtin_prefetch(w[i] + c + kHeadAhead);
+        for (int i = 0; i < kHeadRows; i++) __builtin_prefetch(w[i] + c + ahead);
         add(c, 0);
         add(c + kLanes, 1);
     }
@@ -99,7 +99,7 @@ void multiply_head(const T* weight, const uint16_t* scale, const float* values, 
         for (int i = 0; i < kHeadRows; i++) w[i] = weight + (r + smaller(i, n - 1)) * in_features;
         for (int64_t m = 0; m < rows; m++) {
             float total[8] = {};
-            head_rows(w, ordered + m * in_features, whole, total);
+            head_rows(w, ordered + m * in_features, whole, kHeadRows * static_cast<int64_t>(in_features), total);
             for (int i = 0; i < n; i++)
                 for (int c = whole; c < in_features; c++) total[i] += as_float(w[i][c]) * values[m * in_features + c];
             for (int i = 0; scale && i < n; i++) total[i] *= from_half(scale[r + i]);
