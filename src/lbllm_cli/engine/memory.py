@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 _MADV_HUGEPAGE, _MADV_PAGEOUT = 14, 21
 _HUGE = 1 << 21
+_PIECE = 1 << 24
 
 
 def aligned(size: int) -> NDArray[np.uint8]:
@@ -26,9 +27,14 @@ def aligned(size: int) -> NDArray[np.uint8]:
 
 def on_large_pages(array: NDArray[Any]) -> NDArray[Any]:
     """A copy of a mapped array: a file lies on small pages, which makes reading a head of 263 MB 4 % slower, of 28 MB 9 %."""
-    copy = aligned(array.nbytes).view(array.dtype).reshape(array.shape)
-    copy[:] = array
-    return copy
+    copy = aligned(array.nbytes)
+    source = array.reshape(-1).view(np.uint8)
+    for start in range(0, array.nbytes, _PIECE):
+        piece = source[start : start + _PIECE]
+        copy[start : start + _PIECE] = piece
+        # Or both would be resident at the end.
+        page_out(piece.ctypes.data, piece.nbytes)
+    return copy.view(array.dtype).reshape(array.shape)
 
 
 def page_out(address: int, size: int) -> None:
