@@ -177,6 +177,31 @@ def test_tensors_that_are_left_to_transformers(copy_of, name, change, message):
         Model(folder, 1)
 
 
+@pytest.mark.parametrize(("family", "missing"), [("qwen2-biases", "q"), ("seed-oss", "k")])
+def test_biases_of_the_family_must_be_there(copy_of, family, missing):
+    folder = copy_of(family)
+    edit(folder, **{f"{BLOCK}self_attn.{missing}_proj.bias": None})
+    with pytest.raises(Unfit, match=f"{missing}_proj.bias"):
+        Model(folder, 1)
+
+
+def test_biases_that_the_configuration_does_not_have_are_none_that_are_read(copy_of):
+    folder = copy_of("llama-tied")
+    edit(folder, **{f"{BLOCK}self_attn.q_proj.bias": lambda _: torch.ones(80)})
+    with pytest.raises(Unfit, match="none of the tensors that the library reads"):
+        Model(folder, 1)
+
+
+@torch.no_grad()
+def test_mistral_without_a_window(tmp_path):
+    folder = exported(tmp_path, save_toy(tmp_path / "model", "mistral-sliding", sliding_window=None), ptq={"rounds": 0})
+    reference, session, cache = load(folder, dtype=torch.float32), Session(Model(folder, 1)), None
+    for token in ids(1, 12)[0].tolist():
+        output = reference(torch.tensor([[token]]), past_key_values=cache)
+        cache, found = output.past_key_values, session.run([token])
+        assert off(found, output.logits[0, -1].numpy()) < TIPPED
+
+
 def test_damaged_files_are_refused(copy_of):
     folder = copy_of("llama-tied")
     (folder / "model.safetensors").write_bytes(b"\0" * 100)

@@ -110,8 +110,10 @@ class Sampling(Structure):
 
 
 def _status(code: int) -> None:
-    """What ctypes makes of an entry's answer. Raises ValueError where it refused, FloatingPointError for logits
-    that nothing can be drawn from."""
+    """What ctypes makes of an entry's answer.
+
+    Raises ValueError where it refused, FloatingPointError for logits that nothing can be drawn from.
+    """
     if code == _NOT_FINITE:
         raise FloatingPointError("logits are not finite")
     if code:

@@ -62,8 +62,8 @@ class Blocks:
         """Linears that read one input, below each other in the library's layout."""
         size, groups = self.config.group_size, ceil(width / self.config.group_size)
         parts: list[tuple[NDArray[Any], ...]] = []
-        biases = [np.zeros(self.outs[name], np.float32) for name in unit]
-        for place, linear in enumerate(unit):
+        biases: list[NDArray[np.float32]] = []
+        for linear in unit:
             owner, out = f"{prefix}{linear}", self.outs[linear]
             codes = self.tensors.array(f"{owner}.weight", "U8", out, groups, size // 4)
             scale = self.tensors.array(f"{owner}.scale", "F16", out, groups)
@@ -71,14 +71,14 @@ class Blocks:
             if (scale.view(np.uint16) >= 0x7C00).any():
                 raise Unfit(f"{owner}.scale holds what is no scale")
             parts.append((codes, self._levels(owner, out, groups), scale))
-            if f"{owner}.bias" in self.tensors:
-                biases[place] = self.tensors.small_floats(f"{owner}.bias", out)
+            biased = linear in self.config.biased
+            biases.append(self.tensors.small_floats(f"{owner}.bias", out) if biased else np.zeros(out, np.float32))
         whole = [np.ascontiguousarray(np.concatenate(arrays)) for arrays in zip(*parts, strict=True)]
         shape = (width, len(whole[0]), size)
         tiles = aligned(int(self.lib.lbllm_tiles_bytes(*shape)))
         self.lib.lbllm_pack(*(array.ctypes.data for array in whole), *shape, tiles.ctypes.data, self.threads)
-        biased = any(f"{prefix}{linear}.bias" in self.tensors for linear in unit)
-        return abi.Weights(self._keep(tiles), self._keep(np.concatenate(biases)) if biased else None, *shape)
+        bias = self._keep(np.concatenate(biases)) if self.config.biased.intersection(unit) else None
+        return abi.Weights(self._keep(tiles), bias, *shape)
 
     def _levels(self, owner: str, out: int, groups: int) -> NDArray[np.int8]:
         """int8 [out, groups, 4], however many bits the file has of each."""

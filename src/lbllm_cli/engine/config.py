@@ -17,6 +17,14 @@ UNITS = (
     ("mlp.down_proj",),
 )  # fmt: skip
 
+_QKV, _OUT, _MLP = UNITS[0], UNITS[1], (*UNITS[2], *UNITS[3])
+# Linears that have a bias, for each key of a family's configuration: transformers' modelling code of each.
+_BIASES: dict[str, dict[str, tuple[str, ...]]] = {
+    "llama": {"attention_bias": _QKV + _OUT, "mlp_bias": _MLP},
+    "qwen3": {"attention_bias": _QKV + _OUT},
+    "seed_oss": {"attention_bias": _QKV, "attention_out_bias": _OUT, "mlp_bias": _MLP},
+}
+
 Size = Annotated[int, Field(ge=1, le=1 << 24)]
 
 
@@ -41,6 +49,9 @@ class Configuration(BaseModel):
     rms_norm_eps: Annotated[float, Field(ge=0, le=1)]
     hidden_act: Literal["silu"]
     tie_word_embeddings: bool
+    attention_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
     rope: dict[str, Any]
     quantization_config: dict[str, Any]
     eos_token_id: int | list[int] | None = None
@@ -54,6 +65,8 @@ class Configuration(BaseModel):
         found.setdefault("num_key_value_heads", heads)
         if type(heads) is int and type(width) is int and heads:
             found.setdefault("head_dim", width // heads)
+        if found.get("model_type") == "seed_oss":
+            found.setdefault("attention_bias", True)
         rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
         if not isinstance(rope, dict):
             raise ValueError(f"rope_parameters: expected a mapping, got {type(rope).__name__}")
@@ -105,6 +118,13 @@ class Configuration(BaseModel):
     def head_bits(self) -> int:
         """Bits of embedding and head, 16 for as the source has them."""
         return int(self.quantization_config.get("head_bits", 16))
+
+    @property
+    def biased(self) -> frozenset[str]:
+        """Linears of a block that have a bias."""
+        keys = _BIASES.get(self.model_type, {})
+        found = {name for key, names in keys.items() if getattr(self, key) for name in names}
+        return frozenset(_QKV) if self.model_type == "qwen2" else frozenset(found)
 
     @property
     def activations(self) -> dict[str, Any]:

@@ -101,7 +101,7 @@ class Session:
         self._logits = np.empty(model.config.vocab_size, np.float32)
         self._memory = self._grown(room, None)
 
-    def _grown(self, room: int, before: "_Memory | None") -> "_Memory":
+    def _grown(self, room: int, before: _Memory | None) -> _Memory:
         """Memory for `room` tokens, with the records of those that are there."""
         config, sizes, kept = self.model.config, self.model.blocks.record_bytes, len(self.tokens)
         heads, made = config.num_key_value_heads, []
