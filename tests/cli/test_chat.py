@@ -143,7 +143,9 @@ def test_what_the_native_engine_does_not_do_is_done_by_transformers(talk, folder
 def test_bad_options(talk):
     assert talk("x\n", "--temperature", "nan").exit_code == 2
     assert talk("x\n", "--max-new-tokens", "0").exit_code == 2
-    assert "the chat template cannot" not in talk("x\n", "--system", "fine").stderr
+    result = talk("x\n", "--system", b"caf\xe9".decode("utf-8", "surrogateescape"))
+    assert result.exit_code == 2
+    assert "--system is not UTF-8 text" in result.stderr
 
 
 @pytest.mark.heavy

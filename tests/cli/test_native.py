@@ -78,6 +78,29 @@ def test_what_the_native_engine_does_not_do_is_done_by_transformers(line, folder
         open_native(folder, "auto", 0.0, None)
 
 
+def test_a_prompt_that_cannot_be_used_is_refused_before_a_weight_is_read(folder, lbllm, monkeypatch):
+    monkeypatch.setattr(native, "Model", lambda *_: pytest.fail("weights are read"))
+    for prompt, options, message in (
+        ("the sea " * 200, (), "shorten it"),
+        ("the sea", ("--max-new-tokens", "500"), "give at most"),
+        ("", ("--raw",), "--prompt is empty"),
+    ):
+        result = lbllm("generate", "--model", folder, "--prompt", prompt, *options)
+        assert result.exit_code == 2
+        assert message in result.stderr
+    assert "has no chat template" in lbllm("chat", "--model", folder).stderr
+
+
+def test_weights_that_the_library_does_not_read_are_read_by_transformers(folder, line, lbllm, monkeypatch):
+    def unfit(*_):
+        raise Unfit("odd weights")
+
+    monkeypatch.setattr(native, "Model", unfit)
+    assert "transformers" in line()[1]
+    result = lbllm("generate", "--model", folder, "--prompt", "x", "--engine", "native")
+    assert "odd weights; take --engine transformers" in result.stderr
+
+
 def test_drawn_text_depends_on_the_seed(line):
     drawn = [line("--temperature", "1.5", "--seed", seed)[0] for seed in ("1", "1", "2")]
     assert drawn[0] == drawn[1] != drawn[2]

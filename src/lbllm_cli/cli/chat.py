@@ -5,8 +5,8 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,7 +36,10 @@ class Answers(Protocol):
     vocab: int
     name: str
 
-    def pieces(self, prompt: list[int], count: int, times: list[float]) -> Iterator[str]:
+    def load(self) -> None:
+        """Reads the weights."""
+
+    def pieces(self, prompt: list[int], count: int, times: list[float]) -> Generator[str, None, None]:
         """Text behind a prompt, at most `count` tokens; their times behind that of the beginning."""
 
 
@@ -44,12 +47,16 @@ class NativeAnswers:
     """By the native engine. What a prompt shares with the last one is not computed again."""
 
     def __init__(self, native: Native, seed: int):
-        self._native = native
-        self.tokenizer, self.limit, self.vocab = native.tokenizer, native.limit, native.model.config.vocab_size
-        self.name = f"{native.model.threads} threads, native engine"
-        self._session, self._sampler = Session(native.model), Sampler(native.model.lib, native.sampling, seed)
+        self._native, self._seed = native, seed
+        self.tokenizer, self.limit, self.vocab = native.tokenizer, native.limit, native.vocab
+        self.name = f"{native.threads} threads, native engine"
 
-    def pieces(self, prompt: list[int], count: int, times: list[float]) -> Iterator[str]:
+    def load(self) -> None:
+        """As `Answers`. Raises Unfit where the weights are none that the library runs."""
+        model = self._native.load()
+        self._session, self._sampler = Session(model), Sampler(model.lib, self._native.sampling, self._seed)
+
+    def pieces(self, prompt: list[int], count: int, times: list[float]) -> Generator[str, None, None]:
         """As `Answers`."""
         decoder = Decoder(self.tokenizer)
         times.append(time.perf_counter())
@@ -78,23 +85,24 @@ class TorchAnswers:
         self.name = f"transformers on {device}"
 
     def load(self) -> None:
-        """Reads the weights."""
+        """As `Answers`."""
         self._model.load(self._device)
 
-    def pieces(self, prompt: list[int], count: int, times: list[float]) -> Iterator[str]:
+    def pieces(self, prompt: list[int], count: int, times: list[float]) -> Generator[str, None, None]:
         """As `Answers`."""
         return self._model.pieces(prompt, count, self._temperature, times)
 
 
 @dataclass
 class Conversation:
-    """Messages, and who answers them. most: tokens of an answer."""
+    """Messages, and who answers them. most: tokens of an answer. speed: of the last one, in words."""
 
     answers: Answers
     most: int
     messages: list[Message]
+    speed: str = ""
 
-    def ask(self, text: str) -> Iterator[str]:
+    def ask(self, text: str) -> Generator[str, None, None]:
         """Appends a message and its answer, which comes piece by piece; an answer that is broken off counts as far as it came.
 
         The oldest messages are forgotten where the model has no positions for all. Raises UsageError for one that alone has not
@@ -109,16 +117,14 @@ class Conversation:
         count = min(self.most, self.answers.limit - len(prompt))
         said: list[str] = []
         times: list[float] = []
-        pieces = self.answers.pieces(prompt, count, times)
         try:
-            for piece in pieces:
-                said.append(piece)
-                yield piece
+            with closing(self.answers.pieces(prompt, count, times)) as pieces:
+                for piece in pieces:
+                    said.append(piece)
+                    yield piece
         finally:
-            # A generator that is dropped in the middle is closed when it pleases Python.
-            pieces.close()  # type: ignore[attr-defined]
             self.messages.append({"role": "assistant", "content": "".join(said)})
-        yield f"\n[{speed(times, len(prompt))}]" if sys.stderr.isatty() and len(times) > 1 else ""
+            self.speed = speed(times, len(prompt)) if len(times) > 1 else ""
 
     def _fitting(self) -> list[int]:
         """Tokens of the conversation, its oldest messages left out until there is room for an answer."""
@@ -156,15 +162,26 @@ class Wishes:
     threads: int | None
 
 
-def _answers(folder: Path, wishes: Wishes) -> Answers:
-    """Who answers, by the engine that is asked for; of `auto` the native one where it runs the folder."""
+def _loaded(folder: Path, wishes: Wishes) -> Answers:
+    """Who answers, with the weights read, by the engine that is asked for; of `auto` the native one where it runs the folder.
+
+    Raises UsageError for a model that is not made for conversations, before a weight is read.
+    """
     if wishes.engine != "transformers":
         try:
-            return NativeAnswers(open_native(folder, wishes.device, wishes.temperature, wishes.threads), wishes.seed)
+            native = NativeAnswers(open_native(folder, wishes.device, wishes.temperature, wishes.threads), wishes.seed)
+            return _checked(folder, native)
         except Unfit as error:
             if wishes.engine == "native":
                 raise UsageError(f"--engine native cannot run {folder}: {error}; take --engine transformers") from None
-    return TorchAnswers(folder, wishes)
+    return _checked(folder, TorchAnswers(folder, wishes))
+
+
+def _checked(folder: Path, answers: Answers) -> Answers:
+    if not answers.tokenizer.chat_template:
+        raise UsageError(f"{folder} has no chat template, it is not made for conversations; see `lbllm generate --raw`")
+    answers.load()
+    return answers
 
 
 def chat(model: str, wishes: Wishes) -> None:
@@ -172,12 +189,8 @@ def chat(model: str, wishes: Wishes) -> None:
     if math.isnan(wishes.temperature):
         raise UsageError("--temperature nan: expected a number from 0 to 2")
     folder = resolve(model, None, weights=True, key="--model")
-    answers = _answers(folder, wishes)
-    if not answers.tokenizer.chat_template:
-        raise UsageError(f"{folder} has no chat template, it is not made for conversations; see `lbllm generate --raw`")
-    if isinstance(answers, TorchAnswers):
-        answers.load()
     start = [{"role": "system", "content": _text(wishes.system, "--system")}] if wishes.system else []
+    answers = _loaded(folder, wishes)
     talk = Conversation(answers, wishes.max_new_tokens, list(start))
     say(f"chat: {folder}, {answers.limit} positions, {answers.name}. {_HELP}")
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -196,17 +209,20 @@ def chat(model: str, wishes: Wishes) -> None:
 
 
 def _answer(talk: Conversation, line: str) -> None:
-    """Writes the answer to a message as it comes; Ctrl-C ends it, not the program."""
+    """Writes the answer to a message as it comes; Ctrl-C ends it, not the program. In a terminal its speed follows."""
     try:
-        for piece in talk.ask(_text(line, "the message")):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+        with closing(talk.ask(_text(line, "the message"))) as pieces:
+            for piece in pieces:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
     except KeyboardInterrupt:
         sys.stdout.write(" [stopped]")
     except UsageError as error:
         say(f"chat: {error}")
     sys.stdout.write("\n")
     sys.stdout.flush()
+    if talk.speed and sys.stdin.isatty():
+        say(f"chat: {talk.speed}")
 
 
 def _text(text: str, what: str) -> str:

@@ -49,9 +49,10 @@ def _pieces(
 
 def _native_pieces(native: Native, wanted: Request, report: Callable[[str], None]) -> Iterator[str]:
     prompt = encode(native.tokenizer, wanted.prompt, wanted.raw)
-    count = room(native.limit, native.model.config.vocab_size, prompt, wanted.max_new_tokens)
-    session, decoder = Session(native.model, len(prompt) + count), Decoder(native.tokenizer)
-    sampler = Sampler(native.model.lib, native.sampling, wanted.seed)
+    count = room(native.limit, native.vocab, prompt, wanted.max_new_tokens)
+    model = native.load()
+    session, decoder = Session(model, len(prompt) + count), Decoder(native.tokenizer)
+    sampler = Sampler(model.lib, native.sampling, wanted.seed)
 
     def stream() -> Iterator[str]:
         times = [time.perf_counter()]
@@ -59,7 +60,7 @@ def _native_pieces(native: Native, wanted: Request, report: Callable[[str], None
             times.append(time.perf_counter())
             yield decoder.add(token)
         yield decoder.rest()
-        report(f"{speed(times, len(prompt))}, {native.model.threads} threads, native engine")
+        report(f"{speed(times, len(prompt))}, {model.threads} threads, native engine")
 
     return stream()
 
@@ -79,8 +80,7 @@ def _torch_pieces(
     def times_of(times: list[float], prompt: int) -> None:
         report(f"{speed(times, prompt)}, {torch.get_num_threads()} threads, transformers")
 
-    with torch.no_grad():
-        yield from stream_text(folder, wanted, chosen, times_of)
+    yield from stream_text(folder, wanted, chosen, times_of)
 
 
 def speed(times: list[float], prompt: int) -> str:

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from lbllm_cli.engine.config import Unfit
+from lbllm_cli.engine.config import Unfit, read_configuration
 from lbllm_cli.engine.model import Model, Sampling
 from lbllm_cli.engine.rope import known_positions
 from lbllm_cli.engine.threads import usual_threads
@@ -24,13 +24,19 @@ _IDLE = {"no_repeat_ngram_size": 0, "typical_p": 1.0}
 
 @dataclass(frozen=True)
 class Native:
-    """A model that is ready. ends: tokens that end a text. limit: positions of the model."""
+    """A model whose weights are yet to be read. ends: tokens that end a text. limit: positions of the model."""
 
-    model: Model
+    folder: Path
+    threads: int
     tokenizer: Any
     sampling: Sampling
     ends: frozenset[int]
     limit: int
+    vocab: int
+
+    def load(self) -> Model:
+        """Reads the weights. Raises Unfit where they are none that the library runs, UsageError for damaged files."""
+        return Model(self.folder, self.threads)
 
 
 def has_gpu() -> bool:
@@ -43,21 +49,22 @@ def has_gpu() -> bool:
 
 
 def open_native(folder: Path, device: str, temperature: float, threads: int | None) -> Native:
-    """The model of a folder, on a CPU. device: as `--device` names it. Raises Unfit where transformers has to run it.
+    """What a folder says of its model, for a CPU. device: as `--device` names it. Raises Unfit where transformers has to run it.
 
-    Raises UsageError for a tokenizer or settings that cannot be used, for damaged files, and for what LBLLM_KERNELS asks for.
+    Raises UsageError for a tokenizer or settings that cannot be used.
     """
     if device not in ("auto", "cpu") or (device == "auto" and has_gpu()):
         raise Unfit(f"the native engine runs on a CPU (--device {device})")
-    model = Model(folder, threads or usual_threads())
+    config = read_configuration(folder)
     values = read_values(folder)
     sampling = sampling_of(values or {}, temperature)
     tokenizer = read_tokenizer(folder, trust_remote_code=False, light=True)
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise Unfit("its tokenizer is none of the library tokenizers")
-    ends = model.config.eos_token_id if values is None else values.get("eos_token_id")
-    limit = known_positions(model.config.max_position_embeddings, model.config.rope)
-    return Native(model, tokenizer, sampling, frozenset([ends] if isinstance(ends, int) else ends or ()), limit)
+    found = config.eos_token_id if values is None else values.get("eos_token_id")
+    ends = frozenset([found] if isinstance(found, int) else found or ())
+    limit = known_positions(config.max_position_embeddings, config.rope)
+    return Native(folder, threads or usual_threads(), tokenizer, sampling, ends, limit, config.vocab_size)
 
 
 def sampling_of(values: dict[str, Any], temperature: float) -> Sampling:

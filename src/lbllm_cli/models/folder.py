@@ -71,5 +71,3 @@ def equal(entries: dict[str, TensorEntry], first: str, second: str, dtype: torch
         return False
     pairs = zip(_pieces(entries[first], first), _pieces(entries[second], second), strict=True)
     return all(torch.equal(one.to(dtype), other.to(dtype)) for one, other in pairs)
-
-

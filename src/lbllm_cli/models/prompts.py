@@ -63,9 +63,8 @@ def check_tokens(tokens: list[int], vocab: int, where: str) -> None:
 def room(limit: int | None, vocab: int, tokens: list[int], wanted: int | None) -> int:
     """How many tokens to write after `tokens`. limit: positions of the model, None where it has no limit.
 
-    wanted: None for as many as usual, or as there is room for.
-
-    Raises UsageError for a prompt that is not the model's, or that leaves it less room than is wanted.
+    wanted: None for as many as usual, or as there is room for. Raises UsageError for a prompt that is not the model's,
+    or that leaves it less room than is wanted.
     """
     check_tokens(tokens, vocab, "--prompt")
     if limit is None:

@@ -1,7 +1,7 @@
 """Text from a model folder as it comes, by transformers: `lbllm generate` and `lbllm chat`."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -60,7 +60,7 @@ class TextModel:
             self._model.generation_config = self.settings
         lbllm_cli.hf.quantize_activations(self._model, not full_activations)
 
-    def pieces(self, tokens: list[int], count: int, temperature: float, times: list[float]) -> Iterator[str]:
+    def pieces(self, tokens: list[int], count: int, temperature: float, times: list[float]) -> Generator[str, None, None]:
         """Text behind a prompt of tokens, piece by piece, at most `count` tokens of it.
 
         times: filled with the time of the beginning and of each new token. Where nobody takes more, the model stops.
