@@ -103,10 +103,17 @@ def test_it_is_an_export_of_its_own(folders, lbllm):
     recipe = eight.parents[1] / "r.yaml"
     assert "up to date" in lbllm("export", "--recipe", recipe).stderr
     assert "would write" in lbllm("export", "--recipe", recipe, "export.head_bits=16", "--dry-run").stderr
-    result = lbllm("export", "--recipe", recipe, "export.format=dense")
-    assert result.exit_code == 2
-    assert "head_bits: 8 is of packed exports, format is dense; set head_bits to 16" in result.stderr
     assert lbllm("export", "--recipe", recipe, "export.head_bits=6").exit_code == 2
+
+
+def test_formats_of_other_programs_have_what_the_source_has(folders, ok, tmp_path):
+    run = shutil.copytree(folders("llama-tied")[0].parent, tmp_path / "run")
+    ok("export", "--recipe", folders("llama-tied")[0].parents[1] / "r.yaml", "export.format=dense", f"output.dir={run}")
+    config = json.loads((run / "export" / "config.json").read_text())
+    assert "quantization_config" not in config
+    found = load_file(run / "export" / "model.safetensors")
+    source = load_file(folders("llama-tied")[0].parents[1] / "model" / "model.safetensors")
+    assert torch.equal(found[f"{EMBEDDING}.weight"], source[f"{EMBEDDING}.weight"])
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def export(recipe: Recipe, repository: str | None, private: bool, dry_run: bool,
     checkpoint = open_checkpoint(plan, stage)
     by.check(plan.model, checkpoint.record.group_size)
     target = plan.output / EXPORT
-    form = Form(recipe.export.format, int(recipe.export.shard_gb * 1e9), recipe.export.head_bits)
+    form = Form.of(recipe)
     done = not force and writer.up_to_date(target, writer.export_inputs(checkpoint, form))
     if not done:
         writer.check_target(target)

@@ -12,6 +12,8 @@ from torch import Tensor
 from lbllm_cli.core import files, interrupt, model_folder
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.pipeline.checkpoint import Checkpoint
+from lbllm_cli.recipe.schema import Recipe
+from lbllm_cli.recipe.stages import USUAL_FORMAT
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,12 @@ class Form:
     format: str
     shard_bytes: int
     head_bits: int = 16
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Form":
+        """What a recipe asks for; formats of other programs have embedding and head as the source has them."""
+        wanted = recipe.export
+        return cls(wanted.format, int(wanted.shard_gb * 1e9), wanted.head_bits if wanted.format == USUAL_FORMAT else 16)
 
 
 class Exporter(ABC):

@@ -1,5 +1,6 @@
 """What an export will need."""
 
+from lbllm_cli.export.base import Form
 from lbllm_cli.export.formats import exporter
 from lbllm_cli.models.model import EMBEDDING, HEAD, SourceModel
 from lbllm_cli.pipeline.forecast import PROCESS, Need, block_bytes
@@ -10,7 +11,7 @@ def export_need(recipe: Recipe, model: SourceModel) -> Need:
     """Need of `lbllm export`."""
     binarized = set(model.binarized_names)
     rest = model.count([name for name in model.shapes if name not in binarized]) * 2.0
-    if recipe.export.head_bits == 8:
+    if Form.of(recipe).head_bits == 8:
         tables = [name for name in (EMBEDDING, HEAD) if name in model.shapes]
         rest += 2.0 * sum(model.shapes[name][0] for name in tables) - model.count(tables)
     disk = rest + exporter(recipe.export.format).weight_bytes(model, recipe.ptq.group_size, recipe.ptq.level_bits)

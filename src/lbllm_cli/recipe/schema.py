@@ -160,16 +160,10 @@ class Export(Section):
     )
     head_bits: Literal[16, 8] = Field(
         16,
-        description="of embedding and head in a packed export. 8: an integer a weight and a scale a row, half the bytes and less "
-        "than half the time of the head; what `lbllm init` writes. 16: as the source has them",
+        description="of embedding and head in a packed export; other formats have them as the source has. 8: an integer a weight "
+        "and a scale a row, half the bytes; what `lbllm init` writes. 16: as the source has",
     )
     shard_gb: float = Field(5.0, ge=1e-6, le=1e6, description="largest weight file, in units of 10^9 bytes; held in RAM once")
-
-    @model_validator(mode="after")
-    def _bits_of_packed_heads(self) -> "Export":
-        if self.head_bits != 16 and self.format != "packed":
-            raise ValueError(f"head_bits: {self.head_bits} is of packed exports, format is {self.format}; set head_bits to 16")
-        return self
 
 
 class Recipe(Section):
