@@ -85,11 +85,10 @@ inline void read_row(const lbllm_rows& rows, int64_t row, int width, float* to) 
     for (int i = 0; i < width; i++) to[i] = scale * from[i];
 }
 
-// values: inputs [rows, in_features]; ordered: the same as head_rows reads whole vectors of them.
-// scale: of rows, or NULL.
+// scale: of rows, or NULL. values: inputs [rows, in_features]; ordered: the same as head_rows reads whole vectors of them.
 template <typename T>
-void multiply_head(const T* weight, const uint16_t* scale, const float* values, const float* ordered, void* y, int in_features, int64_t out_features,
-                   int dtype, int64_t rows, int threads) {
+void multiply_head(const T* weight, const uint16_t* scale, const float* values, const float* ordered, void* y, int in_features,
+                   int64_t out_features, int dtype, int64_t rows, int threads) {
     const int whole = in_features / 16 * 16;
     (void)threads;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)

@@ -3,6 +3,10 @@
 
 namespace {
 
+constexpr int64_t kInputRows = 1024;  // rows whose inputs are laid out at once, whatever the length of a prompt
+constexpr int kAhead = 2048;          // bytes of weights asked for before they are needed: a tenth faster on cold ones
+constexpr int kDecodeFrom = 4;        // rows from which decoding a group once pays
+
 // Adds a group's share of eight outputs: d * scale * (dot - Z * sum of levels). Every term in brackets is an exact integer.
 inline v8f add_group(v8f y, v8i dot, const uint8_t* record, float step, float zero) {
     const v8f exact = to_float(dot) - all(zero) * shorts(record + lbllm::kSums);

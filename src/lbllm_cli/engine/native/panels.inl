@@ -6,9 +6,6 @@ namespace {
 
 constexpr int64_t kWeightsPerThread = 1 << 17;  // times rows
 constexpr int64_t kBlockRows = 128;             // rows whose sums stay in a core's cache
-constexpr int64_t kInputRows = 1024;            // rows whose inputs are laid out at once, whatever the length of a prompt
-constexpr int kAhead = 2048;                    // bytes of weights asked for before they are needed: a tenth faster on cold ones
-constexpr int kDecodeFrom = 4;                  // rows from which decoding a group once pays
 
 constexpr int kPanelRows = kLanes * kPanelVectors;
 constexpr int kPanelTiles = kPanelRows / lbllm::kRows;
@@ -18,7 +15,8 @@ constexpr int kBlock = 4;  // columns whose products a lane adds at once
 inline void turn(const int8_t* decoded, int chunks, int64_t stride, int8_t* to) {
     for (int unit = 0; unit < chunks * 4; unit++, decoded += 128, to += 4 * stride)
         for (int row = 0; row < lbllm::kRows; row++)
-            for (int block = 0; block < 4; block++) memcpy(to + block * stride + row * kBlock, decoded + row * 16 + block * kBlock, kBlock);
+            for (int block = 0; block < 4; block++)
+                memcpy(to + block * stride + row * kBlock, decoded + row * 16 + block * kBlock, kBlock);
 }
 
 // A group of a panel: levels by blocks of columns, scales, sums of levels.
@@ -32,7 +30,8 @@ struct Panel {
         for (int t = 0; t < kPanelTiles; t++, record += tile) {
             int8_t* to = levels + t * lbllm::kRows * kBlock;
             if (t >= tiles) {
-                for (int block = 0; block < chunks * 16; block++) memset(to + block * kPanelRows * kBlock, 0, lbllm::kRows * kBlock);
+                for (int block = 0; block < chunks * 16; block++)
+                    memset(to + block * kPanelRows * kBlock, 0, lbllm::kRows * kBlock);
                 continue;
             }
             decode(record + lbllm::kCodes, reinterpret_cast<const int8_t*>(record + lbllm::kLevelTable), chunks, decoded);
@@ -69,7 +68,8 @@ void panel_rows(const Layout& l, const uint8_t* tile, int tiles, const Quantized
             for (int64_t t = 0; t < kTokens && m + t < count; t++)
                 for (int v = 0; v < kPanelVectors; v++) {
                     // As add_group: every term in brackets is an exact integer.
-                    const Floats exact = __builtin_convertvector((Integers)dot[t][v], Floats) - every(x.zeros[at + m + t]) * sum[v];
+                    const Floats products = __builtin_convertvector((Integers)dot[t][v], Floats);
+                    const Floats exact = products - every(x.zeros[at + m + t]) * sum[v];
                     float* to = y + (m + t) * kPanelRows + v * kLanes;
                     store(to, fused(exact, scale[v] * every(x.steps[at + m + t]), load<Floats>(to)));
                 }
