@@ -10,9 +10,10 @@
 llama.cpp's other files are made of the GGUF export by its own quantizer, of weights that were rounded before: their speed is that
 of any weights. Where rows are no multiple of 256 it takes other types for some of them, of more bits.
 
-Both run in processes of their own and take turns; a ratio is the median of ratios within a round. The table is OUT/table.md, and
-every measurement is in OUT/rounds.jsonl. Times are wall times: where other programs keep the cores busy the script refuses, or
-measures with --cpu-time the CPU time of one thread alone. For models that are not at hand there is random_export.py.
+Both run in processes of their own and take turns; a ratio is the median of ratios within a round, behind it stand the least and
+the most. The table is OUT/table.md, and every measurement is in OUT/rounds.jsonl. Times are wall times: where other programs
+keep the cores busy the script refuses, or measures with --cpu-time the CPU time of one thread alone. For models that are not at
+hand there is random_export.py.
 """
 
 from __future__ import annotations
@@ -204,40 +205,49 @@ def check_load(threads: int) -> None:
         sys.exit(f"{busy:.1f} of {cores} cores are busy: with {threads} threads times mean nothing; wait, or give --cpu-time")
 
 
+def take_rounds(args: argparse.Namespace, running: dict[str, Process], threads: int) -> list[dict[str, Any]]:
+    """Every question to every engine, in turns; each round is written down as it ends."""
+    questions = [("token", count) for count in args.contexts] + [("prompt", count) for count in args.prompts]
+    rounds: list[dict[str, Any]] = []
+    for number in range(args.rounds):
+        for what, count in questions:
+            found = {name: process.ask(what, count) for name, process in running.items()}
+            rounds.append({"threads": threads, "round": number, "what": f"{what} {count}", **found})
+            with (args.out / "rounds.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(rounds[-1]) + "\n")
+    return rounds
+
+
+def figure(values: list[float], own: list[float]) -> dict[str, float]:
+    """Median of an engine's figures; what lbllm's are of them, and the least and the most of that within one round."""
+    ratios = [mine / theirs for mine, theirs in zip(own, values, strict=True)]
+    return {"value": statistics.median(values), "ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+
+
 def compare(args: argparse.Namespace) -> None:
     """All rounds, and the table."""
     args.out.mkdir(parents=True, exist_ok=True)
     paths = {"lbllm": args.packed, **make_files(args.gguf, args.out, args.python, args.kinds)}
     python = dict.fromkeys(paths, args.python) | {"lbllm": sys.executable}
-    questions = [("token", count) for count in args.contexts] + [("prompt", count) for count in args.prompts]
     rows: dict[str, dict[str, dict[str, float]]] = {name: {} for name in paths}
+
+    def put(what: str, values: dict[str, list[float]]) -> None:
+        for name, found in values.items():
+            rows[name][what] = figure(found, values["lbllm"])
+
     for threads in args.threads:
         if not args.cpu_time:
             check_load(threads)
         running = {name: Process(python[name], path, threads, args.cpu_time) for name, path in paths.items()}
-        rounds: list[dict[str, float]] = []
-        for number in range(args.rounds):
-            for what, count in questions:
-                found = {name: process.ask(what, count) for name, process in running.items()}
-                rounds.append({"threads": threads, "round": number, "what": f"{what} {count}", **found})  # type: ignore[dict-item]
-                with (args.out / "rounds.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(rounds[-1]) + "\n")
-        memory = {name: process.memory() for name, process in running.items()}
-        for name, process in running.items():
-            for what, count in questions:
-                own = [found for found in rounds if found["what"] == f"{what} {count}"]  # type: ignore[comparison-overlap]
-                ratio = statistics.median(found["lbllm"] / found[name] for found in own)
-                rows[name][f"{what} {count}, {threads}"] = {"s": statistics.median(found[name] for found in own), "ratio": ratio}
-            rows[name][f"memory, {threads}"] = {"s": memory[name], "ratio": memory["lbllm"] / memory[name]}
+        rounds = take_rounds(args, running, threads)
+        for what in dict.fromkeys(found["what"] for found in rounds):
+            put(f"{what}, {threads}", {name: [found[name] for found in rounds if found["what"] == what] for name in paths})
+        put(f"memory, {threads}", {name: [process.memory()] for name, process in running.items()})
+        for process in running.values():
             process.end()
-    for name, path in paths.items():
-        size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.glob("*.safetensors")))
-        rows[name]["bytes"] = {"s": size, "ratio": 0.0}
-        times = [start_seconds(python[name], path, 1) for _ in range(3)]
-        rows[name]["start"] = {"s": statistics.median(times), "ratio": 0.0}
-    for found in rows.values():
-        for what in ("bytes", "start"):
-            found[what]["ratio"] = rows["lbllm"][what]["s"] / found[what]["s"]
+    files = {name: [path] if path.is_file() else list(path.glob("*.safetensors")) for name, path in paths.items()}
+    put("bytes", {name: [sum(file.stat().st_size for file in found)] for name, found in files.items()})
+    put("start", {name: [start_seconds(python[name], path, 1) for _ in range(3)] for name, path in paths.items()})
     (args.out / "table.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     (args.out / "table.md").write_text(table(rows), encoding="utf-8")
     print(table(rows))
@@ -255,13 +265,14 @@ def shown(what: str, value: float) -> str:
 
 
 def table(rows: dict[str, dict[str, dict[str, float]]]) -> str:
-    """A row for each question; behind each of llama.cpp's figures what lbllm's is of it."""
+    """A row for each question; behind each of llama.cpp's figures what lbllm's is of it, and its least and most in one round."""
     lines = [f"| | {' | '.join(rows)} |", "|---|" + "---:|" * len(rows)]
     for what in rows["lbllm"]:
-        cells = [
-            shown(what, found[what]["s"]) + ("" if name == "lbllm" else f" ({found[what]['ratio']:.2f}x)")
-            for name, found in rows.items()
-        ]
+        cells = []
+        for name, found in rows.items():
+            one = found[what]
+            spread = "" if one["least"] == one["most"] else f", {one['least']:.2f} to {one['most']:.2f}"
+            cells.append(shown(what, one["value"]) + ("" if name == "lbllm" else f" ({one['ratio']:.2f}x{spread})"))
         lines.append(f"| {what} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

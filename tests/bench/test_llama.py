@@ -30,7 +30,7 @@ def script(name: str):
 llama, random_export = script("llama"), script("random_export")
 
 
-def test_a_random_export_runs_and_its_gguf_has_the_same_weights(tmp_path):
+def test_a_random_export_runs_and_its_gguf_has_the_same_shapes(tmp_path):
     import gguf
 
     random_export.write_export(SMALL, tmp_path / "export")
@@ -46,7 +46,7 @@ def test_a_random_export_runs_and_its_gguf_has_the_same_weights(tmp_path):
     assert len(shapes) == 2 + 2 * 9
 
 
-def test_seconds_are_of_the_question_and_equal_tokens_for_both(tmp_path):
+def test_seconds_are_of_the_question_and_equal_tokens_for_both():
     asked = []
 
     class Engine:
@@ -65,13 +65,15 @@ def test_seconds_are_of_the_question_and_equal_tokens_for_both(tmp_path):
     assert max(llama.tokens_of(3000)) < llama.VOCABULARY + 7
 
 
-def test_the_table_has_a_ratio_behind_every_figure_of_theirs():
+def test_the_table_has_a_ratio_and_its_spread_behind_every_figure_of_theirs():
+    own, theirs = [0.004, 0.005, 0.004], [0.008, 0.008, 0.016]
+    assert llama.figure(theirs, own) == {"value": 0.008, "ratio": 0.5, "least": 0.25, "most": 0.625}
     rows = {
-        "lbllm": {"token 16, 1": {"s": 0.004, "ratio": 1.0}, "bytes": {"s": 6e7, "ratio": 1.0}},
-        "Q2_K": {"token 16, 1": {"s": 0.008, "ratio": 0.5}, "bytes": {"s": 8e7, "ratio": 0.75}},
+        "lbllm": {"token 16, 1": llama.figure(own, own), "bytes": llama.figure([6e7], [6e7])},
+        "Q2_K": {"token 16, 1": llama.figure(theirs, own), "bytes": llama.figure([8e7], [6e7])},
     }
     assert llama.table(rows).splitlines()[2:] == [
-        "| token 16, 1 | 4.00 ms | 8.00 ms (0.50x) |", "| bytes | 60.0 MB | 80.0 MB (0.75x) |",
+        "| token 16, 1 | 4.00 ms | 8.00 ms (0.50x, 0.25 to 0.62) |", "| bytes | 60.0 MB | 80.0 MB (0.75x) |",
     ]  # fmt: skip
 
 
