@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from ctypes import byref, c_int32, c_uint64
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,8 +37,21 @@ class Sampling:
     penalty: float = 1.0
 
 
+class Runnable(Protocol):
+    """A model as the library reads it, which stays where it is. record_bytes: of a key and of a value of one head. limit:
+    positions that it was made for.
+    """
+
+    lib: Any
+    struct: abi.Model
+    threads: int
+    kv_heads: int
+    record_bytes: list[int]
+    limit: int
+
+
 class Model:
-    """A model of a folder. Raises Unfit where the library cannot run it, UsageError for damaged files."""
+    """A `Runnable` of a folder. Raises Unfit where the library cannot run it, UsageError for damaged files."""
 
     def __init__(self, folder: Path, threads: int):
         lib = abi.library()
@@ -46,8 +59,10 @@ class Model:
             raise Unfit("there are no compiled kernels, or LBLLM_KERNELS=off")
         config = read_configuration(folder)
         tensors = Tensors(folder)
-        self.lib, self.config, self.threads = lib, config, threads
-        self.blocks = Blocks(lib, config, tensors, threads)
+        self.lib, self.threads = lib, threads
+        self.kv_heads, self.limit = config.num_key_value_heads, config.max_position_embeddings
+        self._blocks = Blocks(lib, config, tensors, threads)
+        self.record_bytes = self._blocks.record_bytes
         shape = config.vocab_size, config.hidden_size
         embedding = self._embedding = _table(tensors, _EMBEDDING, shape)
         tied = f"{_HEAD}.weight" not in tensors
@@ -65,7 +80,7 @@ class Model:
         if not np.isfinite(self._frequencies).all():
             raise Unfit("rope_parameters give rotary embeddings that are not finite")
         self.struct = abi.Model(
-            self.blocks.structs, _rows(*embedding), _rows(*head), self._norm.ctypes.data, self._frequencies.ctypes.data,
+            self._blocks.structs, _rows(*embedding), _rows(*head), self._norm.ctypes.data, self._frequencies.ctypes.data,
             amplitude=1.0, epsilon=config.rms_norm_eps, count=config.num_hidden_layers, vocab=config.vocab_size,
             hidden=config.hidden_size, head_dim=config.head_dim, norm_dtype=abi.FLOAT32,
         )  # fmt: skip
@@ -96,17 +111,17 @@ class Session:
     room: tokens that there is memory for; it grows as it must.
     """
 
-    def __init__(self, model: Model, room: int = 512):
+    def __init__(self, model: Runnable, room: int = 512):
         self.model, self.tokens = model, list[int]()
-        self._logits = np.empty(model.config.vocab_size, np.float32)
+        self._logits = np.empty(model.struct.vocab, np.float32)
         self._memory = self._grown(room, None)
 
     def _grown(self, room: int, before: _Memory | None) -> _Memory:
         """Memory for `room` tokens, with the records of those that are there."""
-        config, sizes, kept = self.model.config, self.model.blocks.record_bytes, len(self.tokens)
-        heads, made = config.num_key_value_heads, []
-        caches = (abi.CacheView * config.num_hidden_layers)()
-        for index in range(config.num_hidden_layers):
+        model, kept, made = self.model, len(self.tokens), []
+        heads, sizes = model.kv_heads, model.record_bytes
+        caches = (abi.CacheView * model.struct.count)()
+        for index in range(model.struct.count):
             pair = [np.empty((heads, room, size), np.uint8) for size in sizes]
             for new, old in zip(pair, before.records[index] if before else (), strict=False):
                 new[:, :kept] = old[:, :kept]
@@ -130,7 +145,7 @@ class Session:
             raise ValueError("expected tokens, got none")
         wanted = len(self.tokens) + len(tokens)
         if wanted > self._memory.room:
-            room = max(wanted, min(2 * self._memory.room, self.model.config.max_position_embeddings))
+            room = max(wanted, min(2 * self._memory.room, self.model.limit))
             self._memory = self._grown(room, self._memory)
         caches = self._memory.caches
         for start in range(0, len(tokens), CHUNK):

@@ -12,6 +12,7 @@ from lbllm_cli.format.activations import Quantized, Tables
 from lbllm_cli.format.names import input_name
 from lbllm_cli.runtime.attachments import share_inputs
 from lbllm_cli.runtime.cpu.block import BlockStep, steppable
+from lbllm_cli.runtime.cpu.generate import NativeGenerate, generates
 from lbllm_cli.runtime.cpu.head import HeadLinear
 from lbllm_cli.runtime.cpu.quantizer import native_gradients, native_quantized
 from lbllm_cli.runtime.cpu.unit import Unit, usable
@@ -102,6 +103,10 @@ class CpuBackend:
         head = whole.get_output_embeddings()
         if type(head) is nn.Linear and head.bias is None:
             whole.set_output_embeddings(HeadLinear.of(head))
+        steps = [layer.forward for layer in layers if isinstance(vars(layer).get("forward"), BlockStep)]
+        if len(steps) == len(layers) and generates(whole):
+            whole.generate = NativeGenerate(whole, steps)
+            handles.append(whole.generate)
         return handles
 
     def _take_over_layer(self, layer: Any, units: Units, quantized: bool) -> list[Any]:

@@ -86,15 +86,20 @@ class BlockStep:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_block": None}
 
-    def _holds(self) -> bool:
-        """Whether the layer is still made of what was noted."""
+    def _alike(self) -> bool:
+        """Whether its modules, being those that were noted, still have the same numbers, and nothing is switched off."""
         attention = self.attention
-        if not self.modules.hold() or attention.scaling != self.shape["scaling"] or attention.head_dim != self.shape["head_dim"]:
+        if attention.scaling != self.shape["scaling"] or attention.head_dim != self.shape["head_dim"]:
             return False
         for norm in self.norms:
             if norm.variance_epsilon != self.shape["epsilon"]:
                 return False
-        return [packed.unit for packed in self.linears] == self.linear_units
+        same = [packed.unit for packed in self.linears] == self.linear_units
+        return same and False not in [quantizer.enabled for quantizer in self.quantizers]
+
+    def block(self) -> _Known | None:
+        """The block as the library reads it, None where it cannot as it is now. The caller has asked about modules."""
+        return self._known() if self._alike() else None
 
     def _known(self) -> _Known | None:
         """The block as the library reads it: quantizers, norms and biases as the modules have them now. None where a quantizer or
@@ -147,9 +152,7 @@ class BlockStep:
     def _runs(self, x: Tensor) -> bool:
         """One token per row, nothing switched off, nothing edited, nobody listening to what goes on inside."""
         fits = x.dim() == 3 and x.shape[1] == 1 and x.dtype in DTYPES and x.device.type == "cpu" and not torch.is_grad_enabled()
-        if not fits or not self._holds():
-            return False
-        return False not in [quantizer.enabled for quantizer in self.quantizers]
+        return fits and self.modules.hold() and self._alike()
 
     def _addresses(self) -> list[int] | None:
         """Where the library reads the norms' weights as they lie; None where it cannot."""

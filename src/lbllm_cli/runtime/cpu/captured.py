@@ -4,9 +4,10 @@ Asked at every decode step of every block: whole tables are compared at once, an
 into.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from operator import is_
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
@@ -36,12 +37,16 @@ class CapturedQuantizers:
 
 
 class CapturedModules:
-    """A tree of modules that something else computes instead of: which they are, and that nobody listens to or overrides one."""
+    """A tree of modules that something else computes instead of: which they are, and that nobody listens to or overrides one.
 
-    def __init__(self, root: nn.Module):
+    standing: what stands for the `forward` of a module in it, and may.
+    """
+
+    def __init__(self, root: nn.Module, standing: Mapping[Any, Any] | None = None):
         self.children = [(parent._modules, list(parent._modules.values())) for parent in root.modules() if parent._modules]
         # A quantizer's forward is not called in a full pass of the library either: who listens to it hears nothing anyway.
         self.inner = [module for module in root.modules() if module is not root and not isinstance(module, ActQuantizer)]
+        self.standing = [(standing or {}).get(module) for module in self.inner]
         self.kinds = [module.__class__ for module in self.inner]
         # Their keys are numbers that torch never gives twice: they tell a hook from another that took its place.
         self.hooks = [hooks for module in self.inner for hooks in (module._forward_hooks, module._forward_pre_hooks)]
@@ -52,9 +57,8 @@ class CapturedModules:
         for modules, children in self.children:
             if list(modules.values()) != children:
                 return False
-        for module in self.inner:
-            if "forward" in module.__dict__:
-                return False
+        if [x.__dict__.get("forward") for x in self.inner] != self.standing:
+            return False
         if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
             return False
         if list(chain.from_iterable(self.hooks)) != self.own_hooks:
