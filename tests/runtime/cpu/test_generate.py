@@ -42,7 +42,7 @@ def by_transformers(model, *args, **kwargs):
 
 
 def scores_of(generate, prompt: torch.Tensor, **options) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens, and logits [steps, vocab] that they were chosen by: kept as they were handed over, so they may not change behind."""
+    """Tokens, and logits [steps, vocab] that they were chosen by, as they were handed over: nothing may write over them."""
     seen: list[torch.Tensor] = []
     note = LogitsProcessorList([lambda _, scores: seen.append(scores) or scores])
     return generate(prompt, logits_processor=note, **options), torch.cat(seen)
