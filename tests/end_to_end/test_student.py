@@ -16,10 +16,12 @@ from lbllm_cli.end_to_end.loss import distillation_loss
 from lbllm_cli.end_to_end.student import WholeStudent
 from lbllm_cli.format.weights import PackedWeight
 from lbllm_cli.models.model import open_model
+from lbllm_cli.parallel.group import ALONE
 from lbllm_cli.pipeline.checkpoint import Checkpoint
 from lbllm_cli.recipe.schema import Model
 from lbllm_cli.recipe.training import DistillEndToEnd
 from lbllm_cli.training.block_linears import BlockLinears
+from lbllm_cli.training.spread import Spread
 
 
 @pytest.mark.parametrize("name", ["llama-untied", "qwen2-biases", "qwen3"])
@@ -114,7 +116,7 @@ def test_blocks_run_with_the_norms_of_their_parent(made):
     norms = {f"{teacher.prefix}{name}": p.detach().clone() for name, p in teacher.layer.named_parameters() if "norm" in name}
     assert len(norms) == 2
     start = stored | {name: 2 * weight for name, weight in norms.items()}
-    student = BlockLinears(teacher, start, {}, ())
+    student = BlockLinears(teacher, start, {}, (), Spread(ALONE, ()))
     for name, weight in norms.items():
         inside = name.removeprefix(teacher.prefix)
         assert torch.equal(student.block.layer.get_parameter(inside), 2 * weight)

@@ -19,6 +19,7 @@ from lbllm_cli.end_to_end import stage as end_to_end_stage
 from lbllm_cli.end_to_end import trainer as end_to_end
 from lbllm_cli.end_to_end.trainer import EndToEndObjective
 from lbllm_cli.models.model import FINAL_NORM
+from lbllm_cli.parallel.group import ALONE
 from lbllm_cli.pipeline.lineage import stage_inputs
 from lbllm_cli.pipeline.plan import prepare
 from lbllm_cli.pipeline.stage_record import OUTER
@@ -185,7 +186,7 @@ def test_micro_batches_add_up_to_the_batch(made):
 def test_a_student_that_is_its_teacher_is_no_division_by_zero(made, monkeypatch):
     student = student_of(made, "distill")
     tokens = torch.randint(1024, (24, 16), generator=torch.Generator().manual_seed(3))
-    reporter = SimpleNamespace(note=lambda text: None)
+    reporter = SimpleNamespace(note=lambda text: None, group=ALONE)
     objective = EndToEndObjective(student, tokens, None, DistillEndToEnd(sequences=24), reporter)
     monkeypatch.setattr(student, "teacher", lambda states: states)
     with torch.no_grad():

@@ -8,7 +8,7 @@ import torch
 from lbllm_cli.format.weights import level_values, ordered, project_levels
 from lbllm_cli.ptq import refine
 from lbllm_cli.ptq.compensate import RankFit
-from lbllm_cli.ptq.refine import descend_codes, output_error, refit_levels, values_of
+from lbllm_cli.ptq.refine import descend_codes, output_errors, refit_levels, relative_error, values_of
 
 SHAPES = [(5, 48, 16), (6, 40, 16), (4, 20, 8), (3, 12, 16)]
 
@@ -87,9 +87,9 @@ def test_output_error_against_inputs():
     x, weight, other = (torch.randn(n, 6, generator=g) for n in (30, 4, 4))
     wanted = float((x @ (weight - other).T).square().sum() / (x @ weight.T).square().sum())
     # Measured: no difference.
-    assert output_error(weight, other, x.T @ x) == pytest.approx(wanted, rel=1e-5)
-    assert output_error(weight, weight, x.T @ x) == 0.0
-    assert output_error(weight * 0, weight * 0, x.T @ x) == 0.0
+    assert relative_error(output_errors(weight, other, x.T @ x)) == pytest.approx(wanted, rel=1e-5)
+    assert relative_error(output_errors(weight, weight, x.T @ x)) == 0.0
+    assert relative_error(output_errors(weight * 0, weight * 0, x.T @ x)) == 0.0
 
 
 @pytest.mark.parametrize(("out", "inn", "size"), SHAPES)
@@ -161,8 +161,8 @@ def test_refit_recovers_the_levels():
     # Half a step of the scale, plus the solver's rounding. Measured: 0.11 of a step.
     step = found.scale.float().repeat_interleave(16, 1)[:, :40]
     assert float(((values_of(found, 16) - planted).abs() / step).max()) < 0.51
-    assert output_error(planted, values_of(found, 16), hessian) < 1e-4
-    assert output_error(planted, values_of(wrong, 16), hessian) > 1e-2
+    assert relative_error(output_errors(planted, values_of(found, 16), hessian)) < 1e-4
+    assert relative_error(output_errors(planted, values_of(wrong, 16), hessian)) > 1e-2
 
 
 def test_refit_leaves_unused_levels(monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lbllm_cli.ptq.moments import InputMoments, inverse_factor
-from lbllm_cli.ptq.target import step_length, target_step
+from lbllm_cli.ptq.target import parabola, step_length, target_step
 
 OUT, IN, TOKENS = 5, 9, 40
 
@@ -45,7 +45,7 @@ def test_step_length_against_grid_search():
         moments = _moments(x, y)
         _, factor, _ = inverse_factor(moments.mean_hessian(), 0.01)
         step = 1.5 * target_step(weight, moments.mean_drift(), factor) + (seed % 3) * 0.5 * noise
-        found = step_length(weight, step, moments)
+        found = step_length(parabola(weight, step, moments))
         # Measured: 2.1e-4; half a cell of the grid is 2.5e-4.
         assert found == pytest.approx(_searched(weight, step, x, y), abs=3e-4)
         inside += 0 < found < 1
@@ -57,20 +57,20 @@ def test_step_length_is_exact_where_the_answer_is_known():
     weight, _, x, _ = _case(0)
     for a in (0.0, 0.25, 0.8, 1.0):
         # Measured: 7e-8.
-        assert step_length(weight, weight, _moments(x, (1 + a) * x)) == pytest.approx(a, abs=5e-6)
+        assert step_length(parabola(weight, weight, _moments(x, (1 + a) * x))) == pytest.approx(a, abs=5e-6)
 
 
 def test_step_length_stays_between_zero_and_one():
     weight, _, x, _ = _case(1)
     moments = _moments(x, 1.5 * x)
-    assert step_length(weight, 0.1 * weight, moments) == 1.0
-    assert step_length(weight, -weight, moments) == 0.0
+    assert step_length(parabola(weight, 0.1 * weight, moments)) == 1.0
+    assert step_length(parabola(weight, -weight, moments)) == 0.0
 
 
 def test_step_length_without_curvature():
     weight, step, x, y = _case(2)
-    assert step_length(weight, torch.zeros_like(step), _moments(x, y)) == 0.0
-    assert step_length(weight, step, _moments(torch.zeros_like(x), torch.zeros_like(y))) == 0.0
+    assert step_length(parabola(weight, torch.zeros_like(step), _moments(x, y))) == 0.0
+    assert step_length(parabola(weight, step, _moments(torch.zeros_like(x), torch.zeros_like(y)))) == 0.0
 
 
 @pytest.mark.parametrize("damping", [0.01, 0.5])
@@ -96,4 +96,4 @@ def test_no_drift_no_step():
     _, factor, _ = inverse_factor(moments.mean_hessian(), 0.01)
     step = target_step(weight, moments.mean_drift(), factor)
     assert not step.any()
-    assert step_length(weight, step, moments) == 0.0
+    assert step_length(parabola(weight, step, moments)) == 0.0

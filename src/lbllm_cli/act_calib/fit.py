@@ -16,7 +16,6 @@ from lbllm_cli.format.names import KEYS, VALUES, input_name
 from lbllm_cli.format.weights import PackedWeight
 from lbllm_cli.models.block import Block
 from lbllm_cli.pipeline.block_loop import BlockResult, BlockTask
-from lbllm_cli.pipeline.streams import fetched
 from lbllm_cli.runtime.attachments import attach
 from lbllm_cli.runtime.backend import backend_of, weight_on
 from lbllm_cli.runtime.quantizer import empty_quantizer
@@ -35,6 +34,7 @@ from lbllm_cli.training.quantizers import (
     quantizer_groups,
     quantizer_tensors,
 )
+from lbllm_cli.training.spread import Spread
 from lbllm_cli.training.weights import Nearest, Trainable
 
 if TYPE_CHECKING:
@@ -113,7 +113,8 @@ class ActivationStudent:
     def __init__(self, task: BlockTask, settings: "ActCalib", layout: ActivationFormat, seed: int):
         self.settings = settings
         linears: dict[str, Trainable] = {}
-        for name in task.teacher.linears:
+        spread = Spread(task.group, settings.trained)
+        for name in spread.add(task.teacher.prefix, {name: task.teacher.linear(name) for name in task.teacher.linears}):
             weight = task.teacher.linear(name).weight
             packed = weight_on(PackedWeight.from_tensors(task.start, task.teacher.prefix + name, weight.shape[1]), weight.device)
             linears[name] = (
@@ -121,7 +122,7 @@ class ActivationStudent:
                 if WEIGHTS in settings.train
                 else Fixed(weight, packed, settings.trained)
             )
-        self.weights = BlockLinears(task.teacher, task.start, linears, settings.trained)
+        self.weights = BlockLinears(task.teacher, task.start, linears, settings.trained, spread)
         self.block = self.weights.block
         self.weights.begin()
         self.quantizers = self._fit(task, layout, seed)
@@ -129,19 +130,20 @@ class ActivationStudent:
 
     @torch.no_grad()
     def _fit(self, task: BlockTask, layout: ActivationFormat, seed: int) -> dict[str, TrainableQuantizer]:
-        rows = task.quantized.rows
-        taken = torch.linspace(0, rows - 1, min(SEQUENCES, rows)).round().long()
-        ((hidden,),) = fetched((task.quantized,), [taken], task.device)
-        samples = sample_inputs(self.block, hidden)
+        samples = sample_inputs(self.block, task.sample(task.quantized, SEQUENCES))
         return fitted(samples, layout, data_seed(seed, task.index) << 3, self.settings.trained)
 
     def groups(self) -> list[ParameterGroup]:
         """AdamW groups: those of the levels, and one per quantizer and kind."""
         settings = self.settings
         groups = self.weights.groups({WEIGHTS: settings.lr_weights, LEVELS: settings.lr_levels})
+        return groups + self._quantizer_groups()
+
+    def _quantizer_groups(self) -> list[ParameterGroup]:
+        settings = self.settings
         rates = {CLIP_FACTORS: settings.lr_clip_factors, KNEES: settings.lr_knees}
         trained: dict[str, float] = {kind: rate for kind, rate in rates.items() if kind in settings.trained}
-        return groups + quantizer_groups(self.quantizers.values(), trained)
+        return quantizer_groups(self.quantizers.values(), trained)
 
     def begin(self, progress: float) -> None:
         """Puts the present weights into the block; knees are soft in the first part of training, then they stay."""
@@ -151,6 +153,14 @@ class ActivationStudent:
     def backward(self) -> None:
         """Carries the gradients of the block's weights to the levels; the quantizers have theirs."""
         self.weights.backward()
+
+    def spread_weights(self) -> list[tuple[nn.Parameter, int]]:
+        """All weights, where codes are trained."""
+        return self.weights.spread_weights()
+
+    def copies(self) -> list[nn.Parameter]:
+        """Quantizers, and levels where codes are not trained."""
+        return self.weights.copies() + [p for group in self._quantizer_groups() for p in group.params]
 
     def own_steps(self) -> list[OwnStep]:
         """Latents whose step is a kernel."""

@@ -69,4 +69,5 @@ def run(run: StageRun) -> None:
     fit = partial(fit_block, settings=recipe.act_calib, layout=run.activations, seed=recipe.runtime.seed)
     BlockLoop(run).run(fit)
     run.keep_outer()
-    plot_errors(run.writer.path / "events.jsonl", run.writer.path / "loss.png")
+    if run.plan.group.first:
+        plot_errors(run.writer.path / "events.jsonl", run.writer.path / "loss.png")

@@ -1,6 +1,8 @@
 """The command line: load recipe -> stage -> exit code. torch is imported only inside commands, `--help` answers at once."""
 
 import errno
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,8 +52,6 @@ def _version(wanted: bool) -> None:
 
 def _set_library_environment() -> None:
     """Settings that libraries read once, at their import."""
-    import os
-
     # stderr is for one line per block.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -93,7 +93,8 @@ def _exit_codes() -> Iterator[None]:
     try:
         yield
     except LbllmError as error:
-        _tell(str(error))
+        if str(error):  # of several ranks one speaks
+            _tell(str(error))
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         _tell("interrupted; run the same command again to resume")
@@ -121,11 +122,33 @@ def _exit_codes() -> Iterator[None]:
 
 
 def _run(work: Callable[..., None], recipe: Path, overrides: list[str] | None, /, **options: Any) -> None:
+    """A command that one process does."""
     with _exit_codes():
+        from lbllm_cli.parallel.join import refuse_ranks
         from lbllm_cli.recipe.load import load_recipe
 
+        refuse_ranks("this command")
         loaded = load_recipe(recipe, overrides)
         work(loaded, **options)
+
+
+def _run_ranks(work: Callable[..., None], recipe: Path, overrides: list[str] | None, /, **options: Any) -> None:
+    """A command that several processes may do together."""
+    from lbllm_cli.parallel.join import joined, started
+
+    try:
+        with _exit_codes():
+            from lbllm_cli.recipe.load import load_recipe
+
+            with joined() as group:
+                loaded = load_recipe(recipe, overrides)
+                work(loaded, group=group, **options)
+    except typer.Exit as ended:
+        if started():
+            # Threads of libraries that talk to ranks which are gone would hold up an orderly end.
+            sys.stdout.flush()
+            os._exit(ended.exit_code)
+        raise
 
 
 def _stage_command(command: str) -> Callable[..., None]:
@@ -139,7 +162,7 @@ def _stage_command(command: str) -> Callable[..., None]:
     ) -> None:
         from lbllm_cli.pipeline.runner import run_command
 
-        _run(run_command, recipe, overrides, command=command, dry_run=dry_run, force=force, only=only)
+        _run_ranks(run_command, recipe, overrides, command=command, dry_run=dry_run, force=force, only=only)
 
     return several if any(spec.command == command and spec.end_to_end for spec in TABLE) else one
 
@@ -181,7 +204,7 @@ def evaluate(
     """
     from lbllm_cli.cli.evaluate import evaluate as measure
 
-    _run(measure, recipe, overrides, dry_run=dry_run, as_json=json, force=force)
+    _run_ranks(measure, recipe, overrides, dry_run=dry_run, as_json=json, force=force)
 
 
 @app.command(epilog="Example: `lbllm report --recipe smollm2-135m.yaml`")

@@ -13,25 +13,28 @@ from rich.text import Text
 from lbllm_cli.core import interrupt
 from lbllm_cli.core.console import say
 from lbllm_cli.core.errors import RunError, UsageError
-from lbllm_cli.core.lock import locked
 from lbllm_cli.core.own_folders import check_own
+from lbllm_cli.data.tokens import tokens_hash
 from lbllm_cli.evaluation.forecast import eval_need, whole_model_need
 from lbllm_cli.evaluation.run import EvaluationRun, wanted_checkpoints
 from lbllm_cli.evaluation.tasks import plan_tasks
 from lbllm_cli.export import writer
+from lbllm_cli.parallel.group import ALONE, Group
+from lbllm_cli.parallel.join import check_alike
 from lbllm_cli.pipeline.checkpoint import Checkpoint
 from lbllm_cli.pipeline.folders import EVAL_STREAMS
 from lbllm_cli.pipeline.forecast import announce
 from lbllm_cli.pipeline.plan import prepare
+from lbllm_cli.pipeline.ranks import held
 from lbllm_cli.recipe.schema import Recipe
 from lbllm_cli.recipe.stages import EXPORT
 from lbllm_cli.report.tables import results_table
 
 
 @torch.no_grad()
-def evaluate(recipe: Recipe, dry_run: bool, as_json: bool, force: bool) -> None:
-    """`lbllm eval`."""
-    plan = prepare(recipe, evaluate=True)
+def evaluate(recipe: Recipe, dry_run: bool, as_json: bool, force: bool, group: Group = ALONE) -> None:
+    """`lbllm eval`. group: of ranks that measure together."""
+    plan = prepare(recipe, evaluate=True, group=group)
     checkpoints = wanted_checkpoints(plan)
     sets = plan.evaluation()
     tasks = plan_tasks(recipe.eval.tasks, recipe.eval.num_fewshot)
@@ -45,14 +48,17 @@ def evaluate(recipe: Recipe, dry_run: bool, as_json: bool, force: bool) -> None:
         counts = [f"{name} {tokens.shape[0]} x {tokens.shape[1]}" for name, tokens in sets.items()]
         say(f"eval: would measure {', '.join(checkpoints)} on {', '.join(counts + [task.name for task in tasks])}")
         return
-    with locked(plan.output), interrupt.graceful():
+    check_alike(group, {"checkpoints": ", ".join(checkpoints), **{name: tokens_hash(tokens) for name, tokens in sets.items()}})
+    with held(plan.output, group), interrupt.graceful():
         run = EvaluationRun(plan, checkpoints, need.place, force)
-        results = run.results(sets, tasks)
+        found = run.results(sets, tasks)
+    if found is None:
+        return
     if as_json:
-        print(json.dumps(results, indent=2))
+        print(json.dumps(found, indent=2))
     else:
         # A log has no width; at the 80 columns assumed for it four checkpoints would be cut.
-        Console(width=None if sys.stdout.isatty() else 160).print(console_table(results))
+        Console(width=None if sys.stdout.isatty() else 160).print(console_table(found))
     if run.failed:
         listed = [f"{name}: a prediction on {text} is NaN or infinity" for name, text in run.failed]
         raise RunError("\n".join([*listed, "Everything else was measured and is kept; for these try model.dtype: float32"]))

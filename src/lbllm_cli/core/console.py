@@ -5,9 +5,18 @@ from rich.console import Console
 GIB = float(1 << 30)
 
 
+_silent = False
+
+
+def silence(silent: bool = True) -> None:
+    """Says nothing from now on: of several processes at one stage one speaks."""
+    global _silent
+    _silent = silent
+
+
 def console() -> Console:
     """Logs go to stderr."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, soft_wrap=True, quiet=_silent)
 
 
 def say(text: str) -> None:

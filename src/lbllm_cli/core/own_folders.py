@@ -24,7 +24,7 @@ class Kind:
 
     name: for messages. files: pattern of the names of its files, each of which may also end in .tmp while it is written.
     telling: pattern of those of them of which one at least tells that lbllm made the folder; None: their names do. folders: its
-    folders by name.
+    folders by a pattern of their names.
     """
 
     name: str
@@ -35,6 +35,10 @@ class Kind:
     def holds(self, entry: str) -> bool:
         """Whether a file of this name belongs into the folder."""
         return bool(re.fullmatch(self.files, entry.removesuffix(".tmp")))
+
+    def inner(self, entry: str) -> "Kind | None":
+        """What a folder of this name in the folder is."""
+        return next((kind for pattern, kind in self.folders.items() if re.fullmatch(pattern, entry)), None)
 
     def tells(self, entry: str) -> bool:
         """Whether a file of this name is one that only lbllm writes."""
@@ -52,7 +56,7 @@ def foreign(folder: Path, kind: Kind) -> str | None:
     entries = sorted(entry for entry in folder.iterdir() if not _LEFT_OPEN.fullmatch(entry.name))
     for entry in entries:
         if not entry.is_symlink() and entry.is_dir():
-            inner = kind.folders.get(entry.name)
+            inner = kind.inner(entry.name)
             if inner is None:
                 return f"holds the folder {entry.name}"
             if reason := foreign(entry, inner):
@@ -84,8 +88,9 @@ def remove_own(folder: Path, kind: Kind) -> None:
     if not folder.exists():
         return
     for entry in sorted(folder.iterdir(), key=lambda entry: kind.tells(entry.name)):
-        if not entry.is_symlink() and entry.is_dir():
-            remove_own(entry, kind.folders[entry.name])
+        inner = kind.inner(entry.name)
+        if not entry.is_symlink() and entry.is_dir() and inner is not None:
+            remove_own(entry, inner)
         else:
             with suppress(OSError):
                 os.unlink(entry)

@@ -6,16 +6,18 @@ As in LBLLM's stage 2; rates, schedules, starting latents and the parametrisatio
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lbllm_cli.format.weights import PackedWeight
 from lbllm_cli.models.block import Block
+from lbllm_cli.parallel.group import ALONE, Group
 from lbllm_cli.pipeline.block_loop import BlockResult, BlockTask
 from lbllm_cli.runtime.backend import weight_on
 from lbllm_cli.training.block import block_loop, train_block
 from lbllm_cli.training.block_linears import BlockLinears
 from lbllm_cli.training.interfaces import OwnStep, ParameterGroup
 from lbllm_cli.training.master import BITMAP, LEVELS, WEIGHTS
+from lbllm_cli.training.spread import Spread
 from lbllm_cli.training.weights import PARAMETRISATIONS, Bitmap, Trainable
 
 if TYPE_CHECKING:
@@ -25,21 +27,25 @@ if TYPE_CHECKING:
 class BinarizedStudent:
     """A block whose linears are in training.
 
-    teacher: the full-precision block, whose weights the latents start from. start: packed tensors by full name.
+    teacher: the full-precision block, whose weights the latents start from. start: packed tensors by full name. group: of ranks
+    that train it together.
     """
 
-    def __init__(self, teacher: Block, start: dict[str, Tensor], settings: "Distill"):
+    def __init__(self, teacher: Block, start: dict[str, Tensor], settings: "Distill", group: Group = ALONE):
         self.settings = settings
+        spread = Spread(group, settings.trained)
+        self.counted = spread.node if spread.large else ALONE
         kind = PARAMETRISATIONS[settings.parametrisation]
         linears: dict[str, Trainable] = {}
         self.codes: dict[str, PackedWeight] = {}
-        for name in teacher.linears:
+        for name in spread.add(teacher.prefix, {name: teacher.linear(name) for name in teacher.linears}):
             weight = teacher.linear(name).weight
             packed = weight_on(PackedWeight.from_tensors(start, teacher.prefix + name, weight.shape[1]), weight.device)
             linears[name] = kind(weight, packed, settings.trained, settings.latent_margin)
             self.codes[name] = packed
-        self.weights = BlockLinears(teacher, start, linears, settings.trained)
+        self.weights = BlockLinears(teacher, start, linears, settings.trained, spread)
         self.block = self.weights.block
+        self._weights = sum(teacher.linear(name).weight.numel() for name in teacher.linears)
         self._progress = 0.0
 
     def groups(self) -> list[ParameterGroup]:
@@ -57,14 +63,20 @@ class BinarizedStudent:
         self.weights.backward()
         if BITMAP in self.settings.trained and self.settings.polarise:
             begin, end = self.settings.polarise_beta
-            linears = self.weights.linears.values()
-            count = sum(linear.out_features * linear.in_features for linear in linears)
-            for linear in linears:
+            for linear in self.weights.linears.values():
                 assert isinstance(linear, Bitmap)
                 # An expert that no token of the step was sent to stays where it is.
                 if linear.bitmap.grad is None:
                     continue
-                linear.polarise(self.settings.polarise * self._progress, begin + (end - begin) * self._progress, count)
+                linear.polarise(self.settings.polarise * self._progress, begin + (end - begin) * self._progress, self._weights)
+
+    def spread_weights(self) -> list[tuple[nn.Parameter, int]]:
+        """All weights, where codes are trained."""
+        return self.weights.spread_weights()
+
+    def copies(self) -> list[nn.Parameter]:
+        """Levels, where they alone are trained."""
+        return self.weights.copies()
 
     def own_steps(self) -> list[OwnStep]:
         """Latents whose step is a kernel."""
@@ -88,22 +100,21 @@ class BinarizedStudent:
 
     def facts(self) -> dict[str, float]:
         """Shares of signs and bitmap bits that differ from the start, and how polarised the bitmaps are."""
-        signs = bits = total = 0
-        certain = 0.0
+        signs = bits = certain = 0.0
         for name, linear in self.weights.linears.items():
             now = linear.packed().unpacked()
             changed = now ^ self.codes[name].unpacked()
             signs += int((changed & 1).sum())
             bits += int((changed >> 1).sum())
-            total += now.numel()
             if isinstance(linear, Bitmap):
                 certain += linear.certainty() * now.numel()
-        facts = {"flipped_signs": signs / total, "flipped_bits": bits / total}
-        return facts | ({"polarisation": certain / total} if certain else {})
+        signs, bits, certain = self.counted.total([signs, bits, certain])
+        facts = {"flipped_signs": signs / self._weights, "flipped_bits": bits / self._weights}
+        return facts | ({"polarisation": certain / self._weights} if certain else {})
 
 
 def fit_block(task: BlockTask, settings: "Distill", seed: int) -> BlockResult:
     """Trains the linears of one block from the parent's; see `train_block`."""
     with torch.enable_grad():
-        student = BinarizedStudent(task.teacher, task.start, settings)
+        student = BinarizedStudent(task.teacher, task.start, settings, task.group)
         return train_block(block_loop(task, student, settings, "distill", seed), task.start)

@@ -59,4 +59,5 @@ def run(run: StageRun) -> None:
     recipe = run.plan.recipe
     BlockLoop(run).run(partial(fit_block, settings=recipe.distill, seed=recipe.runtime.seed))
     run.keep_outer()
-    plot_errors(run.writer.path / "events.jsonl", run.writer.path / "loss.png")
+    if run.plan.group.first:
+        plot_errors(run.writer.path / "events.jsonl", run.writer.path / "loss.png")

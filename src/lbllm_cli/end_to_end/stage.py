@@ -8,7 +8,7 @@ from torch import Tensor
 from lbllm_cli.core.splits import held_out_rows
 from lbllm_cli.end_to_end.forecast import end_to_end_need, recomputes
 from lbllm_cli.end_to_end.student import WholeStudent
-from lbllm_cli.end_to_end.teacher import check_states, teacher_folder, teacher_states
+from lbllm_cli.end_to_end.teacher import check_states, own_folder, teacher_folder, teacher_states
 from lbllm_cli.end_to_end.trainer import EndToEndObjective
 from lbllm_cli.models.block import block_prefix
 from lbllm_cli.models.model import FINAL_NORM
@@ -35,7 +35,10 @@ def need(plan: Plan, spec: StageSpec, tokens: Tensor | None) -> Need:
     settings = plan.recipe.end_to_end[spec]
     found = end_to_end_need(plan.recipe, plan.model, settings, recomputes(plan.recipe, plan.model, settings))
     folder = teacher_folder(settings)
-    kept = folder is not None and tokens is not None and check_states(folder, plan.model, tokens)
+    kept = False
+    if folder is not None and tokens is not None:
+        own = tokens[plan.group.share(len(tokens)).slice]
+        kept = check_states(own_folder(folder, plan.group), plan.model, own)
     return replace(found, stage=spec.name, teacher_folder=folder, teacher=0.0 if kept else found.teacher)
 
 
@@ -73,20 +76,23 @@ def run(run: StageRun) -> None:
     assert parent is not None
     settings, model = plan.recipe.end_to_end[run.spec], plan.model
     reporter.total(0)
-    folder = teacher_folder(settings) or writer.path / "streams"
-    states = teacher_states(folder, model, run.tokens, plan.recipe.runtime.batch_size, reporter)
-    student = WholeStudent(model, parent, settings, recomputes(plan.recipe, model, settings))
-    rows, length = run.tokens.shape
-    job = Job(0, "the whole model", run.spec.section, (rows, length), plan.recipe.runtime.seed, model.device)
-    keeper = TrainingState(writer.path, plan.recipe.runtime.save_minutes)
-    loop = TrainingLoop(EndToEndObjective(student, run.tokens, states, settings, reporter), settings, job, keeper, reporter)
+    share = plan.group.share(len(run.tokens))
+    tokens = run.tokens[share.slice]
+    folder = own_folder(teacher_folder(settings) or writer.path / "streams", plan.group)
+    states = teacher_states(folder, model, tokens, plan.recipe.runtime.batch_size, reporter)
+    student = WholeStudent(model, parent, settings, recomputes(plan.recipe, model, settings), plan.group)
+    seed, length = plan.recipe.runtime.seed, tokens.shape[1]
+    job = Job(0, "the whole model", run.spec.section, share, length, seed, model.device, plan.group)
+    keeper = TrainingState(writer.path, plan.recipe.runtime.save_minutes, plan.group)
+    loop = TrainingLoop(EndToEndObjective(student, tokens, states, settings, reporter), settings, job, keeper, reporter)
     with torch.enable_grad():
         changed = loop.run() or {}
     # A run that is killed while the blocks are written does not train again.
     loop.save()
     _write(run, parent, changed)
     reporter.record({"phase": run.spec.phase, **loop.facts()})
-    plot_steps(writer.path / "events.jsonl", writer.path / "loss.png")
+    if plan.group.first:
+        plot_steps(writer.path / "events.jsonl", writer.path / "loss.png")
 
 
 def _write(run: StageRun, parent: Checkpoint, changed: dict[str, Tensor]) -> None:

@@ -15,11 +15,12 @@ from lbllm_cli.format.weights import PackedWeight
 from lbllm_cli.models.head import Head
 from lbllm_cli.models.model import FINAL_NORM, SourceModel
 from lbllm_cli.models.stored import stored_block, whole_tensors
+from lbllm_cli.parallel.group import ALONE, Group, merged
 from lbllm_cli.pipeline.checkpoint import Checkpoint
 from lbllm_cli.runtime.attachments import attach
 from lbllm_cli.runtime.backend import weight_on
 from lbllm_cli.runtime.quantizer import read_quantizers
-from lbllm_cli.training.block_linears import linear_groups, put_weights, take_gradients
+from lbllm_cli.training.block_linears import linear_groups, put_weights, spread_weights, take_gradients
 from lbllm_cli.training.fixed import Fixed
 from lbllm_cli.training.interfaces import OwnStep, ParameterGroup
 from lbllm_cli.training.master import LEVELS, SCALES, WEIGHTS
@@ -32,6 +33,7 @@ from lbllm_cli.training.quantizers import (
     quantizer_groups,
     quantizer_tensors,
 )
+from lbllm_cli.training.spread import Spread
 from lbllm_cli.training.ste import rounded
 from lbllm_cli.training.weights import Nearest
 
@@ -64,19 +66,24 @@ class Norm(nn.Module):
 class ResidentBlock:
     """One block of a checkpoint, on the device: packed codes, masters of what is trained, the rest as the source has it.
 
-    Hidden states [rows, length, hidden] -> the same shape.
+    Hidden states [rows, length, hidden] -> the same shape. spread: who has masters of latents.
     """
 
-    def __init__(self, model: SourceModel, index: int, parent: Checkpoint, settings: "EndToEnd"):
+    def __init__(self, model: SourceModel, index: int, parent: Checkpoint, settings: "EndToEnd", spread: Spread):
         train = settings.trained
+        self.spread = spread
         stored = parent.read_block(index)
         block = stored_block(model, index, stored, None)
         self.prefix, self.dtype = block.prefix, block.dtype
         self.block = block
         self.fixed: dict[str, Fixed] = {}
         self.moving: dict[str, Nearest] = {}
+        own = spread.add(block.prefix, {name: block.linear(name) for name in block.linears})
         for name in block.linears:
             weight = block.linear(name).weight
+            if name not in own:
+                block.linear(name).weight = nn.Parameter(torch.empty_like(weight))
+                continue
             packed = weight_on(PackedWeight.from_tensors(stored, block.prefix + name, weight.shape[1]), model.device)
             if WEIGHTS in train:
                 self.moving[name] = Nearest(weight, packed, train, settings.latent_margin)
@@ -112,14 +119,17 @@ class ResidentBlock:
 
     def begin(self) -> None:
         """Puts the present weights into the block, where latents are trained; others are decoded as it runs."""
-        put_weights(self.block, self.moving)
+        put_weights(self.block, self.moving, self.spread)
 
     def backward(self) -> None:
         """Carries the gradients of what was put to the masters."""
         take_gradients(self.block, self.moving)
 
     def snapshot(self) -> dict[str, Tensor]:
-        """What training may have changed, under full names: all that a checkpoint holds but codes that are fixed."""
+        """What training may have changed, under full names: all that a checkpoint holds but codes that are fixed.
+
+        Of linears whose masters are spread, those of this rank.
+        """
         tensors: dict[str, Tensor] = {}
         for name, linear in self.linears.items():
             parts = linear.packed().to_tensors(self.prefix + name)
@@ -131,14 +141,18 @@ class ResidentBlock:
 class WholeStudent:
     """All blocks of a checkpoint, with embedding and head, on one device.
 
-    recompute: on the way back blocks are computed again from their inputs; otherwise all that they computed is kept.
+    recompute: on the way back blocks are computed again from their inputs; otherwise all that they computed is kept. group: of
+    ranks that train it together.
     """
 
-    def __init__(self, model: SourceModel, parent: Checkpoint, settings: "EndToEnd", recompute: bool = True):
+    def __init__(
+        self, model: SourceModel, parent: Checkpoint, settings: "EndToEnd", recompute: bool = True, group: Group = ALONE
+    ):
         self.settings = settings
         self.recompute = recompute
         train = settings.trained
-        self.blocks = [ResidentBlock(model, index, parent, settings) for index in range(model.blocks)]
+        self.spread = Spread(group, train)
+        self.blocks = [ResidentBlock(model, index, parent, settings, self.spread) for index in range(model.blocks)]
         head: Any = model.head()
         self._norm: nn.Module = head[0]
         self.head: Head = head[1]
@@ -174,17 +188,34 @@ class WholeStudent:
 
     def groups(self) -> list[ParameterGroup]:
         """AdamW groups, one per tensor: rates are relative to the RMS of the weights, of norms to their own."""
+        return self._linear_groups() + self._other_groups()
+
+    def _linear_groups(self) -> list[ParameterGroup]:
         settings: Any = self.settings
         groups = []
         rates = {WEIGHTS: settings.lr_weights, LEVELS: settings.lr_levels, SCALES: settings.lr_levels}
         for block in self.blocks:
             groups += linear_groups(block.linears.values(), {kind: rates[kind] for kind in rates if kind in settings.trained})
+        return groups
+
+    def _other_groups(self) -> list[ParameterGroup]:
+        settings: Any = self.settings
+        groups = []
         for norm in (*(norm for block in self.blocks for norm in block.norms.values()), self.norm):
             if NORMS in settings.trained:
                 groups.append(ParameterGroup([norm.weight], NORMS, settings.lr_norms * norm.rms, norm.rms))
         # A phase without quantizers has no rates for them.
         kinds = {CLIP_FACTORS, KNEES} & set(settings.trained)
         return groups + quantizer_groups(self._quantizers(), {kind: getattr(settings, f"lr_{kind}") for kind in kinds})
+
+    def spread_weights(self) -> list[tuple[nn.Parameter, int]]:
+        """Of all blocks, where latents are trained."""
+        return [found for block in self.blocks for found in spread_weights(block.block, self.spread)]
+
+    def copies(self) -> list[nn.Parameter]:
+        """Norms, quantizers, and levels of fixed codes."""
+        groups = ([] if self.spread.large else self._linear_groups()) + self._other_groups()
+        return [p for group in groups for p in group.params]
 
     def begin(self, progress: float) -> None:
         """Puts the weights that are trained into their blocks; knees are soft in the first part of training, where they are
@@ -224,10 +255,11 @@ class WholeStudent:
             quantizer.deploy()
 
     def snapshot(self) -> dict[str, Tensor]:
-        """What training may have changed, of all blocks, and the final norm."""
+        """What training may have changed, of all blocks, and the final norm, on every rank."""
         tensors = {FINAL_NORM: self.norm.packed()}
         for block in self.blocks:
-            tensors |= block.snapshot()
+            own = block.snapshot()
+            tensors |= merged(self.spread.node, own) if self.spread.large else own
         return tensors
 
     def facts(self) -> dict[str, float]:

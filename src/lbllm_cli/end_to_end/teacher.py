@@ -17,6 +17,7 @@ from lbllm_cli.core.lock import locked
 from lbllm_cli.core.own_folders import foreign
 from lbllm_cli.data.tokens import tokens_hash
 from lbllm_cli.models.model import SourceModel
+from lbllm_cli.parallel.group import Group
 from lbllm_cli.pipeline.folders import TEACHER
 from lbllm_cli.pipeline.streams import HiddenStream, advance, embed_stream
 from lbllm_cli.recipe.training import EndToEnd
@@ -32,6 +33,11 @@ _STATES, _WRITING, _BEGUN = "states.bin", "writing.bin", "unfinished.json"
 def teacher_folder(settings: EndToEnd) -> Path | None:
     """The folder that a phase's section names for the teacher's states, if it does."""
     return None if settings.teacher is None else files.user_path(settings.teacher, KEY)
+
+
+def own_folder(folder: Path, group: Group) -> Path:
+    """Where a rank keeps the states of its sequences: of several ranks, each has a folder of its own in the one that is named."""
+    return folder if group.size == 1 else folder / f"rank{group.rank:03d}of{group.size:03d}"
 
 
 def states_inputs(model: SourceModel, tokens: Tensor) -> dict[str, Any]:

@@ -71,9 +71,9 @@ class EndToEndObjective:
     @torch.no_grad()
     def held_out(self, rows: list[int], progress: Progress) -> dict[str, float]:
         """The loss, KL divergence, top-1 agreement and perplexity on some sequences, which are said as well."""
-        agreement, total = Agreement(self.tokens.shape[1]), 0.0
+        agreement, total, group = Agreement(self.tokens.shape[1]), 0.0, self.reporter.group
         head = self.student.head
-        for tokens, states in self.feed(list(torch.tensor(rows).split(1))):
+        for tokens, states in self.feed([torch.tensor([row]) for row in rows]):
             student, teacher = self.student(tokens)[0, :-1], self.student.teacher(states)[0, :-1]
             wanted = tokens[0, 1:]
             total += float(distillation_loss(student, teacher, head, wanted, self.temperature, self.share))
@@ -81,9 +81,11 @@ class EndToEndObjective:
                 piece = slice(start, start + POSITIONS)
                 teachers, students = (Predictions(head(x[piece])) for x in (teacher, student))
                 agreement.add(start, teachers, students, wanted[piece])
+        agreement.pool(group)
+        total, count = group.total([total, len(rows)])
         kl, perplexity = agreement.mean_divergence, agreement.perplexity
         # A student that is the teacher has none, and later losses are divided by this one.
-        held = {"error": max(total / len(rows), 1e-30), "kl": kl, "top1": agreement.top1, "perplexity": perplexity}
+        held = {"error": max(total / count, 1e-30), "kl": kl, "top1": agreement.top1, "perplexity": perplexity}
         when, tail = (f"epoch {progress.epoch + 1}", "") if progress.start else ("start", ", on held-out sequences")
         self.reporter.note(f"{when}: {_described(held)}{tail}")
         return held

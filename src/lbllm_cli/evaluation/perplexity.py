@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Sequential
 
-from lbllm_cli.evaluation.routing import agreement, choices_of
+from lbllm_cli.evaluation.routing import agreements, choices_of
 from lbllm_cli.models.model import FINAL_NORM, SourceModel
 from lbllm_cli.models.stored import stored_block
+from lbllm_cli.parallel.group import ALONE, Group
 from lbllm_cli.pipeline.checkpoint import Checkpoint
 from lbllm_cli.pipeline.forecast import Place
 from lbllm_cli.pipeline.metrics import BlockError
@@ -57,12 +58,15 @@ class Evaluation:
     """The base model and checkpoints on the same texts, all of them block by block beside each other.
 
     So the teacher runs once for all, and neither a model nor the logits of a text are ever whole in memory. checkpoints: by
-    name; BASE is the teacher. folder: where streams lie on disk, None for memory. place: whose.
+    name; BASE is the teacher. folder: where streams lie on disk, None for memory. place: whose. group: of ranks, of which each
+    runs its share of the segments.
     """
 
     def __init__(
-        self, model: SourceModel, checkpoints: dict[str, Checkpoint], batch_size: int, folder: Path | None, place: Place = "ram"
-    ):
+        self, model: SourceModel, checkpoints: dict[str, Checkpoint], batch_size: int, folder: Path | None, place: Place = "ram",
+        group: Group = ALONE,
+    ):  # fmt: skip
+        self.group = group
         self.model = model
         self.checkpoints = checkpoints
         self.batch_size = batch_size
@@ -81,11 +85,13 @@ class Evaluation:
         sets: text -> tokens int64 [segments, length]; the first token of a segment is not predicted. wanted: text -> names of
         checkpoints to measure on it; the base model is always measured.
         """
+        sets = {text: tokens[self.group.share(len(tokens)).slice] for text, tokens in sets.items()}
         names = {text: [BASE, *(name for name in wanted[text] if name != BASE)] for text in sets}
         blocks: dict[tuple[str, str], list[BlockError]] = {(name, text): [] for text in sets for name in names[text]}
         try:
             for name, text in blocks:
-                path = self.folder / f"{text}.{name}.bin" if self.folder else None
+                tail = "" if self.group.size == 1 else f".rank{self.group.rank:03d}"
+                path = self.folder / f"{text}.{name}{tail}.bin" if self.folder else None
                 self._streams[name, text] = embed_stream(self.model, sets[text], path, self.batch_size, self.place)
             for index in range(self.model.blocks):
                 reporter.begin_block(index)
@@ -123,9 +129,11 @@ class Evaluation:
             if name == BASE:
                 self._choices[text] = choices
                 continue
+            error.pool(self.group)
             blocks[name, text].append(error)
-            if choices:
-                self._routing.setdefault((name, text), []).append(agreement(self._choices[text], choices))
+            same, made = self.group.total(agreements(self._choices[text], choices))
+            if made:
+                self._routing.setdefault((name, text), []).append(same / made)
 
     def _heads(self) -> dict[str, Module]:
         """Final norm and head of each: only norms differ, the matrix is one."""
@@ -160,6 +168,7 @@ class Evaluation:
                     student = teacher if name == BASE else Predictions(heads[name](hidden[name][piece]))
                     found[name].add(start, teacher, student, wanted[piece])
         for name in names:
+            found[name].pool(self.group)
             routing = self._routing.get((name, text), [])
             yield (name, text), Measured(found[name], blocks[name, text], routing) if found[name].finite else None
 

@@ -26,10 +26,10 @@ def choices_of(block: Block) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def agreement(teacher: list[Tensor], student: list[Tensor]) -> float:
-    """Share of the teacher's choices that the student makes as well, whatever their order: int16 [tokens, k] of equal passes.
+def agreements(teacher: list[Tensor], student: list[Tensor]) -> tuple[int, int]:
+    """How many of the teacher's choices the student makes as well, whatever their order, and how many there are.
 
-    [[0, 3]] and [[3, 1]] -> 0.5.
+    int16 [tokens, k] of equal passes: [[0, 3]] and [[3, 1]] -> (1, 2).
     """
     same = sum(int((a.unsqueeze(2) == b.unsqueeze(1)).sum()) for a, b in zip(teacher, student, strict=True))
-    return same / sum(part.numel() for part in teacher)
+    return same, sum(part.numel() for part in teacher)

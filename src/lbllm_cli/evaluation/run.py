@@ -55,8 +55,14 @@ class EvaluationRun:
         self.failed: list[tuple[str, str]] = []
         (self.streams or self.folder).mkdir(parents=True, exist_ok=True)
 
-    def results(self, sets: dict[str, Tensor], tasks: list[lm_tasks.Task]) -> dict[str, Any]:
-        """results.json, and details.json with what is not for a table; everything measured is kept as it comes."""
+    def results(self, sets: dict[str, Tensor], tasks: list[lm_tasks.Task]) -> dict[str, Any] | None:
+        """results.json, and details.json with what is not for a table; everything measured is kept as it comes.
+
+        Of several ranks the first one has them, and alone measures what needs a model that is whole in memory; None of others.
+        """
+        self._compare(sets)
+        if not self.plan.group.first:
+            return None
         texts = self._texts(sets)
         scores = {name: self._scores(name, tasks) for name in self.checkpoints}
         results, details = {}, {}
@@ -85,26 +91,35 @@ class EvaluationRun:
             what |= {"checkpoint": checkpoint.content, "activations": checkpoint.manifest.get("activations")}
         return what
 
-    def _texts(self, sets: dict[str, Tensor]) -> dict[str, dict[str, dict[str, Any]]]:
-        """name -> text -> `Measured.as_dict()`."""
-        whats = {
+    def _whats(self, sets: dict[str, Tensor]) -> dict[tuple[str, str], dict[str, Any]]:
+        """What each measurement of a checkpoint on a text depends on."""
+        return {
             (name, text): {**self._identity(name), "text": tokens_hash(tokens)}
             for name in self.checkpoints
             for text, tokens in sets.items()
         }
-        missing = [key for key, what in whats.items() if self.known.get(what) is None]
+
+    def _compare(self, sets: dict[str, Tensor]) -> None:
+        """Measures stages beside the base model, on what was not measured before; all ranks together."""
+        whats, group = self._whats(sets), self.plan.group
+        missing = group.told(lambda: [key for key, what in whats.items() if self.known.get(what) is None])
         wanted = {text: [name for name, other in missing if other == text and name != EXPORT] for text in sets}
         if any(wanted.values()):
             measured = {name for names in wanted.values() for name in names}
             stages = {name: found for name, found in self.checkpoints.items() if found is not None and name in measured}
-            run = Evaluation(self.plan.model, stages, self.plan.recipe.runtime.batch_size, self.streams, self.place)
-            with Reporter("eval", self.plan.model) as reporter:
+            run = Evaluation(self.plan.model, stages, self.plan.recipe.runtime.batch_size, self.streams, self.place, group)
+            with Reporter("eval", self.plan.model, group=group) as reporter:
                 found = run.run({text: sets[text] for text in sets if wanted[text]}, wanted, reporter)
                 reporter.note(f"{', '.join([BASE, *stages])}: finished in {reporter.used()}")
             for key, values in found.items():
                 if values is None or key in whats:
                     self._keep(key, whats, None if values is None else values.as_dict())
-        self._export_texts({text: sets[text] for name, text in missing if name == EXPORT}, whats)
+
+    def _texts(self, sets: dict[str, Tensor]) -> dict[str, dict[str, dict[str, Any]]]:
+        """name -> text -> `Measured.as_dict()`."""
+        whats = self._whats(sets)
+        missing = [text for (name, text), what in whats.items() if name == EXPORT and self.known.get(what) is None]
+        self._export_texts({text: sets[text] for text in missing}, whats)
         kept = {key: self.known.get(what) for key, what in whats.items()}
         return {name: {text: value for text in sets if (value := kept[name, text])} for name in self.checkpoints}
 
@@ -112,7 +127,7 @@ class EvaluationRun:
         """Keeps what was measured, or that it could not be."""
         if found is None:
             self.failed.append(key)
-        else:
+        elif self.plan.group.first:
             self.known.put(whats[key], found)
 
     def _export_texts(self, sets: dict[str, Tensor], whats: dict[tuple[str, str], dict[str, Any]]) -> None:

@@ -18,6 +18,8 @@ from lbllm_cli.core import interrupt
 from lbllm_cli.core.errors import RunError
 from lbllm_cli.models.block import Block
 from lbllm_cli.models.stored import stored_block
+from lbllm_cli.parallel.group import Group, stacked
+from lbllm_cli.parallel.shares import Share
 from lbllm_cli.pipeline.interfaces import Monitor, StateKeeper
 from lbllm_cli.pipeline.metrics import BlockError
 from lbllm_cli.pipeline.streams import HiddenStream, Sink, advance, embed_stream, fetched, row_slices, sink
@@ -34,7 +36,8 @@ class BlockTask:
     teacher: the full-precision block. quantized: its inputs as the blocks before it give them. targets: the teacher's outputs.
     start: the parent's tensors of the block, none where a stage starts from the source model: then `targets` is filled row by row
     by `run_teacher` out of `full`, the full-precision inputs. Otherwise the targets are complete, and `full` is the same stream.
-    keeper: for unfinished training. monitor: told how it goes.
+    keeper: for unfinished training. monitor: told how it goes. group: of ranks that do the block together. share: of the stage's
+    sequences, that the streams of this rank hold.
     """
 
     index: int
@@ -47,7 +50,16 @@ class BlockTask:
     start: dict[str, Tensor]
     keeper: StateKeeper
     monitor: Monitor
+    group: Group
+    share: Share
     _filled: set[int] = field(default_factory=set)
+
+    def sample(self, stream: HiddenStream, count: int) -> Tensor:
+        """Some of all ranks' sequences of a stream, spread over them: [n, length, hidden] on the device, the same everywhere."""
+        rows = self.share.rows
+        taken = torch.linspace(0, rows - 1, min(count, rows)).round().long().tolist()
+        ((own,),) = fetched((stream,), [torch.tensor(self.share.own(taken), dtype=torch.long)], self.device)
+        return stacked(self.group, {"": own})[""]
 
     def run_teacher(self, rows: slice, hidden: Tensor, out: Sink) -> None:
         """Teacher outputs of some rows into `targets`. hidden: their full-precision inputs. out: of `targets`."""
@@ -84,15 +96,17 @@ class BlockLoop:
     """
 
     def __init__(self, run: "StageRun"):
-        self.stage, self.model, self.writer = run, run.plan.model, run.writer
+        self.stage, self.model, self.writer, self.group = run, run.plan.model, run.writer, run.plan.group
+        self.share = self.group.share(len(run.tokens))
         self.batch_size = run.plan.recipe.runtime.batch_size
         self.folder = run.writer.path / "streams" if run.need.place == "disk" else None
         self.place = self.model.device if run.need.place == "device" else None
         self._spare: list[HiddenStream] = []
-        self.keeper = TrainingState(run.writer.path, run.plan.recipe.runtime.save_minutes)
+        self.keeper = TrainingState(run.writer.path, run.plan.recipe.runtime.save_minutes, self.group)
+        self._tail = ".bin" if self.group.size == 1 else f".rank{self.group.rank:03d}.bin"
 
     def _path(self, name: str, index: int) -> Path | None:
-        return None if self.folder is None else self.folder / f"{name}_{index:03d}.bin"
+        return None if self.folder is None else self.folder / f"{name}_{index:03d}{self._tail}"
 
     def run(self, fit: Fit) -> None:
         """Fits, writes and commits block after block. Raises RunError naming the block when an output is not finite."""
@@ -110,7 +124,8 @@ class BlockLoop:
                 targets = full = full if taught else self._teach(index, teacher, full)
                 start = parent.read_block(index)
             task = BlockTask(
-                index, teacher, full, quantized, targets, model.device, self.batch_size, start, self.keeper, reporter
+                index, teacher, full, quantized, targets, model.device, self.batch_size, start, self.keeper, reporter, self.group,
+                self.share,
             )  # fmt: skip
             result = fit(task)
             task.finish_targets()
@@ -193,6 +208,7 @@ class BlockLoop:
                 out.put(rows, found)
                 if taught is not None and teacher is not None:
                     taught.put(rows, teacher(wanted))
+        error.pool(self.group)
         if not error.finite:
             raise RunError(f"block {index}: an output holds NaN or infinity; try model.dtype: float32")
         targets.sync()
@@ -201,7 +217,7 @@ class BlockLoop:
 
     def _restore(self, first: int) -> tuple[HiddenStream, HiddenStream, bool]:
         """Both streams as they enter block `first`; whether the first holds the teacher's outputs of that block instead."""
-        tokens, reporter = self.stage.tokens, self.stage.reporter
+        tokens, reporter = self.stage.tokens[self.share.slice], self.stage.reporter
         shape = (*tokens.shape, int(self.model.config.hidden_size))
         paths = [self._path(name, first) for name in ("full", "quantized")]
         taught = self._path("full", first + 1) if self.stage.parent is not None else None
@@ -231,5 +247,6 @@ class BlockLoop:
     def _clear(self, used: Collection[Path | None]) -> None:
         """Deletes streams of the run before that nobody goes on from."""
         if self.folder is not None:
-            for path in set(self.folder.glob("*.bin")) - set(used):
+            own = {path for path in self.folder.glob("*.bin") if path.name.partition(".")[2] == self._tail[1:]}
+            for path in own - set(used):
                 path.unlink()

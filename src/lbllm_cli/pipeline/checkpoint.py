@@ -13,13 +13,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lbllm_cli.core import files
-from lbllm_cli.core.errors import UsageError
+from lbllm_cli.core.errors import RunError, UsageError
 from lbllm_cli.core.fingerprint import changes, fingerprint
 from lbllm_cli.core.headers import TensorEntry, read_header
 from lbllm_cli.core.own_folders import check_own, remove_own
 from lbllm_cli.format.activations import ActivationFormat, format_of
+from lbllm_cli.parallel.group import ALONE, Group
 from lbllm_cli.pipeline.folders import STAGE, STREAMS, UNFINISHED_STAGE
-from lbllm_cli.pipeline.stage_record import OUTER, Manifest, block_file, format_version, read_manifest, read_progress
+from lbllm_cli.pipeline.stage_record import (
+    OUTER,
+    RANKS,
+    Manifest,
+    block_file,
+    format_version,
+    read_manifest,
+    read_progress,
+)
+from lbllm_cli.pipeline.training_state import digest_of
 from lbllm_cli.recipe.stages import STAGES
 from lbllm_cli.runtime.backend import in_ram
 
@@ -126,15 +136,17 @@ def check_stage(output: Path, stage: str, force: bool) -> None:
 class StageWriter:
     """Work on one stage: the .partial folder until `finish`.
 
-    `blocks_done` blocks are committed; the stage goes on from there.
+    `blocks_done` blocks are committed; the stage goes on from there. group: of ranks that do it together, of which the first
+    writes and the others wait for it.
     """
 
-    def __init__(self, output: Path, stage: str, inputs: dict[str, Any]):
+    def __init__(self, output: Path, stage: str, inputs: dict[str, Any], group: Group = ALONE):
         self.final = output / stage
         self.path = output / f"{stage}.partial"
         self.stage, self.spec = stage, STAGES[stage]
         self.inputs = inputs
         self.hashes: dict[str, str] = {}
+        self.group = group
 
     @property
     def blocks_done(self) -> int:
@@ -147,10 +159,14 @@ class StageWriter:
         force: start again, discarding an unfinished run; a finished one is replaced at the end, not before.
         Raises UsageError listing the changed inputs when the folder holds another run, and as `check_stage`.
         """
+        begun, self.hashes = self.group.told(lambda: (self._open(force), self.hashes))
+        return begun
+
+    def _open(self, force: bool) -> bool:
         check_stage(self.final.parent, self.stage, force)
         remove_own(self._replaced, STAGE)
         manifest, progress = self.path / MANIFEST, self.path / PROGRESS
-        if not force and manifest.exists() and self._inputs_of(manifest) == self.inputs:
+        if not force and manifest.exists() and self._as_made(self._inputs_of(manifest)) == self._as_made(self.inputs):
             # Killed between the manifest and the rename.
             self.hashes = dict(read_manifest(manifest, self.stage, f"run: {self.spec.remake}")[0].files)
             self.verify(len(self.hashes))
@@ -162,7 +178,7 @@ class StageWriter:
             self.hashes = dict(read_progress(progress, f"run: {self.spec.remake}").files)
             return True
         if (self.final / MANIFEST).exists() and not force:
-            if self._inputs_of(self.final / MANIFEST) != self.inputs:
+            if self._as_made(self._inputs_of(self.final / MANIFEST)) != self._as_made(self.inputs):
                 self._refuse(self.final / MANIFEST, "was made from other inputs")
             Checkpoint(self.final.parent, self.stage).verify()
             (self.final / PROGRESS).unlink(missing_ok=True)
@@ -179,18 +195,36 @@ class StageWriter:
             return read_manifest(file, self.stage, remedy)[0].inputs
         return read_progress(file, remedy).inputs
 
+    @staticmethod
+    def _as_made(inputs: dict[str, Any]) -> dict[str, Any]:
+        """What a finished stage is asked for: how many ranks made it changes last bits, and makes no other stage of it."""
+        return {key: value for key, value in inputs.items() if key != RANKS}
+
     def _refuse(self, file: Path, what: str) -> None:
         listed = changes(self._inputs_of(file), self.inputs)
         raise UsageError(f"{file.parent} {what}:\n{listed}\nUse another output.dir, or replace it: {self.spec.remake}")
 
     def write_block(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Writes a block's tensors and reads them back; not committed before `commit`."""
-        self._write(block_file(index), tensors)
-        return self.read_block(index)
+        """Writes a block's tensors and reads them back; not committed before `commit`.
+
+        Every rank has them. Raises RunError where one of them has others than were written.
+        """
+        if self.group.first:
+            self._write(block_file(index), tensors)
+            stored = self.read_block(index)
+        else:
+            stored = in_ram(tensors)
+        digests = self.group.facts(digest_of(stored))
+        if other := next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None):
+            raise RunError(
+                f"block {index}: rank {other} computed other tensors than rank 0, which must not be; are their devices alike?"
+            )
+        return stored
 
     def write_outer(self, tensors: dict[str, Tensor]) -> None:
         """Writes and commits tensors outside the blocks."""
-        self._write(OUTER, tensors)
+        if self.group.first:
+            self._write(OUTER, tensors)
         self._commit(OUTER)
 
     def _write(self, file: str, tensors: dict[str, Tensor]) -> None:
@@ -209,8 +243,14 @@ class StageWriter:
         self._commit(block_file(index))
 
     def _commit(self, file: str) -> None:
-        self.hashes[file] = files.sha256(self.path / file)
-        self._write_progress()
+        def commit() -> str:
+            self.hashes[file] = files.sha256(self.path / file)
+            self._write_progress()
+            return self.hashes[file]
+
+        # What it goes on from may be deleted by any rank once all know that it is committed.
+        self.group.meet()
+        self.hashes[file] = self.group.told(commit)
 
     def verify(self, blocks: int) -> None:
         """Compares committed blocks with their hashes before resuming on them. blocks: of the model.
@@ -238,8 +278,12 @@ class StageWriter:
             "inputs": self.inputs,
             "files": self.hashes,
         }
-        files.write_json(self.path / MANIFEST, manifest)
-        self._publish()
+
+        def finish() -> None:
+            files.write_json(self.path / MANIFEST, manifest)
+            self._publish()
+
+        self.group.told(finish)
 
     def _publish(self) -> None:
         """Puts the finished folder in place; a replaced one is removed only afterwards."""

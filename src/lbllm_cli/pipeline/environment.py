@@ -23,4 +23,5 @@ def environment(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": backend_of(device).describe(device),
         "threads": torch.get_num_threads(),
+        "host": platform.node(),
     }

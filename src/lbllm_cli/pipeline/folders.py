@@ -6,10 +6,14 @@ from lbllm_cli.recipe.stages import BASE, STAGES
 _TEACHER_FILES = r"(states|writing|entering_\d+)\.bin|(unfinished|lbllm_teacher)\.json|\.lock"
 # What lbllm keeps of a teacher: in a folder that the recipe names, or among a stage's streams.
 TEACHER = Kind("a teacher's states", _TEACHER_FILES, r"(unfinished|lbllm_teacher)\.json|writing\.bin")
-STREAMS = Kind("hidden states", rf"(unfinished_)?(full|quantized)_\d+\.bin|{_TEACHER_FILES}")
+# Of several ranks each has streams, states and unfinished training of its own.
+STREAMS = Kind(
+    "hidden states", rf"(unfinished_)?(full|quantized)_\d+(\.rank\d{{3,}})?\.bin|{_TEACHER_FILES}",
+    folders={r"rank\d{3,}of\d{3,}": TEACHER},
+)  # fmt: skip
 _STAGE_FILES = (
-    r"block_\d{3,}\.safetensors|outer\.safetensors|training\.safetensors|lbllm_stage\.json|progress\.json|events\.jsonl"
-    r"|recipe\.resolved\.yaml|environment\.json|loss\.png"
+    r"block_\d{3,}\.safetensors|outer\.safetensors|training(\.\d{3,})?(\.next)?\.safetensors|lbllm_stage\.json|progress\.json"
+    r"|events\.jsonl|recipe\.resolved\.yaml|environment\.json|loss\.png"
 )
 STAGE = Kind("a stage", _STAGE_FILES, r"block_\d{3,}\.safetensors|lbllm_stage\.json", {"streams": STREAMS})
 UNFINISHED_STAGE = Kind("an unfinished stage", _STAGE_FILES, f"{STAGE.telling}|progress\\.json", STAGE.folders)
@@ -19,4 +23,4 @@ _EXPORT_FILES = (
     r"|model\.gguf|[^/]*\.model|(chat_template|LICENSE|NOTICE|USE_POLICY)[^/]*"
 )
 EXPORT_FOLDER = Kind("an export", _EXPORT_FILES, r"lbllm_export\.json")
-EVAL_STREAMS = Kind("hidden states", rf"[A-Za-z0-9._-]+\.({'|'.join((BASE, *STAGES))})\.bin")
+EVAL_STREAMS = Kind("hidden states", rf"[A-Za-z0-9._-]+\.({'|'.join((BASE, *STAGES))})(\.rank\d{{3,}})?\.bin")

@@ -10,7 +10,7 @@ from lbllm_cli.core.fingerprint import changes, flatten
 from lbllm_cli.data.tokens import tokens_hash
 from lbllm_cli.pipeline.checkpoint import Checkpoint, complete_stages
 from lbllm_cli.pipeline.plan import Plan
-from lbllm_cli.pipeline.stage_record import PARENT
+from lbllm_cli.pipeline.stage_record import PARENT, RANKS
 from lbllm_cli.recipe.stages import CAME_LATER, STAGES, StageSpec
 
 
@@ -37,6 +37,7 @@ def stage_inputs(plan: Plan, spec: StageSpec, tokens: Tensor | None, parent: Che
         **text,
         **flatten(own, spec.section),
         **({} if parent is None else {PARENT: parent.content}),
+        **({} if plan.group.size == 1 else {RANKS: plan.group.size}),
     }
 
 
@@ -106,8 +107,9 @@ def _check_made_alike(plan: Plan, checkpoint: Checkpoint) -> None:
     made = STAGES[checkpoint.stage]
     sampled = plan.generates(made)
     wanted = stage_inputs(plan, made, None if sampled else plan.stage_tokens(made))
-    left_out = {PARENT, *([f"{made.text}.tokens"] if sampled else [])}
+    left_out = {PARENT, RANKS, *([f"{made.text}.tokens"] if sampled else [])}
     made_from = {name: value for name, value in checkpoint.inputs.items() if name not in left_out}
+    wanted.pop(RANKS, None)
     if changed := changes(made_from, wanted):
         raise UsageError(
             f"{checkpoint.path} was made from other inputs than this recipe's:\n{changed}\n"

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from lbllm_cli.parallel.group import Group
 from lbllm_cli.runtime.backend import backend_of
 
 # Attention sinks (position 0 above all) have hidden states tens to hundreds of times larger than other tokens.
@@ -79,6 +80,11 @@ class BlockError:
             assert self._totals is not None
             self._read = tuple(self._totals.tolist())
         return self._read
+
+    def pool(self, group: Group) -> None:
+        """Adds up what the ranks of a group have, each of its own sequences."""
+        tokens, *sums = group.total([self.tokens, *self._sums()])
+        self.tokens, self._read = round(tokens), tuple(sums)
 
     @property
     def error(self) -> float:

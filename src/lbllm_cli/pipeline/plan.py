@@ -14,6 +14,8 @@ from lbllm_cli.core.errors import UsageError
 from lbllm_cli.data import sources, tokens
 from lbllm_cli.models.model import SourceModel, open_model
 from lbllm_cli.models.tokenizer import open_tokenizer
+from lbllm_cli.parallel.group import ALONE, Group
+from lbllm_cli.parallel.join import check_devices
 from lbllm_cli.pipeline import output
 from lbllm_cli.recipe.base import Source
 from lbllm_cli.recipe.schema import Ptq, Recipe, TokenSet
@@ -24,12 +26,13 @@ from lbllm_cli.runtime.backend import choose_device
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked recipe. tokenizer: None only where `weights=False` met a folder without one."""
+    """A checked recipe. tokenizer: None only where `weights=False` met a folder without one. group: who runs it."""
 
     recipe: Recipe
     output: Path
     model: SourceModel
     tokenizer: Any
+    group: Group = ALONE
     _tokens: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -98,7 +101,10 @@ class Plan:
             from lbllm_cli.models.sampling import cached_sample
 
             # Of another stage's sampled text nothing could be left out: another seed gives other text.
-            return cached_sample(self.model, self.tokenizer, self.output, item, (rows, length), seed + (spec.fresh << 20))
+            shape, own = (rows, length), seed + (spec.fresh << 20)
+            found = self.group.told(lambda: cached_sample(self.model, self.tokenizer, self.output, item, shape, own))
+            assert isinstance(found, Tensor)
+            return found
 
         draw = tokens.Draw(seed, sample, spec.text, taken)
         found = tokens.training_tokens(self.token_set(spec), self.tokenizer, self.vocab, draw)
@@ -111,7 +117,9 @@ class Plan:
         return {spec.name: tokens.evaluation_tokens(spec, self.tokenizer, self.vocab) for spec in self.recipe.data.evaluation}
 
 
-def prepare(recipe: Recipe, weights: bool = True, stages: Iterable[StageSpec] = (), evaluate: bool = False) -> Plan:
+def prepare(
+    recipe: Recipe, weights: bool = True, stages: Iterable[StageSpec] = (), evaluate: bool = False, group: Group = ALONE
+) -> Plan:
     """Opens model and tokenizer and checks the sources that will be read.
 
     weights: False accepts a folder that holds only config.json. stages: whose text must be usable. evaluate: whether the text of
@@ -125,7 +133,8 @@ def prepare(recipe: Recipe, weights: bool = True, stages: Iterable[StageSpec] = 
         except UsageError as error:
             problems.append(str(error))
 
-    device = attempt(lambda: choose_device(recipe.runtime.device))
+    node = group.node
+    device = attempt(lambda: choose_device(recipe.runtime.device, place=(node.rank, node.size)))
     model = attempt(lambda: open_model(recipe.model, device or torch.device("cpu"), weights))
     folder = attempt(lambda: output.output_folder(recipe))
     if folder is not None:
@@ -151,7 +160,8 @@ def prepare(recipe: Recipe, weights: bool = True, stages: Iterable[StageSpec] = 
         problems.append("training in float16 loses gradients; set model.dtype: bfloat16 (or float32), for every stage")
     if problems:
         raise UsageError("\n".join(problems))
-    return Plan(recipe, folder, model, tokenizer)
+    check_devices(group, model.device)
+    return Plan(recipe, folder, model, tokenizer, group)
 
 
 def _divided(skip: int, sets: tuple[int, ...]) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lbllm_cli.core.console import GIB, clock, console
 from lbllm_cli.models.model import SourceModel
+from lbllm_cli.parallel.group import ALONE, Group
 
 ETA_WINDOW = 8
 
@@ -30,17 +31,18 @@ def peak_ram() -> int:
 class Reporter:
     """Progress of one stage over the blocks of a model.
 
-    events: file that gets one JSON record per block, or None. On a terminal a bar shows how far it is; elsewhere only the
-    lines remain, so that a batch log holds one line per block.
+    events: file that gets one JSON record per block, or None. group: of ranks, of which the first one writes. On a terminal a
+    bar shows how far it is; elsewhere only the lines remain, so that a batch log holds one line per block.
     """
 
-    def __init__(self, stage: str, model: SourceModel, events: Path | None = None):
-        self.stage = stage
+    def __init__(self, stage: str, model: SourceModel, events: Path | None = None, group: Group = ALONE):
+        self.stage, self.group = stage, group
         self.model, self.blocks = model, model.blocks
         self.events = events
         self.console = console()
         self._times: deque[float] = deque(maxlen=ETA_WINDOW)
         self._began = self._start = time.monotonic()
+        self._traffic = group.traffic.copy()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
         self._task = self._bar.add_task(stage, total=self.blocks)
@@ -98,7 +100,7 @@ class Reporter:
             line += f"  eta {clock((self.blocks - index - 1) * sum(self._times) / len(self._times))}"
         self.console.print(line, markup=False)
         self._bar.update(self._task, completed=index + 1, description=self.stage)
-        self._write({"block": index, "seconds": round(seconds, 3), **self.memory(), **facts})
+        self._write({"block": index, "seconds": round(seconds, 3), **self.memory(), **facts, **self._ranks(seconds)})
 
     def end_steps(self, step: int, steps: int, covered: int, seconds: float, facts: dict[str, Any]) -> None:
         """One line and one record of `covered` steps of a training without blocks.
@@ -113,14 +115,21 @@ class Reporter:
         line += f"  gpu {device / GIB:.1f} GiB" if device is not None else ""
         self.console.print(line + (f"  eta {clock(left)}" if step < steps else ""), markup=False)
         self._bar.update(self._task, completed=step, total=steps)
-        self._write({"step": step, "seconds": round(seconds, 3), **self.memory(), **facts})
+        self._write({"step": step, "seconds": round(seconds, 3), **self.memory(), **facts, **self._ranks(seconds)})
 
     def record(self, facts: dict[str, Any]) -> None:
         """One record without a line."""
         self._write(facts)
 
+    def _ranks(self, seconds: float) -> dict[str, Any]:
+        """Of several ranks what each was busy for since the last record, in seconds, and what it handed over, in bytes."""
+        since = self.group.traffic - self._traffic
+        self._traffic = self.group.traffic.copy()
+        ranks = self.group.facts({"busy": round(seconds - since.waited, 3), "bytes": since.bytes})
+        return {"ranks": ranks} if len(ranks) > 1 else {}
+
     def _write(self, facts: dict[str, Any]) -> None:
-        if self.events is not None:
+        if self.events is not None and self.group.first:
             with self.events.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps({"stage": self.stage, **facts}) + "\n")
 

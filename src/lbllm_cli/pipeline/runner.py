@@ -7,15 +7,17 @@ import torch
 from lbllm_cli.core import files, interrupt
 from lbllm_cli.core.console import say
 from lbllm_cli.core.errors import UsageError
-from lbllm_cli.core.lock import locked
 from lbllm_cli.core.own_folders import remove_own
 from lbllm_cli.models.model import SourceModel
+from lbllm_cli.parallel.group import ALONE, Group
+from lbllm_cli.parallel.join import check_alike
 from lbllm_cli.pipeline.checkpoint import MANIFEST, Checkpoint, StageWriter, check_stage, complete_stages
 from lbllm_cli.pipeline.environment import environment
 from lbllm_cli.pipeline.folders import STREAMS
 from lbllm_cli.pipeline.forecast import announce
 from lbllm_cli.pipeline.lineage import open_parent, stage_inputs
 from lbllm_cli.pipeline.plan import Plan, prepare
+from lbllm_cli.pipeline.ranks import check_shares, held
 from lbllm_cli.pipeline.reporter import Reporter
 from lbllm_cli.pipeline.training_state import TrainingState
 from lbllm_cli.pipeline.work import StageRun, work_of
@@ -25,12 +27,14 @@ from lbllm_cli.recipe.stages import TABLE, Phase, StageSpec
 
 
 @torch.no_grad()
-def run_command(recipe: Recipe, command: str, dry_run: bool, force: bool, only: Phase | None = None) -> None:
+def run_command(
+    recipe: Recipe, command: str, dry_run: bool, force: bool, only: Phase | None = None, group: Group = ALONE
+) -> None:
     """`lbllm ptq` and its like: the stages of a command, one after the other. only: one of its phases; default all of the
-    recipe."""
+    recipe. group: of ranks that do them together."""
     own = [spec for spec in TABLE if spec.command == command]
     # Of stages before it too: what they read is compared.
-    plan = prepare(recipe, stages=TABLE[: TABLE.index(own[-1]) + 1])
+    plan = prepare(recipe, stages=TABLE[: TABLE.index(own[-1]) + 1], group=group)
     for spec in own:
         if spec.end_to_end and only != "blocks":
             _check_end_to_end(plan, spec, asked=only is not None)
@@ -69,10 +73,13 @@ def run_stage(plan: Plan, spec: StageSpec, dry_run: bool, force: bool) -> None:
     if dry_run:
         say(f"{spec}: would write {plan.output / spec.name}" + (f", from {parent.path}" if parent else ""))
         return
-    with locked(plan.output), interrupt.graceful():
+    with held(plan.output, plan.group), interrupt.graceful():
         tokens = plan.stage_tokens(spec) if tokens is None else tokens
-        writer = StageWriter(plan.output, spec.name, stage_inputs(plan, spec, tokens, parent))
-        with Reporter(spec.name, plan.model, writer.path / "events.jsonl") as reporter:
+        check_shares(plan, spec, len(tokens))
+        inputs = stage_inputs(plan, spec, tokens, parent)
+        check_alike(plan.group, inputs)
+        writer = StageWriter(plan.output, spec.name, inputs, plan.group)
+        with Reporter(spec.name, plan.model, writer.path / "events.jsonl", plan.group) as reporter:
             activations = work.activations(plan, parent)
             _write(StageRun(spec, plan, need, tokens, parent, activations, writer, reporter), force)
 
@@ -81,21 +88,25 @@ def _write(run: StageRun, force: bool) -> None:
     """Runs a stage, or finds it up to date."""
     model, writer, reporter = run.plan.model, run.writer, run.reporter
     if not writer.open(force):
-        _clean(writer)
-        files.touch(writer.final / MANIFEST)
+        if writer.group.first:
+            _clean(writer)
+            files.touch(writer.final / MANIFEST)
         reporter.note(f"up to date, {writer.final}")
         return
     writer.verify(model.blocks)
     model.check_outer()  # the head is read last: it would be found spoiled after days
     share = f"{model.binarized_share:.1%} of {model.count(list(model.shapes)):,} parameters are binarized"
     reporter.note(f"{model.blocks} blocks, {share}, group size {run.plan.recipe.ptq.group_size}")
-    files.write_text(writer.path / "recipe.resolved.yaml", dump_recipe(run.plan.recipe))
-    files.write_json(writer.path / "environment.json", environment(model.device))
+    places = writer.group.facts(environment(model.device))
+    if writer.group.first:
+        files.write_text(writer.path / "recipe.resolved.yaml", dump_recipe(run.plan.recipe))
+        files.write_json(writer.path / "environment.json", places[0] | ({"ranks": places} if len(places) > 1 else {}))
     if writer.blocks_done and not run.spec.end_to_end:
         reporter.note(f"resuming after block {writer.blocks_done} of {model.blocks}")
     work_of(run.spec).run(run)
     writer.finish(_facts(run, model, run.parent))
-    _clean(writer)
+    if writer.group.first:
+        _clean(writer)
     reporter.note(f"finished in {reporter.used()}; {writer.final}")
 
 

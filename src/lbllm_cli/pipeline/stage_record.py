@@ -21,6 +21,8 @@ FORMAT_VERSION = 3
 OUTER = "outer.safetensors"
 # Of the parent in the inputs of a stage: see `lineage.stage_inputs`.
 PARENT = "parent.files"
+# Of the ranks that make it together, where they are several: sums over them have an order of their own.
+RANKS = "ranks"
 
 Count = Annotated[int, Field(ge=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,53 +14,68 @@ from torch import Tensor
 
 from lbllm_cli.core import files
 from lbllm_cli.core.errors import UsageError
+from lbllm_cli.parallel.group import ALONE, Group
 from lbllm_cli.runtime.backend import in_ram
 
-_FILE = "training.safetensors"
 
-
-def _digest(tensors: dict[str, Tensor], facts: str) -> str:
-    """Hash of everything that a training goes on from."""
+def digest_of(tensors: dict[str, Tensor], facts: str = "") -> str:
+    """Hash of tensors in RAM and what is said of them."""
     digest = hashlib.sha256(facts.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 class TrainingState:
     """The unfinished training of a block or a phase, beside the blocks of a stage: one file of tensors, facts in its header.
 
-    folder: the stage's .partial folder, whose inputs were compared already. minutes: between two saves.
+    folder: the stage's .partial folder, whose inputs were compared already. minutes: between two saves. group: of ranks, each of
+    which keeps what it has.
     """
 
-    def __init__(self, folder: Path, minutes: float):
-        self.path = folder / _FILE
-        self.seconds = 60 * minutes
+    def __init__(self, folder: Path, minutes: float, group: Group = ALONE):
+        own = "" if group.size == 1 else f".{group.rank:03d}"
+        self.path, self.next = folder / f"training{own}.safetensors", folder / f"training{own}.next.safetensors"
+        self.seconds, self.group = 60 * minutes, group
         self._last = time.monotonic()
+        self._read = self.path
 
     def due(self) -> bool:
         """Whether it is time to save again."""
         return time.monotonic() - self._last >= self.seconds
 
     def save(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        """Replaces what was kept. facts: must hold `block`."""
+        """Replaces what was kept. facts: must hold `block`, `epoch` and `step`."""
         contiguous = in_ram(tensors)
         said = json.dumps(facts)
-        metadata = {"facts": said, "sha256": _digest(contiguous, said)}
-        files.write_atomic(self.path, lambda temporary: save_file(contiguous, temporary, metadata=metadata))
+        metadata = {"facts": said, "sha256": digest_of(contiguous, said)}
+        files.write_atomic(self.next, lambda temporary: save_file(contiguous, temporary, metadata=metadata))
+        # Until all ranks have theirs, what is gone on from is what all had before.
+        self.group.meet()
+        os.replace(self.next, self.path)
         self._last = time.monotonic()
 
     def load(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What was kept of block `index`, or None. The file of an earlier block, left by a crash, counts as nothing.
+        """What was kept of block `index`, or None: the last that all ranks have. The file of an earlier block, left by a crash,
+        counts as nothing.
 
         Raises UsageError for a file that lbllm did not write.
         """
-        if not self.path.exists():
+        found = [kept for path in (self.next, self.path) if (kept := self._load(path, index)) is not None]
+        places = self.group.facts([_place(facts) for _, facts in found])
+        common = set(places[0]).intersection(*places[1:])
+        last = max(common, default=None)
+        return next((kept for kept in found if _place(kept[1]) == last), None)
+
+    def _load(self, path: Path, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        if not path.exists():
             return None
-        files.check_regular(self.path)
+        files.check_regular(path)
+        self._read = path
         try:
-            with safe_open(self.path, "pt") as file:
+            with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 facts: Any = json.loads(metadata["facts"])
                 if not isinstance(facts, dict) or type(facts.get("block")) is not int:
@@ -68,7 +84,7 @@ class TrainingState:
                     return None
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             # Training that an earlier lbllm has kept has no hash, and is gone on from.
-            if metadata.get("sha256") not in (None, _digest(tensors, metadata["facts"])):
+            if metadata.get("sha256") not in (None, digest_of(tensors, metadata["facts"])):
                 self.refuse("it was changed since it was written")
             return tensors, facts
         except (SafetensorError, ValueError, KeyError, RecursionError) as error:
@@ -77,15 +93,23 @@ class TrainingState:
     def refuse(self, reason: str) -> NoReturn:
         """Raises UsageError: what was kept cannot be gone on from."""
         raise UsageError(
-            f"{self.path} is damaged ({reason}); delete it and run the same command again: only the training in it is lost"
+            f"{self._read} is damaged ({reason}); delete it and run the same command again: only the training in it is lost"
         )
 
     def clear(self) -> None:
         """Forgets the training of a block that is committed."""
-        self.forget(self.path.parent)
+        for path in (self.next, self.path):
+            path.unlink(missing_ok=True)
         self._last = time.monotonic()
 
     @staticmethod
     def forget(folder: Path) -> None:
-        """Forgets what was kept in a stage's folder."""
-        (folder / _FILE).unlink(missing_ok=True)
+        """Forgets what was kept in a stage's folder, of all ranks."""
+        for path in folder.glob("training*.safetensors"):
+            path.unlink(missing_ok=True)
+
+
+def _place(facts: dict[str, Any]) -> tuple[int, int]:
+    """How far a training is; whether these are numbers is checked with all else."""
+    epoch, step = (value if type(value) is int else 0 for value in (facts.get("epoch"), facts.get("step")))
+    return epoch, step

@@ -16,6 +16,7 @@ from lbllm_cli.pipeline.streams import HiddenStream, Sink, batches, fetched, sin
 from lbllm_cli.ptq.moments import InputMoments
 from lbllm_cli.ptq.passes import Pass, is_down
 from lbllm_cli.ptq.routed import StopForward, add_routed, down_inputs, sent_in, shrunk
+from lbllm_cli.ptq.teams import Team, counted
 from lbllm_cli.recipe.schema import Ptq
 from lbllm_cli.runtime.experts import expert_of
 from lbllm_cli.runtime.units import Unit
@@ -84,20 +85,22 @@ class Collector:
         self.task = task
         self.student = student
         self.asymmetric = settings.asymmetric != 0
-        rows = task.quantized.rows
+        rows = task.share.rows
         self.held = held_out_rows(rows, settings.held_out) if settings.asymmetric == "auto" else 0
-        self.parts = ((0, rows - self.held), (rows - self.held, rows))
+        self.parts = task.share.within(0, rows - self.held), task.share.within(rows - self.held, rows)
         self.keep = settings.sequential and task.quantized.path is None
         # What o_proj reads in the student, and in the teacher.
         self.known: dict[Block, HiddenStream] = {}
         # Of all experts together, by what their linears read: whether it is their inner state.
         self.common: dict[bool, Moments] = {}
 
-    def collect(self, units: Pass, last: bool) -> dict[Unit, Moments]:
-        """Moments of some units' inputs, from one pass.
+    def collect(self, teams: dict[Unit, Team], last: bool) -> dict[Unit, Moments]:
+        """Moments of some units' inputs over the sequences of all ranks, from one pass; of those that this rank fits.
 
-        last: of the block's passes, which lets the teacher run on to its end: its outputs are the targets.
+        teams: who fits which unit. last: of the block's passes, which lets the teacher run on to its end: its outputs are the
+        targets.
         """
+        units: Pass = tuple(teams)
         moments = {unit: self._empty(unit) for unit in units}
         routed = [unit for unit in units if expert_of(unit[0]) is not None]
         plain = [unit[0] for unit in units if expert_of(unit[0]) is None]
@@ -130,8 +133,18 @@ class Collector:
                 for block, out in keeping.items():
                     out.put(rows, (read if block is self.student else wanted)[_OUTPUT[0]])
         self.known |= heads
+        self._pool(teams, moments, new)
         self.common |= new
-        return {unit: self._shrunk(unit, found) for unit, found in moments.items()}
+        return {unit: self._shrunk(unit, found) for unit, found in moments.items() if teams[unit].fits}
+
+    def _pool(self, teams: dict[Unit, Team], moments: dict[Unit, Moments], new: dict[bool, Moments]) -> None:
+        """Adds up what the ranks have collected. new: of all experts together, which every rank needs."""
+        group = self.task.group
+        every = [(teams[unit], found) for unit, found in moments.items()] + [(Team(group), found) for found in new.values()]
+        parts = [(team, part) for team, found in every for part in (found.fitted, found.held_out) if part is not None]
+        counted(group, [part for _, part in parts])
+        for team, part in parts:
+            team.pool(part)
 
     def _empty(self, unit: Unit) -> Moments:
         size = self.student.linear(unit[0]).in_features

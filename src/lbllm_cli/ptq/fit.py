@@ -7,15 +7,16 @@ from torch import Tensor
 
 from lbllm_cli.core.errors import RunError
 from lbllm_cli.format.weights import PackedWeight
-from lbllm_cli.models.block import block_prefix
+from lbllm_cli.models.block import Block, block_prefix
 from lbllm_cli.pipeline.block_loop import BlockResult, BlockTask
 from lbllm_cli.ptq.collect import Collector, Moments
 from lbllm_cli.ptq.compensate import compensate
 from lbllm_cli.ptq.em import fit_levels, quantile_levels
 from lbllm_cli.ptq.moments import inverse_factor
 from lbllm_cli.ptq.passes import experts_at_once, passes_of
-from lbllm_cli.ptq.refine import descend_codes, output_error, refit_levels
-from lbllm_cli.ptq.target import step_length, target_step
+from lbllm_cli.ptq.refine import descend_codes, output_errors, refit_levels, relative_error
+from lbllm_cli.ptq.target import parabola, step_length, target_step
+from lbllm_cli.ptq.teams import Team, gathered_weights, teams_of
 from lbllm_cli.recipe.schema import Ptq
 from lbllm_cli.runtime.backend import backend_of
 from lbllm_cli.runtime.units import Unit
@@ -33,22 +34,32 @@ def fit_block(task: BlockTask, settings: Ptq) -> BlockResult:
     tensors: dict[str, Tensor] = {}
     fits: dict[str, _Fit] = {}
     widths = {unit: student.linear(unit[0]).in_features for unit in student.units}
-    free = backend_of(task.device).free_memory(task.device)
+    # What is free on one rank is not what is free on another, and all go through the same passes.
+    free = min(task.group.facts(backend_of(task.device).free_memory(task.device)))
     passes = passes_of(student.units, settings.sequential, experts_at_once(widths, settings, free))
     for units in passes:
-        moments = collector.collect(units, last=units == passes[-1])
-        for unit in units:
-            found = _fit_unit(task, unit, moments.pop(unit), settings)
-            fits |= found
-            for name, fit in found.items():
-                tensors |= fit.packed.to_tensors(block_prefix(task.index) + name)
-                student.set_weight(name, fit.packed.values())
-    return BlockResult(tensors, {"linears": _facts(fits), **_starved(fits)})
+        teams = teams_of({unit: [_shape(student, name) for name in unit] for unit in units}, task.group)
+        moments = collector.collect(teams, last=units == passes[-1])
+        found: dict[str, _Fit] = {}
+        for unit in list(moments):
+            found |= _fit_unit(task, unit, moments.pop(unit), teams[unit], settings)
+        fits |= found
+        inputs = {name: widths[unit] for unit in units for name in unit}
+        for name, packed in gathered_weights(task.group, {name: fit.packed for name, fit in found.items()}, inputs).items():
+            tensors |= packed.to_tensors(block_prefix(task.index) + name)
+            student.set_weight(name, packed.values())
+    facts = {name: fact for one in task.group.facts(_facts(fits)) for name, fact in one.items()}
+    return BlockResult(tensors, {"linears": {name: facts[name] for name in student.linears}, **_starved(facts)})
+
+
+def _shape(block: Block, name: str) -> tuple[int, int]:
+    linear = block.linear(name)
+    return linear.out_features, linear.in_features
 
 
 class _Fit(NamedTuple):
-    """A linear's fit. error: relative to its target, []. strength: of the asymmetric target, []. damping: used. routed: see
-    `Moments`.
+    """A linear's fit. packed: the rows that this rank has fitted. error: relative to its target, []. strength: of the asymmetric
+    target, []. damping: used. routed: see `Moments`.
     """
 
     packed: PackedWeight
@@ -60,6 +71,8 @@ class _Fit(NamedTuple):
 
 def _facts(fits: dict[str, _Fit]) -> dict[str, Any]:
     """What a record says of each linear; the device is waited for once."""
+    if not fits:
+        return {}
     numbers = torch.stack([torch.stack([fit.error, fit.strength]) for fit in fits.values()]).tolist()
     return {
         name: {"error": error, "asymmetric": round(strength, 4), "damping": fit.damping, **_routing(fit)}
@@ -67,9 +80,9 @@ def _facts(fits: dict[str, _Fit]) -> dict[str, Any]:
     }
 
 
-def _starved(fits: dict[str, _Fit]) -> dict[str, Any]:
-    """Experts that fewer tokens than the width of an input reach, with how many did."""
-    few = {name.rpartition(".")[0]: fit.routed[0] for name, fit in fits.items() if fit.routed is not None and fit.routed[1] < 1}
+def _starved(facts: dict[str, Any]) -> dict[str, Any]:
+    """Experts that fewer tokens than the width of an input reach, with how many did. facts: of all linears."""
+    few = {name.rpartition(".")[0]: fact["tokens"] for name, fact in facts.items() if fact.get("own", 1) < 1}
     return {"starved": few} if few else {}
 
 
@@ -78,13 +91,14 @@ def _routing(fit: _Fit) -> dict[str, Any]:
     return {} if fit.routed is None else {"tokens": fit.routed[0], "own": round(fit.routed[1], 4)}
 
 
-def _fit_unit(task: BlockTask, unit: Unit, moments: Moments, settings: Ptq) -> dict[str, _Fit]:
-    """Fits the linears that share an input, as one matrix: rows are independent given H."""
+def _fit_unit(task: BlockTask, unit: Unit, moments: Moments, team: Team, settings: Ptq) -> dict[str, _Fit]:
+    """Fits the linears that share an input, as one matrix: rows are independent given H. team: who fits which rows."""
     everything = moments.fitted if moments.held_out is None else moments.fitted.plus(moments.held_out)
-    sources = [task.teacher.linear(name).weight.float() for name in unit]
+    weights = [task.teacher.linear(name).weight for name in unit]
+    sources = [weight[team.rows(len(weight))].float() for weight in weights]
     try:
         hessian, factor, damping = inverse_factor(everything.mean_hessian(), settings.damping)
-        strengths = _strengths(sources, moments, factor, settings)
+        strengths = _strengths(sources, moments, factor, team, settings)
         targets = sources
         if everything.drift is not None:
             drift = everything.mean_drift()
@@ -97,14 +111,16 @@ def _fit_unit(task: BlockTask, unit: Unit, moments: Moments, settings: Ptq) -> d
         raise RunError(f"block {task.index}, {' and '.join(unit)}: {error}; the block was not written") from None
     split = packed.split([weight.shape[0] for weight in sources])
     mean = everything.mean_hessian()
-    errors = [output_error(target, part.values(), mean) for target, part in zip(targets, split, strict=True)]
+    sums = torch.stack([output_errors(target, part.values(), mean) for target, part in zip(targets, split, strict=True)])
+    team.together.add(sums)
+    errors = relative_error(sums)
     return {
         name: _Fit(part, error, strength, damping, moments.routed)
         for name, part, error, strength in zip(unit, split, errors, strengths, strict=True)
     }
 
 
-def _strengths(weights: list[Tensor], moments: Moments, factor: Tensor, settings: Ptq) -> list[Tensor]:
+def _strengths(weights: list[Tensor], moments: Moments, factor: Tensor, team: Team, settings: Ptq) -> list[Tensor]:
     """Length of each linear's step towards the asymmetric target, [].
 
     The held-out sequences take no part in the drift that the step follows, only in H, which gives it its metric.
@@ -113,7 +129,9 @@ def _strengths(weights: list[Tensor], moments: Moments, factor: Tensor, settings
         assert settings.asymmetric != "auto"
         return [factor.new_full((), settings.asymmetric)] * len(weights)
     steps = [target_step(weight, moments.fitted.mean_drift(), factor) for weight in weights]
-    return [step_length(weight, step, moments.held_out) for weight, step in zip(weights, steps, strict=True)]
+    parabolas = torch.stack([parabola(weight, step, moments.held_out) for weight, step in zip(weights, steps, strict=True)])
+    team.together.add(parabolas)
+    return list(step_length(parabolas))
 
 
 def _fit_matrix(weight: Tensor, hessian: Tensor, factor: Tensor, settings: Ptq) -> PackedWeight:

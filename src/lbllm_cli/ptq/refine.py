@@ -27,10 +27,18 @@ def values_of(fit: RankFit, group_size: int) -> Tensor:
     return fit.values().gather(2, grouped(fit.ranks, group_size).long()).flatten(1)[:, : fit.ranks.shape[1]]
 
 
-def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> Tensor:
-    """Relative squared output error, |(W - Q) X|^2 / |W X|^2, []; weight, quantized [out, in], hessian [in, in]."""
+def output_errors(weight: Tensor, quantized: Tensor, hessian: Tensor) -> Tensor:
+    """Squared output error and what it is relative to, |(W - Q) X|^2 and |W X|^2, [2]; both are sums over rows.
+
+    weight, quantized: [out, in]. hessian: [in, in].
+    """
     delta = weight - quantized
-    return ((delta @ hessian) * delta).sum() / ((weight @ hessian) * weight).sum().clamp_min(1e-30)
+    return torch.stack([((delta @ hessian) * delta).sum(), ((weight @ hessian) * weight).sum()])
+
+
+def relative_error(sums: Tensor) -> Tensor:
+    """Out of `output_errors` [..., 2], summed over rows: [...]."""
+    return sums[..., 0] / sums[..., 1].clamp_min(1e-30)
 
 
 def _normal_equations(ranks: Tensor, weighted: Tensor, hessian: Tensor, groups: int) -> tuple[Tensor, Tensor]:

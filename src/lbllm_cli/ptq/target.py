@@ -19,11 +19,17 @@ def target_step(weight: Tensor, drift: Tensor, factor: Tensor) -> Tensor:
     return weight @ drift @ factor.T @ factor
 
 
-def step_length(weight: Tensor, step: Tensor, held_out: InputMoments) -> Tensor:
-    """The length in [0, 1] that minimises |W Y - (W + length * step) X|^2 over held-out tokens: float32 [].
+def parabola(weight: Tensor, step: Tensor, held_out: InputMoments) -> Tensor:
+    """What the error along a step is made of, on held-out tokens: float32 [2], both sums over rows.
 
-    weight, step: float32 [out, in]. With R = W (Y - X):  length = <R X^T, step> / <step H, step>.
+    weight, step: float32 [out, in]. With R = W (Y - X):  <R X^T, step> and <step H, step>.
     """
     along = ((weight @ held_out.mean_drift()) * step).sum()
     curvature = ((step @ held_out.mean_hessian()) * step).sum()
+    return torch.stack([along, curvature])
+
+
+def step_length(parabolas: Tensor) -> Tensor:
+    """The length in [0, 1] that minimises |W Y - (W + length * step) X|^2: `parabola` [..., 2], summed over rows -> [...]."""
+    along, curvature = parabolas.unbind(-1)
     return torch.where(curvature > 0, (along / curvature).clamp(0, 1), 0.0)

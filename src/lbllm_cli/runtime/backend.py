@@ -126,8 +126,9 @@ def in_ram(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: found[name] if name in found else landings[name].wait() for name in tensors}
 
 
-def choose_device(wanted: str, key: str = "runtime.device") -> torch.device:
-    """`auto` is the first GPU, else the CPU. key: what it stands under, for messages.
+def choose_device(wanted: str, key: str = "runtime.device", place: tuple[int, int] = (0, 1)) -> torch.device:
+    """`auto` is the first GPU, else the CPU. key: what it stands under, for messages. place: of this process, among how many on
+    this machine, each of which gets a GPU of its own.
 
     Raises UsageError for what is no device, and when a GPU is asked for that this machine has not.
     """
@@ -142,9 +143,24 @@ def choose_device(wanted: str, key: str = "runtime.device") -> torch.device:
             raise UsageError(f"{key} {wanted}: this torch sees no GPU{why}; set {key} to auto or cpu")
         if int(wanted.partition(":")[2] or 0) >= count:
             raise UsageError(f"{key} {wanted}: this torch sees {count} GPUs, the last is cuda:{count - 1}")
+        if place[1] > 1:
+            return _own_gpu(wanted, key, place, count)
         if count > 1 and ":" not in wanted:
             _made("cuda").warn_of_kinds(key)
     return torch.device(wanted)
+
+
+def _own_gpu(wanted: str, key: str, place: tuple[int, int], count: int) -> torch.device:
+    """The GPU of one of several processes on this machine. count: of the GPUs that it sees, 1 where it was given one."""
+    number, processes = place
+    if ":" in wanted:
+        raise UsageError(f"{key} {wanted} is one GPU, and {processes} processes run on this machine; set {key}: cuda")
+    if 1 < count < processes:
+        raise UsageError(f"{processes} processes run on this machine, which has {count} GPUs; start at most {count}")
+    device = torch.device("cuda", 0 if count == 1 else number)
+    # What is launched without a device of its own goes to the present one.
+    torch.cuda.set_device(device)
+    return device
 
 
 def measured_peak() -> str:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
+from lbllm_cli.parallel.group import Group
+
 # Positions whose logits are compared at once: 256 x 128,256 (Llama 3) in float32 are 131 MB, four or five times.
 POSITIONS = 256
 # Beyond this a mean negative log likelihood has no finite perplexity in double precision.
@@ -80,6 +82,12 @@ class Agreement:
             return
         self.divergence += teacher.divergence(student)
         self.same += int((student.likeliest == teacher.likeliest).sum())
+
+    def pool(self, group: Group) -> None:
+        """Adds up what the ranks of a group have, each on its own segments."""
+        sums = group.total([self.divergence, self.same, self.positions, *self.nll.tolist()])
+        self.divergence, self.same, self.positions = sums[0], round(sums[1]), round(sums[2])
+        self.nll = torch.tensor(sums[3:], dtype=torch.float64)
 
     @property
     def perplexity(self) -> float:

@@ -27,7 +27,7 @@ class BlockObjective:
     errors: ClassVar[tuple[str, ...]] = ("error", "error_ordinary", "per_token", "per_token_ordinary", "per_token_robust")
 
     def __init__(self, task: BlockTask, student: Student, settings: "Training"):
-        self.student = student
+        self.student, self.task = student, task
         self.kind, self.pieces = settings.loss, settings.micro_batch_size
         self.inputs, self.targets, self.device = task.quantized, task.targets, task.device
         self.scale = self._scale(settings.channel_cap)
@@ -37,10 +37,7 @@ class BlockObjective:
         """What both outputs are multiplied by, [hidden]; see `channel_scale`."""
         if cap is None:
             return None
-        rows = self.targets.rows
-        taken = torch.linspace(0, rows - 1, min(SEQUENCES, rows)).round().long()
-        ((targets,),) = fetched((self.targets,), [taken], self.device)
-        return channel_scale(targets, cap)
+        return channel_scale(self.task.sample(self.targets, SEQUENCES), cap)
 
     def _scaled(self, hidden: Tensor) -> Tensor:
         return hidden if self.scale is None else hidden.float() * self.scale
@@ -82,28 +79,29 @@ class BlockObjective:
 
     @torch.no_grad()
     def _errors(self, rows: list[int], usual: float | None) -> dict[str, float]:
-        """Errors of the block as it is on some sequences. usual: see `robust_error`; None leaves that one out."""
+        """Errors of the block as it is on some sequences of each rank. usual: see `robust_error`; None leaves that one out."""
         error = BlockError()
         robust = torch.zeros((), dtype=torch.float64, device=self.device)
-        pieces = list(torch.tensor(rows).split(self.pieces))
+        pieces = list(torch.tensor(rows, dtype=torch.long).split(self.pieces)) if rows else []
         for inputs, targets in fetched((self.inputs, self.targets), pieces, self.device):
             outputs, targets = self._scaled(self.student.block(inputs)), self._scaled(targets)
             error.add(targets, outputs)
             if usual is not None:
                 robust += robust_error((outputs.float() - targets.float()).square().sum(-1), usual).sum()
         kinds = ("per_token", "per_token_ordinary", "per_token_robust")
+        error.pool(self.task.group)
+        (far,) = self.task.group.total([float(robust)])
         if not error.finite:
             return dict.fromkeys(("error", "error_ordinary", *kinds), math.inf)
-        tokens = len(rows) * self.inputs.shape[1]
-        sums = (error.error, error.ordinary_error, float(robust))
-        per_token = {kind: max(total / tokens, 1e-30) for kind, total in zip(kinds, sums, strict=True)}
+        sums = (error.error, error.ordinary_error, far)
+        per_token = {kind: max(total / error.tokens, 1e-30) for kind, total in zip(kinds, sums, strict=True)}
         return {"error": error.relative, "error_ordinary": error.relative_ordinary, **per_token}
 
 
 def block_loop(task: BlockTask, student: Student, settings: "Training", section: str, seed: int) -> TrainingLoop:
     """The training of one block. section: of the recipe, for messages. seed: of the data order."""
-    rows, length, _ = task.quantized.shape
-    job = Job(task.index, f"block {task.index}", section, (rows, length), seed, task.device)
+    length = task.quantized.shape[1]
+    job = Job(task.index, f"block {task.index}", section, task.share, length, seed, task.device, task.group)
     return TrainingLoop(BlockObjective(task, student, settings), settings, job, task.keeper, task.monitor)
 
 

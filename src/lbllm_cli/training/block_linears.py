@@ -7,9 +7,11 @@ from torch import Tensor, nn
 
 from lbllm_cli.models.block import Block
 from lbllm_cli.models.stored import whole_tensors
+from lbllm_cli.parallel.group import merged
 from lbllm_cli.training.fixed import Fixed
 from lbllm_cli.training.interfaces import OwnStep, ParameterGroup
 from lbllm_cli.training.master import LEVELS, WEIGHTS
+from lbllm_cli.training.spread import Spread
 from lbllm_cli.training.weights import Trainable
 
 
@@ -17,10 +19,13 @@ class BlockLinears:
     """A copy of the full-precision block whose linears run with the weights of their masters.
 
     teacher: the full-precision block. start: the parent's tensors of the block, of which those are kept that are the whole
-    tensor: norms that it has trained. linears: masters by name in the block. trained: kinds of parameters that get gradients.
+    tensor: norms that it has trained. linears: masters by name in the block, of those that this rank has. trained: kinds of
+    parameters that get gradients. spread: who has the others.
     """
 
-    def __init__(self, teacher: Block, start: dict[str, Tensor], linears: dict[str, Trainable], trained: tuple[str, ...]):
+    def __init__(
+        self, teacher: Block, start: dict[str, Tensor], linears: dict[str, Trainable], trained: tuple[str, ...], spread: Spread
+    ):
         self.block = teacher.sharing()
         self.kept = whole_tensors(start)
         for name, tensor in self.kept.items():
@@ -28,8 +33,8 @@ class BlockLinears:
             value = getattr(teacher.layer.get_submodule(owner), last)
             setattr(self.block.layer.get_submodule(owner), last, nn.Parameter(tensor.to(value), requires_grad=False))
         self.linears = linears
-        self.trained = trained
-        for name in linears:
+        self.trained, self.spread = trained, spread
+        for name in teacher.linears:
             self.block.linear(name).weight = nn.Parameter(torch.empty_like(teacher.linear(name).weight))
 
     def groups(self, rates: dict[str, float]) -> list[ParameterGroup]:
@@ -38,11 +43,19 @@ class BlockLinears:
 
     def begin(self) -> None:
         """Puts the present weights into the block."""
-        put_weights(self.block, self.linears)
+        put_weights(self.block, self.linears, self.spread)
 
     def backward(self) -> None:
         """Carries the gradients of the block's weights to the masters."""
         take_gradients(self.block, self.linears)
+
+    def spread_weights(self) -> list[tuple[nn.Parameter, int]]:
+        """See `Trained`."""
+        return spread_weights(self.block, self.spread)
+
+    def copies(self) -> list[nn.Parameter]:
+        """Parameters of masters that every rank has."""
+        return [] if self.spread.large else trained_parameters(self.linears.values(), self.trained)
 
     def own_steps(self, dampening: float) -> list[OwnStep]:
         """Parameters that move themselves."""
@@ -54,17 +67,35 @@ class BlockLinears:
         return [latent for latent in latents if not latent.requires_grad]
 
     def packed(self) -> dict[str, Tensor]:
-        """The packed tensors of the block, under their full names."""
-        tensors = dict(self.kept)
+        """The packed tensors of the block, under their full names, on every rank."""
+        own: dict[str, Tensor] = {}
         for name, linear in self.linears.items():
-            tensors |= linear.packed().to_tensors(self.block.prefix + name)
-        return tensors
+            own |= linear.packed().to_tensors(self.block.prefix + name)
+        return self.kept | (merged(self.spread.node, own) if self.spread.large else own)
 
 
-def put_weights(block: Block, linears: Mapping[str, Trainable]) -> None:
-    """Puts the present weights of masters, by name in the block, into it."""
+def put_weights(block: Block, linears: Mapping[str, Trainable], spread: Spread) -> None:
+    """Puts the present weights of masters, by name in the block, into it; those that others have come from there."""
     for name, linear in linears.items():
         linear.put(block.linear(name).weight)
+    for weight, owner in spread_weights(block, spread):
+        spread.node.spread(weight.detach(), owner)
+
+
+def spread_weights(block: Block, spread: Spread) -> list[tuple[nn.Parameter, int]]:
+    """Weights of a block whose masters are spread, with their owners."""
+    found: list[tuple[nn.Parameter, int]] = []
+    for name in block.linears:
+        weight = block.linear(name).weight
+        if (owner := spread.owner.get(block.prefix + name)) is not None and isinstance(weight, nn.Parameter):
+            found.append((weight, owner))
+    return found
+
+
+def trained_parameters(linears: Iterable[Trainable], trained: Iterable[str]) -> list[nn.Parameter]:
+    """Parameters of masters that get gradients."""
+    kinds = set(trained)
+    return [p for linear in linears for kind, found in linear.kinds().items() if kind in kinds for p in found]
 
 
 def take_gradients(block: Block, linears: Mapping[str, Trainable]) -> None:

@@ -44,6 +44,12 @@ class Trained(Protocol):
     def own_steps(self) -> list[OwnStep]:
         """Parameters among them that move themselves, after `backward`."""
 
+    def spread_weights(self) -> list[tuple[nn.Parameter, int]]:
+        """Weights in a block whose gradient belongs to one rank of a machine, and its number, in the order of the linears."""
+
+    def copies(self) -> list[nn.Parameter]:
+        """Parameters that every rank has and moves alike: their gradients are summed over all."""
+
     def begin(self, progress: float) -> None:
         """Before a step, and before it is measured: it runs with the present parameters. progress: share of the steps done."""
 

@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from lbllm_cli.core import interrupt
 from lbllm_cli.core.errors import Interrupted, RunError
 from lbllm_cli.core.splits import data_seed, held_out_rows
+from lbllm_cli.parallel.group import ALONE, Group
+from lbllm_cli.parallel.shares import Share, share_of, step_rows
 from lbllm_cli.pipeline.interfaces import Monitor, StateKeeper
 from lbllm_cli.runtime.backend import backend_of
+from lbllm_cli.training.exchange import Exchange
 from lbllm_cli.training.interfaces import Objective, OwnStep, Step
 from lbllm_cli.training.progress import Progress, check_kept, kept_progress
 from lbllm_cli.training.tally import Scale, Tally, store
@@ -49,15 +52,17 @@ class Job:
     """What a training is of.
 
     index: a number that the seed of the data order and the kept state carry. where: the index in words. section: of the recipe,
-    for messages. shape: sequences, and tokens in one.
+    for messages. share: this rank's part of the sequences, of `length` tokens each. group: of ranks that train it together.
     """
 
     index: int
     where: str
     section: str
-    shape: tuple[int, int]
+    share: Share
+    length: int
     seed: int
     device: torch.device
+    group: Group = ALONE
 
 
 class TrainingLoop:
@@ -69,13 +74,18 @@ class TrainingLoop:
     def __init__(self, objective: Objective, settings: "Schedule", job: Job, keeper: StateKeeper, monitor: Monitor):
         self.objective, self.trained = objective, objective.student
         self.settings, self.job, self.keeper, self.monitor = settings, job, keeper, monitor
-        rows = job.shape[0]
+        rows, self.group = job.share.rows, job.group
         self.seed = data_seed(job.seed, job.index)
         held = held_out_rows(rows, settings.held_out)
         # Spread over the data, which may be ordered by source.
-        self.held = [round((i + 0.5) * rows / held - 0.5) for i in range(held)]
-        self.rows = sorted(set(range(rows)) - set(self.held))
-        self.steps = -(-len(self.rows) // settings.batch_size)
+        looked = [round((i + 0.5) * rows / held - 0.5) for i in range(held)]
+        trained = sorted(set(range(rows)) - set(looked))
+        self.every = len(trained)
+        self.held, self.rows = job.share.own(looked), job.share.own(trained)
+        shares = (share_of(rows, rank, job.group.size) for rank in range(job.group.size))
+        self._owned = [len(share.own(trained)) for share in shares]
+        self.steps = -(-self.every // settings.batch_size)
+        self.exchange = Exchange(self.trained, job.group)
         self.groups = self.trained.groups()
         options = [{"params": group.params, "lr": group.top} for group in self.groups]
         self.optimizer = torch.optim.AdamW(options, weight_decay=0.0, betas=BETAS, fused=True)
@@ -115,22 +125,30 @@ class TrainingLoop:
         }
 
     def _batches(self) -> list[Tensor]:
-        """Rows of each step of the present epoch."""
+        """This rank's rows of each step of the present epoch."""
         generator = torch.Generator().manual_seed((self.seed << 10) + self.progress.epoch)
-        order = torch.tensor(self.rows)[torch.randperm(len(self.rows), generator=generator)]
-        return list(order.split(self.settings.batch_size))
+        # Each rank has an order of its own, the first one that of a process by itself.
+        orders = [torch.randperm(len(self.rows), generator=generator) for _ in range(self.group.rank + 1)]
+        order = torch.tensor(self.rows)[orders[-1]]
+        batch, own = self.settings.batch_size, len(self.rows)
+        return [order[slice(*step_rows(step, batch, own, self.every))] for step in range(self.steps)]
+
+    def _whole(self, step: int) -> int:
+        """Rows of a step, of all ranks."""
+        batch = self.settings.batch_size
+        return sum(last - first for first, last in (step_rows(step, batch, own, self.every) for own in self._owned))
 
     def _epoch(self) -> None:
         progress = self.progress
         began = time.monotonic()
         batches = self._batches()[progress.step :]
-        pieces = [micro for batch in batches for micro in batch.split(self.settings.micro_batch_size)]
+        pieces = [micro for batch in batches for micro in self._micro(batch)]
         feed = self.objective.feed(pieces)
         for batch in batches:
             self._pause()
             began = self._count(began)
             self.monitor.tick(f"epoch {progress.epoch + 1}/{self.settings.epochs}, step {progress.step + 1}/{self.steps}")
-            self.step(batch, feed)
+            self.step(batch, feed, self._whole(progress.step))
             progress.step += 1
         self._count(began)
         self._tell(0)
@@ -140,32 +158,47 @@ class TrainingLoop:
         progress.taken = 0
         self.tally.load(progress)
 
+    def _micro(self, batch: Tensor) -> list[Tensor]:
+        """Of a rank that has no row in a step, none."""
+        return list(batch.split(self.settings.micro_batch_size)) if len(batch) else []
+
     def _count(self, began: float) -> float:
         now = time.monotonic()
         self.progress.seconds += now - began
         return now
 
     def _pause(self) -> None:
-        """Between two steps: saves when it is time to, or a signal came."""
+        """Between two steps: saves when it is time to, or a signal came; to any rank, of which all save the same step."""
+        signal = Interrupted("another rank was stopped; run the same command again to resume")
         try:
             interrupt.check()
-        except Interrupted:
+            stopped = False
+        except Interrupted as found:
+            signal, stopped = found, True
+        stopped, due = self.group.some([stopped, self.keeper.due()])
+        if stopped or due:
             self.save()
-            raise
-        if self.keeper.due():
-            self.save()
+        if stopped:
+            raise signal
 
-    def step(self, batch: Tensor, feed: Iterator[tuple[Tensor, ...]]) -> None:
-        """One optimizer step over the rows of `batch`. feed: what the objective has for its micro-batches."""
+    def step(self, batch: Tensor, feed: Iterator[tuple[Tensor, ...]], whole: int) -> None:
+        """One optimizer step over the rows of `batch` and of other ranks, `whole` in all. feed: what the objective has for its
+        micro-batches."""
         began = time.monotonic()
         self.trained.begin(self._done())
         loss = torch.zeros((), device=self.job.device)
-        for _ in batch.split(self.settings.micro_batch_size):
+        micro = self._micro(batch)
+        for number in range(len(micro)):
             piece = next(feed)
-            part = self.objective.loss(piece, self.progress.start) * (piece[0].shape[0] / len(batch))
+            part = self.objective.loss(piece, self.progress.start) * (piece[0].shape[0] / whole)
+            if number == len(micro) - 1:
+                self.exchange.last()
             part.backward()
             loss += part.detach()
+        self.exchange.weights_done()
         self.trained.backward()
+        self.exchange.copies_done()
+        self.group.add(loss)
         self._update(loss)
         transfers = self.backend.transfers(self.job.device)
         values = self.tally.values
@@ -185,9 +218,9 @@ class TrainingLoop:
     def _step(self, seconds: float) -> Step:
         """The present step, whose loss is not known yet."""
         progress = self.progress
-        rows = progress.epoch * len(self.rows) + min((progress.step + 1) * self.settings.batch_size, len(self.rows))
+        rows = progress.epoch * self.every + min((progress.step + 1) * self.settings.batch_size, self.every)
         number, steps = progress.epoch * self.steps + progress.step + 1, self.settings.epochs * self.steps
-        return Step(math.nan, seconds, number, steps, rows * self.job.shape[1])
+        return Step(math.nan, seconds, number, steps, rows * self.job.length)
 
     def _done(self) -> float:
         """Share of all steps that are done."""
@@ -201,13 +234,24 @@ class TrainingLoop:
         norms = dict(zip(plain, torch._foreach_norm(list(plain.values())), strict=True)) if plain else {}
         if own:
             norms |= dict(zip(own, torch._foreach_sqrt([one.square() for one in own.values()]), strict=True))
-        found = [(norms[id(p)], unit) for p, unit in every if id(p) in norms]
-        norm = (torch.stack([part for part, _ in found]) * self._on_device(tuple(unit for _, unit in found))).norm()
+        copies = {id(p) for p in self.exchange.copies}
+        norm = self.group.node.norm(
+            *(
+                self._scaled([(norms[id(p)], unit) for p, unit in every if id(p) in norms and (id(p) in copies) == shared])
+                for shared in (False, True)
+            )
+        )
         scale = self.tally.add(loss, norm)
         # In RAM it costs nothing to look; elsewhere the optimizer looks where it computes.
         if not self.backend.shares_ram or not bool(scale.skipped):
             self._move(own, list(plain.values()), scale)
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _scaled(self, found: list[tuple[Tensor, float]]) -> Tensor:
+        """Norms of gradients in units of their parameters, [n]."""
+        if not found:
+            return torch.zeros(0, device=self.job.device)
+        return torch.stack([part for part, _ in found]) * self._on_device(tuple(unit for _, unit in found))
 
     def _on_device(self, units: tuple[float, ...]) -> Tensor:
         """Units of some parameters; there are as many of these tuples as kinds of steps."""
@@ -265,7 +309,7 @@ class TrainingLoop:
             progress.best, progress.best_loss = progress.epoch + 1, loss
             self.best = self.trained.snapshot()
         taken = max(1, progress.taken)
-        tokens = len(self.rows) * self.job.shape[1]
+        tokens = self.every * self.job.length
         progress.epochs.append(
             {
                 "loss": progress.loss_sum / taken,

@@ -1,0 +1,1 @@
+"""Several processes at one stage: who has which sequences and linears, and what they tell each other."""

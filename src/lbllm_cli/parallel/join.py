@@ -1,0 +1,178 @@
+"""Joining the other ranks, as torchrun has started them; alone, where nobody has."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from lbllm_cli.core.console import silence
+from lbllm_cli.core.errors import LbllmError, UsageError
+from lbllm_cli.parallel.group import ALONE, Group, agree
+
+if TYPE_CHECKING:
+    import torch
+
+    from lbllm_cli.parallel.ranks import Ranks
+    from lbllm_cli.parallel.watch import Watch
+
+# What torchrun tells each process.
+_RANK, _SIZE, _LOCAL_RANK, _LOCAL_SIZE = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+# Another version of any of these gives other numbers, or other files.
+_LIBRARIES = ("lbllm-cli", "torch", "transformers", "safetensors", "numpy")
+# A lost rank is found by its beats; an operation may wait for a slow disk as long as it likes.
+_NEVER = timedelta(days=30)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How this process was started. local_rank, local_size: among those of its machine."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    host: str
+    port: int
+
+
+class Ended(LbllmError):
+    """Another rank has said why all end."""
+
+    def __init__(self, exit_code: int):
+        super().__init__("")
+        self.exit_code = exit_code
+
+
+def launch() -> Launch | None:
+    """What the environment says, None for a process by itself. Raises UsageError where torchrun has not said all of it."""
+    size = os.environ.get(_SIZE, "1")
+    if size == "1":
+        return None
+    names = (_RANK, _SIZE, _LOCAL_RANK, _LOCAL_SIZE, "MASTER_PORT")
+    try:
+        rank, size_, local_rank, local_size, port = (int(os.environ[name]) for name in names)
+        found = Launch(rank, size_, local_rank, local_size, os.environ["MASTER_ADDR"], port)
+    except (KeyError, ValueError) as error:
+        problem = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise UsageError(f"WORLD_SIZE is {size[:20]}, but {problem}; start several processes with torchrun") from None
+    if not (0 <= found.rank < found.size and 0 <= found.local_rank < found.local_size <= found.size):
+        raise UsageError(f"rank {found.rank} of {found.size}, {found.local_rank} of {found.local_size}: start them with torchrun")
+    return found
+
+
+def started() -> bool:
+    """Whether several processes were."""
+    return os.environ.get(_SIZE, "1") != "1"
+
+
+def refuse_ranks(command: str) -> None:
+    """Raises UsageError for a command that one process does."""
+    if (found := launch()) is None:
+        return
+    if found.rank:
+        silence()
+        raise Ended(UsageError.exit_code)
+    raise UsageError(f"{command} runs in one process, {found.size} were started; run it without torchrun")
+
+
+@contextmanager
+def joined() -> Iterator[Group]:
+    """All ranks of this run, until its end. Where one fails, its message is said once and all end with its exit code.
+
+    Raises UsageError where ranks have other versions of libraries.
+    """
+    if (found := launch()) is None:
+        yield ALONE
+        return
+    if found.rank:
+        silence()
+    watch = _watch(found)
+    watch.start()
+    try:
+        group = _group(found, watch)
+        _check_alike(group, {name: metadata.version(name) for name in _LIBRARIES}, "versions of libraries")
+        yield group
+        group.meet()
+    except LbllmError as error:
+        # Those that were stopped, each by its own signal, have one thing to say as well.
+        first = watch.end(error.exit_code)
+        if first:
+            silence(False)
+            raise
+        raise Ended(watch.ended() or error.exit_code) from None
+    except BaseException:
+        watch.end(1)
+        silence(False)
+        raise
+    watch.stop()
+    _leave()
+
+
+def _watch(found: Launch) -> "Watch":
+    from lbllm_cli.parallel.watch import Watch, connection
+
+    # torchrun's own agent serves the store, but where its variables were set by hand; a second try after a failure starts anew.
+    serves = found.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    prefix = f"lbllm{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    first = connection(found.host, found.port, prefix, serves)
+    made: list[object] = [first]
+    connect = partial(connection, found.host, found.port, prefix, False)
+    return Watch(lambda: made.pop() if made else connect(), found.rank, found.size)
+
+
+def _group(found: Launch, watch: "Watch") -> "Ranks":
+    import torch
+    import torch.distributed as dist
+
+    from lbllm_cli.parallel.group import Traffic
+    from lbllm_cli.parallel.ranks import Ranks
+
+    stores: Any = dist
+    gpus = torch.cuda.is_available() and dist.is_nccl_available()
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if gpus else "gloo", store=stores.PrefixStore("ranks", watch.store), rank=found.rank,
+        world_size=found.size, timeout=_NEVER,
+    )  # fmt: skip
+    ranks = Ranks(None, watch, Traffic({}))
+    sizes = ranks.facts(found.local_size)
+    if len(set(sizes)) > 1:
+        raise UsageError(f"machines have {min(sizes)} to {max(sizes)} ranks; start equally many on each")
+    return ranks if found.local_size == found.size else ranks.with_nodes(found.local_size)
+
+
+def _leave() -> None:
+    import torch.distributed as dist
+
+    dist.destroy_process_group()
+
+
+def _check_alike(group: Group, value: dict[str, str], what: str) -> None:
+    if lines := agree(group, value):
+        listed = "\n".join(lines)
+        raise UsageError(f"ranks have different {what}:\n{listed}\nStart all of them in the same environment")
+
+
+def check_alike(group: Group, inputs: dict[str, object]) -> None:
+    """Raises UsageError where what a stage is made from differs between ranks."""
+    _check_alike(group, {key: str(value) for key, value in inputs.items()}, "recipes, models or text")
+
+
+def check_devices(group: Group, device: "torch.device") -> None:
+    """Raises UsageError where ranks cannot talk by way of their devices, or two of them have the same one."""
+    import torch
+    import torch.distributed as dist
+
+    if group.size == 1 or device.type != "cuda":
+        return
+    if not dist.is_nccl_available():
+        raise UsageError(f"{group.size} ranks on GPUs need NCCL, which this torch is built without; set runtime.device: cpu")
+    taken = group.facts((socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid)))
+    for rank, place in enumerate(taken):
+        if (other := taken.index(place)) != rank:
+            raise UsageError(f"ranks {other} and {rank} have the same GPU of {place[0]}; start one rank for each GPU")
+

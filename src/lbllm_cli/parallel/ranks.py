@@ -1,0 +1,180 @@
+"""Several processes, over `torch.distributed`: gloo between CPUs, NCCL between GPUs, and gloo for what is said in Python."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lbllm_cli.core.errors import Interrupted, RunError
+from lbllm_cli.parallel.group import Pending, Traffic
+from lbllm_cli.parallel.shares import Share, share_of
+from lbllm_cli.parallel.watch import Watch
+
+T = TypeVar("T")
+# What a rank that lost another waits for its last words.
+_LAST_WORDS = 5.0
+
+
+class Ranks:
+    """A `Group` of several processes.
+
+    handle: torch's. rank: in it. across: of a node's group, the ranks of other nodes with the same number there.
+    """
+
+    def __init__(self, handle: Any, watch: Watch, traffic: Traffic, across: Any = None):
+        self.handle, self.watch, self.traffic, self.across = handle, watch, traffic, across
+        self.rank, self.size = dist.get_rank(handle), dist.get_world_size(handle)
+        self._node: Ranks | None = None
+
+    @property
+    def first(self) -> bool:
+        """Rank 0."""
+        return self.rank == 0
+
+    @property
+    def node(self) -> "Ranks":
+        """All, where there is one machine."""
+        return self if self._node is None else self._node
+
+    def with_nodes(self, size: int) -> "Ranks":
+        """Makes the groups of machines that have `size` ranks each, in order."""
+        nodes = [dist.new_group(range(first, first + size)) for first in range(0, self.size, size)]
+        across = [dist.new_group(range(place, self.size, size)) for place in range(size)]
+        self._node = Ranks(nodes[self.rank // size], self.watch, self.traffic, across[self.rank % size])
+        return self
+
+    def share(self, rows: int) -> Share:
+        """See `Group`."""
+        return share_of(rows, self.rank, self.size)
+
+    def facts(self, value: T) -> list[T]:
+        """See `Group`."""
+        found: list[Any] = [None] * self.size
+        with self._call("facts", 0):
+            dist.all_gather_object(found, value, group=self.handle)
+        return found
+
+    def told(self, ask: Callable[[], T]) -> T:
+        """See `Group`."""
+        found: list[Any] = [ask() if self.first else None]
+        with self._call("facts", 0):
+            dist.broadcast_object_list(found, group=self.handle, group_src=0)
+        answer: T = found[0]
+        return answer
+
+    def total(self, numbers: Sequence[float]) -> list[float]:
+        """See `Group`: added up here, so that no algorithm of a library decides on their order."""
+        return [sum(column) for column in zip(*self.facts(list(numbers)), strict=True)]
+
+    def some(self, flags: Sequence[bool]) -> list[bool]:
+        """See `Group`."""
+        found = torch.tensor(list(flags), dtype=torch.uint8)
+        with self._call("facts", 0):
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.handle)
+        return [bool(flag) for flag in found]
+
+    def meet(self) -> None:
+        """See `Group`."""
+        self.some([False])
+
+    def add(self, tensor: Tensor) -> None:
+        """See `Group`."""
+        with self._call("all-reduce", tensor.nbytes):
+            dist.all_reduce(tensor, group=self.handle)
+
+    def send(self, tensor: Tensor, rank: int) -> None:
+        """See `Group`."""
+        with self._call("reduce", tensor.nbytes):
+            dist.reduce(tensor, group=self.handle, group_dst=rank)
+
+    def begin_reduce(self, tensor: Tensor, rank: int) -> Pending:
+        """See `Group`."""
+        with self._call("reduce", tensor.nbytes):
+            return _Reduction(self, dist.reduce(tensor, group=self.handle, group_dst=rank, async_op=True), tensor, rank)
+
+    def spread(self, tensor: Tensor, rank: int) -> None:
+        """See `Group`."""
+        with self._call("broadcast", tensor.nbytes):
+            dist.broadcast(tensor, group=self.handle, group_src=rank)
+
+    def gathered(self, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """See `Group`: as bytes, in one operation."""
+        described = self.facts([(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()])
+        sizes = [sum(_padded(dtype.itemsize * torch.Size(shape).numel()) for _, dtype, shape in one) for one in described]
+        device = next(iter(tensors.values())).device if tensors else _usual_device()
+        mine = torch.zeros(max(sizes), dtype=torch.uint8, device=device)
+        place = 0
+        for tensor in tensors.values():
+            flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+            mine[place : place + len(flat)] = flat
+            place += _padded(len(flat))
+        every = [torch.empty_like(mine) for _ in range(self.size)]
+        with self._call("gather", len(mine)):
+            dist.all_gather(every, mine, group=self.handle)
+        return [_unpacked(row, one) for row, one in zip(every, described, strict=True)]
+
+    def norm(self, own: Tensor, common: Tensor) -> Tensor:
+        """See `Group`."""
+        square = own.square().sum()
+        self.add(square)
+        return (square + common.square().sum()).sqrt()
+
+    @contextmanager
+    def _call(self, kind: str, size: int) -> Iterator[None]:
+        """Counts what an operation hands over and how long it is waited for; names what a lost rank makes of it."""
+        began = time.monotonic()
+        try:
+            yield
+        except RuntimeError as error:
+            self.lost(error)
+        finally:
+            self.traffic.waited += time.monotonic() - began
+        if size:
+            self.traffic.bytes[kind] = self.traffic.bytes.get(kind, 0) + size
+
+    def lost(self, error: RuntimeError) -> NoReturn:
+        """Raises what an operation without its other ranks means: they were stopped, or one of them failed."""
+        code = self.watch.ended(_LAST_WORDS)
+        if code == Interrupted.exit_code:
+            raise Interrupted("another rank was stopped; run the same command again to resume") from None
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(f"the ranks have lost each other ({reason}); run the same command again to resume") from None
+
+
+class _Reduction:
+    """A reduction within a node under way; its owner then adds up what the owners of other nodes have."""
+
+    def __init__(self, ranks: Ranks, work: Any, tensor: Tensor, rank: int):
+        self.ranks, self.work, self.tensor, self.rank = ranks, work, tensor, rank
+
+    def wait(self) -> None:
+        """See `Pending`."""
+        ranks = self.ranks
+        with ranks._call("reduce", 0):
+            self.work.wait()
+        if ranks.across is not None and ranks.rank == self.rank:
+            with ranks._call("all-reduce between nodes", self.tensor.nbytes):
+                dist.all_reduce(self.tensor, group=ranks.across)
+
+
+def _usual_device() -> torch.device:
+    """Where a rank without tensors takes part."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_initialized() else torch.device("cpu")
+
+
+def _padded(size: int) -> int:
+    """A view in another dtype begins at a multiple of its size."""
+    return -(-size // 16) * 16
+
+
+def _unpacked(row: Tensor, described: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> dict[str, Tensor]:
+    found, place = {}, 0
+    for name, dtype, shape in described:
+        size = dtype.itemsize * torch.Size(shape).numel()
+        found[name] = row[place : place + size].view(dtype).view(shape).clone()
+        place += _padded(size)
+    return found

@@ -1,0 +1,90 @@
+"""Gradients on their way between ranks.
+
+Two kinds. The gradient of a block's weight goes to the rank that owns the linear's masters, while the backward pass goes on: only
+there is a step taken, and before the next one the weight is spread again. What every rank has a copy of, quantizers, norms and
+levels of fixed codes, is summed up everywhere after the backward pass, in a few large pieces.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from lbllm_cli.parallel.group import Group, Pending
+from lbllm_cli.training.interfaces import Trained
+
+# Bytes of gradients that are summed in one operation.
+_BUCKET = 16 << 20
+
+
+class Exchange:
+    """Of one training. A process by itself has nothing to exchange: every call is a no-op then."""
+
+    def __init__(self, trained: Trained, group: Group):
+        self.trained, self.group, self.node = trained, group, group.node
+        several = group.size > 1
+        # On the way back the last linear is first.
+        self.weights = list(reversed(trained.spread_weights())) if several else []
+        self.copies = trained.copies() if several else []
+        self._sent: list[tuple[Tensor, Pending]] = []
+        self._absent: list[bool] = []
+        self._armed = False
+        for weight, _ in self.weights:
+            weight.register_post_accumulate_grad_hook(lambda _: self._ready())
+
+    def last(self) -> None:
+        """The micro-batch that comes is the step's last: what it makes of gradients is whole."""
+        self._armed = bool(self.weights)
+
+    def _ready(self) -> None:
+        """Sends off what is whole, in one order on all ranks."""
+        while self._armed and len(self._sent) < len(self.weights) and self.weights[len(self._sent)][0].grad is not None:
+            self._send(absent=False)
+
+    def _send(self, absent: bool) -> None:
+        weight, owner = self.weights[len(self._sent)]
+        if absent:
+            weight.grad = torch.zeros_like(weight)
+        assert weight.grad is not None
+        self._absent.append(absent)
+        self._sent.append((weight.grad, self.node.begin_reduce(weight.grad, owner)))
+
+    def weights_done(self) -> None:
+        """After the backward passes: owners have the gradients of their weights, nobody has those of others' weights."""
+        self._armed = False
+        while len(self._sent) < len(self.weights):
+            # Of an expert that no token of this rank was sent to, or of a rank that had no sequence in the step.
+            self._send(absent=self.weights[len(self._sent)][0].grad is None)
+        if not self.weights:
+            return
+        used = self.group.some([not absent for absent in self._absent])
+        for (weight, owner), (_, pending), needed in zip(self.weights, self._sent, used, strict=True):
+            pending.wait()
+            if not needed or owner != self.node.rank:
+                weight.grad = None
+        self._sent, self._absent = [], []
+
+    def copies_done(self) -> None:
+        """After gradients were carried to the masters: every rank has the sums of those of which all have copies."""
+        for bucket in _buckets(self.copies):
+            parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+            used = torch.tensor([p.grad is not None for p in bucket]).to(parts[0])
+            flat = torch.cat([part.reshape(-1) for part in (*parts, used)])
+            self.group.add(flat)
+            *parts_, used = flat.split([*(p.numel() for p in bucket), len(bucket)])
+            for p, part, count in zip(bucket, parts_, used.tolist(), strict=True):
+                p.grad = part.view_as(p) if count else None
+
+
+def _buckets(parameters: Iterable[nn.Parameter]) -> Iterable[list[nn.Parameter]]:
+    """Parameters in groups of one dtype and at most `_BUCKET` bytes, in their order."""
+    bucket: list[nn.Parameter] = []
+    size = 0
+    for parameter in parameters:
+        if bucket and (size + parameter.nbytes > _BUCKET or parameter.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(parameter)
+        size += parameter.nbytes
+    if bucket:
+        yield bucket
