@@ -3,8 +3,10 @@
 #
 #     make -f recipes/batch.mk RECIPE=recipes/llama2-7b.yaml RUN=runs/llama2-7b
 #
-# RECIPE: the recipe. RUN: its output.dir. LBLLM: the command.
+# RECIPE: the recipe. RUN: its output.dir. LBLLM: the command. RANKS: the command that several processes do together, for example
+# RANKS="torchrun --nproc-per-node 8 -m lbllm_cli".
 LBLLM ?= lbllm
+RANKS ?= $(LBLLM)
 ifndef RECIPE
 $(error RECIPE is not set: make -f recipes/batch.mk RECIPE=recipe.yaml RUN=its-output-dir)
 endif
@@ -31,13 +33,13 @@ all: $(RUN)/report.html $(RUN)/export/lbllm_export.json
 before := $(RECIPE)
 define stage
 $(call manifest,$(1)): $(before)
-	$(LBLLM) $(call command,$(1)) --recipe $(RECIPE)
+	$(RANKS) $(call command,$(1)) --recipe $(RECIPE)
 before := $(call manifest,$(1))
 endef
 $(foreach word,$(STAGES),$(eval $(call stage,$(word))))
 
 $(RUN)/eval/results.json: $(before)
-	$(LBLLM) eval --recipe $(RECIPE)
+	$(RANKS) eval --recipe $(RECIPE)
 
 $(RUN)/report.html: $(RUN)/eval/results.json
 	$(LBLLM) report --recipe $(RECIPE)

@@ -146,6 +146,23 @@ def test_a_run_without_its_model_says_why_weights_are_not_drawn(ok, tmp_path, pt
     assert not page.all("img")
 
 
+def test_what_ranks_were_busy_for_is_told_and_damaged_records_are_not(ok, tmp_path, ptq_alone, undrawn):
+    """One of three waits for the others: whoever holds them up is seen."""
+    recipe = ptq_alone()
+    log = tmp_path / "run" / "ptq" / "events.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    busy = ((3.2, 9.9, 3.1), (2.9, 8.2, 3.0))
+    for line, each in zip(lines, busy, strict=True):
+        line["ranks"] = [{"busy": seconds, "bytes": {"reduce": 7}} for seconds in each]
+    log.write_text("\n".join(map(json.dumps, lines)))
+    ok("report", "--recipe", recipe)
+    assert "| seconds that ranks did not wait, each | 6, 18, 6 |" in (tmp_path / "run" / "report.md").read_text()
+    lines[0]["ranks"] = [{"busy": "long"}]
+    log.write_text("\n".join(map(json.dumps, lines)))
+    ok("report", "--recipe", recipe)
+    assert "did not wait, each | 3, 8, 3 |" in (tmp_path / "run" / "report.md").read_text()
+
+
 def test_nothing_to_report_is_usage(lbllm, tmp_path, recipe):
     result = lbllm("report", "--recipe", recipe)
     assert result.exit_code == 2

@@ -1,5 +1,6 @@
 """Several processes, over `torch.distributed`: gloo between CPUs, NCCL between GPUs, and gloo for what is said in Python."""
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -141,8 +142,9 @@ class Ranks:
         code = self.watch.ended(_LAST_WORDS)
         if code == Interrupted.exit_code:
             raise Interrupted("another rank was stopped; run the same command again to resume") from None
-        reason = " ".join(str(error).split())[:200]
-        raise RunError(f"the ranks have lost each other ({reason}); run the same command again to resume") from None
+        # Between the place in torch's own source and its guesses.
+        said = re.sub(r"^\[[^]]*\]\s*|\. This is typically .*$", "", " ".join(str(error).split()))
+        raise RunError(f"the ranks have lost each other ({said[:200]}); run the same command again to resume") from None
 
 
 class _Reduction:

@@ -120,6 +120,7 @@ def _stage_facts(record: StageRecord, model: SourceModel | None) -> list[tuple[s
         ("time, [h:]min:s", _NONE if (taken := record.total("seconds")) is None else clock(taken)),
         ("seconds per block, mean", _form(sum(seconds) / len(seconds) if seconds else None, "{:,.1f}")),
         ("seconds per block, most", _form(max(seconds, default=None), "{:,.1f}")),
+        ("seconds that ranks did not wait, each", _busy(record)),
         ("peak RAM, GiB", _gib(record.peak("peak_ram_bytes"))),
         ("peak device memory, GiB", _gib(record.peak("peak_device_bytes"))),
         ("tokens", _form(manifest.get("tokens"), "{:,}")),
@@ -131,6 +132,14 @@ def _stage_facts(record: StageRecord, model: SourceModel | None) -> list[tuple[s
         ("KL on held-out sequences, nats", "".join(kl) or _NONE),
         ("blocks returned as they began", str(trained.count(0)) if trained else _NONE),
     ]
+
+
+def _busy(record: StageRecord) -> str:
+    """Of several ranks what each was busy for, in all: one that needs longer than others holds them up."""
+    shared = [found["ranks"] for found in (*record.blocks, *record.steps) if found.get("ranks")]
+    if not shared or any(len(ranks) != len(shared[0]) for ranks in shared):
+        return _NONE
+    return ", ".join(f"{sum(rank['busy'] for rank in ranks):,.0f}" for ranks in zip(*shared, strict=True))
 
 
 def _gib(size: float | None) -> str:

@@ -16,6 +16,14 @@ _Name = Annotated[str, Field(pattern=r"^\w+(\.\w+){1,7}$", max_length=100)]
 _Count = Annotated[int, Field(ge=0, le=10**9)]
 
 
+class _Rank(BaseModel):
+    """Of several processes at a stage one, and the seconds in which it did not wait for the others."""
+
+    model_config = ConfigDict(strict=True)
+
+    busy: Annotated[float, Field(ge=-1e3, le=1e12)]
+
+
 class _Line(BaseModel):
     """What lines of every kind have."""
 
@@ -25,6 +33,7 @@ class _Line(BaseModel):
     peak_ram_bytes: _Bytes | None = None
     peak_device_bytes: _Bytes | None = None
     skipped: _Count | None = None
+    ranks: list[_Rank] | None = None
 
 
 class _BlockErrors(BaseModel):
