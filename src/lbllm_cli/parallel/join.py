@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from importlib import metadata
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from lbllm_cli.core.console import silence
@@ -101,28 +102,35 @@ def joined() -> Iterator[Group]:
     except LbllmError as error:
         # Those that were stopped, each by its own signal, have one thing to say as well.
         first = watch.end(error.exit_code)
+        code = error.exit_code if first else watch.ended() or error.exit_code
+        _part(watch)
         if first:
             silence(False)
             raise
-        raise Ended(watch.ended() or error.exit_code) from None
+        raise Ended(code) from None
     except BaseException:
         watch.end(1)
+        _part(watch)
         silence(False)
         raise
     watch.stop()
     _leave()
+    watch.part()
 
 
 def _watch(found: Launch) -> "Watch":
     from lbllm_cli.parallel.watch import Watch, connection
 
     # torchrun's own agent serves the store, but where its variables were set by hand; a second try after a failure starts anew.
-    serves = found.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    by_hand = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    serves = found.rank == 0 and by_hand
     prefix = f"lbllm{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     first = connection(found.host, found.port, prefix, serves)
     made: list[object] = [first]
     connect = partial(connection, found.host, found.port, prefix, False)
-    return Watch(lambda: made.pop() if made else connect(), found.rank, found.size)
+    # Where the store is gone, its rank is: on that machine the next one speaks.
+    speaks = found.local_rank == (1 if by_hand and found.rank == found.local_rank else 0)
+    return Watch(lambda: made.pop() if made else connect(), found.rank, found.size, serves, speaks)
 
 
 def _group(found: Launch, watch: "Watch") -> "Ranks":
@@ -149,6 +157,14 @@ def _leave() -> None:
     import torch.distributed as dist
 
     dist.destroy_process_group()
+
+
+def _part(watch: "Watch") -> None:
+    """Ends this rank after a failure. Others that wait for it in an operation look up from there once it is out of the group."""
+    if watch.serves:
+        # It may wait for what is under way on a GPU.
+        Thread(target=_leave, daemon=True).start()
+    watch.part()
 
 
 def _check_alike(group: Group, value: dict[str, str], what: str) -> None:

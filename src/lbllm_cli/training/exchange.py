@@ -29,16 +29,20 @@ class Exchange:
         self._sent: list[tuple[Tensor, Pending]] = []
         self._absent: list[bool] = []
         self._armed = False
+        self._whole: set[int] = set()
         for weight, _ in self.weights:
-            weight.register_post_accumulate_grad_hook(lambda _: self._ready())
+            weight.register_post_accumulate_grad_hook(self._ready)
 
     def last(self) -> None:
         """The micro-batch that comes is the step's last: what it makes of gradients is whole."""
         self._armed = bool(self.weights)
 
-    def _ready(self) -> None:
-        """Sends off what is whole, in one order on all ranks."""
-        while self._armed and len(self._sent) < len(self.weights) and self.weights[len(self._sent)][0].grad is not None:
+    def _ready(self, weight: Tensor) -> None:
+        """Sends off what is whole, in one order on all ranks. A gradient that is there may be of micro-batches before alone."""
+        if not self._armed:
+            return
+        self._whole.add(id(weight))
+        while len(self._sent) < len(self.weights) and id(self.weights[len(self._sent)][0]) in self._whole:
             self._send(absent=False)
 
     def _send(self, absent: bool) -> None:
@@ -52,6 +56,7 @@ class Exchange:
     def weights_done(self) -> None:
         """After the backward passes: owners have the gradients of their weights, nobody has those of others' weights."""
         self._armed = False
+        self._whole.clear()
         while len(self._sent) < len(self.weights):
             # Of an expert that no token of this rank was sent to, or of a rank that had no sequence in the step.
             self._send(absent=self.weights[len(self._sent)][0].grad is None)
