@@ -13,11 +13,13 @@ from lbllm_cli.pipeline.checkpoint import Checkpoint
 from lbllm_cli.pipeline.duration import Part
 from lbllm_cli.pipeline.forecast import Need, stage_need
 from lbllm_cli.pipeline.plan import Plan
+from lbllm_cli.pipeline.traffic import Exchanged
 from lbllm_cli.pipeline.work import StageRun
 from lbllm_cli.recipe.stages import StageSpec
 from lbllm_cli.training.duration import block_training
-from lbllm_cli.training.forecast import training_device, training_state
+from lbllm_cli.training.forecast import training_device, training_states
 from lbllm_cli.training.plots import plot_errors
+from lbllm_cli.training.traffic import block_exchanged
 
 # Of fewer tokens the tables would follow single groups.
 MIN_TOKENS = 256
@@ -37,8 +39,9 @@ def check(plan: Plan) -> None:
 def need(plan: Plan, spec: StageSpec, tokens: Tensor | None) -> Need:
     """Need of the blocks of `lbllm act-calib`."""
     recipe, model = plan.recipe, plan.model
-    device, state = (found(recipe, model, recipe.act_calib) for found in (training_device, training_state))
-    found = stage_need(plan, spec, device, state=state)
+    device = training_device(recipe, model, recipe.act_calib, plan.world)
+    state, states = training_states(recipe, model, recipe.act_calib, plan.world)
+    found = stage_need(plan, spec, device, state=state, states=states)
     return replace(found, cheaper="lower act_calib.micro_batch_size or runtime.batch_size")
 
 
@@ -60,6 +63,11 @@ def activations(plan: Plan, parent: Checkpoint | None) -> ActivationFormat:
 def work(plan: Plan, spec: StageSpec) -> list[Part]:
     """Steps and passes of its blocks."""
     return block_training(plan, spec, 5, 20)
+
+
+def exchanged(plan: Plan, spec: StageSpec) -> Exchanged:
+    """Gradients, weights and samples."""
+    return block_exchanged(plan, spec, plan.recipe.act_calib)
 
 
 def run(run: StageRun) -> None:

@@ -331,11 +331,26 @@ def serve(
 
 
 @app.command(epilog="Example: `lbllm validate --recipe llama2-7b.yaml model.path=./folder-with-config-json`")
-def validate(recipe: RecipeOption, overrides: Overrides = None, json: Json = False) -> None:
-    """Check recipe, model, text and disk, and forecast memory; a folder with only config.json gives the forecast alone."""
+def validate(
+    recipe: RecipeOption,
+    overrides: Overrides = None,
+    json: Json = False,
+    world_size: Annotated[
+        int, typer.Option("--world-size", min=1, max=2**20, help="forecast for so many ranks, as torchrun would start them")
+    ] = 1,
+    per_node: Annotated[
+        int | None,
+        typer.Option("--per-node", min=1, max=2**20, help="ranks of each machine; default all, 8 at most", show_default=False),
+    ] = None,
+) -> None:
+    """Check recipe, model, text and disk, and forecast memory; a folder with only config.json gives the forecast alone.
+
+    With `--world-size` the forecast is of each rank, with what ranks hand over and which link between them holds a stage up. It
+    is made in one process, without torchrun.
+    """
     from lbllm_cli.cli.validate import validate as check
 
-    _run(check, recipe, overrides, as_json=json)
+    _run(check, recipe, overrides, as_json=json, world_size=world_size, per_node=per_node)
 
 
 @app.command(epilog="Example: `lbllm config --recipe smollm2-135m.yaml ptq.group_size=64 > resolved.yaml`")

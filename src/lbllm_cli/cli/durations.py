@@ -35,7 +35,7 @@ class Durations:
         for card in self.cards:
             table.add_column(card.name, justify="right")
         for stage, by_card in self.seconds(needs).items():
-            table.add_row(stage, *map(_span, by_card.values()))
+            table.add_row(stage, *map(span, by_card.values()))
         out.print(table)
         places = {need.stage: need.place for need in needs}
         for stage, parts in self.parts.items():
@@ -45,8 +45,8 @@ class Durations:
             out.print(f"{stage}: {cause}; half of {part.key} halves it", highlight=False, soft_wrap=True)
 
 
-def _span(seconds: float) -> str:
-    """5400 -> "1.5 h", 90 -> "2 min", 20 -> "20 s"."""
+def span(seconds: float) -> str:
+    """Seconds in words: 5400 -> "1.5 h", 90 -> "2 min", 20 -> "20 s"."""
     if seconds > 3600:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 60:.0f} min" if seconds > 60 else f"{seconds:.0f} s"

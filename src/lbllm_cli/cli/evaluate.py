@@ -38,7 +38,7 @@ def evaluate(recipe: Recipe, dry_run: bool, as_json: bool, force: bool, group: G
     checkpoints = wanted_checkpoints(plan)
     sets = plan.evaluation()
     tasks = plan_tasks(recipe.eval.tasks, recipe.eval.num_fewshot)
-    need = eval_need(recipe, plan.model, {name: tokens.shape[0] for name, tokens in sets.items()}, len(checkpoints))
+    need = eval_need(recipe, plan.model, {name: tokens.shape[0] for name, tokens in sets.items()}, len(checkpoints), plan.world)
     if tasks or EXPORT in checkpoints:
         need = whole_model_need(recipe, plan.model, need)
         plan.model.backend.check()  # what LBLLM_KERNELS asks for is refused now, not after the perplexities

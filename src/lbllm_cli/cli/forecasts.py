@@ -4,11 +4,13 @@ from rich.table import Table
 
 from lbllm_cli.core.console import GIB
 from lbllm_cli.pipeline.forecast import Need
+from lbllm_cli.pipeline.world import World
 
 
-def forecast_table(needs: list[Need]) -> Table:
-    """One row a command, sizes in GiB."""
-    table = Table(title="forecast, GiB")
+def forecast_table(needs: list[Need], world: World | None = None) -> Table:
+    """One row a command, sizes in GiB. world: ranks, default one."""
+    several = world is not None and world.several
+    table = Table(title=f"forecast, GiB of each of {world}; disk is of all together" if several else "forecast, GiB")
     for column in ("stage", "device", "RAM", "disk", "streams", "streams in"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for need in needs:

@@ -9,18 +9,19 @@ import torch
 from rich.console import Console
 
 from lbllm_cli.cli.durations import Durations
+from lbllm_cli.cli.exchanges import Exchanges, share_problems
 from lbllm_cli.cli.forecasts import forecast_table
 from lbllm_cli.core.console import say
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.evaluation.forecast import eval_need, whole_model_need
 from lbllm_cli.evaluation.tasks import Task, plan_tasks
 from lbllm_cli.export.forecast import export_need
-from lbllm_cli.models.model import SourceModel
 from lbllm_cli.pipeline.checkpoint import check_stage, complete_stages
 from lbllm_cli.pipeline.forecast import Need, check_device, check_disk, memory_warnings
 from lbllm_cli.pipeline.plan import Plan, prepare
 from lbllm_cli.pipeline.routing import routing_of
 from lbllm_cli.pipeline.work import work_of
+from lbllm_cli.pipeline.world import World
 from lbllm_cli.recipe.schema import Recipe
 from lbllm_cli.recipe.stages import EXPORT, STAGES, TABLE
 
@@ -28,19 +29,20 @@ _KINDS = ("device", "ram", "disk", "teacher", "streams")
 
 
 @torch.no_grad()
-def validate(recipe: Recipe, as_json: bool) -> None:
-    """`lbllm validate`."""
+def validate(recipe: Recipe, as_json: bool, world_size: int = 1, per_node: int | None = None) -> None:
+    """`lbllm validate`. world_size, per_node: ranks that forecasts are for, see `World.asked`."""
+    world = World.asked(world_size, per_node)
     tasks, unusable = _tasks(recipe)
     try:
-        plan = prepare(recipe, weights=False, stages=TABLE, evaluate=True)
+        plan = prepare(recipe, weights=False, stages=TABLE, evaluate=True, asked=world)
     except UsageError as error:
         raise UsageError("\n".join([str(error), *unusable])) from None
     model = plan.model
     problems, segments = _texts(plan)
-    problems += unusable
+    problems += unusable + share_problems(plan)
     needs = [
         *(work_of(spec).need(plan, spec, None) for spec in sorted(recipe.stages, key=lambda spec: spec.end_to_end)),
-        _eval_need(recipe, model, segments, bool(tasks)),
+        _eval_need(plan, segments, bool(tasks)),
         export_need(recipe, model),
     ]
     # Of what is there too little: then the tables say how much is missing.
@@ -58,7 +60,8 @@ def validate(recipe: Recipe, as_json: bool) -> None:
             short += _shortages(need, plan)
     if problems or (short and as_json):
         raise UsageError("\n".join(problems + short))
-    durations, routing = Durations(plan), routing_of(plan)
+    exchanges = Exchanges(plan, needs) if world.several else None
+    durations, routing = None if exchanges else Durations(plan), routing_of(plan)
     warnings += _cautions(plan, segments)
     facts = {
         "blocks": model.blocks,
@@ -67,7 +70,8 @@ def validate(recipe: Recipe, as_json: bool) -> None:
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "forecast_bytes": {need.stage: {kind: round(getattr(need, kind)) for kind in _KINDS} for need in needs},
-        "forecast_seconds": durations.seconds(needs),
+        "forecast_seconds": exchanges.seconds() if exchanges else durations.seconds(needs) if durations else {},
+        **({"ranks": exchanges.facts()} if exchanges else {}),
         **({} if routing is None else {"routing": asdict(routing)}),
         "warnings": warnings,
     }
@@ -76,10 +80,13 @@ def validate(recipe: Recipe, as_json: bool) -> None:
     else:
         # What is refused has no result.
         out = Console(stderr=bool(short))
-        _print_validation(out, facts, needs, not short)
+        _print_validation(out, facts, needs, not short, world)
         if routing is not None:
             say(f"ptq: {routing.line()}")
-        durations.show(out, needs)
+        if exchanges:
+            exchanges.show(out)
+        elif durations:
+            durations.show(out, needs)
     if short:
         raise UsageError("\n".join(short))
 
@@ -132,19 +139,20 @@ def _shortages(need: Need, plan: Plan) -> list[str]:
     return found
 
 
-def _eval_need(recipe: Recipe, model: SourceModel, segments: dict[str, int], tasks: bool) -> Need:
-    need = eval_need(recipe, model, segments, 1 + len(recipe.stages))
+def _eval_need(plan: Plan, segments: dict[str, int], tasks: bool) -> Need:
+    recipe, model = plan.recipe, plan.model
+    need = eval_need(recipe, model, segments, 1 + len(recipe.stages), plan.world)
     whole = tasks or EXPORT in (recipe.eval.checkpoints or [])
     return whole_model_need(recipe, model, need) if whole else need
 
 
-def _print_validation(out: Console, facts: dict[str, Any], needs: list[Need], valid: bool) -> None:
+def _print_validation(out: Console, facts: dict[str, Any], needs: list[Need], valid: bool, world: World) -> None:
     out.print(
         f"{'valid: ' if valid else ''}{facts['blocks']} blocks, {facts['parameters']:,} parameters, "
         f"{facts['binarized_share']:.1%} of them binarized, "
         f"computed in {facts['dtype']} on {facts['device']}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
-    out.print(forecast_table(needs))
+    out.print(forecast_table(needs, world))
     for warning in facts["warnings"]:
         say(f"warning: {warning}")

@@ -13,12 +13,15 @@ from lbllm_cli.pipeline.block_loop import BlockLoop
 from lbllm_cli.pipeline.duration import Part
 from lbllm_cli.pipeline.forecast import Need, stage_need
 from lbllm_cli.pipeline.plan import Plan
+from lbllm_cli.pipeline.traffic import Exchanged
 from lbllm_cli.pipeline.work import StageRun, parents_activations
+from lbllm_cli.pipeline.world import World
 from lbllm_cli.recipe.schema import Recipe
 from lbllm_cli.recipe.stages import StageSpec
 from lbllm_cli.training.duration import LATENT_BYTES, block_training
-from lbllm_cli.training.forecast import training_device, training_state
+from lbllm_cli.training.forecast import training_device, training_states
 from lbllm_cli.training.plots import plot_errors
+from lbllm_cli.training.traffic import block_exchanged
 
 activations = parents_activations
 
@@ -30,11 +33,12 @@ def check(plan: Plan) -> None:
 def need(plan: Plan, spec: StageSpec, tokens: Tensor | None) -> Need:
     """Need of the blocks of `lbllm distill`."""
     recipe, model = plan.recipe, plan.model
-    device, state = (found(recipe, model, recipe.distill) for found in (training_device, training_state))
-    return replace(stage_need(plan, spec, device, state=state), cheaper=_cheaper(recipe, model))
+    device = training_device(recipe, model, recipe.distill, plan.world)
+    state, states = training_states(recipe, model, recipe.distill, plan.world)
+    return replace(stage_need(plan, spec, device, state=state, states=states), cheaper=_cheaper(recipe, model, plan.world))
 
 
-def _cheaper(recipe: Recipe, model: SourceModel) -> str:
+def _cheaper(recipe: Recipe, model: SourceModel, world: World) -> str:
     """Settings of distill that need less device memory, with what each alone would need."""
     settings = recipe.distill
     alternatives: dict[str, dict[str, Any]] = {}
@@ -44,7 +48,9 @@ def _cheaper(recipe: Recipe, model: SourceModel) -> str:
         alternatives["distill.micro_batch_size: 1"] = {"micro_batch_size": 1}
     if settings.trained != ("levels",):
         alternatives["distill.train: [levels]"] = {"train": ["levels"]}
-    needs = {key: training_device(recipe, model, settings.model_copy(update=change)) for key, change in alternatives.items()}
+    needs = {
+        key: training_device(recipe, model, settings.model_copy(update=change), world) for key, change in alternatives.items()
+    }
     listed = ", ".join(f"{key} ({need / GIB:.1f} GiB)" for key, need in needs.items())
     return f"cheaper: {listed}" if needs else "a larger GPU is needed"
 
@@ -52,6 +58,11 @@ def _cheaper(recipe: Recipe, model: SourceModel) -> str:
 def work(plan: Plan, spec: StageSpec) -> list[Part]:
     """Steps and passes of its blocks."""
     return block_training(plan, spec, LATENT_BYTES)
+
+
+def exchanged(plan: Plan, spec: StageSpec) -> Exchanged:
+    """Gradients, weights and what a better epoch leaves."""
+    return block_exchanged(plan, spec, plan.recipe.distill)
 
 
 def run(run: StageRun) -> None:

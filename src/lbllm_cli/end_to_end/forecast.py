@@ -12,9 +12,11 @@ from lbllm_cli.pipeline.forecast import (
     outer_bytes,
     sampling_bytes,
 )
+from lbllm_cli.pipeline.world import World
 from lbllm_cli.recipe.schema import Recipe
 from lbllm_cli.recipe.training import ActEndToEnd, EndToEnd
-from lbllm_cli.training.forecast import fused_activations, quantizer_activations, training_activations
+from lbllm_cli.training.forecast import fused_activations, owned_share, quantizer_activations, training_activations
+from lbllm_cli.training.spread import is_large
 
 
 def _passing_bytes(recipe: Recipe, model: SourceModel, settings: EndToEnd) -> float:
@@ -36,8 +38,9 @@ def recomputes(recipe: Recipe, model: SourceModel, settings: EndToEnd) -> bool:
     return model.blocks * _passing_bytes(recipe, model, settings) > model.backend.free_memory(model.device) / 2
 
 
-def end_to_end_need(recipe: Recipe, model: SourceModel, settings: EndToEnd, recomputed: bool) -> Need:
+def end_to_end_need(recipe: Recipe, model: SourceModel, settings: EndToEnd, recomputed: bool, world: World) -> Need:
     """Need of an end-to-end phase: the rule of one block on the device does not hold there. Its `stage` is for the caller to say.
+    world: ranks, of which it is the one that needs most.
 
     Resident are packed codes, masters of levels with gradient and two moments, embedding and head. Where codes are trained these
     are latents with two moments, and weights with their gradients; in torch, the codes that a step has found as well. With
@@ -52,13 +55,16 @@ def end_to_end_need(recipe: Recipe, model: SourceModel, settings: EndToEnd, reco
     passing += model.blocks * rows * length * model.config.hidden_size * itemsize
     # In torch weights are decoded in several steps.
     passing += 8 * weights / model.blocks if model.backend.kernels is None else 0
-    latents = weights if "weights" in settings.trained else 0
-    held = 12 + 2 * itemsize + (0 if model.backend.kernels is not None else 1)
-    resident = (held * latents or weights / 4) + 4 * levels + 12 * trained + model.count(model.outer_names()) * itemsize
+    latents, owned = weights if "weights" in settings.trained else 0, owned_share(model, settings.trained, world, model.blocks)
+    # Masters are at their owners, weights and their gradients everywhere.
+    held = owned * (12 + (0 if model.backend.kernels is not None else 1)) + 2 * itemsize
+    resident = (held * latents or weights / 4) + owned * (4 * levels + 12 * trained)
+    resident += model.count(model.outer_names()) * itemsize
     loss = 4.0 * 4 * max(LOGITS, model.config.vocab_size)
     teaching = outer_bytes(model) + 2 * block_bytes(model) + activation_bytes(model, recipe.runtime.batch_size, length)
     device = max(resident + passing + loss, teaching)
-    states = float(settings.sequences * length * model.config.hidden_size * itemsize)
+    row = length * model.config.hidden_size * itemsize
+    one, states = float(world.most(settings.sequences) * row), float(settings.sequences * row)
     state, blocks = 12.0 * (trained + latents), checkpoint_bytes(model, recipe.ptq.group_size, recipe.ptq.level_bits)
     ram = host_bytes(model, device)
     if any(item.sampled for item in settings.source or recipe.data.training.source):
@@ -69,6 +75,10 @@ def end_to_end_need(recipe: Recipe, model: SourceModel, settings: EndToEnd, reco
     written = (model.blocks + 1) * states + blocks
     cheaper = "set end_to_end.recompute: always and micro_batch_size: 1, or train: [scales, norms]"
     # The teacher's pass holds a block's inputs beside its outputs; training has its outputs alone.
-    own, elsewhere = blocks + 2 * state, 2 * states if settings.teacher else 0.0
+    own = blocks + 2 * state * (world.machines if is_large(settings.trained) else world.size)
+    elsewhere = float(2 * min(states, one * world.node)) if settings.teacher else 0.0
+    state *= owned
     disk = own if settings.teacher else max(2 * states, own + states)
-    return Need("", device, ram, disk, states, "disk", written, state, recipe.runtime.save_minutes, cheaper, elsewhere)
+    return Need(
+        "", device, ram, disk, one, "disk", written, state, recipe.runtime.save_minutes, cheaper, elsewhere, world=world
+    )  # fmt: skip

@@ -16,12 +16,15 @@ from lbllm_cli.pipeline.checkpoint import Checkpoint
 from lbllm_cli.pipeline.duration import BlockShape, Part, steps
 from lbllm_cli.pipeline.forecast import Need
 from lbllm_cli.pipeline.plan import Plan
+from lbllm_cli.pipeline.traffic import Exchanged
 from lbllm_cli.pipeline.training_state import TrainingState
 from lbllm_cli.pipeline.work import StageRun, parents_activations
 from lbllm_cli.recipe.stages import StageSpec
 from lbllm_cli.training.duration import LATENT_BYTES
+from lbllm_cli.training.forecast import owned_share
 from lbllm_cli.training.loop import Job, TrainingLoop
 from lbllm_cli.training.plots import plot_steps
+from lbllm_cli.training.traffic import whole_exchanged
 
 activations = parents_activations
 
@@ -33,7 +36,7 @@ def check(plan: Plan) -> None:
 def need(plan: Plan, spec: StageSpec, tokens: Tensor | None) -> Need:
     """Need of a phase; the teacher's states, where they are kept already, need no room."""
     settings = plan.recipe.end_to_end[spec]
-    found = end_to_end_need(plan.recipe, plan.model, settings, recomputes(plan.recipe, plan.model, settings))
+    found = end_to_end_need(plan.recipe, plan.model, settings, recomputes(plan.recipe, plan.model, settings), plan.world)
     folder = teacher_folder(settings)
     kept = False
     if folder is not None and tokens is not None:
@@ -47,16 +50,18 @@ def work(plan: Plan, spec: StageSpec) -> list[Part]:
     model, settings, blocks = plan.model, plan.recipe.end_to_end[spec], plan.model.blocks
     length = plan.recipe.data.training.length
     shape, held = BlockShape.of(model, length), held_out_rows(settings.sequences, settings.held_out)
-    every, again = float(settings.sequences * length), recomputes(plan.recipe, model, settings)
-    rows = (settings.sequences - held) * settings.epochs
-    trained, looked = float(rows * length), float(held * length * (settings.epochs + 1))
+    most = plan.world.most
+    every, again = float(most(settings.sequences) * length), recomputes(plan.recipe, model, settings)
+    rows = most(settings.sequences - held) * settings.epochs
+    trained, looked = float(rows * length), float(most(held) * length * (settings.epochs + 1))
     # Both distributions and the gradient.
     head = 6.0 * model.config.vocab_size * shape.hidden * trained
     if "weights" in settings.trained:
         moved = float(steps(settings.sequences, held, settings.batch_size, settings.epochs) * LATENT_BYTES) * shape.weights
+        moved *= owned_share(model, settings.trained, plan.world, blocks)
     else:
         # Weights are decoded, once more where blocks are computed again, and gradients of them are summed up.
-        moved = rows / min(settings.micro_batch_size, settings.batch_size) * (3 + again) * 2.3 * shape.weights
+        moved = rows / min(settings.micro_batch_size, most(settings.batch_size)) * (3 + again) * 2.3 * shape.weights
     training = Part(
         "training steps", f"{spec.section}.sequences",
         blocks * ((3 + again) * shape.forward(trained) + shape.forward(looked)) + head,
@@ -68,6 +73,11 @@ def work(plan: Plan, spec: StageSpec) -> list[Part]:
         written=blocks * shape.states(every),
     )  # fmt: skip
     return [training, teaching]
+
+
+def exchanged(plan: Plan, spec: StageSpec) -> Exchanged:
+    """Gradients and weights of all blocks."""
+    return whole_exchanged(plan, plan.recipe.end_to_end[spec])
 
 
 def run(run: StageRun) -> None:

@@ -4,7 +4,7 @@ What a stage alone knows of its need is in its own package.
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +16,7 @@ from lbllm_cli.format.weights import expected_bits
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.models.sampling import ROWS_AT_ONCE
 from lbllm_cli.pipeline.plan import Plan
+from lbllm_cli.pipeline.world import World
 from lbllm_cli.recipe.schema import Recipe
 from lbllm_cli.recipe.stages import StageSpec
 
@@ -31,6 +32,9 @@ PROCESS = 0.7 * GIB
 @dataclass(frozen=True)
 class Need:
     """Bytes that a stage needs; on a CPU `device` is part of the same RAM.
+
+    Of one rank, the one that needs most; but disk, written and teacher are of all that write to a folder: output.dir is the same
+    for all ranks, and a teacher's folder may be a machine's own, whose ranks share it. world: how many they are.
 
     streams: bytes of all hidden-state streams at once. place: where these lie. written: bytes that the whole stage writes,
     where that is more than what it leaves behind. state: bytes of one unfinished training state, saved every save_minutes.
@@ -49,6 +53,7 @@ class Need:
     cheaper: str = "lower runtime.batch_size"
     teacher: float = 0.0
     teacher_folder: Path | None = None
+    world: World = field(default_factory=World)
 
     def line(self) -> str:
         """One line of log."""
@@ -56,9 +61,13 @@ class Need:
         written = f", writes {self.written / GIB:.1f} GiB in all" if self.written else ""
         if self.state:
             written += f", saves {self.state / GIB:.2f} GiB of training state every {self.save_minutes:g} minutes"
+        together = ""
+        if self.world.several:
+            where, together = f"{where} of each", f"; {self.world}, each of which needs that much, disk is of all together"
         return (
             f"needs about {self.device / GIB:.1f} GiB for blocks and fitting, {self.ram / GIB:.1f} GiB of RAM, "
-            f"{(self.disk + self.teacher) / GIB:.1f} GiB of disk (streams {where}: {self.streams / GIB:.1f} GiB){written}"
+            f"{(self.disk + self.teacher) / GIB:.1f} GiB of disk (streams {where}: {self.streams / GIB:.1f} GiB)"
+            f"{written}{together}"
         )
 
 
@@ -146,8 +155,11 @@ def checkpoint_bytes(model: SourceModel, group_size: int, level_bits: int) -> fl
     return expected_bits(model.binarized_shapes, group_size, level_bits) * model.binarized_parameters / 8
 
 
-def streams_place(recipe: Recipe, model: SourceModel, device: float, alive: float) -> Place:
-    """Where streams go: as the recipe says, or by what is free now. device: bytes of blocks and fitting. alive: of streams."""
+def streams_place(recipe: Recipe, model: SourceModel, device: float, alive: float, ranks: int = 1) -> Place:
+    """Where streams go: as the recipe says, or by what is free now. device: bytes of blocks and fitting. alive: of streams.
+
+    ranks: that share a machine's RAM, each with as many.
+    """
     wanted, backend = recipe.runtime.streams, model.backend
     if backend.shares_ram:
         wanted = "ram" if wanted == "device" else wanted
@@ -155,7 +167,7 @@ def streams_place(recipe: Recipe, model: SourceModel, device: float, alive: floa
         return "device"
     if wanted != "auto":
         return wanted
-    return "disk" if alive > psutil.virtual_memory().available / 2 else "ram"
+    return "disk" if ranks * alive > psutil.virtual_memory().available / 2 else "ram"
 
 
 def host_bytes(model: SourceModel, device: float) -> float:
@@ -163,17 +175,20 @@ def host_bytes(model: SourceModel, device: float) -> float:
     return PROCESS + (device if model.backend.shares_ram else block_bytes(model))
 
 
-def stage_need(plan: Plan, spec: StageSpec, device: float, kept: float = 0, state: float = 0) -> Need:
+def stage_need(
+    plan: Plan, spec: StageSpec, device: float, kept: float = 0, state: float = 0, states: float | None = None
+) -> Need:
     """Need of a stage that runs over the blocks. device: blocks and fitting. kept: streams' worth of RAM that its fit adds.
 
-    state: bytes of one unfinished training state.
+    state: bytes of one unfinished training state, of the rank that has most. states: of all ranks' together, default that one.
     """
-    recipe, model, tokens = plan.recipe, plan.model, plan.token_set(spec)
+    recipe, model, tokens, world = plan.recipe, plan.model, plan.token_set(spec), plan.world
     sequences = plan.settings(spec).subset or tokens.sequences
-    one = float(sequences * tokens.length * model.config.hidden_size * model.dtype.itemsize)
+    row = tokens.length * model.config.hidden_size * model.dtype.itemsize
+    one, every = float(world.most(sequences) * row), float(sequences * row)
     stored, alive = spec.streams
     device = max(device, outer_bytes(model))
-    place = streams_place(recipe, model, device, (alive + kept) * one)
+    place = streams_place(recipe, model, device, (alive + kept) * one, world.node)
     count = stored if place == "disk" else alive + kept
     ram = host_bytes(model, device) + (count * one if place == "ram" else 0)
     device += count * one if place == "device" else 0
@@ -183,21 +198,25 @@ def stage_need(plan: Plan, spec: StageSpec, device: float, kept: float = 0, stat
         # On a GPU the file stays in RAM.
         device = device if model.backend.shares_ram else max(device, whole - 2.0 * model.count(list(model.shapes)))
     blocks = checkpoint_bytes(model, recipe.ptq.group_size, recipe.ptq.level_bits)
-    written = blocks + 2 * (model.blocks + 1) * one if place == "disk" else 0.0
+    written = blocks + 2 * (model.blocks + 1) * every if place == "disk" else 0.0
     # A state is replaced by a whole one: two exist for a moment.
-    disk = blocks + (count * one if place == "disk" else 0) + 2 * state
-    return Need(spec.name, device, ram, disk, count * one, place, written, state, recipe.runtime.save_minutes)
+    disk = blocks + (count * every if place == "disk" else 0) + 2 * (state if states is None else states)
+    return Need(
+        spec.name, device, ram, disk, count * one, place, written, state, recipe.runtime.save_minutes, world=world
+    )  # fmt: skip
 
 
 def memory_warnings(need: Need, model: SourceModel) -> list[str]:
     """Memory that is likely to run out, each with the keys that lower it."""
     warnings = []
-    available = psutil.virtual_memory().available
-    if need.ram > available:
+    available, ranks = psutil.virtual_memory().available, need.world.node
+    if ranks * need.ram > available:
         # Streams that are on disk already are not what takes the RAM: on a CPU that is what a GPU would hold.
         streams = "set runtime.streams: disk, or lower runtime.batch_size or the number of sequences"
         remedy = need.cheaper if need.place == "disk" else streams
-        warnings.append(f"needs about {need.ram / GIB:.1f} GiB of RAM, {available / GIB:.1f} GiB are available; {remedy}")
+        several = f" for {ranks} ranks of a machine" if ranks > 1 else ""
+        needed = f"needs about {ranks * need.ram / GIB:.1f} GiB of RAM{several}"
+        warnings.append(f"{needed}, {available / GIB:.1f} GiB are available; {remedy}")
     if not model.backend.shares_ram:
         room = model.backend.free_memory(model.device)
         if need.device > room:

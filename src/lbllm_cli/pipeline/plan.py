@@ -17,6 +17,7 @@ from lbllm_cli.models.tokenizer import open_tokenizer
 from lbllm_cli.parallel.group import ALONE, Group
 from lbllm_cli.parallel.join import check_devices
 from lbllm_cli.pipeline import output
+from lbllm_cli.pipeline.world import World
 from lbllm_cli.recipe.base import Source
 from lbllm_cli.recipe.schema import Ptq, Recipe, TokenSet
 from lbllm_cli.recipe.stages import TABLE, StageSpec
@@ -26,14 +27,22 @@ from lbllm_cli.runtime.backend import choose_device
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked recipe. tokenizer: None only where `weights=False` met a folder without one. group: who runs it."""
+    """A checked recipe. tokenizer: None only where `weights=False` met a folder without one. group: who runs it. asked: ranks
+    that forecasts are for, where those are not the ones that run it.
+    """
 
     recipe: Recipe
     output: Path
     model: SourceModel
     tokenizer: Any
     group: Group = ALONE
+    asked: World | None = None
     _tokens: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def world(self) -> World:
+        """Ranks that forecasts are for: of one of them."""
+        return self.asked or World.of(self.group)
 
     @property
     def vocab(self) -> int:
@@ -118,12 +127,13 @@ class Plan:
 
 
 def prepare(
-    recipe: Recipe, weights: bool = True, stages: Iterable[StageSpec] = (), evaluate: bool = False, group: Group = ALONE
-) -> Plan:
+    recipe: Recipe, weights: bool = True, stages: Iterable[StageSpec] = (), evaluate: bool = False, group: Group = ALONE,
+    asked: World | None = None,
+) -> Plan:  # fmt: skip
     """Opens model and tokenizer and checks the sources that will be read.
 
     weights: False accepts a folder that holds only config.json. stages: whose text must be usable. evaluate: whether the text of
-    data.evaluation must be. Raises UsageError with every problem found.
+    data.evaluation must be. asked: see `Plan`. Raises UsageError with every problem found.
     """
     problems: list[str] = []
 
@@ -161,7 +171,7 @@ def prepare(
     if problems:
         raise UsageError("\n".join(problems))
     check_devices(group, model.device)
-    return Plan(recipe, folder, model, tokenizer, group)
+    return Plan(recipe, folder, model, tokenizer, group, asked)
 
 
 def _divided(skip: int, sets: tuple[int, ...]) -> tuple[int, ...]:

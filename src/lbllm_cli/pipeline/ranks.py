@@ -21,8 +21,11 @@ _SHOWN = 35.0
 
 
 def check_shares(plan: Plan, spec: StageSpec, rows: int) -> None:
-    """Whether every rank has a sequence to begin with, and one in each step. Raises UsageError naming the key to change."""
-    size, settings = plan.group.size, plan.settings(spec)
+    """Whether every rank has a sequence to begin with, and one in each step; of ranks that run, or that are asked about.
+
+    rows: sequences of the stage. Raises UsageError naming the key to change.
+    """
+    size, settings = plan.world.size, plan.settings(spec)
     if rows < size:
         raise UsageError(f"{spec}: {rows} sequences for {size} ranks; raise {spec.text}.sequences, or start at most {rows}")
     if size == 1 or not isinstance(settings, Schedule):

@@ -12,6 +12,7 @@ from lbllm_cli.pipeline.duration import Part
 from lbllm_cli.pipeline.forecast import Need
 from lbllm_cli.pipeline.plan import Plan
 from lbllm_cli.pipeline.reporter import Reporter
+from lbllm_cli.pipeline.traffic import Exchanged
 from lbllm_cli.recipe.stages import StageSpec
 
 
@@ -53,7 +54,10 @@ class StageWork(Protocol):
         """What it will need. tokens: where they are known already; only kept results of theirs are looked up with them."""
 
     def work(self, plan: Plan, spec: StageSpec) -> list[Part]:
-        """What it computes and moves, for a forecast of time."""
+        """What it computes and moves, for a forecast of time; of the rank of `plan.world` that has most."""
+
+    def exchanged(self, plan: Plan, spec: StageSpec) -> Exchanged:
+        """What its ranks hand over, where there are several; of `plan.world`."""
 
     def activations(self, plan: Plan, parent: Checkpoint | None) -> ActivationFormat | None:
         """How the blocks that it makes quantize activations, if they do. parent: what it goes on from."""

@@ -1,5 +1,6 @@
 """Stage 1 in the pipeline."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 
@@ -7,16 +8,21 @@ from torch import Tensor
 
 from lbllm_cli.models.block import block_prefix
 from lbllm_cli.models.model import SourceModel
+from lbllm_cli.parallel.shares import share_of
 from lbllm_cli.pipeline.block_loop import BlockLoop
 from lbllm_cli.pipeline.duration import BlockShape, Part
 from lbllm_cli.pipeline.forecast import Need, activation_bytes, block_bytes, stage_need
 from lbllm_cli.pipeline.plan import Plan
+from lbllm_cli.pipeline.traffic import Exchanged
 from lbllm_cli.pipeline.work import StageRun, parents_activations
 from lbllm_cli.ptq.fit import fit_block
 from lbllm_cli.ptq.passes import Pass, experts_at_once, is_down, matrices, passes_of
+from lbllm_cli.ptq.teams import owners_of
+from lbllm_cli.ptq.traffic import ptq_calls
 from lbllm_cli.recipe.schema import Ptq
 from lbllm_cli.recipe.stages import StageSpec
 from lbllm_cli.runtime.experts import expert_of
+from lbllm_cli.runtime.units import Unit
 
 activations = parents_activations
 
@@ -29,7 +35,7 @@ def need(plan: Plan, spec: StageSpec, tokens: Tensor | None) -> Need:
     """Need of `lbllm ptq`."""
     recipe, model, text = plan.recipe, plan.model, plan.token_set(spec)
     heads = model.shapes[f"{block_prefix(0)}self_attn.o_proj.weight"][1] / model.config.hidden_size
-    rows = min(text.sequences, recipe.runtime.batch_size)
+    rows = min(plan.world.most(text.sequences), recipe.runtime.batch_size)
     # Teacher, and the student's replaced weights beside it.
     device = 2 * block_bytes(model)
     if model.backend.kernels is None:
@@ -85,7 +91,7 @@ def _fused_bytes(model: SourceModel, settings: Ptq, tokens: int) -> float:
 def work(plan: Plan, spec: StageSpec) -> list[Part]:
     """Passes that collect moments, the moments, and the fit."""
     settings, text, blocks = plan.recipe.ptq, plan.token_set(spec), plan.model.blocks
-    shape, tokens = BlockShape.of(plan.model, text.length), float(text.sequences * text.length)
+    shape, tokens = BlockShape.of(plan.model, text.length), float(plan.world.most(text.sequences) * text.length)
     kinds = 2 if settings.asymmetric != 0 else 1
     # Of each pass, the linears that a token goes through.
     each = dict(zip(plan.model.units, shape.inputs, strict=True))
@@ -96,11 +102,7 @@ def work(plan: Plan, spec: StageSpec) -> list[Part]:
     linears = kinds * sum(before) + sizes[-1] if settings.sequential else kinds * sum(sizes)
     passed = tokens * (2 * linears + kinds * shape.attention)
     moments = sum(float(width) ** 2 * share for width, _, share in shape.inputs) * tokens * (3 if kinds == 2 else 1)
-    # Factorisations; then products with a width's square for each row: targets and their lengths, errors, descents, refits.
-    rounds = settings.rounds * (settings.refit + settings.code_descent)
-    fit = sum(
-        4 / 3 * float(width) ** 3 + (16 + 5 * rounds) * float(rows) * float(width) ** 2 for width, rows, _ in shape.inputs
-    )
+    fit = sum(_fit_flops(plan.model, units, settings, plan.world.size) for units in passes)
     streams = 2 * shape.states(tokens)
     return [
         Part("passes over the calibration text", "data.calibration.sequences", blocks * (passed + shape.forward(tokens)),
@@ -109,6 +111,36 @@ def work(plan: Plan, spec: StageSpec) -> list[Part]:
         Part("moments", "data.calibration.sequences", blocks * moments),
         Part("fits", "ptq.rounds", exact=blocks * fit, launches=blocks * 5e3 * len(plan.model.units)),
     ]  # fmt: skip
+
+
+def _fit_flops(model: SourceModel, units: Pass, settings: Ptq, size: int) -> float:
+    """FLOP of a pass's fits, of the rank that has most: a factorisation of each unit that it takes part in; then products with a
+    width's square for each of its rows: targets and their lengths, errors, descents, refits."""
+    rounds = settings.rounds * (settings.refit + settings.code_descent)
+    shapes = _unit_shapes(model, units)
+    owners = owners_of(shapes, size)
+    loads = [0.0] * size
+    for unit, linears in shapes.items():
+        width = float(linears[0][1])
+        for rank in range(size) if owners is None else [owners[unit]]:
+            rows = sum(out if owners is not None else len(share_of(out, rank, size)) for out, _ in linears)
+            loads[rank] += 4 / 3 * width**3 + (16 + 5 * rounds) * rows * width**2
+    return max(loads)
+
+
+def _unit_shapes(model: SourceModel, units: Iterable[Unit]) -> dict[Unit, list[tuple[int, int]]]:
+    """(out, in) of each unit's linears."""
+    shapes = dict(zip(model.linears, model.binarized_shapes, strict=True))
+    return {unit: [shapes[name] for name in unit] for unit in units}
+
+
+def exchanged(plan: Plan, spec: StageSpec) -> Exchanged:
+    """Moments, and what was fitted."""
+    model, settings = plan.model, plan.recipe.ptq
+    passes = _passes(model, settings)
+    calls = ptq_calls(_unit_shapes(model, model.units), passes, settings, plan.world.size)
+    # Of each pass how many tokens its moments are of, and what is gathered; of a block its errors and facts.
+    return Exchanged(tuple(calls), model.blocks, said=2 * len(passes) + 4)
 
 
 def run(run: StageRun) -> None:

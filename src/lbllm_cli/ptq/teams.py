@@ -45,19 +45,26 @@ class Team:
                 self.ranks.send(matrix, self.owner)
 
 
-def teams_of(shapes: dict[Unit, list[tuple[int, int]]], group: Group) -> dict[Unit, Team]:
-    """Who fits the units of a pass. shapes: of each unit's linears, (out, in).
+def owners_of(shapes: dict[Unit, list[tuple[int, int]]], size: int) -> dict[Unit, int] | None:
+    """Which of `size` ranks fits each unit of a pass; None where each fits rows of every linear. shapes: of each unit's linears,
+    (out, in).
 
     Whole units cost one factorisation each; rows of one cost every rank a factorisation, and leave nobody idle where a pass has
     fewer units than there are ranks, as every pass of a dense model in sequential order.
     """
     fewest = min(out for linears in shapes.values() for out, _ in linears)
-    if group.size == 1 or (len(shapes) < group.size and fewest >= _ROWS * group.size):
-        return {unit: Team(group) for unit in shapes}
+    if size == 1 or (len(shapes) < size and fewest >= _ROWS * size):
+        return None
     # A factorisation, its inverse, and what is done with every row.
     costs = {unit[0]: sum(8.0 * out * inn**2 for out, inn in linears) + linears[0][1] ** 3 for unit, linears in shapes.items()}
-    owners = Owners(group.size).give(costs)
-    return {unit: Team(group, owners[unit[0]]) for unit in shapes}
+    owners = Owners(size).give(costs)
+    return {unit: owners[unit[0]] for unit in shapes}
+
+
+def teams_of(shapes: dict[Unit, list[tuple[int, int]]], group: Group) -> dict[Unit, Team]:
+    """Who fits the units of a pass; see `owners_of`."""
+    owners = owners_of(shapes, group.size)
+    return {unit: Team(group, None if owners is None else owners[unit]) for unit in shapes}
 
 
 def counted(group: Group, parts: list[InputMoments]) -> None:

@@ -1,14 +1,28 @@
 """What the stages that train will need: masters, gradients, moments and activations, of a block."""
 
+from collections.abc import Iterable
+
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.pipeline.forecast import activation_bytes, block_bytes
+from lbllm_cli.pipeline.world import World
 from lbllm_cli.recipe.schema import Recipe
 from lbllm_cli.recipe.training import ActCalib, ActEndToEnd, Distill
 from lbllm_cli.training.interfaces import SEQUENCES
 from lbllm_cli.training.quantizers import KNEES
+from lbllm_cli.training.spread import is_large, loads_of
+from lbllm_cli.training.traffic import linear_shapes
 
 # float32 tensors of an input's size that a quantizer keeps for its backward pass: measured 2.0, and 17.3 while knees are soft.
 KEPT_DEPLOYED, KEPT_SOFT = 2.0, 20.0
+
+
+def owned_share(model: SourceModel, trained: Iterable[str], world: World, blocks: int = 1) -> float:
+    """Of the weights of blocks that are trained together, what the rank that has most has masters of. trained: kinds of
+    parameters; where masters are not spread, every rank has all."""
+    if not is_large(trained):
+        return 1.0
+    loads = loads_of(linear_shapes(model), world.node, blocks)
+    return max(loads) / sum(loads)
 
 
 def masters(model: SourceModel, settings: Distill | ActCalib, group_size: int) -> tuple[float, float]:
@@ -37,8 +51,8 @@ def quantizer_activations(model: SourceModel, settings: ActCalib | ActEndToEnd, 
     return (KEPT_SOFT if soft else KEPT_DEPLOYED) * 4 * rows * length * inputs
 
 
-def _fused_device(model: SourceModel, settings: Distill | ActCalib, group_size: int, length: int) -> float:
-    """`training_device` where weights and quantizers are trained in kernels.
+def _fused_device(model: SourceModel, settings: Distill | ActCalib, group_size: int, length: int, owned: float) -> float:
+    """`training_device` where weights and quantizers are trained in kernels. owned: share of the masters that are there.
 
     The teacher's block, the present weights and their gradient; latents with both moments; levels with all of it and as they are
     stored; codes. Before that act-calib looks at some sequences at once. Counted on the shapes of three models
@@ -47,7 +61,7 @@ def _fused_device(model: SourceModel, settings: Distill | ActCalib, group_size: 
     config, weights, itemsize = model.config, model.binarized_parameters / model.blocks, model.dtype.itemsize
     latents = 4.0 * weights * (3 if isinstance(settings, Distill) or "weights" in settings.trained else 0)
     levels = 20.0 * weights * 4 / group_size
-    resident = block_bytes(model) + 2 * weights * itemsize + latents + levels + weights * 0.3
+    resident = block_bytes(model) + 2 * weights * itemsize + owned * (latents + levels + weights * 0.3)
     passing = fused_activations(model, min(settings.micro_batch_size, settings.batch_size), length)
     if isinstance(settings, ActCalib):
         states = 10 * config.hidden_size + 4 * model.kv_width + 5 * model.inner
@@ -62,20 +76,22 @@ def fused_activations(model: SourceModel, rows: int, length: int) -> float:
     return float(rows * length * (states * model.dtype.itemsize + 12 * config.hidden_size))
 
 
-def training_device(recipe: Recipe, model: SourceModel, settings: Distill | ActCalib) -> float:
+def training_device(recipe: Recipe, model: SourceModel, settings: Distill | ActCalib, world: World) -> float:
     """The teacher's block; masters, their gradients and AdamW's two moments; the weights they stand for, in float32 and in the
-    compute dtype with a gradient; activations. Or the teacher's pass over the data, if that is more."""
+    compute dtype with a gradient; activations. Or the teacher's pass over the data, if that is more. Of the rank of `world` that
+    has most masters."""
     trained, frozen = masters(model, settings, recipe.ptq.group_size)
+    owned = owned_share(model, settings.trained, world)
     weights = model.binarized_parameters / model.blocks
     length = recipe.data.training.length
-    current = weights * (4.0 + 1.0 + 2.0 * model.dtype.itemsize)
+    current = weights * (owned * (4.0 + 1.0) + 2.0 * model.dtype.itemsize)
     fused = not (isinstance(settings, Distill) and settings.parametrisation == "bitmap")
     if fused and model.backend.kernels is not None:
-        return max(_fused_device(model, settings, recipe.ptq.group_size, length), teaching_device(recipe, model))
+        return max(_fused_device(model, settings, recipe.ptq.group_size, length, owned), teaching_device(recipe, model))
     rows = min(settings.micro_batch_size, settings.batch_size)
     passing = training_activations(model, rows, length)
     passing += quantizer_activations(model, settings, rows, length) if isinstance(settings, ActCalib) else 0
-    return max(block_bytes(model) + 16 * trained + 4 * frozen + current + passing, teaching_device(recipe, model))
+    return max(block_bytes(model) + owned * (16 * trained + 4 * frozen) + current + passing, teaching_device(recipe, model))
 
 
 def teaching_device(recipe: Recipe, model: SourceModel) -> float:
@@ -83,6 +99,8 @@ def teaching_device(recipe: Recipe, model: SourceModel) -> float:
     return 2 * block_bytes(model) + activation_bytes(model, recipe.runtime.batch_size, recipe.data.training.length)
 
 
-def training_state(recipe: Recipe, model: SourceModel, settings: Distill | ActCalib) -> float:
-    """Bytes of a block's unfinished training: masters that are trained, and two moments."""
-    return 12 * masters(model, settings, recipe.ptq.group_size)[0]
+def training_states(recipe: Recipe, model: SourceModel, settings: Distill | ActCalib, world: World) -> tuple[float, float]:
+    """Bytes of a block's unfinished training, of the rank that has most and of all: masters that are trained, and two moments."""
+    whole = 12 * masters(model, settings, recipe.ptq.group_size)[0]
+    copies = world.machines if is_large(settings.trained) else world.size
+    return owned_share(model, settings.trained, world) * whole, copies * whole

@@ -1,12 +1,34 @@
 """Linears whose masters are spread over a machine's ranks: who owns which."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
 from lbllm_cli.parallel.group import Group
 from lbllm_cli.parallel.shares import Owners
 from lbllm_cli.training.master import BITMAP, WEIGHTS
+
+
+def is_large(trained: Iterable[str]) -> bool:
+    """Whether masters are as large as weights, which is when they are spread. trained: kinds of parameters."""
+    return bool({WEIGHTS, BITMAP} & set(trained))
+
+
+def owners_of(shapes: Mapping[str, tuple[int, int]], node: int, blocks: int = 1) -> list[dict[str, int]]:
+    """Owners of a block's linears among `node` ranks of a machine, of some blocks that are trained together, as `Spread` gives
+    them. shapes: (out, in) by name, in the order of a block's linears.
+    """
+    owners = Owners(node)
+    return [owners.give({name: float(rows * width) for name, (rows, width) in shapes.items()}) for _ in range(blocks)]
+
+
+def loads_of(shapes: Mapping[str, tuple[int, int]], node: int, blocks: int = 1) -> list[int]:
+    """Weights that each rank of a machine has masters of; see `owners_of`."""
+    loads = [0] * node
+    for owners in owners_of(shapes, node, blocks):
+        for name, rank in owners.items():
+            loads[rank] += shapes[name][0] * shapes[name][1]
+    return loads
 
 
 class Spread:
@@ -18,7 +40,7 @@ class Spread:
 
     def __init__(self, group: Group, trained: Iterable[str]):
         self.group, self.node = group, group.node
-        self.large = bool({WEIGHTS, BITMAP} & set(trained))
+        self.large = is_large(trained)
         self._owners = Owners(self.node.size)
         self.owner: dict[str, int] = {}
 

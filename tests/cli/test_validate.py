@@ -1,0 +1,133 @@
+"""`lbllm validate` for several ranks: what each needs, what they hand over, and what is refused."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from conftest import save_toy, write_recipe
+
+from lbllm_cli.pipeline.forecast import Need, memory_warnings
+from lbllm_cli.pipeline.world import World
+
+GIB = 2**30
+
+
+@pytest.fixture
+def big(tmp_path, monkeypatch):
+    """A recipe for the shape of LLaMA-2-7B, without weights, on a machine with a large disk."""
+    from transformers import LlamaConfig
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**15))
+    shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    LlamaConfig(**shape, max_position_embeddings=4096).save_pretrained(tmp_path / "7b")
+    return write_recipe(
+        tmp_path / "r.yaml", tmp_path / "7b", tmp_path / "run", ptq={"group_size": 128}, runtime={"streams": "disk"},
+        distill={"batch_size": 64}, act_calib={"batch_size": 64},
+        data={
+            "calibration": {"source": "builtin:calibration", "sequences": 128, "length": 2048},
+            "training": {"source": "builtin:calibration", "sequences": 1024, "length": 2048},
+        },
+    )  # fmt: skip
+
+
+def facts_of(ok, recipe, *options):
+    return json.loads(ok("validate", "--recipe", recipe, "--json", *options).stdout)
+
+
+def test_one_rank_is_what_it_was(ok, recipe):
+    alone, one = (facts_of(ok, recipe, *options) for options in ((), ("--world-size", "1", "--per-node", "1")))
+    assert "ranks" not in alone
+    # A device without a maker's figures is measured each time.
+    alone.pop("forecast_seconds")
+    one.pop("forecast_seconds")
+    assert alone == one
+    assert "rank" not in ok("validate", "--recipe", recipe).stdout
+
+
+def test_json_has_what_each_rank_needs_and_hands_over(ok, big):
+    alone, found = facts_of(ok, big), facts_of(ok, big, "--world-size", "64")
+    ranks = found["ranks"]
+    assert (ranks["world_size"], ranks["per_node"], ranks["machines"]) == (64, 8, 8)
+    distill = ranks["stages"]["distill"]
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008) // 32
+    # float32 here, as the folder says nothing; gradients go to one owner of eight, of the largest linears 45 million weights.
+    size = distill["bytes_per_step"]["reduce"] // weights
+    assert distill["bytes_per_step"] == {
+        "reduce": size * weights, "broadcast": size * weights, "all-reduce": 8,
+        "all-reduce between nodes": size * 4096 * 11008,
+    }  # fmt: skip
+    assert distill["steps_per_block"] == 30
+    assert set(distill["busy_seconds"]) == {"computing", "NVLink", "PCIe 5 x16", "400 Gb/s", "100 Gb/s"}
+    assert distill["busy_seconds"]["100 Gb/s"] > 3 * distill["busy_seconds"]["400 Gb/s"]
+    assert distill["bottleneck"]["H100, NVLink, 100 Gb/s"] == "100 Gb/s"
+    assert set(ranks["stages"]["ptq"]["bytes_per_block"]) == {"all-reduce", "gather"}
+    assert set(found["forecast_seconds"]["distill"]) == set(distill["bottleneck"])
+    before, after = alone["forecast_bytes"], found["forecast_bytes"]
+    for stage in ("ptq", "distill", "act-calib"):
+        assert after[stage]["streams"] * 64 == before[stage]["streams"]
+    # Masters of the largest linear instead of all; the disk is that of all ranks.
+    assert after["distill"]["device"] < before["distill"]["device"]
+    assert after["act-calib"]["device"] == before["act-calib"]["device"]
+    assert after["distill"]["disk"] >= before["distill"]["disk"]
+    assert after["distill"]["ram"] < before["distill"]["ram"]
+
+
+def test_tables_say_which_link_holds_a_stage_up(ok, big):
+    one, two = (ok("validate", "--recipe", big, "--world-size", "16", "--per-node", node).stdout for node in ("16", "8"))
+    assert "16 ranks on one machine" in " ".join(one.split())
+    assert "Gb/s" not in one
+    assert "distill: held up by" in two
+    assert "100 Gb/s" in two
+
+
+def test_stages_with_a_phase_are_all_there(ok, big):
+    changes = ("distill.end_to_end.sequences=64", "distill.end_to_end.batch_size=8", "act_calib.end_to_end.sequences=64",
+               "act_calib.end_to_end.batch_size=8")  # fmt: skip
+    alone, found = facts_of(ok, big, *changes), facts_of(ok, big, *changes, "--world-size", "8")
+    assert list(found["ranks"]["stages"]) == ["ptq", "distill", "act-calib", "distill-e2e", "act-calib-e2e"]
+    assert found["ranks"]["stages"]["distill-e2e"]["steps"] == 8
+    assert found["forecast_bytes"]["distill-e2e"]["streams"] * 8 == alone["forecast_bytes"]["distill-e2e"]["streams"]
+    # Levels are copies: each rank keeps what it has.
+    assert found["forecast_bytes"]["distill-e2e"]["device"] == alone["forecast_bytes"]["distill-e2e"]["device"]
+    weights = (*changes, "distill.end_to_end.train=[weights,levels]")
+    alone, found = facts_of(ok, big, *weights), facts_of(ok, big, *weights, "--world-size", "8")
+    step = found["ranks"]["stages"]["distill-e2e"]["bytes_per_step"]
+    assert step["reduce"] == step["broadcast"]
+    assert found["forecast_bytes"]["distill-e2e"]["device"] < alone["forecast_bytes"]["distill-e2e"]["device"] / 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--world-size", "12"), "--world-size 12 is no multiple of --per-node 8"),
+        (("--world-size", "6", "--per-node", "4"), "give --per-node a divisor of 6"),
+        (("--world-size", "2", "--per-node", "3"), "--world-size 2 is no multiple of --per-node 3"),
+        (("--world-size", "8"), "ptq: 6 sequences for 8 ranks; raise data.calibration.sequences, or start at most 6"),
+        (("--world-size", "4"), "distill.batch_size is 2, and 4 ranks take part in every step; raise it to 4, or start at"),
+        (("--world-size", "8"), "act-calib.batch_size"),
+    ],
+)  # fmt: skip
+def test_ranks_that_do_not_fit_are_refused(lbllm, tmp_path, options, message):
+    recipe = write_recipe(tmp_path / "r.yaml", save_toy(tmp_path / "model"), tmp_path / "run")
+    result = lbllm("validate", "--recipe", recipe, *options)
+    assert result.exit_code == 2
+    assert message.replace("act-calib", "act_calib") in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "many"])
+def test_a_world_that_is_no_number_of_ranks(lbllm, recipe, size):
+    result = lbllm("validate", "--recipe", recipe, "--world-size", size)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.stderr
+
+
+def test_all_ranks_of_a_machine_need_its_memory(monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=3 * GIB))
+    model = SimpleNamespace(backend=SimpleNamespace(shares_ram=True))
+    need = {"stage": "ptq", "device": 0.0, "ram": 1.0 * GIB, "disk": 0.0, "streams": 0.0, "place": "disk"}
+    assert memory_warnings(Need(**need), model) == []
+    assert memory_warnings(Need(**need, world=World(4, 2)), model) == []
+    (warning,) = memory_warnings(Need(**need, world=World(8, 4)), model)
+    assert "needs about 4.0 GiB of RAM for 4 ranks of a machine, 3.0 GiB are available" in warning
