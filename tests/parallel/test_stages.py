@@ -45,7 +45,9 @@ def alone(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=[(2, 2), (4, 2)], ids=["2 ranks", "4 ranks on 2 machines"])
+@pytest.fixture(
+    scope="module", params=[pytest.param((4, 2), id="4 ranks on 2 machines"), pytest.param((2, 2), id="2 ranks", marks=pytest.mark.slow)]
+)
 def together(tmp_path_factory, request) -> Path:
     """Every stage by several."""
     folder = tmp_path_factory.mktemp("together")
@@ -69,8 +71,9 @@ def test_several_ranks_end_where_one_process_does(alone, together):
     for stage in ("ptq", "distill", "distill-e2e", "act-calib"):
         inputs = [manifest(folder / "run" / stage)["inputs"] for folder in (together, alone)]
         assert inputs[0].pop("ranks") in (2, 4)
-        left_out = {"parent.files"}
-        assert {k: v for k, v in inputs[0].items() if k not in left_out} == {k: v for k, v in inputs[1].items() if k not in left_out}
+        for made_from in inputs:
+            made_from.pop("parent.files", None)
+        assert inputs[0] == inputs[1]
         # One has written, and nothing of the others is left.
         assert {path.name for path in (together / "run" / stage).iterdir()} == {
             path.name for path in (alone / "run" / stage).iterdir()
@@ -101,9 +104,9 @@ def test_a_finished_stage_is_gone_on_from_with_any_number(ok, together):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("streams", ["ram", "disk"])
+@pytest.mark.parametrize("streams", ["disk", pytest.param("ram", marks=pytest.mark.slow)])
 def test_stopped_ranks_save_and_resume_to_the_same_bytes(tmp_path, lbllm_alone, streams):
-    """SIGTERM to one of them: both save the step that they are in, and end with 130 and one message. The rest is made by as many."""
+    """SIGTERM to one of them: both save the step that they are in, and end with 130 and one message; as many go on from there."""
     recipe = recipe_of(tmp_path, distill={"epochs": 8, "batch_size": 4}, runtime={"device": "cpu", "streams": streams})
     whole = recipe_of(tmp_path / "whole", distill={"epochs": 8, "batch_size": 4}, runtime={"device": "cpu", "streams": streams})
     for which in (recipe, whole):
