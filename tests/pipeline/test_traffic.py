@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from conftest import ROOT, save_toy, write_recipe
 from lbllm_cli.pipeline.duration import Part
 from lbllm_cli.pipeline.plan import Plan, prepare
 from lbllm_cli.pipeline.traffic import (
+    AGREEMENT,
     ALL_REDUCE,
     BROADCAST,
     GATHER,
@@ -218,6 +220,9 @@ def test_seconds_of_calls_on_links():
     assert Call("", GATHER, 1_000_000, 1).between(world, link) == pytest.approx(8e-3)
     owners = Call("", OWNERS, 1_000_000, 1, together=8_000_000)
     assert (owners.inside(world, link), owners.between(world, link)) == (0, pytest.approx(8e-3))
+    cards = replace(link, cards=8)
+    assert add.between(world, cards) == pytest.approx(1e-3)
+    assert replace(owners, size=3_000_000).between(world, cards) == pytest.approx(3e-3)
     assert add.inside(World(2, 1), link) == add.between(World(2, 2), link) == 0
 
 
@@ -228,6 +233,11 @@ def test_a_reduction_hides_behind_the_way_back():
     # 80 ms each; of a step's 60 ms a third is the last micro-batch's way back.
     assert exchanged.waits(TWO, (link, FAST), 1.2) == {REDUCE: pytest.approx(20 * 0.06)}
     assert exchanged.waits(TWO, (link, FAST), 12.0) == {}
+    # What hosts say takes 50 us each time; it is waited for where the device has nothing to do meanwhile.
+    talking = Exchanged((), 2, steps=10, said=1000)
+    assert talking.waits(TWO, (link, FAST), 0.04) == {AGREEMENT: pytest.approx(0.06)}
+    assert talking.waits(TWO, (link, FAST), 0.2) == {}
+    assert Exchanged((), 2, said=1000).waits(TWO, (link, FAST), 0.0) == {AGREEMENT: pytest.approx(0.1)}
     parts = [Part("steps", "", products=1e15), Part("passes", "", products=1e14)]
     alone, both = (stage_seconds(parts, exchanged, world, CARDS["h100"], "device", (NVLINK, FAST)) for world in (World(), TWO))
     assert set(alone) == {"steps", "passes"}

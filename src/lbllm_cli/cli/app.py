@@ -336,11 +336,11 @@ def validate(
     overrides: Overrides = None,
     json: Json = False,
     world_size: Annotated[
-        int, typer.Option("--world-size", min=1, max=2**20, help="forecast for so many ranks, as torchrun would start them")
+        int, typer.Option("--world-size", min=1, max=2**16, help="forecast for so many ranks, as torchrun would start them")
     ] = 1,
     per_node: Annotated[
         int | None,
-        typer.Option("--per-node", min=1, max=2**20, help="ranks of each machine; default all, 8 at most", show_default=False),
+        typer.Option("--per-node", min=1, max=2**16, help="ranks of each machine; default all, 8 at most", show_default=False),
     ] = None,
 ) -> None:
     """Check recipe, model, text and disk, and forecast memory; a folder with only config.json gives the forecast alone.

@@ -94,8 +94,9 @@ class Exchanges:
         """Two tables: bytes by kind, and time; under them what each stage waits for."""
         table = Table(title=f"forecast, MB that each of {self.world} hands over, at most")
         table.add_column("stage")
-        for kind in ("in", *_KINDS):
-            table.add_column(kind, justify="left" if kind == "in" else "right")
+        table.add_column("in")
+        for kind in _KINDS:
+            table.add_column("between nodes" if kind == OWNERS else kind, justify="right")
         for stage, exchanged in self.exchanged.items():
             rows = [("a step", exchanged.per_step())] if exchanged.steps else []
             rows += [("a block" if exchanged.blocks > 1 else "all", exchanged.per_block())]

@@ -20,6 +20,8 @@ from lbllm_cli.runtime.cards import Card
 from lbllm_cli.runtime.links import Link
 
 ALL_REDUCE, REDUCE, BROADCAST, GATHER, OWNERS = "all-reduce", "reduce", "broadcast", "gather", "all-reduce between nodes"
+# What ranks say to each other in Python, which is counted as no bytes.
+AGREEMENT = "agreement of ranks"
 # A message of what ranks say to each other in Python, over TCP between CPUs; an assumption. It passes a ring twice.
 _MESSAGE = 25e-6
 # Of a step that is computed, the way back.
@@ -56,8 +58,10 @@ class Call:
         if self.node or world.machines == 1 or not self.size:
             return 0.0
         if self.kind == GATHER:
-            return link.seconds(self.size * (world.size - world.node), self.operations)
-        return link.seconds((self.together or self.size) * _passes(self.kind, world.machines), self.operations)
+            return link.seconds(self.size * (world.size - world.node) / link.cards, self.operations)
+        # What ranks have apart from each other goes by a card of each.
+        size = max(self.size, self.together / link.cards) if self.together else self.size / link.cards
+        return link.seconds(size * _passes(self.kind, world.machines), self.operations)
 
 
 def _passes(kind: str, count: int) -> float:
@@ -107,7 +111,9 @@ class Exchanged:
         for call in self.calls:
             each = max(call.inside(world, links[0]), call.between(world, links[1]))
             found[call.kind] += self.blocks * call.times * max(0.0, each - (behind if call.hidden else 0.0))
-        found["agreement of ranks"] = self.blocks * self.said * 2 * (world.size - 1) * _MESSAGE
+        said = self.blocks * self.said * 2 * (world.size - 1) * _MESSAGE
+        # In a training the host says it while the device has work of a step before it.
+        found[AGREEMENT] = max(0.0, said - training - sum(found.values())) if self.steps else said
         return {kind: seconds for kind, seconds in found.items() if seconds}
 
 

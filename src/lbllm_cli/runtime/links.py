@@ -6,13 +6,14 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Link:
     """A kind of connection. bandwidth: bytes a second, in each direction. latency: seconds until an operation's first byte is
-    there; an assumption, as is `reached`, the share of the bandwidth that large operations get.
+    there; an assumption, as is `reached`, the share of the bandwidth that large operations get. cards: that a machine has of it.
     """
 
     name: str
     bandwidth: float
     latency: float
     reached: float = 0.8
+    cards: int = 1
 
     def seconds(self, size: float, operations: float = 1) -> float:
         """For `size` bytes in some operations."""
