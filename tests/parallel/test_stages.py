@@ -45,9 +45,10 @@ def alone(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param((4, 2), id="4 ranks on 2 machines"), pytest.param((2, 2), id="2 ranks", marks=pytest.mark.slow)]
-)
+RANKS = [pytest.param((4, 2), id="4 ranks on 2 machines"), pytest.param((2, 2), id="2 ranks", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=RANKS)
 def together(tmp_path_factory, request) -> Path:
     """Every stage by several."""
     folder = tmp_path_factory.mktemp("together")
