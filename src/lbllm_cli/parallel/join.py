@@ -150,7 +150,7 @@ def _group(found: Launch, watch: "Watch") -> "Ranks":
     sizes = ranks.facts(found.local_size)
     if len(set(sizes)) > 1:
         raise UsageError(f"machines have {min(sizes)} to {max(sizes)} ranks; start equally many on each")
-    return ranks if found.local_size == found.size else ranks.with_nodes(found.local_size)
+    return ranks if found.local_size == found.size else ranks.with_nodes(found.local_size, _NEVER)
 
 
 def _leave() -> None:

@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -41,10 +42,10 @@ class Ranks:
         """All, where there is one machine."""
         return self if self._node is None else self._node
 
-    def with_nodes(self, size: int) -> "Ranks":
-        """Makes the groups of machines that have `size` ranks each, in order."""
-        nodes = [dist.new_group(range(first, first + size)) for first in range(0, self.size, size)]
-        across = [dist.new_group(range(place, self.size, size)) for place in range(size)]
+    def with_nodes(self, size: int, timeout: timedelta) -> "Ranks":
+        """Makes the groups of machines that have `size` ranks each, in order. timeout: of their operations."""
+        nodes = [dist.new_group(range(first, first + size), timeout) for first in range(0, self.size, size)]
+        across = [dist.new_group(range(place, self.size, size), timeout) for place in range(size)]
         self._node = Ranks(nodes[self.rank // size], self.watch, self.traffic, across[self.rank % size])
         return self
 
