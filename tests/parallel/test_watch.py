@@ -59,8 +59,10 @@ def test_a_run_that_was_stopped_as_a_whole_goes_on(tmp_path):
     with started(variables(2), watched, wait, tmp_path, 1, Times(lost=2.0)) as ranks:
         ranks.until((tmp_path / "apart").exists)
         time.sleep(0.5)
-        for process in ranks.processes:
+        for process in reversed(ranks.processes):
             os.kill(process.pid, signal.SIGSTOP)
+            # The first one sees the last beat of the second.
+            time.sleep(0.4)
         time.sleep(3.0)
         for process in ranks.processes:
             os.kill(process.pid, signal.SIGCONT)
