@@ -43,10 +43,10 @@ def test_everyone_has_the_gradients_of_copies(left, layout, name):
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Measured 3e-7 of the largest gradient at most, over all steps and layouts."""
+    """Measured 6.6e-7 of the largest gradient at most, over all steps and layouts."""
     assert found.dtype == wanted.dtype
     assert found.shape == wanted.shape
-    assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-6
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < 2e-6
 
 
 def same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:

@@ -181,8 +181,8 @@ def test_a_step_by_hand(tmp_path):
     across = work_of(STAGES["distill"]).exchanged(two, STAGES["distill"])
     assert across.per_step() == {**found.per_step(), OWNERS: 4 * 94_208}
     act = work_of(STAGES["act-calib"]).exchanged(one, STAGES["act-calib"])
-    # 11,776 levels, six quantizers of eight numbers, a flag for each of 19 parameters, loss and norm.
-    assert act.per_step() == {ALL_REDUCE: 4 * (11_776 + 48 + 19 + 2)}
+    # 11,776 levels, six quantizers of eight numbers, loss and norm.
+    assert act.per_step() == {ALL_REDUCE: 4 * (11_776 + 48 + 2)}
     # Eight sequences of 256 x 128 that are spread over four ranks.
     assert act.per_block()[GATHER] == 2 * 256 * 128 * 4
 
@@ -202,7 +202,7 @@ def test_moments_by_hand():
 def test_parts_that_traffic_is_made_of():
     assert packed_sizes((128, 352), Ptq(group_size=64)) == [12_288, 3_072, 1_536]
     assert packed_sizes((128, 352), Ptq(group_size=64, level_bits=4)) == [12_288, 1_536, 1_536]
-    assert copied_bytes([4, 4, 128]) == 4 * (136 + 3)
+    assert copied_bytes([4, 4, 128]) == 4 * 136
     # 16 + 4 (padded to 16) + 2 (to 16) beside a tensor of 5 that all have; the other rank has two such linears.
     shapes = {"a": (1, 64), "b": (1, 64), "c": (1, 64)}
     assert gathered_bytes(shapes, {"a": 0, "b": 1, "c": 1}, Ptq(group_size=64), [5]) == 2 * 48 + 16

@@ -136,6 +136,9 @@ def _run_ranks(work: Callable[..., None], recipe: Path, overrides: list[str] | N
     """A command that several processes may do together."""
     from lbllm_cli.parallel.join import joined, started
 
+    if started():
+        # What a lost connection means is said in one line; torch would say where in its own source it was noticed, in fifty.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         with _exit_codes():
             from lbllm_cli.recipe.load import load_recipe

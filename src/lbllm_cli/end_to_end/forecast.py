@@ -75,7 +75,7 @@ def end_to_end_need(recipe: Recipe, model: SourceModel, settings: EndToEnd, reco
     written = (model.blocks + 1) * states + blocks
     cheaper = "set end_to_end.recompute: always and micro_batch_size: 1, or train: [scales, norms]"
     # The teacher's pass holds a block's inputs beside its outputs; training has its outputs alone.
-    own = blocks + 2 * state * (world.machines if is_large(settings.trained) else world.size)
+    own = blocks + 2 * state * (world.machines if is_large(settings.trained) else 1)
     elsewhere = float(2 * min(states, one * world.node)) if settings.teacher else 0.0
     state *= owned
     disk = own if settings.teacher else max(2 * states, own + states)

@@ -1,6 +1,7 @@
 """Joining the other ranks, as torchrun has started them; alone, where nobody has."""
 
 import os
+import platform
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,7 +97,9 @@ def joined() -> Iterator[Group]:
     watch.start()
     try:
         group = _group(found, watch)
-        _check_alike(group, {name: metadata.version(name) for name in _LIBRARIES}, "versions of libraries")
+        # Another Python adds up floats in another way.
+        versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in _LIBRARIES}}
+        _check_alike(group, versions, "versions of libraries")
         yield group
         group.meet()
     except LbllmError as error:

@@ -17,6 +17,9 @@ from lbllm_cli.core.errors import UsageError
 from lbllm_cli.parallel.group import ALONE, Group
 from lbllm_cli.runtime.backend import in_ram
 
+# Names that begin so are of what every rank has alike: parameters that it has a copy of, and the best epoch's tensors.
+ALIKE = ("copy.", "best/")
+
 
 def digest_of(tensors: dict[str, Tensor], facts: str = "") -> str:
     """Hash of tensors in RAM and what is said of them."""
@@ -36,11 +39,16 @@ class TrainingState:
     """
 
     def __init__(self, folder: Path, minutes: float, group: Group = ALONE):
-        own = "" if group.size == 1 else f".{group.rank:03d}"
-        self.path, self.next = folder / f"training{own}.safetensors", folder / f"training{own}.next.safetensors"
-        self.seconds, self.group = 60 * minutes, group
+        self.folder, self.group = folder, group
+        self.next, self.path = self._paths(group.rank)
+        self.seconds = 60 * minutes
         self._last = time.monotonic()
         self._read = self.path
+
+    def _paths(self, rank: int) -> tuple[Path, Path]:
+        """What a rank keeps until all have theirs, and what it has kept."""
+        name = "training" if self.group.size == 1 else f"training.{rank:03d}"
+        return self.folder / f"{name}.next.safetensors", self.folder / f"{name}.safetensors"
 
     def due(self) -> bool:
         """Whether it is time to save again."""
@@ -63,11 +71,17 @@ class TrainingState:
 
         Raises UsageError for a file that lbllm did not write.
         """
-        found = [kept for path in (self.next, self.path) if (kept := self._load(path, index)) is not None]
+        found = [kept for path in self._paths(self.group.rank) if (kept := self._load(path, index)) is not None]
         places = self.group.facts([_place(facts) for _, facts in found])
         common = set(places[0]).intersection(*places[1:])
         last = max(common, default=None)
-        return next((kept for kept in found if _place(kept[1]) == last), None)
+        own = next((kept for kept in found if _place(kept[1]) == last), None)
+        if own is None or self.group.first:
+            return own
+        # What all have alike is kept by the first rank alone.
+        its = [kept for path in self._paths(0) if (kept := self._load(path, index)) is not None]
+        alike = next(tensors for tensors, facts in its if _place(facts) == last)
+        return {**own[0], **{name: tensor for name, tensor in alike.items() if name.startswith(ALIKE)}}, own[1]
 
     def _load(self, path: Path, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         if not path.exists():

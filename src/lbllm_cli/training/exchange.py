@@ -71,14 +71,15 @@ class Exchange:
 
     def copies_done(self) -> None:
         """After gradients were carried to the masters: every rank has the sums of those of which all have copies."""
+        if not self.copies:
+            return
+        # Asked of the host: to look at numbers of a device is to wait for it.
+        used = dict(zip(self.copies, self.group.some([p.grad is not None for p in self.copies]), strict=True))
         for bucket in _buckets(self.copies):
-            parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
-            used = torch.tensor([p.grad is not None for p in bucket]).to(parts[0])
-            flat = torch.cat([part.reshape(-1) for part in (*parts, used)])
+            flat = torch.cat([torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1) for p in bucket])
             self.group.add(flat)
-            *parts_, used = flat.split([*(p.numel() for p in bucket), len(bucket)])
-            for p, part, count in zip(bucket, parts_, used.tolist(), strict=True):
-                p.grad = part.view_as(p) if count else None
+            for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                p.grad = part.view_as(p) if used[p] else None
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> Iterable[list[nn.Parameter]]:

@@ -102,5 +102,6 @@ def teaching_device(recipe: Recipe, model: SourceModel) -> float:
 def training_states(recipe: Recipe, model: SourceModel, settings: Distill | ActCalib, world: World) -> tuple[float, float]:
     """Bytes of a block's unfinished training, of the rank that has most and of all: masters that are trained, and two moments."""
     whole = 12 * masters(model, settings, recipe.ptq.group_size)[0]
-    copies = world.machines if is_large(settings.trained) else world.size
+    # Of what every rank has a copy of, one is kept.
+    copies = world.machines if is_large(settings.trained) else 1
     return owned_share(model, settings.trained, world) * whole, copies * whole

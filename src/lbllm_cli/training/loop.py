@@ -20,6 +20,7 @@ from lbllm_cli.core.splits import data_seed, held_out_rows
 from lbllm_cli.parallel.group import ALONE, Group
 from lbllm_cli.parallel.shares import Share, share_of, step_rows
 from lbllm_cli.pipeline.interfaces import Monitor, StateKeeper
+from lbllm_cli.pipeline.training_state import ALIKE
 from lbllm_cli.runtime.backend import backend_of
 from lbllm_cli.training.exchange import Exchange
 from lbllm_cli.training.interfaces import Objective, OwnStep, Step
@@ -329,7 +330,10 @@ class TrainingLoop:
         )
 
     def _parameters(self) -> dict[str, Tensor]:
-        return {f"{g}.{i}": p for g, group in enumerate(self.groups) for i, p in enumerate(group.params)}
+        """By the names that they are kept under."""
+        copies = {id(p): number for number, p in enumerate(self.exchange.copies)}
+        every = ((g, i, p) for g, group in enumerate(self.groups) for i, p in enumerate(group.params))
+        return {f"copy.{copies[id(p)]}" if id(p) in copies else f"{g}.{i}": p for g, i, p in every}
 
     def save(self) -> None:
         """Keeps the present state, from which a resumed run goes on."""
@@ -339,7 +343,8 @@ class TrainingLoop:
             tensors[f"{name}/value"] = parameter.detach()
             tensors |= {f"{name}/{key}": moment for key, moment in self.optimizer.state[parameter].items()}
         tensors |= {f"follower.{index}/value": tensor for index, tensor in enumerate(self.trained.followers())}
-        self.keeper.save(tensors, asdict(self.progress))
+        kept = {name: tensor for name, tensor in tensors.items() if self.group.first or not name.startswith(ALIKE)}
+        self.keeper.save(kept, asdict(self.progress))
 
     def _resume(self) -> None:
         kept = self.keeper.load(self.progress.block)

@@ -1,7 +1,7 @@
 """What ranks hand over where something is trained, in bytes, out of shapes and a recipe.
 
 Where weights or bitmaps are trained, a step reduces the gradient of each linear's weight to its owner and broadcasts the weight
-again. What every rank has a copy of is summed: its gradients, and a flag for each parameter, whether it has one.
+again. What every rank has a copy of is summed: its gradients.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -53,8 +53,8 @@ def gathered_bytes(shapes: Shapes, owners: Mapping[str, int], settings: Ptq, com
 
 
 def copied_bytes(sizes: Sequence[int]) -> int:
-    """Bytes of a sum of gradients. sizes: of parameters that every rank has a copy of, in numbers; float32, with a flag each."""
-    return 4 * (sum(sizes) + len(sizes))
+    """Bytes of a sum of gradients. sizes: of parameters that every rank has a copy of, in numbers; float32."""
+    return 4 * sum(sizes)
 
 
 def level_sizes(shapes: Shapes, group_size: int, each: Sequence[int]) -> list[int]:
