@@ -29,7 +29,7 @@ def test_a_process_by_itself_answers_with_what_it_has():
     tensor = torch.arange(3.0)
     group.add(tensor)
     group.send(tensor, 0)
-    group.spread(tensor, 0)
+    group.begin_spread(tensor, 0).wait()
     group.begin_reduce(tensor, 0).wait()
     assert torch.equal(tensor, torch.arange(3.0))
     (own,) = group.gathered({"t": tensor})

@@ -15,6 +15,8 @@ from lbllm_cli.format.activations import ActivationFormat, Tables, split_groups,
 from lbllm_cli.format.names import KEYS, VALUES, input_name
 from lbllm_cli.format.weights import PackedWeight
 from lbllm_cli.models.block import Block
+from lbllm_cli.parallel.group import ALONE, Group
+from lbllm_cli.parallel.shares import Owners
 from lbllm_cli.pipeline.block_loop import BlockResult, BlockTask
 from lbllm_cli.runtime.attachments import attach
 from lbllm_cli.runtime.backend import backend_of, weight_on
@@ -69,9 +71,10 @@ def sample_inputs(block: Block, hidden: Tensor) -> dict[str, Tensor]:
 
 
 def fitted(
-    inputs: dict[str, Tensor], layout: ActivationFormat, seed: int, train: tuple[str, ...]
+    inputs: dict[str, Tensor], layout: ActivationFormat, seed: int, train: tuple[str, ...], group: Group = ALONE
 ) -> dict[str, TrainableQuantizer]:
-    """Quantizers by name as training starts from them, for inputs x [..., width] by name. seed: of the first one's sample.
+    """Quantizers by name as training starts from them, for inputs x [..., width] by name. seed: of the first one's sample. group:
+    of ranks that have the same inputs, of which each searches for the tables of some.
 
     Keys [rows, heads, tokens, width] are centred by their mean, where the layout says so: with it 4 bits of the keys of
     SmolLM2-135M cost 0.014 to 0.030 nats instead of 0.029 to 0.056 (scripts/quantizer_costs.py).
@@ -85,7 +88,10 @@ def fitted(
         for number, (name, x) in enumerate(inputs.items())
         if forms[name].tables.zero is not None
     }
-    shapes = dict(zip(samples, fit_knees(list(samples.values())), strict=True))
+    owner = Owners(group.size).give(dict.fromkeys(samples, 1.0))
+    own = [name for name in samples if owner[name] == group.rank]
+    searched = dict(zip(own, fit_knees([samples[name] for name in own]), strict=True))
+    shapes = {name: found for one in group.facts(searched) for name, found in one.items()}
     found = {}
     for name, form in forms.items():
         device = inputs[name].device
@@ -131,7 +137,7 @@ class ActivationStudent:
     @torch.no_grad()
     def _fit(self, task: BlockTask, layout: ActivationFormat, seed: int) -> dict[str, TrainableQuantizer]:
         samples = sample_inputs(self.block, task.sample(task.quantized, SEQUENCES))
-        return fitted(samples, layout, data_seed(seed, task.index) << 3, self.settings.trained)
+        return fitted(samples, layout, data_seed(seed, task.index) << 3, self.settings.trained, task.group)
 
     def groups(self) -> list[ParameterGroup]:
         """AdamW groups: those of the levels, and one per quantizer and kind."""

@@ -33,10 +33,10 @@ class Traffic:
 
 
 class Pending(Protocol):
-    """A reduction under way."""
+    """An operation under way."""
 
     def wait(self) -> None:
-        """Until what was reduced is there, for whoever computes on its device next."""
+        """Until what it brings is there, for whoever computes on its device next."""
 
 
 class Group(Protocol):
@@ -51,7 +51,7 @@ class Group(Protocol):
 
     @property
     def node(self) -> "Group":
-        """Those of this machine, to whom `begin_reduce` and `spread` are cheap."""
+        """Those of this machine, to whom `begin_reduce` and `begin_spread` are cheap."""
 
     @property
     def traffic(self) -> Traffic:
@@ -84,8 +84,8 @@ class Group(Protocol):
     def begin_reduce(self, tensor: Tensor, rank: int) -> Pending:
         """As `send`, among a node's ranks and then over nodes, while the caller goes on. rank: of the node's."""
 
-    def spread(self, tensor: Tensor, rank: int) -> None:
-        """Gives a node's ranks what one of them has, in place."""
+    def begin_spread(self, tensor: Tensor, rank: int) -> Pending:
+        """Gives a node's ranks what one of them has, in place, while the caller goes on."""
 
     def gathered(self, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """Every rank's tensors, in order, each by its own names."""
@@ -146,8 +146,9 @@ class Alone:
         """It has it."""
         return _Done()
 
-    def spread(self, tensor: Tensor, rank: int) -> None:
+    def begin_spread(self, tensor: Tensor, rank: int) -> Pending:
         """It has it."""
+        return _Done()
 
     def gathered(self, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """Its own."""

@@ -98,10 +98,10 @@ class Ranks:
         with self._call("reduce", tensor.nbytes):
             return _Reduction(self, dist.reduce(tensor, group=self.handle, group_dst=rank, async_op=True), tensor, rank)
 
-    def spread(self, tensor: Tensor, rank: int) -> None:
+    def begin_spread(self, tensor: Tensor, rank: int) -> Pending:
         """See `Group`."""
         with self._call("broadcast", tensor.nbytes):
-            dist.broadcast(tensor, group=self.handle, group_src=rank)
+            return _Spread(self, dist.broadcast(tensor, group=self.handle, group_src=rank, async_op=True))
 
     def gathered(self, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """See `Group`: as bytes, in one operation."""
@@ -146,6 +146,18 @@ class Ranks:
         # Between the place in torch's own source and its guesses.
         said = re.sub(r"^\[[^]]*\]\s*|\. This is typically .*$", "", " ".join(str(error).split()))
         raise RunError(f"the ranks have lost each other ({said[:200]}); run the same command again to resume") from None
+
+
+class _Spread:
+    """A broadcast under way."""
+
+    def __init__(self, ranks: Ranks, work: Any):
+        self.ranks, self.work = ranks, work
+
+    def wait(self) -> None:
+        """See `Pending`."""
+        with self.ranks._call("broadcast", 0):
+            self.work.wait()
 
 
 class _Reduction:

@@ -76,10 +76,17 @@ class BlockLinears:
 
 def put_weights(block: Block, linears: Mapping[str, Trainable], spread: Spread) -> None:
     """Puts the present weights of masters, by name in the block, into it; those that others have come from there."""
-    for name, linear in linears.items():
-        linear.put(block.linear(name).weight)
-    for weight, owner in spread_weights(block, spread):
-        spread.node.spread(weight.detach(), owner)
+    sent = []
+    owners = dict(spread_weights(block, spread))
+    for name in block.linears:
+        weight = block.linear(name).weight
+        if name in linears:
+            linears[name].put(weight)
+        if isinstance(weight, nn.Parameter) and weight in owners:
+            # On its way while others are put.
+            sent.append(spread.node.begin_spread(weight.detach(), owners[weight]))
+    for pending in sent:
+        pending.wait()
 
 
 def spread_weights(block: Block, spread: Spread) -> list[tuple[nn.Parameter, int]]:
