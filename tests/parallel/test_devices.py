@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 
 from lbllm_cli.core.errors import UsageError
-from lbllm_cli.parallel.group import ALONE, Alone
+from lbllm_cli.parallel.group import ALONE, Alone, Traffic
 from lbllm_cli.parallel.join import check_devices
+from lbllm_cli.parallel.ranks import Ranks
 from lbllm_cli.runtime import backend
 
 
@@ -62,6 +63,13 @@ def test_too_few_or_one_for_all_are_refused(gpus):
     assert backend.choose_device("cuda:2") == torch.device("cuda:2")
     assert backend.choose_device("cpu", place=(1, 2)) == torch.device("cpu")
     assert taken == []
+
+
+def test_memory_that_runs_out_is_no_lost_rank():
+    ranks = Ranks.__new__(Ranks)
+    ranks.traffic = Traffic({})
+    with pytest.raises(torch.OutOfMemoryError), ranks._call("gather", 0):
+        raise torch.OutOfMemoryError("full")
 
 
 def test_ranks_on_gpus_need_nccl_and_one_each(monkeypatch):

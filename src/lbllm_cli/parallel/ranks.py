@@ -131,6 +131,8 @@ class Ranks:
         began = time.monotonic()
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise  # it is a RuntimeError, and this rank's own
         except RuntimeError as error:
             self.lost(error)
         finally:
