@@ -43,15 +43,15 @@ def first_blocks(model: Path, folder: Path, blocks: int) -> Path:
     return folder
 
 
-def recipe(model: Path, sequences: int, length: int) -> str:
+def recipe(model: Path, sequences: int, length: int, batch: int) -> str:
     """As a file would say it."""
     text = f'{{source: "builtin:calibration", sequences: {sequences}, length: {length}}}'
     return (
         f"recipe_version: 1\nmodel: {{path: {model}}}\noutput: {{dir: runs}}\nruntime: {{device: cpu}}\n"
         f"data:\n  calibration: {text}\n  training: {text}\n  evaluation:\n"
         f'    - {{name: novels, source: "builtin:evaluation/novels", length: {length}, segments: {sequences}}}\n'
-        "ptq: {group_size: 64}\ndistill: {epochs: 2, batch_size: 4, micro_batch_size: 2}\n"
-        "act_calib: {soft: 0, epochs: 1, batch_size: 4, micro_batch_size: 2}\n"
+        f"ptq: {{group_size: 64}}\ndistill: {{epochs: 2, batch_size: {batch}, micro_batch_size: 2}}\n"
+        f"act_calib: {{soft: 0, epochs: 1, batch_size: {batch}, micro_batch_size: 2}}\n"
     )
 
 
@@ -83,6 +83,8 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=4, help="sequences in a step")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -91,13 +93,13 @@ def main() -> None:
     files = {}
     for count in (options.sequences, options.sequences // 2):
         files[count] = out / f"recipe-{count}.yaml"
-        files[count].write_text(recipe(model, count, options.length))
+        files[count].write_text(recipe(model, count, options.length, options.batch))
     table = out / "rounds.jsonl"
     done = len(table.read_text().splitlines()) if table.exists() else 0
     full, half = files[options.sequences], files[options.sequences // 2]
     for _ in range(done, options.rounds):
         row = {}
-        for stage in STAGES:
+        for stage in options.stages:
             row[stage] = {
                 "one": seconds(started(1, stage, full, out / "one"), stage, out / "one"),
                 "ranks": seconds(started(2, stage, full, out / "ranks"), stage, out / "ranks"),
@@ -110,7 +112,7 @@ def main() -> None:
         print(json.dumps(row), flush=True)
     rounds = [json.loads(line) for line in table.read_text().splitlines()]
     print("| stage | one process, s | two ranks | two processes with half each |\n|---|---:|---:|---:|")
-    for stage in STAGES:
+    for stage in options.stages:
         one = statistics.median(row[stage]["one"] for row in rounds)
         ratios = (statistics.median(row[stage]["one"] / row[stage][kind] for row in rounds) for kind in ("ranks", "halves"))
         print(f"| {stage} | {one:.1f} | " + " | ".join(f"{ratio:.2f}x" for ratio in ratios) + " |")
