@@ -42,6 +42,7 @@ from lbllm_cli.core.errors import UsageError
 from lbllm_cli.distill.fit import BinarizedStudent
 from lbllm_cli.format import weights as binarize
 from lbllm_cli.models.block import Block, block_prefix
+from lbllm_cli.parallel.group import ALONE
 from lbllm_cli.pipeline.block_loop import BlockTask
 from lbllm_cli.pipeline.streams import HiddenStream
 from lbllm_cli.ptq.em import quantile_levels
@@ -210,7 +211,10 @@ class Runner:
         inputs, targets = data.streams
         start = {} if name == DENSE else case.start(teacher)
         nobody: Any = None
-        task = BlockTask(0, teacher, inputs, inputs, targets, case.device, case.rows, start, nobody, nobody)
+        share = ALONE.share(inputs.rows)
+        task = BlockTask(
+            0, teacher, inputs, inputs, targets, case.device, case.rows, start, nobody, nobody, ALONE, share
+        )  # fmt: skip
         student: Any = DenseStudent(teacher, settings) if name == DENSE else BinarizedStudent(teacher, start, settings)
         self.task, self.device = task, case.device
         self.trainer = block_loop(task, student, settings, "distill", 0)  # type: ignore[arg-type]
@@ -221,7 +225,7 @@ class Runner:
         """Seconds of one optimizer step."""
         synchronize(self.device)
         began = time.perf_counter()
-        self.trainer.step(self.rows, self.feed)
+        self.trainer.step(self.rows, self.feed, len(self.rows))
         synchronize(self.device)
         seconds = time.perf_counter() - began
         if self.trainer.progress.skipped:

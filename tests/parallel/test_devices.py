@@ -8,8 +8,9 @@ import torch.distributed as dist
 
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.parallel.group import ALONE, Alone, Traffic
-from lbllm_cli.parallel.join import check_devices
 from lbllm_cli.parallel.ranks import Ranks
+from lbllm_cli.pipeline import devices
+from lbllm_cli.pipeline.devices import check_devices
 from lbllm_cli.runtime import backend
 
 
@@ -75,13 +76,15 @@ def test_memory_that_runs_out_is_no_lost_rank():
 def test_ranks_on_gpus_need_nccl_and_one_each(monkeypatch):
     device = torch.device("cuda", 0)
     four = Said([("a", "1"), ("a", "2"), ("b", "1"), ("a", "2")])
+    of_cpu = devices.backend_of
+    card = SimpleNamespace(identity=lambda device: "2")
+    monkeypatch.setattr(devices, "backend_of", lambda one: card if one.type == "cuda" else of_cpu(one))
     monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
     with pytest.raises(UsageError, match="4 ranks on GPUs need NCCL, which this torch is built without"):
         check_devices(four, device)
     check_devices(four, torch.device("cpu"))
     check_devices(ALONE, device)
     monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="2"))
     with pytest.raises(UsageError, match="ranks 1 and 3 have the same GPU of a; start one rank for each GPU"):
         check_devices(four, device)
     check_devices(Said([("a", "1"), ("a", "2"), ("b", "1"), ("b", "2")]), device)

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +16,6 @@ from lbllm_cli.core.errors import LbllmError, UsageError
 from lbllm_cli.parallel.group import ALONE, Group, agree
 
 if TYPE_CHECKING:
-    import torch
-
     from lbllm_cli.parallel.ranks import Ranks
     from lbllm_cli.parallel.watch import Watch
 
@@ -144,7 +141,7 @@ def _group(found: Launch, watch: "Watch") -> "Ranks":
     from lbllm_cli.parallel.ranks import Ranks
 
     stores: Any = dist
-    gpus = torch.cuda.is_available() and dist.is_nccl_available()
+    gpus = torch.accelerator.is_available() and dist.is_nccl_available()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if gpus else "gloo", store=stores.PrefixStore("ranks", watch.store), rank=found.rank,
         world_size=found.size, timeout=_NEVER,
@@ -179,19 +176,3 @@ def _check_alike(group: Group, value: dict[str, str], what: str) -> None:
 def check_alike(group: Group, inputs: dict[str, object]) -> None:
     """Raises UsageError where what a stage is made from differs between ranks."""
     _check_alike(group, {key: str(value) for key, value in inputs.items()}, "recipes, models or text")
-
-
-def check_devices(group: Group, device: "torch.device") -> None:
-    """Raises UsageError where ranks cannot talk by way of their devices, or two of them have the same one."""
-    import torch
-    import torch.distributed as dist
-
-    if group.size == 1 or device.type != "cuda":
-        return
-    if not dist.is_nccl_available():
-        raise UsageError(f"{group.size} ranks on GPUs need NCCL, which this torch is built without; set runtime.device: cpu")
-    taken = group.facts((socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid)))
-    for rank, place in enumerate(taken):
-        if (other := taken.index(place)) != rank:
-            raise UsageError(f"ranks {other} and {rank} have the same GPU of {place[0]}; start one rank for each GPU")
-

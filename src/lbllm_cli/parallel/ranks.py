@@ -105,9 +105,12 @@ class Ranks:
 
     def gathered(self, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """See `Group`: as bytes, in one operation."""
-        described = self.facts([(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()])
+        kinds = {tensor.device.type for tensor in tensors.values()}
+        said = self.facts((kinds, [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]))
+        described = [one for _, one in said]
         sizes = [sum(_padded(dtype.itemsize * torch.Size(shape).numel()) for _, dtype, shape in one) for one in described]
-        device = next(iter(tensors.values())).device if tensors else _usual_device()
+        # A rank without tensors takes part where the others have theirs.
+        device = torch.device(next(kind for kinds, _ in said for kind in kinds)) if any(described) else torch.device("cpu")
         mine = torch.zeros(max(sizes), dtype=torch.uint8, device=device)
         place = 0
         for tensor in tensors.values():
@@ -176,11 +179,6 @@ class _Reduction:
         if ranks.across is not None and ranks.rank == self.rank:
             with ranks._call("all-reduce between nodes", self.tensor.nbytes):
                 dist.all_reduce(self.tensor, group=ranks.across)
-
-
-def _usual_device() -> torch.device:
-    """Where a rank without tensors takes part."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_initialized() else torch.device("cpu")
 
 
 def _padded(size: int) -> int:

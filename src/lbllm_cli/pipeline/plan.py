@@ -15,8 +15,8 @@ from lbllm_cli.data import sources, tokens
 from lbllm_cli.models.model import SourceModel, open_model
 from lbllm_cli.models.tokenizer import open_tokenizer
 from lbllm_cli.parallel.group import ALONE, Group
-from lbllm_cli.parallel.join import check_devices
 from lbllm_cli.pipeline import output
+from lbllm_cli.pipeline.devices import check_devices
 from lbllm_cli.pipeline.world import World
 from lbllm_cli.recipe.base import Source
 from lbllm_cli.recipe.schema import Ptq, Recipe, TokenSet

@@ -57,6 +57,9 @@ class Backend(Protocol):
     def describe(self, device: torch.device) -> str:
         """Name of a device, for records."""
 
+    def identity(self, device: torch.device) -> str | None:
+        """What tells a device from all others of its machine; None where processes share it."""
+
     def free_memory(self, device: torch.device) -> int:
         """Bytes that can still be had."""
 

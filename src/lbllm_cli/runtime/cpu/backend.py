@@ -12,7 +12,6 @@ from lbllm_cli.format.activations import Quantized, Tables
 from lbllm_cli.format.names import input_name
 from lbllm_cli.runtime.attachments import share_inputs
 from lbllm_cli.runtime.cpu.block import BlockStep, steppable
-from lbllm_cli.runtime.cpu.generate import NativeGenerate, generates
 from lbllm_cli.runtime.cpu.head import HeadLinear
 from lbllm_cli.runtime.cpu.quantizer import native_gradients, native_quantized
 from lbllm_cli.runtime.cpu.unit import Unit, usable
@@ -50,6 +49,10 @@ class CpuBackend:
     def describe(self, device: torch.device) -> str:
         """What the system calls it."""
         return platform.processor() or "cpu"
+
+    def identity(self, device: torch.device) -> str | None:
+        """Processes share it."""
+        return None
 
     def free_memory(self, device: torch.device) -> int:
         """What can be had without swapping."""
@@ -104,6 +107,9 @@ class CpuBackend:
         if type(head) is nn.Linear and head.bias is None:
             whole.set_output_embeddings(HeadLinear.of(head))
         steps = [layer.forward for layer in layers if isinstance(vars(layer).get("forward"), BlockStep)]
+        # Here alone: it brings pydantic, and a training step is measured where that is not installed.
+        from lbllm_cli.runtime.cpu.generate import NativeGenerate, generates
+
         if len(steps) == len(layers) and generates(whole):
             whole.generate = NativeGenerate(whole, steps)
             handles.append(whole.generate)

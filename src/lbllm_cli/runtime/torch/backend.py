@@ -64,6 +64,10 @@ class TorchBackend:
         """The driver's name of it."""
         return str(self._module.get_device_name(device))
 
+    def identity(self, device: torch.device) -> str | None:
+        """The driver's number of it; its place, where the driver has none."""
+        return str(getattr(self._module.get_device_properties(device), "uuid", device))
+
     def free_memory(self, device: torch.device) -> int:
         """What the driver says."""
         return int(self._module.mem_get_info(device)[0])
