@@ -23,10 +23,10 @@ def disturbed(tmp_path, size: int, rank: int, signum: int, times: Times):
         return found, time.monotonic() - began
 
 
-HEAVY = pytest.mark.heavy
-
-
-@pytest.mark.parametrize(("size", "rank"), [pytest.param(2, 1, marks=HEAVY), pytest.param(3, 2, marks=HEAVY), (2, 0)])
+# Each waits for ten seconds, and one of them tells what the other does.
+@pytest.mark.parametrize(
+    ("size", "rank"), [pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(3, 2, marks=pytest.mark.heavy), (2, 0)]
+)
 def test_a_rank_that_is_killed_ends_the_others(tmp_path, size, rank):
     """Rank 0 serves the store, which is gone with it. Times of a beat are those of a user."""
     found, seconds = disturbed(tmp_path, size, rank, signal.SIGKILL, Times(3.0, 45.0, 300.0, 20.0))
