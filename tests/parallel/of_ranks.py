@@ -239,10 +239,10 @@ class Times:
 
 def watched(work: Callable[[Group, Path, int], None], folder: Path, rank: int, times: Times) -> None:
     """Does one of these as a command of lbllm does its work."""
-    from lbllm_cli.cli.app import _run_ranks
+    from lbllm_cli.cli.ending import run_ranks
 
     watch.BEAT, watch.LOST, watch.LATE, watch.GRACE = times.beat, times.lost, times.late, times.grace
     if work is other_library and os.environ["RANK"] == str(rank):
         real = metadata.version
         metadata.version = lambda name: "0.0.1" if name == "numpy" else real(name)
-    _run_ranks(lambda recipe, group: work(group, folder, rank), ROOT / "recipes" / "toy.yaml", None)
+    run_ranks(lambda recipe, group: work(group, folder, rank), ROOT / "recipes" / "toy.yaml", None)

@@ -142,7 +142,7 @@ def lbllm_alone(lbllm):
 REFUSED = {
     "a sequence for every rank": (["ptq", "data.calibration.sequences=1", "ptq.asymmetric=0"], "sequences for 2 ranks; raise"),
     "a sequence in every step": (["distill", "distill.batch_size=1"], "distill.batch_size is 1, and 2 ranks"),
-    "other commands": (["export"], "runs in one process, 2 were started; run it without torchrun"),
+    "other commands": (["export"], "lbllm export runs in one process, 2 were started; run it without torchrun"),
     "one GPU": (["ptq", "runtime.device=cuda:0"], "runtime.device cuda:0: this torch sees no GPU"),
 }
 
@@ -157,6 +157,15 @@ def test_what_several_ranks_cannot_do_is_said_once(alone, case):
     assert [one.code for one in ended] == [2, 2]
     assert len(said) == 1
     assert message in said[0]
+
+
+@pytest.mark.parametrize("arguments", [["config", "--list"], ["generate", "--model", "x", "--prompt", "y"]])
+def test_commands_without_a_recipe_are_done_by_one_process(arguments):
+    ended = run(variables(2), lbllm, *arguments)
+    assert [one.code for one in ended] == [2, 2]
+    assert [one.said for one in ended] == [
+        f"lbllm: lbllm {arguments[0]} runs in one process, 2 were started; run it without torchrun\n", ""
+    ]  # fmt: skip
 
 
 def _with_own_recipe(recipes: list[str]) -> None:

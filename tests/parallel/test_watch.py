@@ -131,7 +131,7 @@ def test_machines_with_other_numbers_of_ranks_are_refused(tmp_path):
 )  # fmt: skip
 def test_half_of_what_torchrun_says_is_refused(lbllm, monkeypatch, changes, message):
     from lbllm_cli.core.errors import UsageError
-    from lbllm_cli.parallel.join import launch
+    from lbllm_cli.parallel.launch import launch
 
     for key, value in (variables(2)[1] | changes).items():
         if value is None:

@@ -1,15 +1,14 @@
 """The command line: load recipe -> stage -> exit code. torch is imported only inside commands, `--help` answers at once."""
 
-import errno
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
+from lbllm_cli.cli.ending import exit_codes, run, run_ranks
+from lbllm_cli.parallel.launch import refuse_ranks
 from lbllm_cli.recipe.stages import COMMANDS, TABLE, Phase
 
 app = typer.Typer(
@@ -64,94 +63,13 @@ def _set_library_environment() -> None:
 
 @app.callback()
 def _main(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
 ) -> None:
     _set_library_environment()
-
-
-# Ends of a run: what happens to disks and folders while it runs, a file that is deleted under it among them.
-_MACHINES = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOENT}
-# Names and folders as somebody has made them.
-_USERS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENOTEMPTY}
-
-_LONGEST = 8000
-
-
-def _tell(message: str) -> None:
-    """A message on stderr, of a bounded length: it repeats what is in a file, which may be anything."""
-    if len(message) > _LONGEST:
-        message = f"{message[:_LONGEST]}... ({len(message):,} characters)"
-    # Half a surrogate pair has no bytes in any encoding.
-    typer.echo(f"lbllm: {message.encode('utf-8', 'backslashreplace').decode()}", err=True)
-
-
-@contextmanager
-def _exit_codes() -> Iterator[None]:
-    """Turns what went wrong into one message on stderr and the exit code; a traceback is left for bugs of lbllm."""
-    from lbllm_cli.core.errors import LbllmError
-
-    try:
-        yield
-    except LbllmError as error:
-        if str(error):  # of several ranks one speaks
-            _tell(str(error))
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        _tell("interrupted; run the same command again to resume")
-        raise typer.Exit(130) from None
-    except OSError as error:
-        if error.errno not in _MACHINES | _USERS:
-            raise
-        place = f" ({str(error.filename)[:300]})" if error.filename else ""
-        _tell(f"{error.strerror}{place}; mend it and run the same command again to resume")
-        raise typer.Exit(1 if error.errno in _MACHINES else 2) from None
-    except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
-            from lbllm_cli.runtime.backend import measured_peak
-
-            _tell(
-                f"out of device memory{measured_peak()}; lower runtime.batch_size, or set runtime.streams: ram or disk, and run "
-                "the same command again to resume; micro_batch_size, ptq.sequential: true or ptq.asymmetric: 0 help too, but "
-                "begin the stage again (--force)"
-            )
-            raise typer.Exit(1) from None
-        if type(error).__name__ == "SafetensorError" and "No space left" in str(error):
-            _tell("no space left on the disk; free some and run the same command again to resume")
-            raise typer.Exit(1) from None
-        raise
-
-
-def _run(work: Callable[..., None], recipe: Path, overrides: list[str] | None, /, **options: Any) -> None:
-    """A command that one process does."""
-    with _exit_codes():
-        from lbllm_cli.parallel.join import refuse_ranks
-        from lbllm_cli.recipe.load import load_recipe
-
-        refuse_ranks("this command")
-        loaded = load_recipe(recipe, overrides)
-        work(loaded, **options)
-
-
-def _run_ranks(work: Callable[..., None], recipe: Path, overrides: list[str] | None, /, **options: Any) -> None:
-    """A command that several processes may do together."""
-    from lbllm_cli.parallel.join import joined, started
-
-    if started():
-        # What a lost connection means is said in one line; torch would say where in its own source it was noticed, in fifty.
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    try:
-        with _exit_codes():
-            from lbllm_cli.recipe.load import load_recipe
-
-            with joined() as group:
-                loaded = load_recipe(recipe, overrides)
-                work(loaded, group=group, **options)
-    except typer.Exit as ended:
-        if started():
-            # Threads of libraries that talk to ranks which are gone would hold up an orderly end.
-            sys.stdout.flush()
-            os._exit(ended.exit_code)
-        raise
+    if context.invoked_subcommand not in (*COMMANDS, "eval"):
+        with exit_codes():
+            refuse_ranks(f"lbllm {context.invoked_subcommand}")
 
 
 def _stage_command(command: str) -> Callable[..., None]:
@@ -165,7 +83,7 @@ def _stage_command(command: str) -> Callable[..., None]:
     ) -> None:
         from lbllm_cli.pipeline.runner import run_command
 
-        _run_ranks(run_command, recipe, overrides, command=command, dry_run=dry_run, force=force, only=only)
+        run_ranks(run_command, recipe, overrides, command=command, dry_run=dry_run, force=force, only=only)
 
     return several if any(spec.command == command and spec.end_to_end for spec in TABLE) else one
 
@@ -187,7 +105,7 @@ def init(
 
     Only the model's configuration and tokenizer are read. Every value that was chosen has its reason beside it.
     """
-    with _exit_codes():
+    with exit_codes():
         from lbllm_cli.cli.init import init as write
 
         write(model, output, force)
@@ -207,7 +125,7 @@ def evaluate(
     """
     from lbllm_cli.cli.evaluate import evaluate as measure
 
-    _run_ranks(measure, recipe, overrides, dry_run=dry_run, as_json=json, force=force)
+    run_ranks(measure, recipe, overrides, dry_run=dry_run, as_json=json, force=force)
 
 
 @app.command(epilog="Example: `lbllm report --recipe smollm2-135m.yaml`")
@@ -218,7 +136,7 @@ def report(recipe: RecipeOption, overrides: Overrides = None) -> None:
     """
     from lbllm_cli.report.build import report as build
 
-    _run(build, recipe, overrides)
+    run(build, recipe, overrides)
 
 
 @app.command(
@@ -238,7 +156,7 @@ def export(
     """Write a model folder to <output.dir>/export/, packed or in a format that other programs read."""
     from lbllm_cli.cli.export import export as write
 
-    _run(write, recipe, overrides, repository=push, private=private, dry_run=dry_run, force=force)
+    run(write, recipe, overrides, repository=push, private=private, dry_run=dry_run, force=force)
 
 
 @app.command(epilog='Example: `lbllm generate --model runs/smollm2-135m/export --prompt "What is a comet?"`')
@@ -266,7 +184,7 @@ def generate(
 ) -> None:
     """Stream text from a model folder to stdout; the chat template is applied where there is one."""
     # More than six parameters: each is an option.
-    with _exit_codes():
+    with exit_codes():
         from lbllm_cli.cli.generate import generate as stream
         from lbllm_cli.models.prompts import Request
 
@@ -289,7 +207,7 @@ def chat(
 ) -> None:
     """Talk with a model in the terminal."""
     # More than six parameters: each is an option.
-    with _exit_codes():
+    with exit_codes():
         from lbllm_cli.cli.chat import Wishes
         from lbllm_cli.cli.chat import chat as talk
 
@@ -325,7 +243,7 @@ def serve(
     What follows -- goes to vLLM as it is.
     """
     # More than six parameters: each is an option.
-    with _exit_codes():
+    with exit_codes():
         from lbllm_cli.cli.serve import serve as run
         from lbllm_cli.cli.service import Service
 
@@ -353,7 +271,7 @@ def validate(
     """
     from lbllm_cli.cli.validate import validate as check
 
-    _run(check, recipe, overrides, as_json=json, world_size=world_size, per_node=per_node)
+    run(check, recipe, overrides, as_json=json, world_size=world_size, per_node=per_node)
 
 
 @app.command(epilog="Example: `lbllm config --recipe smollm2-135m.yaml ptq.group_size=64 > resolved.yaml`")
@@ -369,7 +287,7 @@ def config(
     With `--stages` one line per stage, its fields apart by a tab: name, the stage that it goes on from (- for none), and the
     command that makes it, behind which belongs `--recipe`. `--list` and `--schema` need no recipe.
     """
-    with _exit_codes():
+    with exit_codes():
         from lbllm_cli.cli.config import print_list, print_recipe, print_schema
 
         if names:

@@ -4,7 +4,6 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from importlib import metadata
@@ -14,69 +13,16 @@ from typing import TYPE_CHECKING, Any
 from lbllm_cli.core.console import silence
 from lbllm_cli.core.errors import LbllmError, UsageError
 from lbllm_cli.parallel.group import ALONE, Group, agree
+from lbllm_cli.parallel.launch import Ended, Launch, launch
 
 if TYPE_CHECKING:
     from lbllm_cli.parallel.ranks import Ranks
     from lbllm_cli.parallel.watch import Watch
 
-# What torchrun tells each process.
-_RANK, _SIZE, _LOCAL_RANK, _LOCAL_SIZE = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
 # Another version of any of these gives other numbers, or other files.
 _LIBRARIES = ("lbllm-cli", "torch", "transformers", "safetensors", "numpy")
 # A lost rank is found by its beats; an operation may wait for a slow disk as long as it likes.
 _NEVER = timedelta(days=30)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How this process was started. local_rank, local_size: among those of its machine."""
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-    host: str
-    port: int
-
-
-class Ended(LbllmError):
-    """Another rank has said why all end."""
-
-    def __init__(self, exit_code: int):
-        super().__init__("")
-        self.exit_code = exit_code
-
-
-def launch() -> Launch | None:
-    """What the environment says, None for a process by itself. Raises UsageError where torchrun has not said all of it."""
-    size = os.environ.get(_SIZE, "1")
-    if size == "1":
-        return None
-    names = (_RANK, _SIZE, _LOCAL_RANK, _LOCAL_SIZE, "MASTER_PORT")
-    try:
-        rank, size_, local_rank, local_size, port = (int(os.environ[name]) for name in names)
-        found = Launch(rank, size_, local_rank, local_size, os.environ["MASTER_ADDR"], port)
-    except (KeyError, ValueError) as error:
-        problem = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise UsageError(f"WORLD_SIZE is {size[:20]}, but {problem}; start several processes with torchrun") from None
-    if not (0 <= found.rank < found.size and 0 <= found.local_rank < found.local_size <= found.size):
-        raise UsageError(f"rank {found.rank} of {found.size}, {found.local_rank} of {found.local_size}: start them with torchrun")
-    return found
-
-
-def started() -> bool:
-    """Whether several processes were."""
-    return os.environ.get(_SIZE, "1") != "1"
-
-
-def refuse_ranks(command: str) -> None:
-    """Raises UsageError for a command that one process does."""
-    if (found := launch()) is None:
-        return
-    if found.rank:
-        silence()
-        raise Ended(UsageError.exit_code)
-    raise UsageError(f"{command} runs in one process, {found.size} were started; run it without torchrun")
 
 
 @contextmanager
