@@ -166,3 +166,32 @@ def test_a_finished_stage_forgets_what_all_ranks_have_kept(tmp_path):
     assert len(list(tmp_path.iterdir())) == 5
     TrainingState.forget(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_was_gone_on_from_stays_until_all_have_a_later_one(tmp_path, rank):
+    """A save that was cut off, its step gone on from, and the next one cut off as well."""
+    save(tmp_path, 2)
+    older = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    save(tmp_path, 3)
+    # One rank was about to put its file in place.
+    own = tmp_path / f"training.{rank:03d}.safetensors"
+    own.rename(own.with_name(f"training.{rank:03d}.next.safetensors"))
+    own.write_bytes(older[own.name])
+    assert load(tmp_path) == [(0, 3), (0, 3)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(older)
+    found = save(tmp_path, 4, crashes={1 - rank: crash})
+    assert any(isinstance(one, Crash) for one in found)
+    assert load(tmp_path) in ([(0, 3), (0, 3)], [(0, 4), (0, 4)])
+
+
+def test_what_all_have_alike_comes_from_the_first_rank(tmp_path):
+    def keep(group):
+        tensors = {"t": torch.tensor([group.rank])}
+        if group.first:
+            tensors |= {"copy.0/value": torch.tensor([7.0]), "best/a": torch.tensor([8.0])}
+        TrainingState(tmp_path, 1, group).save(tensors, {"block": 0, "epoch": 1, "step": 5})
+
+    assert together(3, keep) == [None] * 3
+    for rank, (tensors, _) in enumerate(together(3, lambda group: TrainingState(tmp_path, 1, group).load(0))):
+        assert {name: tensor.item() for name, tensor in tensors.items()} == {"t": rank, "copy.0/value": 7, "best/a": 8}

@@ -182,6 +182,20 @@ def test_other_recipes_on_ranks_are_refused(tmp_path):
     assert "ptq.group_size: 32 on rank 0, 64 on rank 1" in said[0]
 
 
+def _with_own_command(recipe: str) -> None:
+    lbllm(("ptq", "distill")[int(os.environ["RANK"])], "--recipe", recipe)
+
+
+@pytest.mark.heavy
+def test_other_commands_on_ranks_are_refused(tmp_path):
+    """Before one of them waits for what the other never says."""
+    ended = run(variables(2), _with_own_command, str(write_recipe(tmp_path / "recipe.yaml", TOY, tmp_path / "run")))
+    assert [one.code for one in ended] == [2, 2]
+    said = [one.said for one in ended if one.messages]
+    assert len(said) == 1
+    assert "command: ptq on rank 0, distill on rank 1" in said[0]
+
+
 def _in_own_folder(recipe: str, folders: list[str]) -> None:
     from lbllm_cli.pipeline import ranks
 

@@ -19,6 +19,8 @@ _MACHINES = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS,
 _USERS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENOTEMPTY}
 
 _LONGEST = 8000
+# Of a recipe what may be another on every machine; whether output.dir is one folder is asked where it is opened.
+_PLACES = ("model.path", "output.dir", ".teacher")
 
 
 def tell(message: str) -> None:
@@ -79,11 +81,15 @@ def run_ranks(work: Callable[..., None], recipe: Path, overrides: list[str] | No
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         with exit_codes():
-            from lbllm_cli.parallel.join import joined
+            from lbllm_cli.core.fingerprint import flatten
+            from lbllm_cli.parallel.join import check_alike, joined
             from lbllm_cli.recipe.load import load_recipe
 
             with joined() as group:
                 loaded = load_recipe(recipe, overrides)
+                said = {key: leaf for name, part in loaded.model_dump().items() for key, leaf in flatten(part, name).items()}
+                # Before anything else: ranks that do different things would wait for each other.
+                check_alike(group, {**options, **{key: leaf for key, leaf in said.items() if not key.endswith(_PLACES)}})
                 work(loaded, group=group, **options)
     except typer.Exit as ended:
         if started():

@@ -71,17 +71,27 @@ class TrainingState:
 
         Raises UsageError for a file that lbllm did not write.
         """
-        found = [kept for path in self._paths(self.group.rank) if (kept := self._load(path, index)) is not None]
-        places = self.group.facts([_place(facts) for _, facts in found])
-        common = set(places[0]).intersection(*places[1:])
-        last = max(common, default=None)
-        own = next((kept for kept in found if _place(kept[1]) == last), None)
-        if own is None or self.group.first:
-            return own
-        # What all have alike is kept by the first rank alone.
-        its = [kept for path in self._paths(0) if (kept := self._load(path, index)) is not None]
-        alike = next(tensors for tensors, facts in its if _place(facts) == last)
-        return {**own[0], **{name: tensor for name, tensor in alike.items() if name.startswith(ALIKE)}}, own[1]
+        found = self._found(self.group.rank, index)
+        places = self.group.facts(list(found))
+        last = max(set(places[0]).intersection(*places[1:]), default=None)
+        if last is None:
+            return None
+        path, tensors, facts = found[last]
+        if not self.group.first:
+            # What all have alike is kept by the first rank alone.
+            _, its, _ = self._found(0, index)[last]
+            tensors |= {name: tensor for name, tensor in its.items() if name.startswith(ALIKE)}
+        # Only once all have read: the next save writes over what was not yet the last of all.
+        self.group.meet()
+        if path == self.next:
+            os.replace(self.next, self.path)
+        self.next.unlink(missing_ok=True)
+        return tensors, facts
+
+    def _found(self, rank: int, index: int) -> dict[tuple[int, int], tuple[Path, dict[str, Tensor], dict[str, Any]]]:
+        """What a rank has kept of block `index`, by how far its training is: one file, or two where a save was cut off."""
+        kept = [(path, self._load(path, index)) for path in reversed(self._paths(rank))]
+        return {_place(found[1]): (path, *found) for path, found in kept if found is not None}
 
     def _load(self, path: Path, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         if not path.exists():
