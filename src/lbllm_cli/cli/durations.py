@@ -1,5 +1,7 @@
 """What the stages of a recipe will take, as `lbllm validate` shows it."""
 
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 
@@ -12,35 +14,39 @@ from lbllm_cli.runtime.cards import CARDS, card_of, probed
 class Durations:
     """What the stages of a recipe will take, here and on cards that everybody knows."""
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: Plan, needs: list[Need]):
         model = plan.model
         own = card_of(model.backend.describe(model.device))
         here = own or probed(model.device)
         self.cards = [here, *(card for card in CARDS.values() if card is not here)]
         self.usual = own or CARDS["h100"]
         self.parts = {spec.name: work_of(spec).work(plan, spec) for spec in plan.recipe.stages}
+        self.places = {need.stage: need.place for need in needs}
 
-    def seconds(self, needs: list[Need]) -> dict[str, dict[str, int]]:
+    def facts(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"forecast_seconds": self.seconds()}
+
+    def seconds(self) -> dict[str, dict[str, int]]:
         """By stage and card."""
-        places = {need.stage: need.place for need in needs}
         return {
-            stage: {card.name: round(sum(part.seconds(card, places[stage]) for part in parts)) for card in self.cards}
+            stage: {card.name: round(sum(part.seconds(card, self.places[stage]) for part in parts)) for card in self.cards}
             for stage, parts in self.parts.items()
         }
 
-    def show(self, out: Console, needs: list[Need]) -> None:
+    def show(self, out: Console) -> None:
         """A table, and under it what takes longest in each stage and which key halves that."""
         table = Table(title="forecast, time from operations and bytes")
         table.add_column("stage")
         for card in self.cards:
             table.add_column(card.name, justify="right")
-        for stage, by_card in self.seconds(needs).items():
+        for stage, by_card in self.seconds().items():
             table.add_row(stage, *map(span, by_card.values()))
         out.print(table)
-        places = {need.stage: need.place for need in needs}
         for stage, parts in self.parts.items():
-            part = max(parts, key=lambda part: part.seconds(self.usual, places[stage]))
-            limit = part.limit(self.usual, places[stage])
+            place = self.places[stage]
+            part = max(parts, key=lambda part: part.seconds(self.usual, place))
+            limit = part.limit(self.usual, place)
             cause = f"on the {self.usual.name} most of it for {part.name}, held up by {limit}"
             out.print(f"{stage}: {cause}; half of {part.key} halves it", highlight=False, soft_wrap=True)
 

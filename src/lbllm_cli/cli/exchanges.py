@@ -72,7 +72,10 @@ class Exchanges:
         return max(busy, key=lambda name: busy[name])
 
     def facts(self) -> dict[str, Any]:
-        """For JSON: bytes by kind, seconds, what holds a stage up."""
+        """For JSON: seconds; bytes by kind, what holds a stage up."""
+        return {"forecast_seconds": self.seconds(), "ranks": self._ranks()}
+
+    def _ranks(self) -> dict[str, Any]:
         return {
             "world_size": self.world.size,
             "per_node": self.world.node,

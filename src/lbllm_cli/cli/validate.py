@@ -60,8 +60,8 @@ def validate(recipe: Recipe, as_json: bool, world_size: int = 1, per_node: int |
             short += _shortages(need, plan)
     if problems or (short and as_json):
         raise UsageError("\n".join(problems + short))
-    exchanges = Exchanges(plan, needs) if world.several else None
-    durations, routing = None if exchanges else Durations(plan), routing_of(plan)
+    times: Durations | Exchanges = Exchanges(plan, needs) if world.several else Durations(plan, needs)
+    routing = routing_of(plan)
     warnings += _cautions(plan, segments)
     facts = {
         "blocks": model.blocks,
@@ -70,8 +70,7 @@ def validate(recipe: Recipe, as_json: bool, world_size: int = 1, per_node: int |
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "forecast_bytes": {need.stage: {kind: round(getattr(need, kind)) for kind in _KINDS} for need in needs},
-        "forecast_seconds": exchanges.seconds() if exchanges else durations.seconds(needs) if durations else {},
-        **({"ranks": exchanges.facts()} if exchanges else {}),
+        **times.facts(),
         **({} if routing is None else {"routing": asdict(routing)}),
         "warnings": warnings,
     }
@@ -83,10 +82,7 @@ def validate(recipe: Recipe, as_json: bool, world_size: int = 1, per_node: int |
         _print_validation(out, facts, needs, not short, world)
         if routing is not None:
             say(f"ptq: {routing.line()}")
-        if exchanges:
-            exchanges.show(out)
-        elif durations:
-            durations.show(out, needs)
+        times.show(out)
     if short:
         raise UsageError("\n".join(short))
 

@@ -126,6 +126,11 @@ class SourceModel:
         shapes = (self.shapes[f"{block_prefix(0)}{name}.weight"] for name in self.linears)
         return [(shape[0], shape[1]) for shape in shapes]
 
+    @cached_property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of a block's linears, by name in the block and in order."""
+        return dict(zip(self.linears, self.binarized_shapes, strict=True))
+
     @property
     def binarized_parameters(self) -> int:
         """Weights that are binarized, of all blocks."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lbllm_cli.core.errors import Interrupted, RunError
 from lbllm_cli.parallel.group import Pending, Traffic
-from lbllm_cli.parallel.shares import Share, share_of
+from lbllm_cli.parallel.shares import Share, padded, share_of
 from lbllm_cli.parallel.watch import Watch
 
 T = TypeVar("T")
@@ -108,7 +108,7 @@ class Ranks:
         kinds = {tensor.device.type for tensor in tensors.values()}
         said = self.facts((kinds, [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]))
         described = [one for _, one in said]
-        sizes = [sum(_padded(dtype.itemsize * torch.Size(shape).numel()) for _, dtype, shape in one) for one in described]
+        sizes = [sum(padded(dtype.itemsize * torch.Size(shape).numel()) for _, dtype, shape in one) for one in described]
         # A rank without tensors takes part where the others have theirs.
         device = torch.device(next(kind for kinds, _ in said for kind in kinds)) if any(described) else torch.device("cpu")
         mine = torch.zeros(max(sizes), dtype=torch.uint8, device=device)
@@ -116,7 +116,7 @@ class Ranks:
         for tensor in tensors.values():
             flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
             mine[place : place + len(flat)] = flat
-            place += _padded(len(flat))
+            place += padded(len(flat))
         every = [torch.empty_like(mine) for _ in range(self.size)]
         with self._call("gather", len(mine)):
             dist.all_gather(every, mine, group=self.handle)
@@ -181,15 +181,10 @@ class _Reduction:
                 dist.all_reduce(self.tensor, group=ranks.across)
 
 
-def _padded(size: int) -> int:
-    """A view in another dtype begins at a multiple of its size."""
-    return -(-size // 16) * 16
-
-
 def _unpacked(row: Tensor, described: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> dict[str, Tensor]:
     found, place = {}, 0
     for name, dtype, shape in described:
         size = dtype.itemsize * torch.Size(shape).numel()
         found[name] = row[place : place + size].view(dtype).view(shape).clone()
-        place += _padded(size)
+        place += padded(size)
     return found

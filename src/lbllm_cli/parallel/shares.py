@@ -1,4 +1,4 @@
-"""Who has what: sequences in one piece for each rank, work by its cost, and the sequences of a training step."""
+"""Who has what: sequences in one piece for each rank, work by its cost, the sequences of a training step, places in a buffer."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -56,3 +56,11 @@ class Owners:
             found[name] = min(range(len(self.loads)), key=self.loads.__getitem__)
             self.loads[found[name]] += costs[name]
         return {name: found[name] for name in costs}
+
+
+def padded(size: int) -> int:
+    """Bytes that a tensor takes among others that are gathered with it: a view in another dtype begins at a multiple of its size.
+
+    100 -> 112.
+    """
+    return -(-size // 16) * 16

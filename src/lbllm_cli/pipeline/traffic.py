@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from lbllm_cli.format.weights import group_count
-from lbllm_cli.parallel.shares import share_of
+from lbllm_cli.parallel.shares import padded, share_of
 from lbllm_cli.pipeline.duration import Part
 from lbllm_cli.pipeline.forecast import Place
 from lbllm_cli.pipeline.world import World
@@ -134,11 +134,6 @@ def stage_seconds(
     computed = {part.name: part.seconds(card, place) for part in parts}
     training = computed[parts[0].name] if exchanged.steps else 0.0
     return computed | (exchanged.waits(world, links, training) if world.several else {})
-
-
-def padded(size: int) -> int:
-    """Bytes of a tensor among those that are gathered together: each begins at a multiple of 16."""
-    return -(-size // 16) * 16
 
 
 def packed_sizes(shape: tuple[int, int], settings: Ptq) -> list[int]:

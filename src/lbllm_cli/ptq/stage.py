@@ -130,8 +130,7 @@ def _fit_flops(model: SourceModel, units: Pass, settings: Ptq, size: int) -> flo
 
 def _unit_shapes(model: SourceModel, units: Iterable[Unit]) -> dict[Unit, list[tuple[int, int]]]:
     """(out, in) of each unit's linears."""
-    shapes = dict(zip(model.linears, model.binarized_shapes, strict=True))
-    return {unit: [shapes[name] for name in unit] for unit in units}
+    return {unit: [model.linear_shapes[name] for name in unit] for unit in units}
 
 
 def exchanged(plan: Plan, spec: StageSpec) -> Exchanged:

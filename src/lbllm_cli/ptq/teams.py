@@ -33,15 +33,17 @@ class Team:
         return self.ranks if self.owner is None else ALONE
 
     def rows(self, count: int) -> slice:
-        """Rows of a linear that this rank fits."""
-        return self.together.share(count).slice if self.fits else slice(0)
+        """Rows of a linear that this rank fits, of a unit that it takes part in."""
+        return self.together.share(count).slice
 
     def pool(self, moments: InputMoments) -> None:
         """Sums moments over all ranks, where they are needed; see `counted` for how many tokens they are of."""
         for matrix in (moments.hessian, moments.drift):
-            if matrix is not None and self.owner is None:
+            if matrix is None:
+                continue
+            if self.owner is None:
                 self.ranks.add(matrix)
-            elif matrix is not None and self.owner is not None:
+            else:
                 self.ranks.send(matrix, self.owner)
 
 

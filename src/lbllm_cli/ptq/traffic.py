@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from lbllm_cli.parallel.shares import share_of
-from lbllm_cli.pipeline.traffic import ALL_REDUCE, GATHER, REDUCE, Call, packed_sizes, padded
+from lbllm_cli.parallel.shares import padded, share_of
+from lbllm_cli.pipeline.traffic import ALL_REDUCE, GATHER, REDUCE, Call, packed_sizes
 from lbllm_cli.ptq.passes import Pass, is_down, matrices
 from lbllm_cli.ptq.teams import owners_of
 from lbllm_cli.recipe.schema import Ptq

@@ -55,7 +55,8 @@ class BlockLinears:
 
     def copies(self) -> list[nn.Parameter]:
         """Parameters of masters that every rank has."""
-        return [] if self.spread.large else trained_parameters(self.linears.values(), self.trained)
+        groups = [] if self.spread.large else self.groups(dict.fromkeys(self.trained, 0.0))
+        return [p for group in groups for p in group.params]
 
     def own_steps(self, dampening: float) -> list[OwnStep]:
         """Parameters that move themselves."""
@@ -97,12 +98,6 @@ def spread_weights(block: Block, spread: Spread) -> list[tuple[nn.Parameter, int
         if (owner := spread.owner.get(block.prefix + name)) is not None and isinstance(weight, nn.Parameter):
             found.append((weight, owner))
     return found
-
-
-def trained_parameters(linears: Iterable[Trainable], trained: Iterable[str]) -> list[nn.Parameter]:
-    """Parameters of masters that get gradients."""
-    kinds = set(trained)
-    return [p for linear in linears for kind, found in linear.kinds().items() if kind in kinds for p in found]
 
 
 def take_gradients(block: Block, linears: Mapping[str, Trainable]) -> None:

@@ -10,7 +10,6 @@ from lbllm_cli.recipe.training import ActCalib, ActEndToEnd, Distill
 from lbllm_cli.training.interfaces import SEQUENCES
 from lbllm_cli.training.quantizers import KNEES
 from lbllm_cli.training.spread import is_large, loads_of
-from lbllm_cli.training.traffic import linear_shapes
 
 # float32 tensors of an input's size that a quantizer keeps for its backward pass: measured 2.0, and 17.3 while knees are soft.
 KEPT_DEPLOYED, KEPT_SOFT = 2.0, 20.0
@@ -21,7 +20,7 @@ def owned_share(model: SourceModel, trained: Iterable[str], world: World, blocks
     parameters; where masters are not spread, every rank has all."""
     if not is_large(trained):
         return 1.0
-    loads = loads_of(linear_shapes(model), world.node, blocks)
+    loads = loads_of(model.linear_shapes, world.node, blocks)
     return max(loads) / sum(loads)
 
 

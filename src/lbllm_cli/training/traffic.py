@@ -11,6 +11,7 @@ from lbllm_cli.core.splits import held_out_rows
 from lbllm_cli.format.names import KEYS, VALUES, input_name
 from lbllm_cli.format.weights import group_count
 from lbllm_cli.models.model import FINAL_NORM, SourceModel
+from lbllm_cli.parallel.shares import padded
 from lbllm_cli.pipeline.duration import steps
 from lbllm_cli.pipeline.plan import Plan
 from lbllm_cli.pipeline.traffic import (
@@ -22,7 +23,6 @@ from lbllm_cli.pipeline.traffic import (
     Call,
     Exchanged,
     packed_sizes,
-    padded,
     sample_call,
 )
 from lbllm_cli.pipeline.world import World
@@ -36,11 +36,6 @@ from lbllm_cli.training.spread import is_large, loads_of, owners_of
 Shapes = Mapping[str, tuple[int, int]]
 # Numbers of a step that every rank has one of, float32: its loss and the square of its gradients' norm.
 _NUMBERS = 2
-
-
-def linear_shapes(model: SourceModel) -> dict[str, tuple[int, int]]:
-    """(out, in) of a block's linears, by name in the block and in order."""
-    return dict(zip(model.linears, model.binarized_shapes, strict=True))
 
 
 def gathered_bytes(shapes: Shapes, owners: Mapping[str, int], settings: Ptq, common: Iterable[int] = ()) -> int:
@@ -118,7 +113,7 @@ def block_exchanged(plan: Plan, spec: StageSpec, settings: Distill | ActCalib) -
     model, text, world = plan.model, plan.token_set(spec), plan.world
     rows = settings.subset or text.sequences
     count = steps(rows, held_out_rows(rows, settings.held_out), settings.batch_size, settings.epochs)
-    shapes, act = linear_shapes(model), isinstance(settings, ActCalib)
+    shapes, act = model.linear_shapes, isinstance(settings, ActCalib)
     copies = quantizer_sizes(model, settings, settings.trained) if isinstance(settings, ActCalib) else []
     calls = []
     if is_large(settings.trained):
@@ -144,7 +139,7 @@ def whole_exchanged(plan: Plan, settings: EndToEnd) -> Exchanged:
     """What ranks hand over in an end-to-end phase: of all blocks at once, where every epoch is better than the ones before."""
     model, world, trained = plan.model, plan.world, set(settings.trained)
     count = steps(settings.sequences, held_out_rows(settings.sequences, settings.held_out), settings.batch_size, settings.epochs)
-    shapes, blocks, calls, copies = linear_shapes(model), model.blocks, list[Call](), list[int]()
+    shapes, blocks, calls, copies = model.linear_shapes, model.blocks, list[Call](), list[int]()
     norms = [[model.count([name]) for name in model.norm_names(index)] for index in range(blocks)]
     acts = isinstance(settings, ActEndToEnd)
     if is_large(trained):
