@@ -69,7 +69,7 @@ def test_too_few_or_one_for_all_are_refused(gpus):
 def test_memory_that_runs_out_is_no_lost_rank():
     ranks = Ranks.__new__(Ranks)
     ranks.traffic = Traffic({})
-    with pytest.raises(torch.OutOfMemoryError), ranks._call("gather", 0):
+    with pytest.raises(torch.OutOfMemoryError), ranks.call("gather", 0):
         raise torch.OutOfMemoryError("full")
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lbllm_cli.core.errors import Interrupted, RunError
 from lbllm_cli.parallel.group import Pending, Traffic
+from lbllm_cli.parallel.reduction import Reductions
 from lbllm_cli.parallel.shares import Share, padded, share_of
 from lbllm_cli.parallel.watch import Watch
 
@@ -31,6 +32,7 @@ class Ranks:
         self.handle, self.watch, self.traffic, self.across = handle, watch, traffic, across
         self.rank, self.size = dist.get_rank(handle), dist.get_world_size(handle)
         self._node: Ranks | None = None
+        self._reductions = Reductions(self)
 
     @property
     def first(self) -> bool:
@@ -56,14 +58,14 @@ class Ranks:
     def facts(self, value: T) -> list[T]:
         """See `Group`."""
         found: list[Any] = [None] * self.size
-        with self._call("facts", 0):
+        with self.call("facts", 0):
             dist.all_gather_object(found, value, group=self.handle)
         return found
 
     def told(self, ask: Callable[[], T]) -> T:
         """See `Group`."""
         found: list[Any] = [ask() if self.first else None]
-        with self._call("facts", 0):
+        with self.call("facts", 0):
             dist.broadcast_object_list(found, group=self.handle, group_src=0)
         answer: T = found[0]
         return answer
@@ -75,7 +77,7 @@ class Ranks:
     def some(self, flags: Sequence[bool]) -> list[bool]:
         """See `Group`."""
         found = torch.tensor(list(flags), dtype=torch.uint8)
-        with self._call("facts", 0):
+        with self.call("facts", 0):
             dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.handle)
         return [bool(flag) for flag in found]
 
@@ -85,22 +87,21 @@ class Ranks:
 
     def add(self, tensor: Tensor) -> None:
         """See `Group`."""
-        with self._call("all-reduce", tensor.nbytes):
+        with self.call("all-reduce", tensor.nbytes):
             dist.all_reduce(tensor, group=self.handle)
 
     def send(self, tensor: Tensor, rank: int) -> None:
         """See `Group`."""
-        with self._call("reduce", tensor.nbytes):
+        with self.call("reduce", tensor.nbytes):
             dist.reduce(tensor, group=self.handle, group_dst=rank)
 
     def begin_reduce(self, tensor: Tensor, rank: int) -> Pending:
         """See `Group`."""
-        with self._call("reduce", tensor.nbytes):
-            return _Reduction(self, dist.reduce(tensor, group=self.handle, group_dst=rank, async_op=True), tensor, rank)
+        return self._reductions.begin(tensor, rank)
 
     def begin_spread(self, tensor: Tensor, rank: int) -> Pending:
         """See `Group`."""
-        with self._call("broadcast", tensor.nbytes):
+        with self.call("broadcast", tensor.nbytes):
             return _Spread(self, dist.broadcast(tensor, group=self.handle, group_src=rank, async_op=True))
 
     def gathered(self, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -118,7 +119,7 @@ class Ranks:
             mine[place : place + len(flat)] = flat
             place += padded(len(flat))
         every = [torch.empty_like(mine) for _ in range(self.size)]
-        with self._call("gather", len(mine)):
+        with self.call("gather", len(mine)):
             dist.all_gather(every, mine, group=self.handle)
         return [_unpacked(row, one) for row, one in zip(every, described, strict=True)]
 
@@ -129,7 +130,7 @@ class Ranks:
         return (square + common.square().sum()).sqrt()
 
     @contextmanager
-    def _call(self, kind: str, size: int) -> Iterator[None]:
+    def call(self, kind: str, size: int) -> Iterator[None]:
         """Counts what an operation hands over and how long it is waited for; names what a lost rank makes of it."""
         began = time.monotonic()
         try:
@@ -161,24 +162,8 @@ class _Spread:
 
     def wait(self) -> None:
         """See `Pending`."""
-        with self.ranks._call("broadcast", 0):
+        with self.ranks.call("broadcast", 0):
             self.work.wait()
-
-
-class _Reduction:
-    """A reduction within a node under way; its owner then adds up what the owners of other nodes have."""
-
-    def __init__(self, ranks: Ranks, work: Any, tensor: Tensor, rank: int):
-        self.ranks, self.work, self.tensor, self.rank = ranks, work, tensor, rank
-
-    def wait(self) -> None:
-        """See `Pending`."""
-        ranks = self.ranks
-        with ranks._call("reduce", 0):
-            self.work.wait()
-        if ranks.across is not None and ranks.rank == self.rank:
-            with ranks._call("all-reduce between nodes", self.tensor.nbytes):
-                dist.all_reduce(self.tensor, group=ranks.across)
 
 
 def _unpacked(row: Tensor, described: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> dict[str, Tensor]:

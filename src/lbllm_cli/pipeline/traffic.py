@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from lbllm_cli.format.weights import group_count
+from lbllm_cli.parallel.reduction import BETWEEN
 from lbllm_cli.parallel.shares import padded, share_of
 from lbllm_cli.pipeline.duration import Part
 from lbllm_cli.pipeline.forecast import Place
@@ -19,7 +20,7 @@ from lbllm_cli.recipe.schema import Ptq
 from lbllm_cli.runtime.cards import Card
 from lbllm_cli.runtime.links import Link
 
-ALL_REDUCE, REDUCE, BROADCAST, GATHER, OWNERS = "all-reduce", "reduce", "broadcast", "gather", "all-reduce between nodes"
+ALL_REDUCE, REDUCE, BROADCAST, GATHER, OWNERS = "all-reduce", "reduce", "broadcast", "gather", BETWEEN
 # What ranks say to each other in Python, which is counted as no bytes.
 AGREEMENT = "agreement of ranks"
 # A message of what ranks say to each other in Python, over TCP between CPUs; an assumption. It passes a ring twice.

@@ -90,7 +90,9 @@ def _weight_calls(shapes: Shapes, world: World, itemsize: int, count: int, more:
     if world.machines > 1:
         most = max(loads_of(shapes, world.node, blocks)) * itemsize
         each = -(-operations // world.node)
-        calls.append(Call("gradients between owners", OWNERS, most, count, step=True, operations=each, together=whole))
+        calls.append(
+            Call("gradients between owners", OWNERS, most, count, step=True, hidden=True, operations=each, together=whole)
+        )
     return calls
 
 
