@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from conftest import TOY, write_recipe
 from parallel.processes import done, lbllm, run, started, variables
 from safetensors.torch import load_file
-from stages import promised
+from stages import events, promised
 
 SHORT = {"epochs": 1, "batch_size": 4}
 STAGES = ("ptq", "distill", "act-calib")
@@ -137,6 +138,20 @@ def test_stopped_ranks_save_and_resume_to_the_same_bytes(tmp_path, lbllm_alone, 
 def lbllm_alone(lbllm):
     """The command line in this process."""
     return lbllm
+
+
+@pytest.mark.heavy
+def test_more_ranks_than_linears_train_together(alone, tmp_path):
+    """As eight GPUs on a block of seven linears: one owns nothing, computes gradients all the same, and keeps what it has."""
+    recipe = recipe_of(tmp_path, distill={"epochs": 2, "batch_size": 8}, runtime={"device": "cpu", "save_minutes": 0})
+    shutil.copytree(alone / "run" / "ptq", tmp_path / "run" / "ptq")
+    done(variables(8), lbllm, "distill", "--recipe", str(recipe), seconds=150)
+    found, its = (events(folder / "run" / "distill") for folder in (tmp_path, alone))
+    assert [len(record["ranks"]) for record in found] == [8] * len(its)
+    for mine, other in zip(found, its, strict=True):
+        # The same weights on the same held-out sequences, before any of them is trained.
+        assert mine["before"]["error"] == pytest.approx(other["before"]["error"], rel=0.05)
+        assert mine["epochs"][-1]["loss"] < 1.5
 
 
 REFUSED = {

@@ -11,8 +11,8 @@ from lbllm_cli.parallel.shares import Owners
 from lbllm_cli.ptq.moments import InputMoments
 from lbllm_cli.runtime.units import Unit
 
-# Rows of a linear that are worth a factorisation of their own.
-_ROWS = 32
+# Fewer rows of a linear are not divided: vectors of eight are what processors compute with at least.
+_ROWS = 8
 
 
 @dataclass(frozen=True)

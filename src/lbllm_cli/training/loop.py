@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lbllm_cli.core import interrupt
 from lbllm_cli.core.errors import Interrupted, RunError
@@ -23,15 +23,15 @@ from lbllm_cli.pipeline.interfaces import Monitor, StateKeeper
 from lbllm_cli.pipeline.training_state import ALIKE
 from lbllm_cli.runtime.backend import backend_of
 from lbllm_cli.training.exchange import Exchange
-from lbllm_cli.training.interfaces import Objective, OwnStep, Step
+from lbllm_cli.training.interfaces import Objective, Step
 from lbllm_cli.training.progress import Progress, check_kept, kept_progress
-from lbllm_cli.training.tally import Scale, Tally, store
+from lbllm_cli.training.tally import Tally, store
+from lbllm_cli.training.update import Update
 
 if TYPE_CHECKING:
     from lbllm_cli.recipe.training import Schedule
 
 _LAST_RATE = 0.05
-BETAS = (0.9, 0.95)
 # Steps whose numbers may still be on their way from a GPU: it has done the one before the last by the time they are asked for.
 _BEHIND = 2
 
@@ -87,13 +87,10 @@ class TrainingLoop:
         self._owned = [len(share.own(trained)) for share in shares]
         self.steps = -(-self.every // settings.batch_size)
         self.exchange = Exchange(self.trained, job.group)
-        self.groups = self.trained.groups()
-        options = [{"params": group.params, "lr": group.top} for group in self.groups]
-        self.optimizer = torch.optim.AdamW(options, weight_decay=0.0, betas=BETAS, fused=True)
+        self.update = Update(self.trained, self.exchange, job.device)
         self.progress = Progress(job.index)
         self.backend = backend_of(job.device)
         self.tally = Tally(job.device, settings.clip)
-        self._units: dict[tuple[float, ...], Tensor] = {}
         self._untold: deque[tuple[Step, Callable[[], Tensor]]] = deque()
         self.best: dict[str, Tensor] | None = None
 
@@ -200,7 +197,7 @@ class TrainingLoop:
         self.trained.backward()
         self.exchange.copies_done()
         self.group.add(loss)
-        self._update(loss)
+        self.update.take(loss, self.tally, self._factor())
         transfers = self.backend.transfers(self.job.device)
         values = self.tally.values
         self._untold.append((self._step(time.monotonic() - began), transfers.later(values).wait if transfers else lambda: values))
@@ -223,72 +220,14 @@ class TrainingLoop:
         number, steps = progress.epoch * self.steps + progress.step + 1, self.settings.epochs * self.steps
         return Step(math.nan, seconds, number, steps, rows * self.job.length)
 
+    def _factor(self) -> float:
+        """Share of the top learning rates in the present step."""
+        done, whole = self.progress.epoch * self.steps + self.progress.step, self.settings.epochs * self.steps
+        return rate_factor(done, whole, self.settings.warmup)
+
     def _done(self) -> float:
         """Share of all steps that are done."""
         return (self.progress.epoch * self.steps + self.progress.step) / (self.settings.epochs * self.steps)
-
-    def _update(self, loss: Tensor) -> None:
-        """The one place where gradients become a step: they are complete here, and nothing is between here and the masters."""
-        own = {id(one.parameter): one for one in self.trained.own_steps()}
-        every = [(p, group.unit) for group in self.groups for p in group.params]
-        plain = {id(p): p.grad for p, _ in every if p.grad is not None}
-        norms = dict(zip(plain, torch._foreach_norm(list(plain.values())), strict=True)) if plain else {}
-        if own:
-            norms |= dict(zip(own, torch._foreach_sqrt([one.square() for one in own.values()]), strict=True))
-        copies = {id(p) for p in self.exchange.copies}
-        norm = self.group.node.norm(
-            *(
-                self._scaled([(norms[id(p)], unit) for p, unit in every if id(p) in norms and (id(p) in copies) == shared])
-                for shared in (False, True)
-            )
-        )
-        scale = self.tally.add(loss, norm)
-        # In RAM it costs nothing to look; elsewhere the optimizer looks where it computes.
-        if not self.backend.shares_ram or not bool(scale.skipped):
-            self._move(own, list(plain.values()), scale)
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def _scaled(self, found: list[tuple[Tensor, float]]) -> Tensor:
-        """Norms of gradients in units of their parameters, [n]."""
-        if not found:
-            return torch.zeros(0, device=self.job.device)
-        return torch.stack([part for part, _ in found]) * self._on_device(tuple(unit for _, unit in found))
-
-    def _on_device(self, units: tuple[float, ...]) -> Tensor:
-        """Units of some parameters; there are as many of these tuples as kinds of steps."""
-        if units not in self._units:
-            transfers, values = self.backend.transfers(self.job.device), torch.tensor(units)
-            self._units[units] = values if transfers is None else transfers.small(values)
-        return self._units[units]
-
-    def _move(self, own: dict[int, OwnStep], gradients: list[Tensor], scale: Scale) -> None:
-        """AdamW's step, of own parameters and of all others."""
-        done, whole = self.progress.epoch * self.steps + self.progress.step, self.settings.epochs * self.steps
-        factor = rate_factor(done, whole, self.settings.warmup)
-        if gradients:
-            torch._foreach_mul_(gradients, scale.factor)
-        for options, group in zip(self.optimizer.param_groups, self.groups, strict=True):
-            options["lr"] = group.top * factor
-        if not self.backend.shares_ram:
-            self.optimizer.found_inf = scale.skipped  # type: ignore[attr-defined]
-        self.optimizer.step()
-        rates = {id(p): group.top * factor for group in self.groups for p in group.params}
-        states = [self._state(one.parameter) for one in own.values()]
-        if states:
-            numbers = [state["step"] for state in states]
-            torch._foreach_add_(numbers, 1.0)
-            torch._foreach_sub_(numbers, [scale.skipped] * len(numbers))
-        for (key, one), state in zip(own.items(), states, strict=True):
-            one.step(state, scale, rates[key])
-        self.trained.constrain()
-
-    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """What AdamW keeps of a parameter."""
-        state: dict[str, Tensor] = self.optimizer.state[parameter]
-        if not state:
-            zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            state.update(step=torch.zeros((), device=self.job.device), **zeros)
-        return state
 
     def _check_skipped(self, number: int, loss: float, norm: float) -> None:
         skipped, section = self.progress.skipped, self.job.section
@@ -319,7 +258,7 @@ class TrainingLoop:
                 **self.trained.facts(),
                 "lr": {
                     group.kind: own["lr"] / group.unit
-                    for own, group in zip(self.optimizer.param_groups, self.groups, strict=True)
+                    for own, group in zip(self.update.optimizer.param_groups, self.update.groups, strict=True)
                 },
                 "gradient_norm": progress.norm_sum / taken,
                 "gradient_norm_max": progress.norm_max,
@@ -332,7 +271,7 @@ class TrainingLoop:
     def _parameters(self) -> dict[str, Tensor]:
         """By the names that they are kept under."""
         copies = {id(p): number for number, p in enumerate(self.exchange.copies)}
-        every = ((g, i, p) for g, group in enumerate(self.groups) for i, p in enumerate(group.params))
+        every = ((g, i, p) for g, group in enumerate(self.update.groups) for i, p in enumerate(group.params))
         return {f"copy.{copies[id(p)]}" if id(p) in copies else f"{g}.{i}": p for g, i, p in every}
 
     def save(self) -> None:
@@ -341,7 +280,7 @@ class TrainingLoop:
         tensors = {f"best/{name}": tensor for name, tensor in (self.best or {}).items()}
         for name, parameter in self._parameters().items():
             tensors[f"{name}/value"] = parameter.detach()
-            tensors |= {f"{name}/{key}": moment for key, moment in self.optimizer.state[parameter].items()}
+            tensors |= {f"{name}/{key}": moment for key, moment in self.update.optimizer.state[parameter].items()}
         tensors |= {f"follower.{index}/value": tensor for index, tensor in enumerate(self.trained.followers())}
         kept = {name: tensor for name, tensor in tensors.items() if self.group.first or not name.startswith(ALIKE)}
         self.keeper.save(kept, asdict(self.progress))
@@ -364,7 +303,7 @@ class TrainingLoop:
         for name, parameter in self._parameters().items():
             with torch.no_grad():
                 parameter.copy_(found[name].pop("value"))
-            self.optimizer.state[parameter].update(found[name])
+            self.update.optimizer.state[parameter].update(found[name])
         for index, tensor in enumerate(self.trained.followers()):
             with torch.no_grad():
                 tensor.copy_(found[f"follower.{index}"]["value"])
