@@ -129,7 +129,7 @@ def test_every_key_is_specified(run, finished):
     manifest = json.loads((run / "act-calib" / "lbllm_stage.json").read_text())
     of_the_recipe = {name for name in manifest["inputs"] if name.startswith("act_calib.")}
     inputs = {name.replace("data.training", "<text>") for name in manifest["inputs"].keys() - of_the_recipe}
-    assert documented("lbllm_stage.json") == manifest.keys() | inputs | {"level_bits"}
+    assert documented("lbllm_stage.json") == manifest.keys() | inputs | {"level_bits", "ranks"}
     record = json.loads((run / "export" / "lbllm_export.json").read_text())
     assert documented("lbllm_export.json") == record.keys()
     assert (record["format_version"], manifest["format_version"]) == (4, 3)
