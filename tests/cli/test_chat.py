@@ -187,7 +187,7 @@ def test_in_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_ends(folder):
         assert comes(b"the sea\r\n", 60), seen
         process.send_signal(signal.SIGINT)
         seen = b""
-        # What is typed while the signal is answered may go with the line that it ends, and an end before there is a prompt is none.
+        # What is typed while the signal is answered may go with the line that it ends; an end before there is a prompt is none.
         assert any(resets() for _ in range(12)), seen
         assert any(ends() for _ in range(12)), seen
         assert process.returncode == 0
