@@ -121,6 +121,9 @@ class DenseStudent:
             if weight is not master:
                 weight.copy_(master)
 
+    def settle(self) -> None:
+        """Nothing comes from elsewhere."""
+
     def backward(self) -> None:
         """Gradients to the masters."""
         for name, master in self.masters.items():

@@ -25,7 +25,7 @@ def recipe_of(folder: Path, **sections) -> Path:
     data = {
         "calibration": {**text, "sequences": 24},
         "training": {**text, "sequences": 24},
-        "evaluation": [{"name": "novels", "source": "builtin:evaluation/novels", "length": 128, "segments": 9}],
+        "evaluation": [{"name": "novels", "source": "builtin:evaluation/novels", "length": 128, "segments": 40}],
     }
     folder.mkdir(exist_ok=True)
     sections = {"data": data, "distill": distill, "act_calib": {**SHORT, "bits": 4, "kv_form": "uniform"}, **sections}
@@ -61,13 +61,13 @@ def together(tmp_path_factory, request) -> Path:
 
 @pytest.mark.heavy
 def test_several_ranks_end_where_one_process_does(alone, together):
-    """Measured: at most 0.7 % of perplexity between one process and four ranks, of any stage and text."""
+    """Measured: at most 2.3 % of perplexity between one process and several ranks, of any stage."""
     mine, its = (json.loads((folder / "run" / "eval" / "results.json").read_text()) for folder in (together, alone))
     assert mine.keys() == its.keys() == {"base", "ptq", "distill", "distill-e2e", "act-calib"}
     for stage, found in mine.items():
         for text, perplexity in found["perplexity"].items():
             # Nothing was made of the base model: segments are added up in another order, and no more.
-            apart = 1e-9 if stage == "base" else 0.03
+            apart = 1e-9 if stage == "base" else 0.05
             assert perplexity == pytest.approx(its[stage]["perplexity"][text], rel=apart), (stage, text)
     assert mine["base"].keys() == its["base"].keys()
     for stage in ("ptq", "distill", "distill-e2e", "act-calib"):

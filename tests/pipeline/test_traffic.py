@@ -17,6 +17,7 @@ from lbllm_cli.pipeline.plan import Plan, prepare
 from lbllm_cli.pipeline.traffic import (
     AGREEMENT,
     ALL_REDUCE,
+    BACKWARD,
     BROADCAST,
     GATHER,
     OWNERS,
@@ -227,7 +228,7 @@ def test_seconds_of_calls_on_links():
 
 
 def test_a_reduction_hides_behind_the_way_back():
-    calls = (Call("", REDUCE, 80_000_000, 10, step=True, node=True, hidden=True),)
+    calls = (Call("", REDUCE, 80_000_000, 10, step=True, node=True, beside=BACKWARD),)
     link = Link("", 1e9, 0.0, 1.0)
     exchanged = Exchanged(calls, 2, steps=10, micro=2)
     # 80 ms each; of a step's 60 ms a third is the last micro-batch's way back.

@@ -156,6 +156,10 @@ class ActivationStudent:
         self.weights.begin()
         anneal(self.quantizers.values(), progress, self.settings.soft, self.settings.temperature)
 
+    def settle(self) -> None:
+        """Weights of other ranks have come."""
+        self.weights.settle()
+
     def backward(self) -> None:
         """Carries the gradients of the block's weights to the levels; the quantizers have theirs."""
         self.weights.backward()

@@ -58,6 +58,10 @@ class BinarizedStudent:
         self._progress = progress
         self.weights.begin()
 
+    def settle(self) -> None:
+        """Weights of other ranks have come."""
+        self.weights.settle()
+
     def backward(self) -> None:
         """Carries the gradients of the block's weights to the masters, and adds the regulariser's."""
         self.weights.backward()

@@ -80,6 +80,7 @@ class ResidentBlock:
         self.moving: dict[str, Nearest] = {}
         own = spread.add(block.prefix, {name: block.linear(name) for name in block.linears})
         for name in block.linears:
+            spread.expect(block.prefix + name, block.linear(name))
             weight = block.linear(name).weight
             if name not in own:
                 block.linear(name).weight = nn.Parameter(torch.empty_like(weight))
@@ -226,6 +227,10 @@ class WholeStudent:
             block.begin()
         if KNEES in settings.trained:
             anneal(self._quantizers(), progress, settings.soft, settings.soft_knee)
+
+    def settle(self) -> None:
+        """Weights of other ranks have come."""
+        self.spread.all_arrived()
 
     def backward(self) -> None:
         """Carries gradients of weights that were put into their blocks to latents and levels; autograd has carried all others."""

@@ -25,8 +25,8 @@ ALL_REDUCE, REDUCE, BROADCAST, GATHER, OWNERS = "all-reduce", "reduce", "broadca
 AGREEMENT = "agreement of ranks"
 # A message of what ranks say to each other in Python, over TCP between CPUs; an assumption. It passes a ring twice.
 _MESSAGE = 25e-6
-# Of a step that is computed, the way back.
-_BACKWARD = 2 / 3
+# Of a micro-batch that is computed: on its way there weights arrive that it begins without, on the way back gradients go off.
+FORWARD, BACKWARD = 1 / 3, 2 / 3
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,9 @@ class Call:
     """An operation between ranks that a stage repeats.
 
     what: in words. kind: as it is counted. size: bytes that a rank hands over, of the rank that has most. times: in a block, or
-    in an end-to-end phase. step: it is part of every optimizer step. node: of the ranks of a machine, otherwise of all. hidden:
-    a rank computes meanwhile. operations: that it takes. together: bytes that a machine's ranks hand over where each has others.
+    in an end-to-end phase. step: it is part of every optimizer step. node: of the ranks of a machine, otherwise of all. beside:
+    the share of a micro-batch that a rank computes meanwhile. operations: that it takes. together: bytes that a machine's ranks
+    hand over where each has others.
     """
 
     what: str
@@ -44,7 +45,7 @@ class Call:
     times: int
     step: bool = False
     node: bool = False
-    hidden: bool = False
+    beside: float = 0.0
     operations: int = 1
     together: int = 0
 
@@ -76,8 +77,8 @@ def _passes(kind: str, count: int) -> float:
 class Exchanged:
     """What a stage's ranks hand over. calls: of a block, or of an end-to-end phase. blocks: how often, 1 for a phase.
 
-    steps: optimizer steps in each. micro: micro-batches of a rank's step, of which the last is on its way back while gradients go
-    off. said: times that ranks wait for what all of them say, in each.
+    steps: optimizer steps in each. micro: micro-batches of a rank's step, of which the first begins while weights come and the
+    last is on its way back while gradients go off. said: times that ranks wait for what all of them say, in each.
     """
 
     calls: tuple[Call, ...]
@@ -107,11 +108,11 @@ class Exchanged:
 
         links: within a machine and between machines. training: seconds that the stage's steps are computed in.
         """
-        behind = _BACKWARD * training / max(1, self.blocks * self.steps * self.micro)
+        micro = training / max(1, self.blocks * self.steps * self.micro)
         found: dict[str, float] = dict.fromkeys((call.kind for call in self.calls), 0.0)
         for call in self.calls:
             each = max(call.inside(world, links[0]), call.between(world, links[1]))
-            found[call.kind] += self.blocks * call.times * max(0.0, each - (behind if call.hidden else 0.0))
+            found[call.kind] += self.blocks * call.times * max(0.0, each - call.beside * micro)
         said = self.blocks * self.said * 2 * (world.size - 1) * _MESSAGE
         # In a training the host says it while the device has work of a step before it.
         found[AGREEMENT] = max(0.0, said - training - sum(found.values())) if self.steps else said

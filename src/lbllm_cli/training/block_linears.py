@@ -35,7 +35,9 @@ class BlockLinears:
         self.linears = linears
         self.trained, self.spread = trained, spread
         for name in teacher.linears:
-            self.block.linear(name).weight = nn.Parameter(torch.empty_like(teacher.linear(name).weight))
+            linear = self.block.linear(name)
+            linear.weight = nn.Parameter(torch.empty_like(teacher.linear(name).weight))
+            spread.expect(teacher.prefix + name, linear)
 
     def groups(self, rates: dict[str, float]) -> list[ParameterGroup]:
         """See `linear_groups`; rates: of all kinds."""
@@ -44,6 +46,10 @@ class BlockLinears:
     def begin(self) -> None:
         """Puts the present weights into the block."""
         put_weights(self.block, self.linears, self.spread)
+
+    def settle(self) -> None:
+        """See `Trained`."""
+        self.spread.all_arrived()
 
     def backward(self) -> None:
         """Carries the gradients of the block's weights to the masters."""
@@ -76,18 +82,14 @@ class BlockLinears:
 
 
 def put_weights(block: Block, linears: Mapping[str, Trainable], spread: Spread) -> None:
-    """Puts the present weights of masters, by name in the block, into it; those that others have come from there."""
-    sent = []
-    owners = dict(spread_weights(block, spread))
+    """Puts the present weights of masters, by name in the block, into it; those that others have are on their way from there."""
+    spread.all_arrived()
     for name in block.linears:
         weight = block.linear(name).weight
         if name in linears:
             linears[name].put(weight)
-        if isinstance(weight, nn.Parameter) and weight in owners:
-            # On its way while others are put.
-            sent.append(spread.node.begin_spread(weight.detach(), owners[weight]))
-    for pending in sent:
-        pending.wait()
+        if block.prefix + name in spread.owner:
+            spread.send(block.prefix + name, weight)
 
 
 def spread_weights(block: Block, spread: Spread) -> list[tuple[nn.Parameter, int]]:

@@ -53,6 +53,9 @@ class Trained(Protocol):
     def begin(self, progress: float) -> None:
         """Before a step, and before it is measured: it runs with the present parameters. progress: share of the steps done."""
 
+    def settle(self) -> None:
+        """Until nothing that `begin` has set going is on its way."""
+
     def backward(self) -> None:
         """After the backward passes of a step: carries gradients to the parameters where autograd has not."""
 

@@ -108,8 +108,15 @@ class TrainingLoop:
 
     def measure_start(self) -> None:
         """Held-out errors of the student as it begins, which later ones are relative to."""
-        self.trained.begin(0.0)
-        self.progress.start = self.objective.held_out(self.held, self.progress)
+        self.progress.start = self._held_out(0.0)
+
+    def _held_out(self, done: float) -> dict[str, float]:
+        """Held-out errors of the present student."""
+        self.trained.begin(done)
+        found = self.objective.held_out(self.held, self.progress)
+        # A rank that has none of these sequences has not run with the weights that were sent to it.
+        self.trained.settle()
+        return found
 
     def facts(self) -> dict[str, Any]:
         """How it went: errors at the start and of the best epoch, which one that was, and one record per epoch."""
@@ -242,8 +249,7 @@ class TrainingLoop:
     def _score(self) -> None:
         """End of an epoch: held-out error, record, and whether this is the best state so far."""
         progress = self.progress
-        self.trained.begin(self._done())
-        held = self.objective.held_out(self.held, progress)
+        held = self._held_out(self._done())
         loss, allowed = self.objective.score(held, progress.start)
         if loss < progress.best_loss and allowed:
             progress.best, progress.best_loss = progress.epoch + 1, loss

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
-from lbllm_cli.parallel.group import Group
+from lbllm_cli.parallel.group import Group, Pending
 from lbllm_cli.parallel.shares import Owners
 from lbllm_cli.training.master import BITMAP, WEIGHTS
 
@@ -43,6 +43,7 @@ class Spread:
         self.large = is_large(trained)
         self._owners = Owners(self.node.size)
         self.owner: dict[str, int] = {}
+        self._coming: dict[str, Pending] = {}
 
     def add(self, prefix: str, linears: dict[str, nn.Linear]) -> list[str]:
         """Gives a block's linears to owners. prefix: of the block's names. Returns those that this rank has masters of."""
@@ -51,3 +52,21 @@ class Spread:
         given = self._owners.give({prefix + name: float(linear.weight.numel()) for name, linear in linears.items()})
         self.owner |= given
         return [name for name in linears if given[prefix + name] == self.node.rank]
+
+    def expect(self, name: str, linear: nn.Linear) -> None:
+        """From now on a linear waits for its weight before it runs, and not before. name: its full one."""
+        if self.large and self.node.size > 1:
+            linear.register_forward_pre_hook(lambda *_: self._arrived(name))
+
+    def _arrived(self, name: str) -> None:
+        if (pending := self._coming.pop(name, None)) is not None:
+            pending.wait()
+
+    def send(self, name: str, weight: Tensor) -> None:
+        """Gives all ranks of the machine the weight that the owner of its masters has put. name: the linear's full one."""
+        self._coming[name] = self.node.begin_spread(weight.detach(), self.owner[name])
+
+    def all_arrived(self) -> None:
+        """Waits for weights that nobody has run with, as those of experts that no token was sent to."""
+        for name in list(self._coming):
+            self._arrived(name)

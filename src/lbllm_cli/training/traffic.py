@@ -16,7 +16,9 @@ from lbllm_cli.pipeline.duration import steps
 from lbllm_cli.pipeline.plan import Plan
 from lbllm_cli.pipeline.traffic import (
     ALL_REDUCE,
+    BACKWARD,
     BROADCAST,
+    FORWARD,
     GATHER,
     OWNERS,
     REDUCE,
@@ -82,16 +84,16 @@ def _weight_calls(shapes: Shapes, world: World, itemsize: int, count: int, more:
     together."""
     operations, whole = len(shapes) * blocks, sum(map(prod, shapes.values())) * itemsize * blocks
     calls = [
-        Call("gradients of weights to their owners", REDUCE, whole, count, step=True, node=True, hidden=True,
+        Call("gradients of weights to their owners", REDUCE, whole, count, step=True, node=True, beside=BACKWARD,
              operations=operations),
-        Call("weights from their owners", BROADCAST, whole, count, step=True, node=True, operations=operations),
+        Call("weights from their owners", BROADCAST, whole, count, step=True, node=True, beside=FORWARD, operations=operations),
         Call("weights that are measured", BROADCAST, whole, more, node=True, operations=operations),
     ]  # fmt: skip
     if world.machines > 1:
         most = max(loads_of(shapes, world.node, blocks)) * itemsize
         each = -(-operations // world.node)
         calls.append(
-            Call("gradients between owners", OWNERS, most, count, step=True, hidden=True, operations=each, together=whole)
+            Call("gradients between owners", OWNERS, most, count, step=True, beside=BACKWARD, operations=each, together=whole)
         )
     return calls
 
