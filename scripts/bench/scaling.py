@@ -9,8 +9,8 @@
 Arithmetic, not a measurement: no GPU is needed, and nothing ran on one. What is computed is what `lbllm validate` forecasts for
 one card, of which each rank has its share; bytes between ranks are those that a run counts. Gradients of weights go to their
 owners while the last micro-batch is on its way back, weights come from them while the first is on its way forward, and both count
-with what that does not hide; all else is waited for. Eight ranks to a machine, NVLink within, one network card of 400 Gb/s for each
-machine between, unless --cards says more.
+with what that does not hide; all else is waited for. Eight ranks to a machine, NVLink within, one network card of 400 Gb/s for
+each machine between, unless --cards says more.
 """
 
 import argparse
