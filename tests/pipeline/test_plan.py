@@ -39,6 +39,15 @@ def test_fresh_text_of_the_hub_is_fresh_whatever_number_says_so(recipe, streamed
     assert bool(first & second) == (skip == "9")
 
 
+def test_fresh_text_is_fresh_where_its_passages_come_again(recipe, streamed):
+    fresh = "{sequences: 5, source: {source: 'hub:some/data', repeats: 1}}"
+    overrides = ["data.training.source=hub:some/data", f"distill={{end_to_end: {fresh}}}"]
+    plan = prepare(load_recipe(recipe, overrides), stages=TABLE)
+    training, phase = (records_of(plan, name) for name in ("distill", "distill-e2e"))
+    assert phase
+    assert not training & phase
+
+
 @pytest.mark.parametrize(
     ("skip", "sets", "expected"),
     [

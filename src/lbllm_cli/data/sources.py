@@ -45,6 +45,8 @@ def check(item: Source, evaluating: bool) -> None:
     """
     name = item.source
     _check_keys(item)
+    if evaluating and item.repeats:
+        raise UsageError(f"source {name}: repeats is for text to train on, a model is evaluated on text as it is; leave it out")
     if name.startswith("builtin:"):
         valid = [f"{part}{tail}" for part in PARTS for tail in ("", *(f"/{style}" for style in STYLES))]
         if name.removeprefix("builtin:") not in valid:
@@ -86,7 +88,7 @@ def _check_keys(item: Source) -> None:
     unread = [
         key
         for key, field in Source.model_fields.items()
-        if key not in {"source", "weight", *read} and getattr(item, key) != field.default
+        if key not in {"source", "weight", "repeats", *read} and getattr(item, key) != field.default
     ]
     if unread:
         remedy = "; its parts are those of the papers, hub:NAME has others" if name in PRESETS else ""

@@ -13,6 +13,7 @@ from lbllm_cli.core.errors import UsageError
 from lbllm_cli.data import sources as text_sources
 from lbllm_cli.data.encode import batches, encode
 from lbllm_cli.data.presets import PRESETS
+from lbllm_cli.data.repeats import with_repeats
 from lbllm_cli.data.windows import Wanted, pretokenized, read, windows
 from lbllm_cli.recipe.base import Source
 from lbllm_cli.recipe.schema import EvaluationSet, TokenSet
@@ -58,9 +59,10 @@ def training_tokens(spec: TokenSet, tokenizer: Any, vocab: int, draw: Draw) -> T
         if not count:
             continue
         if item.sampled:
-            parts.append(draw.sampler(item, count, length))
+            found = draw.sampler(item, count, length)
         else:
-            parts.append(windows(item, Wanted(count, length, others, draw.seed + index, draw.key), tokenizer))
+            found = windows(item, Wanted(count, length, others, draw.seed + index, draw.key), tokenizer)
+        parts.append(with_repeats(found, item.repeats, draw.seed + index) if item.repeats else found)
     order = sorted((row / part.shape[0], which, row) for which, part in enumerate(parts) for row in range(part.shape[0]))
     rows = torch.stack([parts[which][row] for _, which, row in order])
     return _finish(rows, spec.bos, tokenizer, vocab, draw.key)

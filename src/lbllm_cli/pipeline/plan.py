@@ -70,12 +70,12 @@ class Plan:
         phases = self.recipe.end_to_end
         if spec not in phases:
             return []
-        source = self.token_set(spec).source
+        source = _windows_of(self.token_set(spec).source)
         taken: list[tuple[int, ...]] = []
-        if self.recipe.data.training.source == source:
+        if _windows_of(self.recipe.data.training.source) == source:
             taken.append((self.recipe.data.training.sequences,))
         for earlier, settings in phases.items():
-            if earlier.fresh < spec.fresh and self.token_set(earlier).source == source:
+            if earlier.fresh < spec.fresh and _windows_of(self.token_set(earlier).source) == source:
                 # The first one that it reads follows what it passes over itself.
                 taken += [(*passed, settings.sequences) for passed in self._taken(earlier) or [()]]
         if (skip := phases[spec].skip) is None:
@@ -172,6 +172,11 @@ def prepare(
         raise UsageError("\n".join(problems))
     check_devices(group, model.device)
     return Plan(recipe, folder, model, tokenizer, group, asked)
+
+
+def _windows_of(sources: list[Source]) -> list[Source]:
+    """Sources without what is done to their windows afterwards: those of the same text are the same."""
+    return [item.model_copy(update={"repeats": 0.0}) for item in sources]
 
 
 def _divided(skip: int, sets: tuple[int, ...]) -> tuple[int, ...]:

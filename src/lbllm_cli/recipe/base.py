@@ -37,6 +37,7 @@ class Source(Section):
     config: str | None = Field(None, description="configuration name of a hub dataset")
     path: str | None = Field(None, description="local file with a preset's schema, instead of the hub")
     temperature: float = Field(1.0, ge=0.01, le=2, description="generate: sampling temperature")
+    repeats: float = Field(0.0, ge=0, le=1, description="share of the sequences in which passages come again, to train on")
 
     @property
     def sampled(self) -> bool:
