@@ -23,7 +23,7 @@ def recipe_of(folder: Path, **sections) -> Path:
     # Of fewer tokens the order of a sum makes another model: a row's codes are a long chain of choices.
     text = {"source": str(folder / "chapter.txt"), "length": 128}
     data = {
-        "calibration": {**text, "sequences": 24},
+        "calibration": {**text, "sequences": 44},
         "training": {**text, "sequences": 24},
         "evaluation": [{"name": "novels", "source": "builtin:evaluation/novels", "length": 128, "segments": 40}],
     }
@@ -61,14 +61,16 @@ def together(tmp_path_factory, request) -> Path:
 
 @pytest.mark.heavy
 def test_several_ranks_end_where_one_process_does(alone, together):
-    """Measured: at most 2.3 % of perplexity between one process and several ranks, of any stage."""
+    """Measured, two and four ranks: at most 2.2 % of perplexity between `ptq` of one process and of several, which take other
+    turns at a tie; what is trained after it moves that by at most 0.6 %."""
     mine, its = (json.loads((folder / "run" / "eval" / "results.json").read_text()) for folder in (together, alone))
     assert mine.keys() == its.keys() == {"base", "ptq", "distill", "distill-e2e", "act-calib"}
-    for stage, found in mine.items():
-        for text, perplexity in found["perplexity"].items():
-            # Nothing was made of the base model: segments are added up in another order, and no more.
-            apart = 1e-9 if stage == "base" else 0.05
-            assert perplexity == pytest.approx(its[stage]["perplexity"][text], rel=apart), (stage, text)
+    apart = {stage: found["perplexity"]["novels"] / its[stage]["perplexity"]["novels"] for stage, found in mine.items()}
+    # Nothing was made of the base model: segments are added up in another order, and no more.
+    assert apart["base"] == pytest.approx(1, rel=1e-9)
+    assert apart["ptq"] == pytest.approx(1, rel=0.03)
+    for stage in ("distill", "distill-e2e", "act-calib"):
+        assert apart[stage] == pytest.approx(apart["ptq"], rel=0.015), stage
     assert mine["base"].keys() == its["base"].keys()
     for stage in ("ptq", "distill", "distill-e2e", "act-calib"):
         inputs = [manifest(folder / "run" / stage)["inputs"] for folder in (together, alone)]
