@@ -40,6 +40,12 @@ def parts(blocks: int) -> dict[str, Callable[[int, str], bool]]:
     }
 
 
+def linear_of(name: str) -> tuple[int, str] | None:
+    """Block and linear of a weight; None for any other tensor. "model.layers.3.self_attn.q_proj.weight" -> (3, "q_proj")."""
+    place = re.search(rf"layers\.(\d+)\.\w+\.({'|'.join((*ATTENTION, *MLP))})\.weight$", name)
+    return (int(place[1]), place[2]) if place else None
+
+
 def passages(tokenizer: Any, limit: int | None) -> list[tuple[torch.Tensor, int]]:
     """Tokens of passage and number, int64 [1, length], and how many of them are the number's."""
     lines = (resources.files("lbllm_cli") / "data/tasks/retrieval.jsonl").read_text().splitlines()
@@ -56,8 +62,7 @@ def measured(model: Any, items: list[tuple[torch.Tensor, int]]) -> tuple[list[fl
     """Of each passage: whether every token of its number is the likeliest, and the number's nats."""
     found, nats = [], []
     for tokens, count in items:
-        hidden = model.model(tokens, use_cache=False).last_hidden_state[:, -count - 1 : -1]
-        logits = model.lm_head(hidden)[0].float()
+        logits = model(tokens, use_cache=False, logits_to_keep=count + 1).logits[0, :-1].float()
         target = tokens[0, -count:]
         found.append(float((logits.argmax(-1) == target).all()))
         nats.append(-float(logits.log_softmax(-1).gather(1, target[:, None]).sum()))
@@ -87,6 +92,10 @@ def main() -> None:
     unknown = set(args.only or ()) - rows.keys()
     if unknown:
         parser.error(f"--only: {', '.join(sorted(unknown))}; rows are: {'; '.join(rows)}")
+    if args.limit is not None and args.limit < 2:
+        parser.error(f"--limit: {args.limit}; a standard error takes two passages")
+    if unnamed := [name for name in quantized if "layers." in name and source[name].dim() > 1 and linear_of(name) is None]:
+        parser.error(f"--model: {unnamed[0]} is none of {', '.join((*ATTENTION, *MLP))}, which rows are made of")
     items = passages(AutoTokenizer.from_pretrained(args.model), args.limit)
     print("| quantized | found | nats |\n|---|---:|---:|")
     for row, wanted in rows.items():
@@ -94,9 +103,9 @@ def main() -> None:
             continue
         state = dict(source)
         for name, value in quantized.items():
-            place = re.search(r"layers\.(\d+)\..*?(\w+_proj)\.weight$", name)
+            place = linear_of(name)
             # Norms and the head go with all linears: training moves them together.
-            if wanted(int(place[1]), place[2]) if place else row == "all":
+            if wanted(*place) if place else row == "all":
                 state[name] = value
         model.load_state_dict(state)
         found, nats = measured(model, items)

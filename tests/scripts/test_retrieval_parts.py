@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, save_toy
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -51,6 +51,16 @@ def test_a_row_quantizes_what_it_names(tmp_path):
     assert nats["q, k"] != nats["nothing"] != nats["v, o"]
     assert nats["all but q, k"] == nats["v, o"] != nats["q, k"]
     assert nats["all but attention"] == nats["nothing"]
-    wrong = subprocess.run([*command, "--only", "k"], capture_output=True, text=True)
-    assert wrong.returncode == 2
-    assert "--only: k; rows are: nothing; all;" in wrong.stderr
+
+
+def test_what_no_row_can_be_made_of_is_refused(tmp_path):
+    fused = save_toy(tmp_path / "fused", "phi3")
+    for folder, more, message in (
+        (TOY, ["--only", "k"], "--only: k; rows are: nothing; all;"),
+        (TOY, ["--limit", "1"], "--limit: 1; a standard error takes two passages"),
+        (fused, [], "self_attn.qkv_proj.weight is none of"),
+    ):
+        command = [sys.executable, ROOT / "scripts/retrieval_parts.py", "--export", folder, "--model", folder, *more]
+        wrong = subprocess.run(command, capture_output=True, text=True)
+        assert wrong.returncode == 2
+        assert message in wrong.stderr
