@@ -53,7 +53,7 @@ def started() -> bool:
 
 def refuse_ranks(command: str) -> None:
     """Raises UsageError, on the first rank with a message, where several processes were started of a command that is one's."""
-    if not started() or (found := launch()) is None:
+    if (found := launch()) is None:
         return
     if found.rank:
         raise Ended(UsageError.exit_code)
