@@ -46,7 +46,7 @@ def need(plan: Plan, spec: StageSpec, tokens: Tensor | None) -> Need:
 
 
 def activations(plan: Plan, parent: Checkpoint | None) -> ActivationFormat:
-    """As the recipe says, in groups of the weights' size."""
+    """As the recipe says."""
     settings = plan.recipe.act_calib
     return ActivationFormat(
         bits=settings.bits,
@@ -55,7 +55,7 @@ def activations(plan: Plan, parent: Checkpoint | None) -> ActivationFormat:
         form=settings.form,
         kv_form=settings.kv_form,
         tables=settings.tables,
-        group_size=plan.recipe.ptq.group_size,
+        group_size=plan.recipe.step_group,
         key_centre=settings.key_centre == "mean" and plan.model.family.plain_softmax,
     )
 

@@ -19,12 +19,14 @@ from lbllm_cli.core.errors import UsageError
 from lbllm_cli.engine.location import library_path
 from lbllm_cli.format.names import LATTICE_MAX
 
-ABI = 5
+ABI = 6
 TIERS = ("portable", "avx2", "avxvnni", "avx512")
 VARIABLE = "LBLLM_KERNELS"
 FLOAT32, BFLOAT16, INT8 = 0, 1, 2
 # Sums of a group's levels are int16 in the library.
 GROUP_MAX = 256
+# Inputs whose levels a byte says in the library, where a row has one scale; and its groups where no step says how large they are.
+LEVEL_GROUP, ROW_GROUP = 16, 64
 # The library decodes a head's record into a buffer of this many floats.
 HEAD_MAX = 256
 # What an entry answers that refuses what it was given (native/lbllm_kernels.h). Callers check first, by name: this is what keeps
@@ -42,7 +44,7 @@ class Weights(Structure):
 
     _fields_ = [
         *((name, c_void_p) for name in ("tiles", "bias")),
-        *((name, c_int32) for name in ("in_features", "out_features", "group_size")),
+        *((name, c_int32) for name in ("in_features", "out_features", "group_size", "level_group")),
     ]
 
 
@@ -124,8 +126,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "lbllm_abi": (c_int32, []),
     "lbllm_tier": (c_char_p, []),
     "lbllm_choose_tier": (c_int32, [c_char_p]),
-    "lbllm_tiles_bytes": (c_int64, [c_int32] * 3),
-    "lbllm_pack": (_status, [c_void_p] * 3 + [c_int32] * 3 + [c_void_p, c_int32]),
+    "lbllm_tiles_bytes": (c_int64, [c_int32] * 4),
+    "lbllm_pack": (_status, [c_void_p] * 3 + [c_int32] * 4 + [c_void_p, c_int32]),
     "lbllm_unpack": (_status, [POINTER(Weights), c_int32, c_int32] + [c_void_p] * 3),
     "lbllm_quantize": (_status, [POINTER(Quantizer), c_void_p, c_int32, c_int64, c_int32] + [c_void_p] * 5 + [c_int32] * 2),
     "lbllm_quantize_backward": (_status, [POINTER(Quantizer), c_void_p, c_int32, c_int64] + [c_void_p] * 7 + [c_int32]),

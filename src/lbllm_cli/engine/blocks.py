@@ -11,7 +11,20 @@ from lbllm_cli.engine import abi
 from lbllm_cli.engine.config import UNITS, Configuration, Unfit
 from lbllm_cli.engine.memory import aligned
 from lbllm_cli.engine.tensors import Tensors
-from lbllm_cli.format.names import CENTRE, CLIP_RANGE, CLIP_UNIT, KEYS, TENSORS, VALUES, input_name, step_size
+from lbllm_cli.format.names import (
+    CENTRE,
+    CLIP_RANGE,
+    CLIP_UNIT,
+    KEYS,
+    LEVEL_BITS,
+    LEVELS,
+    SHIFTS,
+    TABLE_LEVELS,
+    TENSORS,
+    VALUES,
+    input_name,
+    step_size,
+)
 
 _NORMS = "input_layernorm", "post_attention_layernorm"
 _HEAD_NORMS = "self_attn.q_norm", "self_attn.k_norm"
@@ -34,7 +47,7 @@ class Blocks:
         self.structs = (abi.Block * config.num_hidden_layers)(*(self._block(index) for index in range(config.num_hidden_layers)))
 
     def _size(self, name: str, width: int) -> int:
-        return step_size(name, width, self.config.activations["granularity"], self.config.group_size)
+        return step_size(name, width, self.config.activations["granularity"], self.config.group_sizes[0])
 
     def _block(self, index: int) -> abi.Block:
         config, prefix = self.config, f"model.layers.{index}."
@@ -66,15 +79,15 @@ class Blocks:
         for linear in unit:
             owner, out = f"{prefix}{linear}", self.outs[linear]
             codes = self.tensors.array(f"{owner}.weight", "U8", out, groups, size // 4)
-            scale = self.tensors.array(f"{owner}.scale", "F16", out, groups)
+            scale = self.tensors.array(f"{owner}.scale", "F16", out, 1 if self.config.group_sizes[1] else groups)
             # Also what is not negative: a sign bit is none of a scale's.
             if (scale.view(np.uint16) >= 0x7C00).any():
                 raise Unfit(f"{owner}.scale holds what is no scale")
-            parts.append((codes, self._levels(owner, out, groups), scale))
+            parts.append((codes, self._levels(owner, out, groups), np.broadcast_to(scale, (out, groups))))
             biased = linear in self.config.biased
             biases.append(self.tensors.small_floats(f"{owner}.bias", out) if biased else np.zeros(out, np.float32))
         whole = [np.ascontiguousarray(np.concatenate(arrays)) for arrays in zip(*parts, strict=True)]
-        shape = (width, len(whole[0]), size)
+        shape = (width, len(whole[0]), *self.config.group_sizes)
         tiles = aligned(int(self.lib.lbllm_tiles_bytes(*shape)))
         self.lib.lbllm_pack(*(array.ctypes.data for array in whole), *shape, tiles.ctypes.data, self.threads)
         bias = self._keep(np.concatenate(biases)) if self.config.biased.intersection(unit) else None
@@ -84,6 +97,10 @@ class Blocks:
         """int8 [out, groups, 4], however many bits the file has of each."""
         if self.config.level_bits == 8:
             return self.tensors.array(f"{owner}.levels", "I8", out, groups, 4)
+        if self.config.level_bits == LEVEL_BITS[2]:
+            places = self.tensors.array(f"{owner}.levels", "U8", out, groups, 1) >> np.array(SHIFTS, np.uint8) & 3
+            tables = np.array([[sign * np.array(row) for sign in (-1, 1)] for row in TABLE_LEVELS], np.int8).reshape(LEVELS, -1)
+            return tables[np.arange(LEVELS), places]
         pairs = self.tensors.array(f"{owner}.levels", "U8", out, groups, 2)
         nibbles = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(out, groups, 4).astype(np.int8)
         return (nibbles ^ 8) - 8

@@ -9,6 +9,7 @@ from lbllm_cli.core.model_folder import read_config
 from lbllm_cli.core.validation import describe
 from lbllm_cli.engine.abi import GROUP_MAX, HEAD_MAX
 from lbllm_cli.engine.rope import KINDS
+from lbllm_cli.format.names import LEVEL_BITS
 from lbllm_cli.format.settings import METHOD, check_settings
 
 # Of a block, as the library runs them together: linears that read one input.
@@ -100,7 +101,7 @@ class Configuration(BaseModel):
             raise ValueError("linears: not those of the families that the library knows")
         if layout is None or layout["bits"] != 4 or layout["kv_bits"] != 4:
             raise ValueError("activations, keys and values are not quantized to 4 bits")
-        if self.num_attention_heads % self.num_key_value_heads or self.group_size > GROUP_MAX:
+        if self.num_attention_heads % self.num_key_value_heads or max(self.group_sizes) > GROUP_MAX:
             raise ValueError("heads or groups that the library does not have")
         return self
 
@@ -108,6 +109,12 @@ class Configuration(BaseModel):
     def group_size(self) -> int:
         """Inputs that share four levels."""
         return int(self.quantization_config["group_size"])
+
+    @property
+    def group_sizes(self) -> tuple[int, int]:
+        """Of the library's layout: inputs that share a step, and those that share levels, 0 where that is the same group."""
+        steps = int(self.quantization_config["activations"]["group_size"])
+        return (steps, self.group_size) if self.level_bits == LEVEL_BITS[2] else (self.group_size, 0)
 
     @property
     def level_bits(self) -> int:

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 METHOD = "lbllm"
 # 1: weights alone. 2: with quantizers of activations, which a reader of 1 would leave out without a word. 3: levels of 4 bits,
-# with quantizers or without. 4: centred keys. 5: embedding and head of 8 bits.
-FORMAT_VERSION = 5
+# with quantizers or without. 4: centred keys. 5: embedding and head of 8 bits. 6: levels of 2 bits, with a scale for each row.
+FORMAT_VERSION = 6
 # Families of which vLLM makes the embedding without asking how it is quantized: 8 bits of it are none that it can read.
 DENSE_ROWS = ("gemma2", "mixtral", "gpt_oss", "granitemoe")
 
@@ -57,6 +57,8 @@ def quantization_config(
 
 def format_version(level_bits: int, activations: "ActivationFormat | None", head_bits: int = 16) -> int:
     """Of a packed model: the smallest whose readers know all of it."""
+    if level_bits == LEVEL_BITS[2]:
+        return 6
     if head_bits != 16:
         return 5
     if activations is not None and activations.key_centre:
@@ -82,8 +84,9 @@ def check_settings(values: dict[str, Any]) -> None:
     good = bool(names) and all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
     check("linears", good, "the linears of a block", linears)
     bits = values.get("level_bits", 8)
-    check("level_bits", type(bits) is int and bits in LEVEL_BITS, "8 or 4", bits)
+    check("level_bits", type(bits) is int and bits in LEVEL_BITS, "8, 4 or 2", bits)
     check("format_version", bits == 8 or version >= 3, "3 or more where levels have 4 bits", version)
+    check("format_version", bits != LEVEL_BITS[2] or version >= 6, "6 or more where levels have 2 bits", version)
     head = values.get("head_bits", 16)
     check("head_bits", type(head) is int and head in HEAD_BITS, "8 or 16", head)
     check("format_version", head == 16 or version >= 5, "5 where embedding and head have 8 bits", version)
@@ -97,4 +100,5 @@ def check_settings(values: dict[str, Any]) -> None:
     except ValidationError as error:
         raise ValueError(f"quantization_config.activations.{describe(error)}; export it again") from None
     check("format_version", not layout.get("key_centre") or version >= 4, "4 or more where keys are centred", version)
-    check("activations.group_size", layout["group_size"] == size, f"that of the weights, {size}", layout["group_size"])
+    step, free = layout["group_size"], bits == LEVEL_BITS[2]
+    check("activations.group_size", step == size or (free and step % 16 == 0), "a multiple of 16" if free else f"{size}", step)

@@ -7,8 +7,9 @@ levels; a weight is a 2-bit code, sign + 2 x bitmap, that picks one of them (LBL
     bitmap 1: mu1 - alpha1 (code 2), mu1 + alpha1 (code 3)      the outer pair
 
 Stored: codes packed four to a byte, levels as integers of 8 or 4 bits, one float16 scale per (row, group); weight = scale *
-level. Storing levels as integers is this project's choice, not the paper's: it makes integer kernels exact. In memory levels
-are int8, however many bits a file has of them.
+level. Storing levels as integers is this project's choice, not the paper's: it makes integer kernels exact. Levels of 2 bits are
+values of a table, and a row has one scale (`format.level_table`). In memory levels are int8, and every group has its scale,
+however a file has them.
 
 Fitting works on ranks: rank k is the k-th smallest of the group's four levels.
 """
@@ -21,15 +22,13 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from lbllm_cli.format.names import LEVEL_BITS, LEVELS
+from lbllm_cli.format.level_table import RANK_TO_CODE, pack_places, table_levels, unpack_places
+from lbllm_cli.format.names import LEVEL_BITS, LEVELS, SHIFTS
 
 # Where the largest level of a group lies on the grid of 4 bits, before it is rounded: the best of these is taken, 7.2 first. On
 # levels about those of a normal distribution that makes 0.6 of the squared error that 7 alone does.
 _TOPS = tuple(whole + beside for whole in (7.0, 6.0, 5.0) for beside in (0.2, 0.0, -0.2))
-# rank -> code: the two middle levels are the inner pair (bitmap 0), the extremes the outer pair (bitmap 1).
-RANK_TO_CODE = (2, 0, 1, 3)
 _CODE_TO_RANK = (1, 2, 0, 3)
-_SHIFTS = (0, 2, 4, 6)
 
 
 def _table(values: tuple[int, ...], device: torch.device) -> Tensor:
@@ -63,9 +62,20 @@ def level_max(level_bits: int) -> int:
     return (1 << (level_bits - 1)) - 1
 
 
-def stored_grid(levels: Tensor, level_bits: int = 8) -> tuple[Tensor, Tensor]:
+def per_row(level_bits: int) -> bool:
+    """Whether a row has one scale, and not each of its groups."""
+    return level_bits == LEVEL_BITS[2]
+
+
+def stored_grid(
+    levels: Tensor, level_bits: int = 8, scale: Tensor | None = None, ascending: bool = True
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`project_levels` for levels that are known to fit, or are looked at later: the scale of others is infinite or NaN."""
-    return _fine_grid(levels) if level_bits == LEVEL_BITS[0] else _coarse_grid(levels.float())
+    if not per_row(level_bits):
+        return _fine_grid(levels) if level_bits == LEVEL_BITS[0] else _coarse_grid(levels.float())
+    assert scale is not None
+    whole = scale.expand(levels.shape[:-1])
+    return table_levels(levels, whole, ascending), whole
 
 
 def _fine_grid(levels: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,10 +117,14 @@ def _divisor(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale).float()
 
 
-def project_levels(levels: Tensor, level_bits: int = 8) -> tuple[Tensor, Tensor]:
+def project_levels(
+    levels: Tensor, level_bits: int = 8, scale: Tensor | None = None, ascending: bool = True
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Rounds levels to the stored grid.
 
-    levels: float [..., groups, 4], weight units. Returns (int8 [..., groups, 4], float16 scale [..., groups]).
+    levels: float [..., groups, 4], weight units. scale: float16 [..., groups] or [..., 1], of levels of 2 bits, which are rounded
+    in units of it; others find their own. ascending: how those of 2 bits are ordered, False for code order. Returns (int8 [...,
+    groups, 4], float16 scale [..., groups]).
     With 8 bits the scale is max|level| / 127 rounded *up* to float16, and levels are rounded against that stored scale, so
     a subnormal scale costs resolution, not range. Rounding up ignores the last bits of float32: levels that come off
     the grid by one rounding error return to it. With 4 bits it is the best of nine from max|level| / 7.2 to max|level| / 4.8.
@@ -118,7 +132,7 @@ def project_levels(levels: Tensor, level_bits: int = 8) -> tuple[Tensor, Tensor]
 
     Raises ValueError when a level is not finite or too large for a float16 scale.
     """
-    stored, scale = stored_grid(levels, level_bits)
+    stored, scale = stored_grid(levels, level_bits, scale, ascending)
     if not bool(torch.isfinite(scale).all()):
         reach = float(levels.abs().amax())
         raise ValueError(f"levels reach {reach:.3g}, the format holds at most {level_max(level_bits) * 65504:.3g}")
@@ -156,7 +170,7 @@ def pack_codes(codes: Tensor, group_size: int) -> Tensor:
 
 def unpack_codes(packed: Tensor, in_features: int) -> Tensor:
     """Inverse of `pack_codes`: uint8 [out, groups, group_size / 4] -> uint8 [out, in]."""
-    codes = (packed.unsqueeze(-1) >> _table(_SHIFTS, packed.device)) & 3
+    codes = (packed.unsqueeze(-1) >> _table(SHIFTS, packed.device)) & 3
     return codes.flatten(1)[:, :in_features]
 
 
@@ -177,10 +191,15 @@ def unpack_levels(packed: Tensor) -> Tensor:
 
 
 def empty_levels(out_features: int, groups: int, level_bits: int) -> Tensor:
-    """Room for the stored levels of a linear: int8 [out, groups, 4], with 4 bits uint8 [out, groups, 2]."""
+    """Room for the stored levels of a linear: int8 [out, groups, 4], with 4 or 2 bits uint8 [out, groups, 2 or 1]."""
     if level_bits == LEVEL_BITS[0]:
         return torch.zeros(out_features, groups, LEVELS, dtype=torch.int8)
-    return torch.zeros(out_features, groups, LEVELS // 2, dtype=torch.uint8)
+    return torch.zeros(out_features, groups, LEVELS * level_bits // 8, dtype=torch.uint8)
+
+
+def empty_scale(out_features: int, groups: int, level_bits: int) -> Tensor:
+    """Room for the stored scales of a linear: float16 [out, groups], [out, 1] where levels have 2 bits."""
+    return torch.zeros(out_features, 1 if per_row(level_bits) else groups, dtype=torch.float16)
 
 
 def ordered(ranks: Tensor, levels: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
@@ -243,10 +262,12 @@ class PackedWeight:
 
     @classmethod
     def of_stored(cls, codes: Tensor, levels: Tensor, scale: Tensor, in_features: int) -> "PackedWeight":
-        """Out of tensors as a file has them: levels int8 [out, groups, 4], or of 4 bits, uint8 [out, groups, 2]."""
-        if levels.dtype == torch.uint8:
+        """Out of tensors as a file has them: levels int8 [out, groups, 4], or of 4 or 2 bits, uint8 [out, groups, 2 or 1]."""
+        if levels.dtype != torch.uint8:
+            return cls(codes, levels, scale, in_features, 8)
+        if levels.shape[-1] == LEVELS // 2:
             return cls(codes, unpack_levels(levels), scale, in_features, 4)
-        return cls(codes, levels, scale, in_features, 8)
+        return cls(codes, unpack_places(levels), scale.expand(levels.shape[:-1]), in_features, 2)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], owner: str, in_features: int) -> "PackedWeight":
@@ -267,7 +288,14 @@ class PackedWeight:
     @property
     def stored(self) -> tuple[Tensor, Tensor, Tensor]:
         """In the order of PARTS, as a file has them."""
+        if self.row_scale is not None:
+            return self.codes, pack_places(self.levels), self.row_scale
         return self.codes, self.levels if self.level_bits == LEVEL_BITS[0] else pack_levels(self.levels), self.scale
+
+    @property
+    def row_scale(self) -> Tensor | None:
+        """That of each row, where its levels have 2 bits: float16 [out, 1]."""
+        return self.scale[:, :1].contiguous() if per_row(self.level_bits) else None
 
     @property
     def group_size(self) -> int:
@@ -304,7 +332,9 @@ class PackedWeight:
 def expected_bits(shapes: list[tuple[int, int]], group_size: int, level_bits: int = 8) -> float:
     """Bits per weight of the packed form: codes, levels and float16 scales, padding of ragged groups included.
 
-    [(4096, 4096)], 128, 8 -> 2.375; with 4 -> 2.25.
+    [(4096, 4096)], 128, 8 -> 2.375; with 4 -> 2.25; with 2 and groups of 16, 2.504.
     """
-    bits = sum(out * group_count(inn, group_size) * (2 * group_size + LEVELS * level_bits + 16) for out, inn in shapes)
+    of_row, of_group = (16, 0) if per_row(level_bits) else (0, 16)
+    each = 2 * group_size + LEVELS * level_bits + of_group
+    bits = sum(out * (group_count(inn, group_size) * each + of_row) for out, inn in shapes)
     return bits / sum(out * inn for out, inn in shapes)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lbllm_cli.format.weights import group_count
+from lbllm_cli.format.weights import group_count, per_row
 from lbllm_cli.parallel.reduction import BETWEEN
 from lbllm_cli.parallel.shares import padded, share_of
 from lbllm_cli.pipeline.duration import Part
@@ -141,7 +141,8 @@ def stage_seconds(
 def packed_sizes(shape: tuple[int, int], settings: Ptq) -> list[int]:
     """Bytes of the tensors of a packed linear: codes, levels, scales. (128, 352) in groups of 64 -> [12288, 3072, 1536]."""
     groups = shape[0] * group_count(shape[1], settings.group_size)
-    return [groups * settings.group_size // 4, groups * settings.level_bits // 2, groups * 2]
+    scales = shape[0] if per_row(settings.level_bits) else groups
+    return [groups * settings.group_size // 4, groups * settings.level_bits // 2, scales * 2]
 
 
 def sample_call(what: str, world: World, rows: int, count: int, row_bytes: int) -> Call:

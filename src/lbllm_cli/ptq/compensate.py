@@ -47,16 +47,21 @@ class LevelTable:
         return rank[0].to(torch.uint8), self.levels.gather(0, rank)[0]
 
 
+def level_importance(factor: Tensor) -> Tensor:
+    """1 / U_jj^2, what an error in column j costs when later columns absorb it: [in, in] -> [in]."""
+    return factor.diagonal().reciprocal().square()
+
+
 def compensate(
     weight: Tensor, factor: Tensor, group_size: int, fit: LevelFit, push: bool = True, importance: Tensor | None = None,
-    level_bits: int = 8,
+    level_bits: int = 8, row_scale: Tensor | None = None,
 ) -> RankFit:  # fmt: skip
     """Fits each group's levels, then codes its columns in turn.
 
     weight: float32 [out, in], left unchanged. factor: float32 [in, in], the upper Cholesky factor U of the inverse
     Hessian. fit(group weights [out, n], importance [n]) -> levels [out, 4]; called with the weights as compensated so far.
     push: False codes every column by its nearest level (the ablation "no compensation").
-    importance: float32 [in]; by default 1 / U_jj^2, what an error in column j costs when later columns absorb it.
+    importance: float32 [in]; by default `level_importance`. row_scale: float16 [out, 1], of levels of 2 bits.
     out=576, in=576, group_size=128 -> ranks [576, 576], levels [576, 5, 4], scale [576, 5].
     """
     out_features, in_features = weight.shape
@@ -64,7 +69,7 @@ def compensate(
     # Columns are contiguous in the transpose: the inner loop then runs on whole cache lines.
     remaining = weight.T.contiguous()
     if importance is None:
-        importance = factor.diagonal().reciprocal().square()
+        importance = level_importance(factor)
     ranks = torch.empty(in_features, out_features, dtype=torch.uint8, device=weight.device)
     levels = torch.empty(out_features, groups, LEVELS, dtype=torch.int8, device=weight.device)
     scale = torch.empty(out_features, groups, dtype=torch.float16, device=weight.device)
@@ -75,7 +80,8 @@ def compensate(
     for group in range(groups):
         start, end = group * group_size, min((group + 1) * group_size, in_features)
         block = remaining[start:end]
-        levels[:, group], scale[:, group] = grid(fit(block.T.contiguous(), importance[start:end]), level_bits)
+        fitted = fit(block.T.contiguous(), importance[start:end])[:, None]
+        levels[:, group : group + 1], scale[:, group : group + 1] = grid(fitted, level_bits, row_scale)
         values = level_values(levels[:, group], scale[:, group])
         ranks[start:end], error = columns(block, factor[start:end, start:end], values, push)
         if push:

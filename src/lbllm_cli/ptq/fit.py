@@ -6,15 +6,16 @@ import torch
 from torch import Tensor
 
 from lbllm_cli.core.errors import RunError
-from lbllm_cli.format.weights import PackedWeight
+from lbllm_cli.format.weights import PackedWeight, per_row
 from lbllm_cli.models.block import Block, block_prefix
 from lbllm_cli.pipeline.block_loop import BlockResult, BlockTask
 from lbllm_cli.ptq.collect import Collector, Moments
-from lbllm_cli.ptq.compensate import compensate
+from lbllm_cli.ptq.compensate import compensate, level_importance
 from lbllm_cli.ptq.em import fit_levels, quantile_levels
 from lbllm_cli.ptq.moments import inverse_factor
 from lbllm_cli.ptq.passes import experts_at_once, passes_of
 from lbllm_cli.ptq.refine import descend_codes, output_errors, refit_levels, relative_error
+from lbllm_cli.ptq.row_levels import descend_levels, fit_row_scale, refit_scale
 from lbllm_cli.ptq.target import parabola, step_length, target_step
 from lbllm_cli.ptq.teams import Team, gathered_weights, teams_of
 from lbllm_cli.recipe.schema import Ptq
@@ -136,21 +137,24 @@ def _strengths(weights: list[Tensor], moments: Moments, factor: Tensor, team: Te
 
 def _fit_matrix(weight: Tensor, hessian: Tensor, factor: Tensor, settings: Ptq) -> PackedWeight:
     """Levels and codes of a matrix."""
-    size = settings.group_size
-    importance = hessian.diagonal() if settings.importance == "hessian_diagonal" else None
+    size, rows = settings.group_size, per_row(settings.level_bits)
+    importance = hessian.diagonal() if settings.importance == "hessian_diagonal" else level_importance(factor)
 
     def fit(group: Tensor, weights: Tensor) -> Tensor:
         if settings.levels == "quantile":
             return quantile_levels(group)
         return fit_levels(group, weights, settings.em_iterations)
 
-    found = compensate(weight, factor, size, fit, settings.compensation, importance, settings.level_bits)
+    scale = fit_row_scale(weight, importance, size, fit) if rows else None
+    found = compensate(weight, factor, size, fit, settings.compensation, importance, settings.level_bits, scale)
     if settings.code_descent and settings.rounds:
         # Before the first refit: reaches in one round what refitting first takes two rounds for.
         found = descend_codes(weight, hessian, found, size)
     for _ in range(settings.rounds):
         if settings.refit:
-            found = refit_levels(weight, hessian, found, size)
+            found = (descend_levels if rows else refit_levels)(weight, hessian, found, size)
         if settings.code_descent:
             found = descend_codes(weight, hessian, found, size)
+    if rows and settings.refit:
+        found = refit_scale(weight, hessian, found, size)
     return PackedWeight.of_ranks(found.ranks, found.levels, found.scale, size, found.level_bits)

@@ -104,7 +104,9 @@ class Ptq(StageSection):
     """Stage 1: Hessian-weighted EM with error compensation, then refinement under the full Hessian."""
 
     group_size: int = Field(128, ge=16, le=4096, description="inputs that share four levels; a multiple of 16")
-    level_bits: Literal[8, 4] = Field(8, description="bits of a stored level; a group has four")
+    level_bits: Literal[8, 4, 2] = Field(
+        8, description="bits of a stored level; a group has four. 2: out of a table, with one scale a row, for small groups"
+    )
     levels: Literal["em", "quantile"] = Field("em", description="how a group's levels are fitted before coding")
     em_iterations: int = Field(20, ge=1, le=200, description="most EM iterations per group")
     importance: Literal["inverse_hessian", "hessian_diagonal"] = Field(
@@ -197,6 +199,21 @@ class Recipe(Section):
         named = getattr(self.section(spec.section), "parent", None)
         present = [STAGES[name] for name in spec.parents if STAGES[name] in self.stages]
         return STAGES[named] if named else next(iter(present), None)
+
+    @model_validator(mode="after")
+    def _groups_of_steps(self) -> "Recipe":
+        size = self.act_calib.group_size
+        if self.ptq.level_bits != 2 and size not in (None, self.ptq.group_size):
+            raise ValueError(
+                f"act_calib.group_size: {size}, and ptq.group_size {self.ptq.group_size}: weights and inputs share their groups "
+                "where levels have 8 or 4 bits; leave it out"
+            )
+        return self
+
+    @property
+    def step_group(self) -> int:
+        """Inputs of a token that share a step."""
+        return self.act_calib.group_size or (64 if self.ptq.level_bits == 2 else self.ptq.group_size)
 
     @property
     def end_to_end(self) -> dict[StageSpec, EndToEnd]:

@@ -84,8 +84,8 @@ TABLE = (
         "act-calib", command="act-calib", section="act_calib", text="data.training", package="act_calib",
         parents=("distill-e2e", "distill", "ptq"), streams=(4, 2),
         reads=(
-            *_BLOCKS, "parent", "sequences", "bits", "kv_bits", "granularity", "form", "kv_form", "tables", "key_centre",
-            "lr_clip_factors", "lr_knees", "soft", "temperature",
+            *_BLOCKS, "parent", "sequences", "bits", "kv_bits", "granularity", "group_size", "form", "kv_form", "tables",
+            "key_centre", "lr_clip_factors", "lr_knees", "soft", "temperature",
         ),
     ),
     StageSpec(
@@ -136,6 +136,7 @@ COMMANDS = {
 CAME_LATER = {
     "ptq.level_bits": 8,
     "act_calib.key_centre": "none",
+    "act_calib.group_size": None,
     **{f"{section}.channel_cap": None for section in ("distill", "act_calib")},
     # Of phases whose codes are fixed they mean nothing.
     **{

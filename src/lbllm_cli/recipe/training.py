@@ -178,7 +178,11 @@ class ActCalib(Training):
     bits: Bits = Field(4, description="bits of an activation")
     kv_bits: Bits = Field(4, description="bits of a key's or value's entry, in the cache and in every other pass")
     granularity: Literal["group", "token"] = Field(
-        "group", description="what shares a step: ptq.group_size inputs of a token, or all inputs of a token"
+        "group", description="what shares a step: group_size inputs of a token, or all inputs of a token"
+    )
+    group_size: Annotated[int, Field(ge=16, le=4096, multiple_of=16)] | None = Field(
+        None,
+        description="inputs that share a step; default ptq.group_size; with ptq.level_bits 2 any, by default 64",
     )
     form: Literal["knee", "uniform"] = Field(
         "knee", description="knee: static tables of fine and coarse levels; uniform: equal steps and a dynamic zero"

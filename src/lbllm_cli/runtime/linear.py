@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lbllm_cli.format.weights import PARTS, PackedWeight, empty_levels, group_count
+from lbllm_cli.format.weights import PARTS, PackedWeight, empty_levels, empty_scale, group_count
 
 
 class Holder(Protocol):
@@ -30,8 +30,8 @@ class Holder(Protocol):
 class PackedLinear(nn.Module):
     """A linear that keeps its weights as 2-bit codes and decodes them in every call.
 
-    weight: uint8 [out, groups, group_size / 4]. levels: as a file has them, int8 [out, groups, 4] or, of 4 bits, uint8 [out,
-    groups, 2]. scale: float16 [out, groups].
+    weight: uint8 [out, groups, group_size / 4]. levels: as a file has them, int8 [out, groups, 4] or, of 4 or 2 bits, uint8 [out,
+    groups, 2 or 1]. scale: float16 [out, groups], or [out, 1] where levels have 2 bits.
     bias: [out] in the model's dtype, iff the source has one. Input [..., in] -> output [..., out], in the input's dtype.
     unit: who holds the weights in their place, repacked for a backend's kernels, or None.
     """
@@ -49,7 +49,7 @@ class PackedLinear(nn.Module):
         groups = group_count(in_features, group_size)
         self.register_buffer("weight", torch.zeros(out_features, groups, group_size // 4, dtype=torch.uint8))
         self.register_buffer("levels", empty_levels(out_features, groups, level_bits))
-        self.register_buffer("scale", torch.zeros(out_features, groups, dtype=torch.float16))
+        self.register_buffer("scale", empty_scale(out_features, groups, level_bits))
         self.bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
         self.unit = None
         self.slot = 0

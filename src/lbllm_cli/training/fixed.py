@@ -13,7 +13,7 @@ from lbllm_cli.runtime.backend import backend_of
 from lbllm_cli.training.act_ste import kernels_of
 from lbllm_cli.training.latent import starting_levels
 from lbllm_cli.training.master import LEVELS, SCALES, Master
-from lbllm_cli.training.ste import fixed_level, stored_levels
+from lbllm_cli.training.ste import fixed_level
 
 
 class Fixed(Master):
@@ -26,14 +26,12 @@ class Fixed(Master):
     codes: Tensor
 
     def __init__(self, weight: Tensor, packed: PackedWeight, train: Collection[str]):
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.group_size, self.level_bits = packed.group_size, packed.level_bits
-        self.rms = float(weight.float().square().mean().sqrt())
+        super().__init__(weight, packed)
         self.register_buffer("codes", packed.codes)
         start = starting_levels(packed)
         self.levels = nn.Parameter(start.clone(), requires_grad=LEVELS in train)
-        self.factor = nn.Parameter(torch.ones_like(start[..., :1])) if SCALES in train else None
+        scales = start[..., :1] if self.row_scale is None else start[:, :1, :1]
+        self.factor = nn.Parameter(torch.ones_like(scales)) if SCALES in train else None
 
     def kinds(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by kind, frozen ones included."""
@@ -42,22 +40,27 @@ class Fixed(Master):
     def _levels(self) -> Tensor:
         return self.levels if self.factor is None else self.levels * self.factor
 
+    def _scale(self) -> Tensor | None:
+        if self.row_scale is None or self.factor is None:
+            return self.row_scale
+        return (self.row_scale.float() * self.factor.detach()[..., 0]).half()
+
     def forward(self) -> Tensor:
         codes = binarize.grouped(binarize.unpack_codes(self.codes, self.in_features), self.group_size)
-        return fixed_level(codes, stored_levels(self._levels(), self.level_bits)).flatten(1)[:, : self.in_features]
+        return fixed_level(codes, self._stored(self._levels(), ascending=False)).flatten(1)[:, : self.in_features]
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The present weights in a dtype, [out, in], differentiable."""
         if backend_of(self.codes.device).kernels is None:
             return self().to(dtype)
-        return _decoded(self._levels(), self.codes, self.in_features, self.level_bits, dtype)
+        return _decoded(self._stored(self._levels(), ascending=False), self.codes, self.in_features, dtype)
 
     def put(self, weight: Tensor) -> None:
         if (kernels := backend_of(self.codes.device).kernels) is None:
             super().put(weight)
             return
         with torch.no_grad():
-            kernels.decoded(self.codes, kernels.stored_levels(self._levels(), self.level_bits), weight)
+            kernels.decoded(self.codes, self._stored(self._levels(), ascending=False), weight)
 
     def take(self, gradient: Tensor) -> None:
         if (kernels := backend_of(self.codes.device).kernels) is None:
@@ -73,28 +76,27 @@ class Fixed(Master):
     @torch.no_grad()
     def packed(self) -> PackedWeight:
         """The present weights as a checkpoint holds them."""
-        stored, scale = binarize.project_levels(self._levels(), self.level_bits)
+        stored, scale = self._projected(self._levels(), ascending=False)
         return PackedWeight(self.codes, stored, scale, self.in_features, self.level_bits)
 
 
 class _Decoded(Function):
-    """`Fixed` in kernels: levels [out, groups, 4] as they are stored, one for each packed code -> weights [out, in] in a dtype.
+    """`fixed_level` in kernels: levels [out, groups, 4], one for each packed code -> weights [out, in] in a dtype.
 
-    Surrogate: as `fixed_level` of `stored_levels`. (2, 9, 4), (2, 9, 16) -> (2, 576).
+    Surrogate: levels[code], which is exact. (2, 9, 4), (2, 9, 16) -> (2, 576).
     """
 
     @staticmethod
-    def forward(ctx: Any, levels: Tensor, codes: Tensor, in_features: int, level_bits: int, dtype: torch.dtype) -> Tensor:
-        kernels = kernels_of(levels)
+    def forward(ctx: Any, levels: Tensor, codes: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(codes)
         weight = levels.new_empty(levels.shape[0], in_features, dtype=dtype)
-        kernels.decoded(codes, kernels.stored_levels(levels, level_bits), weight)
+        kernels_of(levels).decoded(codes, levels, weight)
         return weight
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (codes,) = ctx.saved_tensors
-        return kernels_of(codes).code_sums(grads[0].contiguous(), codes), None, None, None, None
+        return kernels_of(codes).code_sums(grads[0].contiguous(), codes), None, None, None
 
 
-_decoded: Callable[[Tensor, Tensor, int, int, torch.dtype], Tensor] = _Decoded.apply
+_decoded: Callable[[Tensor, Tensor, int, torch.dtype], Tensor] = _Decoded.apply

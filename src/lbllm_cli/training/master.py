@@ -3,14 +3,28 @@
 import torch
 from torch import Tensor, nn
 
+from lbllm_cli.format.weights import PackedWeight, project_levels
 from lbllm_cli.training.interfaces import OwnStep
+from lbllm_cli.training.ste import stored_levels
 
 # Kinds of parameters.
 WEIGHTS, LEVELS, BITMAP, SCALES = "weights", "levels", "bitmap", "scales"
 
 
 class Master(nn.Module):
-    """A linear: its weights as a checkpoint would hold them, made of parameters in float32."""
+    """A linear: its weights as a checkpoint would hold them, made of parameters in float32.
+
+    weight: source weight [out, in]; rms: its root mean square. row_scale: see `PackedWeight.row_scale`; it is not trained.
+    """
+
+    row_scale: Tensor | None
+
+    def __init__(self, weight: Tensor, packed: PackedWeight):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.group_size, self.level_bits = packed.group_size, packed.level_bits
+        self.rms = float(weight.float().square().mean().sqrt())
+        self.register_buffer("row_scale", packed.row_scale)
 
     def forward(self) -> Tensor:
         """float32 [out, in]."""
@@ -27,6 +41,18 @@ class Master(nn.Module):
         present = self.__dict__.pop("_present")
         if present.requires_grad:
             present.backward(gradient.float())
+
+    def _scale(self) -> Tensor | None:
+        """That levels of 2 bits are stored in units of: float16 [out, 1]."""
+        return self.row_scale
+
+    def _stored(self, levels: Tensor, ascending: bool) -> Tensor:
+        """Values of levels as they are stored, [out, groups, 4], differentiable. ascending: False for code order."""
+        return stored_levels(levels, self.level_bits, self._scale(), ascending)
+
+    def _projected(self, levels: Tensor, ascending: bool) -> tuple[Tensor, Tensor]:
+        """int8 levels and scales of each group, as a checkpoint has them."""
+        return project_levels(levels, self.level_bits, self._scale(), ascending)
 
     def skip(self) -> None:
         """Instead of `take`, where what was put was not used."""

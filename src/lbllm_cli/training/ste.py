@@ -116,18 +116,21 @@ class FixedLevel(Function):
 class StoredLevels(Function):
     """Levels rounded to what the checkpoint holds, integers times a float16 scale: [..., groups, 4] -> the same shape.
 
-    Surrogate: the identity.
+    scale, ascending: see `project_levels`. Surrogate: the identity.
     """
 
     @staticmethod
-    def forward(ctx: Any, levels: Tensor, level_bits: int) -> Tensor:
+    def forward(ctx: Any, levels: Tensor, level_bits: int, scale: Tensor | None, ascending: bool) -> Tensor:
+        backend = backend_of(levels.device)
+        if backend.kernels is not None and scale is None:
+            return backend.kernels.stored_levels(levels, level_bits)
         # Whether all are finite is not looked at where that means to wait: the loss tells.
-        grid = project_levels if backend_of(levels.device).shares_ram else stored_grid
-        return level_values(*grid(levels, level_bits))
+        grid = project_levels if backend.shares_ram else stored_grid
+        return level_values(*grid(levels, level_bits, scale, ascending))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return grads[0], None, None, None
 
 
 class Rounded(Function):
@@ -148,7 +151,7 @@ class Rounded(Function):
 nearest_level: Callable[[Tensor, Tensor], Tensor] = NearestLevel.apply
 bitmap_level: Callable[[Tensor, Tensor, Tensor], Tensor] = BitmapLevel.apply
 fixed_level: Callable[[Tensor, Tensor], Tensor] = FixedLevel.apply
-stored_levels: Callable[[Tensor, int], Tensor] = StoredLevels.apply
+stored_levels: Callable[[Tensor, int, Tensor | None, bool], Tensor] = StoredLevels.apply
 rounded: Callable[[Tensor, torch.dtype], Tensor] = Rounded.apply
 
 

@@ -29,7 +29,6 @@ from lbllm_cli.training.ste import (
     nearest_ranks,
     polarisation,
     polarisation_gradient,
-    stored_levels,
 )
 from lbllm_cli.training.tally import Scale
 
@@ -48,15 +47,11 @@ class Nearest(Master):
     """Latent weight [out, groups, size] and levels [out, groups, 4], ascending.
 
     weight: source weight [out, in]. packed: where to start, its forward pass gives exactly its values. train: kinds
-    of parameters that get gradients; what does not starts where moving levels change no code. margin: see `training.latent`. rms:
-    root mean square of the source weight.
+    of parameters that get gradients; what does not starts where moving levels change no code. margin: see `training.latent`.
     """
 
     def __init__(self, weight: Tensor, packed: PackedWeight, train: Collection[str], margin: float):
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.group_size, self.level_bits = packed.group_size, packed.level_bits
-        self.rms = float(weight.float().square().mean().sqrt())
+        super().__init__(weight, packed)
         ranks, levels = binarize.ranks_from_codes(packed.unpacked(), starting_levels(packed))
         source = binarize.grouped(weight.float(), self.group_size)
         margin = margin if WEIGHTS in train else 1.0
@@ -74,7 +69,7 @@ class Nearest(Master):
         return backend_of(self.latent.device).kernels if self.latent.requires_grad else None
 
     def forward(self) -> Tensor:
-        grouped = nearest_level(self.latent, stored_levels(self.levels, self.level_bits))
+        grouped = nearest_level(self.latent, self._stored(self.levels, ascending=True))
         self.values = grouped.detach()
         return grouped.flatten(1)[:, : self.in_features]
 
@@ -83,7 +78,7 @@ class Nearest(Master):
             super().put(weight)
             return
         with torch.no_grad():
-            self._held = kernels.stored_levels(self.levels, self.level_bits)
+            self._held = self._stored(self.levels, ascending=True)
             kernels.nearest(self.latent, self._held, weight)
 
     def take(self, gradient: Tensor) -> None:
@@ -113,7 +108,7 @@ class Nearest(Master):
     @torch.no_grad()
     def packed(self) -> PackedWeight:
         """The present weights as a checkpoint holds them."""
-        stored, scale = binarize.project_levels(self.levels, self.level_bits)
+        stored, scale = self._projected(self.levels, ascending=True)
         ranks = nearest_ranks(self.latent, binarize.level_values(stored, scale)).flatten(1)[:, : self.in_features]
         return PackedWeight.of_ranks(ranks, stored, scale, self.group_size, self.level_bits)
 
@@ -145,10 +140,7 @@ class Bitmap(Master):
     """
 
     def __init__(self, weight: Tensor, packed: PackedWeight, train: Collection[str], margin: float):
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.group_size, self.level_bits = packed.group_size, packed.level_bits
-        self.rms = float(weight.float().square().mean().sqrt())
+        super().__init__(weight, packed)
         codes, levels = packed.unpacked(), starting_levels(packed)
         source = binarize.grouped(weight.float(), self.group_size)
         margins = (margin if kind in train else 1.0 for kind in (WEIGHTS, BITMAP))
@@ -168,7 +160,7 @@ class Bitmap(Master):
         return torch.stack([self.mu - self.alpha, self.mu + self.alpha], dim=-1).flatten(-2)
 
     def forward(self) -> Tensor:
-        grouped = bitmap_level(self.latent, self.bitmap, stored_levels(self._levels(), self.level_bits))
+        grouped = bitmap_level(self.latent, self.bitmap, self._stored(self._levels(), ascending=False))
         return grouped.flatten(1)[:, : self.in_features]
 
     def certainty(self) -> float:
@@ -194,7 +186,7 @@ class Bitmap(Master):
     @torch.no_grad()
     def packed(self) -> PackedWeight:
         """The present weights as a checkpoint holds them: pairs that crossed are named inner and outer again."""
-        stored, scale = binarize.project_levels(self._levels(), self.level_bits)
+        stored, scale = self._projected(self._levels(), ascending=False)
         levels = binarize.level_values(stored, scale)
         codes = bitmap_codes(self.latent, self.bitmap, (levels[..., 0] + levels[..., 1]) / 2)
         # Not from the values: rounding them a second time moves levels whose scale is subnormal.

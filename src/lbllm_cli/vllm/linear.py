@@ -16,7 +16,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from lbllm_cli.format.activations import ActivationFormat
 from lbllm_cli.format.names import CENTRE, TENSORS
-from lbllm_cli.format.weights import PARTS
+from lbllm_cli.format.weights import PARTS, per_row
 from lbllm_cli.runtime.backend import backend_of
 from lbllm_cli.runtime.checks import check_values
 from lbllm_cli.runtime.linear import PackedLinear
@@ -100,6 +100,11 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
             raise ValueError(
                 f"{self.prefix}: {input_size} inputs in {input_size // own} parts are {own} each, no whole number of groups of "
                 f"{size}; take a smaller --tensor-parallel-size"
+            )
+        if cut and per_row(self.config.level_bits):
+            raise ValueError(
+                f"{self.prefix}: a row has one scale, which parts of its inputs do not share out; take --tensor-parallel-size 1, "
+                "or an export with ptq.level_bits 4 or 8"
             )
         if cut and self.layout is not None and self.layout.granularity == "token":
             raise ValueError(

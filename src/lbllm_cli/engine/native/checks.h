@@ -10,11 +10,12 @@ constexpr int64_t kLargest = INT32_MAX;
 
 inline bool known(int32_t dtype) { return dtype == LBLLM_FLOAT32 || dtype == LBLLM_BFLOAT16; }
 
-inline bool sizes(int32_t in_features, int32_t out_features, int32_t group_size) {
-    return in_features > 0 && out_features > 0 && group_size >= 4 && group_size <= kLargestGroup && group_size % 4 == 0;
+inline bool sizes(int32_t in_features, int32_t out_features, int32_t group_size, int32_t level_group) {
+    const bool placed = level_group >= 0 && level_group % 16 == 0 && (level_group == 0 || group_size % 16 == 0);
+    return in_features > 0 && out_features > 0 && group_size >= 4 && group_size <= kLargestGroup && group_size % 4 == 0 && placed;
 }
 
-inline bool good(const lbllm_weights* w) { return w && w->tiles && sizes(w->in_features, w->out_features, w->group_size); }
+inline bool good(const lbllm_weights* w) { return w && w->tiles && sizes(w->in_features, w->out_features, w->group_size, w->level_group); }
 
 inline bool good(const lbllm_quantizer* q) {
     if (!q || q->tables < 0 || q->tables > 2 || q->size < 1) return false;

@@ -60,7 +60,7 @@ const Tier*& current() {
 
 }  // namespace
 
-LBLLM_EXPORT int32_t lbllm_abi(void) { return 5; }
+LBLLM_EXPORT int32_t lbllm_abi(void) { return 6; }
 
 LBLLM_EXPORT const char* lbllm_tier(void) { return current()->name; }
 

@@ -12,6 +12,18 @@ inline __m256i both_lanes(const uint8_t* x) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
 }
 
+// Places of a chunk to levels: [4][8] -> int8 [4][8][4]. A byte is spread over four, two bits to each, and the table looked up at
+// four times the code and these.
+inline void spread(const uint8_t* places, int8_t* levels) {
+    const __m256i table = both_lanes(reinterpret_cast<const uint8_t*>(lbllm::kTable));
+    for (int unit = 0; unit < lbllm::kUnits; unit++) {
+        const __m256i byte = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(places + unit * lbllm::kRows)));
+        const __m256i two = _mm256_or_si256(byte, _mm256_slli_epi32(byte, 6)), four = _mm256_or_si256(two, _mm256_slli_epi32(two, 12));
+        const __m256i at = _mm256_or_si256(_mm256_and_si256(four, _mm256_set1_epi32(0x03030303)), _mm256_set1_epi32(0x0c080400));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(levels + unit * lbllm::kRows * lbllm::kLevels), _mm256_shuffle_epi8(table, at));
+    }
+}
+
 // Level tables of a pair of rows: by the lower code of a nibble (each level four times over), and by the upper one.
 struct Tables {
     __m256i lower, upper;
@@ -35,6 +47,19 @@ inline void levels_of(const Tables& table, const uint8_t* codes, __m256i w[4]) {
     w[1] = _mm256_shuffle_epi8(table.upper, low);
     w[2] = _mm256_shuffle_epi8(table.lower, high);
     w[3] = _mm256_shuffle_epi8(table.upper, high);
+}
+
+// The same where each vector has levels of its own. levels: int8 [4][8][4]; p: which pair of rows.
+inline void placed_levels_of(const int8_t* levels, int p, const uint8_t* codes, __m256i w[4]) {
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)), nibble = _mm256_set1_epi8(15);
+    const __m256i index[2] = {_mm256_and_si256(v, nibble), _mm256_and_si256(_mm256_srli_epi16(v, 4), nibble)};
+    const __m256i lower = _mm256_set_epi32(0x07060504, 0x07060504, 0x07060504, 0x07060504, 0x03020100, 0x03020100, 0x03020100, 0x03020100);
+    const __m256i upper = _mm256_set_epi32(0x07070707, 0x06060606, 0x05050505, 0x04040404, 0x03030303, 0x02020202, 0x01010101, 0);
+    for (int k = 0; k < 4; k++) {
+        const __m128i pair = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(levels + (k * lbllm::kRows + 2 * p) * lbllm::kLevels));
+        const __m256i table = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(pair), k % 2 ? upper : lower);
+        w[k] = _mm256_shuffle_epi8(table, index[k / 2]);
+    }
 }
 
 // acc + the products of four vectors of columns: w[k] are levels, x[k] inputs.
@@ -61,17 +86,21 @@ inline __m256i multiply_add(__m256i acc, const __m256i x[4], const __m256i w[4])
 
 // Dot products of 8 rows (in the order of scales) with one input, straight from the codes. Two rows after the other, with the number
 // of chunks known where it can be: with all rows side by side accumulators spill, and it takes a tenth longer.
-template <int kSafe, int kChunks>
+template <int kSafe, int kChunks, bool kPlaced>
 inline v8i dots(const uint8_t* codes, const int8_t* levels, const uint8_t* x, int chunks) {
     Tables table[4];
     __m256i sums[4], w[4];
-    tables_of(levels, table);
+    if (!kPlaced) tables_of(levels, table);
     for (int p = 0; p < 4; p++) {
         __m256i acc = _mm256_setzero_si256();
         for (int c = 0; c < (kChunks ? kChunks : chunks); c++) {
             const uint8_t* in = x + c * lbllm::kChunk;
             const __m256i quad[4] = {both_lanes(in), both_lanes(in + 16), both_lanes(in + 32), both_lanes(in + 48)};
-            levels_of(table[p], codes + c * lbllm::kChunkBytes + p * 32, w);
+            const uint8_t* own = codes + c * lbllm::kChunkBytes + p * 32;
+            if (kPlaced)
+                placed_levels_of(levels + c * lbllm::kChunkLevels, p, own, w);
+            else
+                levels_of(table[p], own, w);
             acc = multiply_add<kSafe>(acc, quad, w);
         }
         sums[p] = acc;
@@ -79,14 +108,19 @@ inline v8i dots(const uint8_t* codes, const int8_t* levels, const uint8_t* x, in
     return row_sums(sums[0], sums[1], sums[2], sums[3]);
 }
 
-// Codes of `chunks` chunks of 8 rows to their levels: int8 [chunks][4][8][16].
+// Codes of `chunks` chunks of 8 rows to their levels: int8 [chunks][4][8][16]. levels: int8 [8][4], or of places [chunks][4][8][4].
+template <bool kPlaced>
 inline void decode(const uint8_t* codes, const int8_t* levels, int chunks, int8_t* out) {
     Tables table[4];
-    tables_of(levels, table);
+    if (!kPlaced) tables_of(levels, table);
     for (int c = 0; c < chunks; c++)
         for (int p = 0; p < 4; p++) {
             __m256i w[4];
-            levels_of(table[p], codes + c * lbllm::kChunkBytes + p * 32, w);
+            const uint8_t* own = codes + c * lbllm::kChunkBytes + p * 32;
+            if (kPlaced)
+                placed_levels_of(levels + c * lbllm::kChunkLevels, p, own, w);
+            else
+                levels_of(table[p], own, w);
             for (int k = 0; k < 4; k++) _mm256_store_si256(reinterpret_cast<__m256i*>(out + c * 512 + k * 128 + p * 32), w[k]);
         }
 }

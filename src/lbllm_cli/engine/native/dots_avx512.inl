@@ -8,6 +8,18 @@ inline __m512i four_lanes(const uint8_t* x) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
 }
 
+// Places of a chunk to levels: [4][8] -> int8 [4][8][4]. A byte is spread over four, two bits to each, and the table looked up at
+// four times the code and these.
+inline void spread(const uint8_t* places, int8_t* levels) {
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(lbllm::kTable)));
+    for (int unit = 0; unit < lbllm::kUnits; unit++) {
+        const __m256i byte = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(places + unit * lbllm::kRows)));
+        const __m256i two = _mm256_or_si256(byte, _mm256_slli_epi32(byte, 6)), four = _mm256_or_si256(two, _mm256_slli_epi32(two, 12));
+        const __m256i at = _mm256_or_si256(_mm256_and_si256(four, _mm256_set1_epi32(0x03030303)), _mm256_set1_epi32(0x0c080400));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(levels + unit * lbllm::kRows * lbllm::kLevels), _mm256_shuffle_epi8(table, at));
+    }
+}
+
 // Level tables of four rows: by the lower code of a nibble, and by the upper one (dots_avx2.inl).
 struct Tables {
     __m512i lower, upper;
@@ -31,19 +43,37 @@ inline void levels_of(const Tables& table, const uint8_t* codes, __m512i w[4]) {
     w[3] = _mm512_shuffle_epi8(table.upper, high);
 }
 
+// The same where each vector has levels of its own. levels: int8 [4][8][4]; half: which four rows.
+inline void placed_levels_of(const int8_t* levels, int half, const uint8_t* codes, __m512i w[4]) {
+    const __m512i v = _mm512_loadu_si512(codes), nibble = _mm512_set1_epi8(15);
+    const __m512i index[2] = {_mm512_and_si512(v, nibble), _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble)};
+    const __m512i lanes = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    const __m512i upper = _mm512_broadcast_i32x4(_mm_set_epi32(0x03030303, 0x02020202, 0x01010101, 0));
+    for (int k = 0; k < 4; k++) {
+        const __m128i rows = _mm_load_si128(reinterpret_cast<const __m128i*>(levels + (k * lbllm::kRows + 4 * half) * lbllm::kLevels));
+        const __m512i table = _mm512_permutexvar_epi32(lanes, _mm512_castsi128_si512(rows));
+        w[k] = _mm512_shuffle_epi8(k % 2 ? _mm512_shuffle_epi8(table, upper) : table, index[k / 2]);
+    }
+}
+
 inline v8i row_sums(__m512i low, __m512i high) {
     return row_sums(_mm512_castsi512_si256(low), _mm512_extracti64x4_epi64(low, 1), _mm512_castsi512_si256(high),
                     _mm512_extracti64x4_epi64(high, 1));
 }
 
-template <int kSafe, int kChunks>
+template <int kSafe, int kChunks, bool kPlaced>
 inline v8i dots(const uint8_t* codes, const int8_t* levels, const uint8_t* x, int chunks) {
     Tables table[2];
-    tables_of(levels, table);
+    if (!kPlaced) tables_of(levels, table);
     __m512i low = _mm512_setzero_si512(), high = low, a[4], b[4];
     for (int c = 0; c < (kChunks ? kChunks : chunks); c++, codes += lbllm::kChunkBytes, x += lbllm::kChunk) {
-        levels_of(table[0], codes, a);
-        levels_of(table[1], codes + 64, b);
+        if (kPlaced) {
+            placed_levels_of(levels + c * lbllm::kChunkLevels, 0, codes, a);
+            placed_levels_of(levels + c * lbllm::kChunkLevels, 1, codes + 64, b);
+        } else {
+            levels_of(table[0], codes, a);
+            levels_of(table[1], codes + 64, b);
+        }
         for (int k = 0; k < 4; k++) {
             low = _mm512_dpbusd_epi32(low, four_lanes(x + k * 16), a[k]);
             high = _mm512_dpbusd_epi32(high, four_lanes(x + k * 16), b[k]);
@@ -52,14 +82,19 @@ inline v8i dots(const uint8_t* codes, const int8_t* levels, const uint8_t* x, in
     return row_sums(low, high);
 }
 
-// Codes of `chunks` chunks of 8 rows to their levels: int8 [chunks][4][8][16].
+// Codes of `chunks` chunks of 8 rows to their levels: int8 [chunks][4][8][16]. levels: int8 [8][4], or of places [chunks][4][8][4].
+template <bool kPlaced>
 inline void decode(const uint8_t* codes, const int8_t* levels, int chunks, int8_t* out) {
     Tables table[2];
-    tables_of(levels, table);
+    if (!kPlaced) tables_of(levels, table);
     for (int c = 0; c < chunks; c++)
         for (int half = 0; half < 2; half++) {
             __m512i w[4];
-            levels_of(table[half], codes + c * lbllm::kChunkBytes + half * 64, w);
+            const uint8_t* own = codes + c * lbllm::kChunkBytes + half * 64;
+            if (kPlaced)
+                placed_levels_of(levels + c * lbllm::kChunkLevels, half, own, w);
+            else
+                levels_of(table[half], own, w);
             for (int k = 0; k < 4; k++) _mm512_store_si512(out + c * 512 + k * 128 + half * 64, w[k]);
         }
 }

@@ -4,16 +4,33 @@ namespace {
 
 constexpr int kTokens = 1;  // tokens whose dot products are taken together
 
-// Codes of `chunks` chunks of 8 rows to their levels: int8 [chunks][4][8][16].
+// The levels that a byte of places says, one to a byte.
+struct Placed {
+    int8_t of[256][lbllm::kLevels];
+
+    constexpr Placed() : of() {
+        for (int byte = 0; byte < 256; byte++)
+            for (int code = 0; code < lbllm::kLevels; code++) of[byte][code] = lbllm::kTable[code][byte >> (2 * code) & 3];
+    }
+};
+constexpr Placed kPlacedLevels;
+
+// Places of a chunk to levels: [4][8] -> int8 [4][8][4].
+inline void spread(const uint8_t* places, int8_t* levels) {
+    for (int i = 0; i < lbllm::kChunkPlaces; i++) memcpy(levels + i * lbllm::kLevels, kPlacedLevels.of[places[i]], lbllm::kLevels);
+}
+
+// Codes of `chunks` chunks of 8 rows to their levels: int8 [chunks][4][8][16]. levels: int8 [8][4], or of places [chunks][4][8][4].
+template <bool kPlaced>
 inline void decode(const uint8_t* codes, const int8_t* levels, int chunks, int8_t* out) {
     typedef uint8_t v16u __attribute__((vector_size(16)));
     for (int c = 0; c < chunks; c++)
         for (int row = 0; row < lbllm::kRows; row++) {
             const v16u packed = load<v16u>(codes + (c * lbllm::kRows + row) * lbllm::kLane);
-            const int8_t* l = levels + row * lbllm::kLevels;
-            v16u of[4];
-            for (int k = 0; k < 4; k++) of[k] = v16u{} + static_cast<uint8_t>(l[k]);
             for (int unit = 0; unit < 4; unit++) {
+                const int8_t* l = levels + ((kPlaced ? c * 4 + unit : 0) * lbllm::kRows + row) * lbllm::kLevels;
+                v16u of[4];
+                for (int k = 0; k < 4; k++) of[k] = v16u{} + static_cast<uint8_t>(l[k]);
                 // Masks of all ones where the sign or the bitmap bit is set.
                 const v16u sign = -((packed >> (2 * unit)) & 1), bitmap = -((packed >> (2 * unit + 1)) & 1);
                 const v16u inner = (of[1] & sign) | (of[0] & ~sign), outer = (of[3] & sign) | (of[2] & ~sign);
@@ -61,12 +78,12 @@ inline v8i dots_decoded(const int8_t* w, const uint8_t* x, int chunks) {
 }
 
 // Dot products of 8 rows with one input, straight from the codes.
-template <int kSafe, int kChunks>
+template <int kSafe, int kChunks, bool kPlaced>
 inline v8i dots(const uint8_t* codes, const int8_t* levels, const uint8_t* x, int chunks) {
     alignas(16) int8_t w[4 * 8 * 16];
     v8i total = {};
     for (int c = 0; c < (kChunks ? kChunks : chunks); c++) {
-        decode(codes + c * lbllm::kChunkBytes, levels, 1, w);
+        decode<kPlaced>(codes + c * lbllm::kChunkBytes, levels + (kPlaced ? c * lbllm::kChunkLevels : 0), 1, w);
         total += dots_decoded(w, x + c * lbllm::kChunk, 1);
     }
     return total;

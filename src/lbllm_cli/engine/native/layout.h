@@ -2,6 +2,12 @@
 //
 // record: scale float16 [8], sum of levels int16 [8], levels int8 [8][4], codes [chunks][8][16]
 //
+// or, of levels that are values of a table (format/level_table.py), whose groups are smaller than those that share a step:
+//
+// record: scale float16 [8], sum of levels int16 [8], places [chunks][4][8], codes [chunks][8][16]
+//
+// where a byte says the four levels of 16 columns of a row. The scale is the row's, in every record.
+//
 // Scales and sums come in the order of rows 0 2 4 6 1 3 5 7: two rows share a vector of products, one in each 128-bit half, and
 // sums within halves leave four such vectors in this order.
 //
@@ -22,8 +28,14 @@ constexpr int kLane = 16;
 constexpr int kLevels = 4;
 constexpr int kSums = kRows * 2;
 constexpr int kLevelTable = kSums + kRows * 2;
-constexpr int kCodes = kLevelTable + kRows * kLevels;
 constexpr int kChunkBytes = kRows * kLane;
+constexpr int kUnits = kChunk / kLane;  // of 16 columns, which share a byte of places
+constexpr int kChunkPlaces = kUnits * kRows;
+constexpr int kChunkLevels = kUnits * kRows * kLevels;
+constexpr int kMostChunks = 4;  // of a group
+
+// Values that a level of each code can take.
+constexpr int8_t kTable[kLevels][4] = {{-4, -13, -22, -33}, {4, 13, 22, 33}, {-41, -58, -81, -127}, {41, 58, 81, 127}};
 
 // Place of a row among the scales and sums of its tile.
 inline int place_of(int row) { return row % 2 * 4 + row / 2; }
@@ -32,26 +44,31 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Layout {
     int in, out, group;
+    bool placed;  // levels are places in kTable
     // Worked out once: divisions in the loop over groups cost more than the products of a group of 64.
     int groups, last_columns, full_chunks, last_chunks;
     int record;   // bytes of a group that is not the last
     int64_t tile, tiles;
     int input;  // bytes of a group's input, padded
 
-    Layout(int in_features, int out_features, int group_size)
+    Layout(int in_features, int out_features, int group_size, int level_group)
         : in(in_features),
           out(out_features),
           group(group_size),
+          placed(level_group > 0),
           groups(static_cast<int>(ceil_div(in, group))),
           last_columns(in - (groups - 1) * group),
           full_chunks(static_cast<int>(ceil_div(group, kChunk))),
           last_chunks(static_cast<int>(ceil_div(last_columns, kChunk))),
-          record(kCodes + full_chunks * kChunkBytes),
-          tile(static_cast<int64_t>(groups - 1) * record + kCodes + last_chunks * kChunkBytes),
+          record(codes_at(full_chunks) + full_chunks * kChunkBytes),
+          tile(static_cast<int64_t>(groups - 1) * record + codes_at(last_chunks) + last_chunks * kChunkBytes),
           tiles(ceil_div(out, kRows)),
           input(full_chunks * kChunk) {}
 
     int columns(int g) const { return g + 1 < groups ? group : last_columns; }
+    // Where the codes of a record begin.
+    int codes_at(int chunks) const { return kLevelTable + (placed ? chunks * kChunkPlaces : kRows * kLevels); }
+    int codes(int g) const { return codes_at(chunks(g)); }
     int chunks(int g) const { return g + 1 < groups ? full_chunks : last_chunks; }
 };
 

@@ -27,6 +27,9 @@ typedef struct {
     const uint8_t* tiles;  // lbllm_tiles_bytes() of them, aligned to 64
     const float* bias;     // [out_features], or NULL
     int32_t in_features, out_features, group_size;
+    // 0: a group has its levels and its scale. Else how many inputs share levels, which are values of the table of
+    // format/level_table.py; a row has one scale, and group_size is of the inputs that share a step. Both are multiples of 16 then.
+    int32_t level_group;
 } lbllm_weights;
 
 // An activation quantizer. tables: 1 or 2, static; 0: uniform, whose Z is as dynamic as its step.
@@ -96,10 +99,11 @@ LBLLM_EXPORT const char* lbllm_tier(void);
 LBLLM_EXPORT int32_t lbllm_choose_tier(const char* name);
 
 // Bytes of a repacked linear, or -1 for sizes that there are not.
-LBLLM_EXPORT int64_t lbllm_tiles_bytes(int32_t in_features, int32_t out_features, int32_t group_size);
-// Repacks weight uint8 [out, groups, group_size / 4], levels int8 [out, groups, 4], scale float16 [out, groups] (as its bits).
+LBLLM_EXPORT int64_t lbllm_tiles_bytes(int32_t in_features, int32_t out_features, int32_t group_size, int32_t level_group);
+// Repacks weight uint8 [out, groups, size / 4], levels int8 [out, groups, 4], scale float16 [out, groups] (as its bits), in groups of
+// `size` inputs: level_group, or group_size where that is 0.
 LBLLM_EXPORT int32_t lbllm_pack(const uint8_t* weight, const int8_t* levels, const uint16_t* scale, int32_t in_features,
-                                int32_t out_features, int32_t group_size, uint8_t* tiles, int32_t threads);
+                                int32_t out_features, int32_t group_size, int32_t level_group, uint8_t* tiles, int32_t threads);
 // Its inverse for rows first .. first + count.
 LBLLM_EXPORT int32_t lbllm_unpack(const lbllm_weights* weights, int32_t first, int32_t count, uint8_t* weight, int8_t* levels,
                                   uint16_t* scale);

@@ -15,28 +15,29 @@ inline v8f add_group(v8f y, v8i dot, const uint8_t* record, float step, float ze
 
 // Eight outputs of few rows, each group's codes looked up anew for each: they stay in the nearest cache. kChunks: of a group that
 // is not the last; 0: any number.
-template <int kSafe, int kChunks>
+template <int kSafe, int kChunks, bool kPlaced>
 void tile_few(const Layout& l, const uint8_t* record, const Quantized& x, v8f* y) {
     for (int64_t m = 0; m < x.rows; m++) y[m] = v8f{};
     for (int g = 0; g < l.groups; record += l.record, g++) {
-        const uint8_t* codes = record + lbllm::kCodes;
-        const int8_t* levels = reinterpret_cast<const int8_t*>(record + lbllm::kLevelTable);
+        const uint8_t* codes = record + l.codes(g);
+        alignas(64) int8_t placed[kPlaced ? lbllm::kMostChunks * lbllm::kChunkLevels : 1];
+        const int8_t* levels = levels_at<kPlaced>(record, l.chunks(g), placed);
         for (int line = 0; line < l.record; line += 64) __builtin_prefetch(record + kAhead + line);
         const int64_t at = g * x.rows;
         const uint8_t* in = x.at(l, g, 0);
         for (int64_t m = 0; m < x.rows; m++, in += l.input) {
-            const v8i dot = l.chunks(g) == kChunks ? dots<kSafe, kChunks>(codes, levels, in, kChunks)
-                                                   : dots<kSafe, 0>(codes, levels, in, l.chunks(g));
+            const v8i dot = l.chunks(g) == kChunks ? dots<kSafe, kChunks, kPlaced>(codes, levels, in, kChunks)
+                                                   : dots<kSafe, 0, kPlaced>(codes, levels, in, l.chunks(g));
             y[m] = add_group(y[m], dot, record, x.steps[at + m], x.zeros[at + m]);
         }
     }
 }
 
-template <int kSafe>
+template <int kSafe, bool kPlaced>
 void tile_rows(const Layout& l, const uint8_t* tile, const Quantized& x, v8f* y) {
-    if (l.full_chunks == 1) return tile_few<kSafe, 1>(l, tile, x, y);
-    if (l.full_chunks == 2) return tile_few<kSafe, 2>(l, tile, x, y);
-    tile_few<kSafe, 0>(l, tile, x, y);
+    if (l.full_chunks == 1) return tile_few<kSafe, 1, kPlaced>(l, tile, x, y);
+    if (l.full_chunks == 2) return tile_few<kSafe, 2, kPlaced>(l, tile, x, y);
+    tile_few<kSafe, 0, kPlaced>(l, tile, x, y);
 }
 
 // Sums of rows first .. first + count of a tile, with biases, to y.
@@ -51,13 +52,13 @@ void write_tile(const lbllm_weights& w, int64_t tile, const v8f* sums, int64_t f
 
 template <int kSafe>
 void multiply(const lbllm_weights& w, const Quantized& x, void* y, int dtype, int threads) {
-    const Layout l(w.in_features, w.out_features, w.group_size);
+    const Layout l(w.in_features, w.out_features, w.group_size, w.level_group);
     threads = useful_threads(threads, static_cast<int64_t>(w.in_features) * w.out_features * x.rows, kWeightsPerThread);
     if (x.rows >= kDecodeFrom) return multiply_panels<kSafe>(w, l, x, y, dtype, threads);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t t = 0; t < l.tiles; t++) {
         v8f out[kDecodeFrom];
-        tile_rows<kSafe>(l, w.tiles + t * l.tile, x, out);
+        (l.placed ? tile_rows<kSafe, true> : tile_rows<kSafe, false>)(l, w.tiles + t * l.tile, x, out);
         write_tile(w, t, out, 0, x.rows, y, dtype);
     }
 }
@@ -69,8 +70,8 @@ void apply(const lbllm_weights& w, const lbllm_quantizer& q, const Quantized& x,
 }
 
 // A group's weights, level times scale, as floats [chunks][4][8][16]; exact, 7 times 11 bits.
-inline void weights_of(const uint8_t* record, int chunks, int8_t* decoded, float* out) {
-    decode(record + lbllm::kCodes, reinterpret_cast<const int8_t*>(record + lbllm::kLevelTable), chunks, decoded);
+inline void weights_of(const Layout& l, const uint8_t* record, int chunks, int8_t* decoded, float* out) {
+    decode_record(l, record, chunks, decoded);
     const v8f scales = halves(record);
     for (int i = 0; i < chunks * 64; i++) {
         const v8f scale = all(scales[lbllm::place_of(i / 2 % 8)]);
@@ -88,7 +89,7 @@ void tile_full(const Layout& l, const uint8_t* record, const float* x, int64_t r
     float* parts = weights + l.input * lbllm::kRows;  // of each input and output row, eight yet to be added
     fill(parts, parts + count * 64, 0.0f);
     for (int g = 0; g < l.groups; record += l.record, g++) {
-        weights_of(record, l.chunks(g), decoded, weights);
+        weights_of(l, record, l.chunks(g), decoded, weights);
         for (int64_t m = 0; m < count; m++) {
             const float* in = x + (g * rows + m) * l.input;
             v8f row[8];
@@ -107,7 +108,7 @@ void tile_full(const Layout& l, const uint8_t* record, const float* x, int64_t r
 
 void linear_full(const lbllm_weights& w, const void* x, void* y, int dtype, int64_t rows, int threads) {
     static thread_local Scratch<float> memory;
-    const Layout l(w.in_features, w.out_features, w.group_size);
+    const Layout l(w.in_features, w.out_features, w.group_size, w.level_group);
     float* in = memory.of(rows * l.groups * l.input);
     fill(in, in + rows * l.groups * l.input, 0.0f);
     for (int64_t m = 0; m < rows; m++)
@@ -128,7 +129,7 @@ void linear_full(const lbllm_weights& w, const void* x, void* y, int dtype, int6
 
 // y [rows, out] = x [rows, in], quantized by q or as it is where q is NULL, times the weights.
 void project(const lbllm_weights& w, const lbllm_quantizer* q, const void* x, void* y, int dtype, int64_t rows, int threads) {
-    const Layout l(w.in_features, w.out_features, w.group_size);
+    const Layout l(w.in_features, w.out_features, w.group_size, w.level_group);
     const int64_t size = dtype == LBLLM_FLOAT32 ? 4 : 2;
     for (int64_t first = 0; first < rows; first += kInputRows) {
         const int64_t count = smaller(kInputRows, rows - first);

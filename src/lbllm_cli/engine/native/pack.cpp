@@ -45,16 +45,48 @@ int pack_chunk(const uint8_t* bytes, const int8_t* levels, uint8_t* to) {
     return counts[0] * levels[0] + counts[1] * levels[1] + counts[2] * levels[2] + counts[3] * levels[3];
 }
 
-void pack_row(const Layout& l, int g, int row, const uint8_t* bytes, const int8_t* levels, uint16_t scale, uint8_t* record) {
-    memcpy(record + place_of(row) * 2, &scale, 2);
-    memcpy(record + kLevelTable + row * kLevels, levels, kLevels);
+// Where a level lies in the table of its code: 0 to 3.
+inline int place_in_table(int8_t level, int code) {
+    int place = 0;
+    while (place < 3 && kTable[code][place] != level) place++;
+    return place;
+}
+
+inline uint8_t places_of(const int8_t* levels) {
+    int byte = 0;
+    for (int code = 0; code < kLevels; code++) byte |= place_in_table(levels[code], code) << (2 * code);
+    return static_cast<uint8_t>(byte);
+}
+
+// What a row of a linear is made of, as a checkpoint has it, in groups of `size`.
+struct Row {
+    const uint8_t* codes;
+    const int8_t* levels;
+    const uint16_t* scale;
+    int size;
+
+    const int8_t* levels_at(int column) const { return levels + column / size * kLevels; }
+};
+
+// A group of `columns` from `first` on. Where levels are places, those of each 16 columns are written down.
+void pack_row(const Layout& l, int g, int row, const Row& from, uint8_t* record) {
+    const int first = g * l.group;
+    const uint8_t* bytes = from.codes + first / 4;
+    memcpy(record + place_of(row) * 2, from.scale + first / from.size, 2);
+    if (l.placed) {
+        for (int c = 0; c < l.columns(g); c += kLane)
+            record[kLevelTable + c / kLane * kRows + row] = places_of(from.levels_at(first + c));
+    } else {
+        memcpy(record + kLevelTable + row * kLevels, from.levels_at(first), kLevels);
+    }
     int sum = 0, c = 0;
-    uint8_t* codes = record + kCodes + row * kLane;
-    for (; c + kChunk <= l.columns(g); c += kChunk) sum += pack_chunk(bytes + c / 4, levels, codes + c / kChunk * kChunkBytes);
+    uint8_t* codes = record + l.codes(g) + row * kLane;
+    for (; !l.placed && c + kChunk <= l.columns(g); c += kChunk)
+        sum += pack_chunk(bytes + c / 4, from.levels_at(first), codes + c / kChunk * kChunkBytes);
     for (; c < l.columns(g); c++) {
         const int code = code_at(bytes, c), place = c % kChunk;
         codes[c / kChunk * kChunkBytes + place % kLane] |= static_cast<uint8_t>(code << (place / kLane * 2));
-        sum += levels[code];
+        sum += from.levels_at(first + c)[code];
     }
     const int16_t stored = static_cast<int16_t>(sum);  // at most 256 * 127
     memcpy(record + kSums + place_of(row) * 2, &stored, 2);
@@ -62,29 +94,29 @@ void pack_row(const Layout& l, int g, int row, const uint8_t* bytes, const int8_
 
 }  // namespace
 
-LBLLM_EXPORT int64_t lbllm_tiles_bytes(int32_t in_features, int32_t out_features, int32_t group_size) {
-    if (!sizes(in_features, out_features, group_size)) return -1;
-    const Layout l(in_features, out_features, group_size);
+LBLLM_EXPORT int64_t lbllm_tiles_bytes(int32_t in_features, int32_t out_features, int32_t group_size, int32_t level_group) {
+    if (!sizes(in_features, out_features, group_size, level_group)) return -1;
+    const Layout l(in_features, out_features, group_size, level_group);
     return l.tiles * l.tile;
 }
 
 LBLLM_EXPORT int32_t lbllm_pack(const uint8_t* weight, const int8_t* levels, const uint16_t* scale, int32_t in_features,
-                                int32_t out_features, int32_t group_size, uint8_t* tiles, int32_t threads) {
-    if (!sizes(in_features, out_features, group_size) || !weight || !levels || !scale || !tiles || threads < 1)
+                                int32_t out_features, int32_t group_size, int32_t level_group, uint8_t* tiles, int32_t threads) {
+    if (!sizes(in_features, out_features, group_size, level_group) || !weight || !levels || !scale || !tiles || threads < 1)
         return LBLLM_BAD_SIZE;
-    const Layout l(in_features, out_features, group_size);
-    const int groups = l.groups, bytes = group_size / 4;
+    const Layout l(in_features, out_features, group_size, level_group);
+    const int size = level_group ? level_group : group_size;
+    const int64_t groups = ceil_div(in_features, size);
     (void)threads;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t t = 0; t < l.tiles; t++) {
         uint8_t* tile = tiles + t * l.tile;
         memset(tile, 0, static_cast<size_t>(l.tile));
-        for (int g = 0; g < groups; g++)
-            for (int row = 0; row < kRows && t * kRows + row < out_features; row++) {
-                const int64_t at = (t * kRows + row) * groups + g;
-                uint8_t* record = tile + static_cast<int64_t>(g) * l.record;
-                pack_row(l, g, row, weight + at * bytes, levels + at * kLevels, scale[at], record);
-            }
+        for (int row = 0; row < kRows && t * kRows + row < out_features; row++) {
+            const int64_t at = (t * kRows + row) * groups;
+            const Row from{weight + at * (size / 4), levels + at * kLevels, scale + at, size};
+            for (int g = 0; g < l.groups; g++) pack_row(l, g, row, from, tile + static_cast<int64_t>(g) * l.record);
+        }
     }
     return LBLLM_OK;
 }
@@ -93,21 +125,29 @@ LBLLM_EXPORT int32_t lbllm_unpack(const lbllm_weights* weights, int32_t first, i
                                   uint16_t* scale) {
     if (!good(weights) || !weight || !levels || !scale || first < 0 || count < 0 || count > weights->out_features - first)
         return LBLLM_BAD_SIZE;
-    const Layout l(weights->in_features, weights->out_features, weights->group_size);
-    const int groups = l.groups, bytes = l.group / 4;
-    memset(weight, 0, static_cast<size_t>(count) * groups * bytes);
-    for (int r = 0; r < count; r++)
-        for (int g = 0; g < groups; g++) {
-            const int row = (first + r) % kRows;
-            const uint8_t* record = weights->tiles + (first + r) / kRows * l.tile + static_cast<int64_t>(g) * l.record;
-            const int64_t at = static_cast<int64_t>(r) * groups + g;
-            memcpy(scale + at, record + place_of(row) * 2, 2);
-            memcpy(levels + at * kLevels, record + kLevelTable + row * kLevels, kLevels);
-            for (int c = 0; c < l.columns(g); c++) {
-                const int place = c % kChunk;
-                const int code = record[kCodes + c / kChunk * kChunkBytes + row * kLane + place % kLane] >> (place / kLane * 2) & 3;
-                weight[at * bytes + c / 4] |= static_cast<uint8_t>(code << (c % 4 * 2));
-            }
+    const Layout l(weights->in_features, weights->out_features, weights->group_size, weights->level_group);
+    const int size = l.placed ? weights->level_group : l.group;
+    const int64_t groups = ceil_div(l.in, size);
+    memset(weight, 0, static_cast<size_t>(count * groups * (size / 4)));
+    for (int r = 0; r < count; r++) {
+        const int row = (first + r) % kRows;
+        const uint8_t* tile = weights->tiles + (first + r) / kRows * l.tile;
+        uint8_t* codes = weight + r * groups * (size / 4);
+        for (int64_t at = 0; at < groups; at++) {
+            const int column = static_cast<int>(at) * size, g = column / l.group;
+            const uint8_t* record = tile + static_cast<int64_t>(g) * l.record;
+            memcpy(scale + r * groups + at, record + place_of(row) * 2, 2);
+            int8_t* to = levels + (r * groups + at) * kLevels;
+            const int unit = column % l.group / kLane;
+            for (int code = 0; code < kLevels; code++)
+                to[code] = l.placed ? kTable[code][record[kLevelTable + unit * kRows + row] >> (2 * code) & 3]
+                                    : static_cast<int8_t>(record[kLevelTable + row * kLevels + code]);
         }
+        for (int c = 0; c < l.in; c++) {
+            const int g = c / l.group, inside = c % l.group, place = inside % kChunk;
+            const uint8_t* own = tile + static_cast<int64_t>(g) * l.record + l.codes(g) + inside / kChunk * kChunkBytes + row * kLane;
+            codes[c / 4] |= static_cast<uint8_t>((own[place % kLane] >> (place / kLane * 2) & 3) << (c % 4 * 2));
+        }
+    }
     return LBLLM_OK;
 }

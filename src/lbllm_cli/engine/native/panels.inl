@@ -11,6 +11,25 @@ constexpr int kPanelRows = kLanes * kPanelVectors;
 constexpr int kPanelTiles = kPanelRows / lbllm::kRows;
 constexpr int kBlock = 4;  // columns whose products a lane adds at once
 
+// Levels of a record: as it has them, int8 [8][4], or out of its places, [chunks][4][8][4].
+template <bool kPlaced>
+inline const int8_t* levels_at(const uint8_t* record, int chunks, int8_t* placed) {
+    const uint8_t* from = record + lbllm::kLevelTable;
+    if (!kPlaced) return reinterpret_cast<const int8_t*>(from);
+    for (int c = 0; c < chunks; c++) spread(from + c * lbllm::kChunkPlaces, placed + c * lbllm::kChunkLevels);
+    return placed;
+}
+
+// Levels of all weights of a record: int8 [chunks][4][8][16].
+inline void decode_record(const Layout& l, const uint8_t* record, int chunks, int8_t* out) {
+    alignas(64) int8_t placed[lbllm::kMostChunks * lbllm::kChunkLevels];
+    const uint8_t* codes = record + l.codes_at(chunks);
+    if (l.placed)
+        decode<true>(codes, levels_at<true>(record, chunks, placed), chunks, out);
+    else
+        decode<false>(codes, levels_at<false>(record, chunks, placed), chunks, out);
+}
+
 // Decoded levels of a tile, int8 [chunks][4][8][16], to [chunks * 16 blocks][8 rows][4 columns], blocks `stride` bytes apart.
 inline void turn(const int8_t* decoded, int chunks, int64_t stride, int8_t* to) {
     for (int unit = 0; unit < chunks * 4; unit++, decoded += 128, to += 4 * stride)
@@ -25,16 +44,16 @@ struct Panel {
     int8_t* levels;  // [chunks * 16][kPanelRows][4]
     int8_t* decoded;
 
-    // record: of the first tile, the next one `tile` bytes behind; tiles: how many there are, the rest is zeros.
-    void read(const uint8_t* record, int64_t tile, int tiles, int chunks) {
-        for (int t = 0; t < kPanelTiles; t++, record += tile) {
+    // record: of the first tile, the next one a tile behind; tiles: how many there are, the rest is zeros.
+    void read(const Layout& l, const uint8_t* record, int tiles, int chunks) {
+        for (int t = 0; t < kPanelTiles; t++, record += l.tile) {
             int8_t* to = levels + t * lbllm::kRows * kBlock;
             if (t >= tiles) {
                 for (int block = 0; block < chunks * 16; block++)
                     memset(to + block * kPanelRows * kBlock, 0, lbllm::kRows * kBlock);
                 continue;
             }
-            decode(record + lbllm::kCodes, reinterpret_cast<const int8_t*>(record + lbllm::kLevelTable), chunks, decoded);
+            decode_record(l, record, chunks, decoded);
             turn(decoded, chunks, kPanelRows * kBlock, to);
             const v8f scales = halves(record), sums = shorts(record + lbllm::kSums);
             for (int row = 0; row < lbllm::kRows; row++) {
@@ -54,7 +73,7 @@ void panel_rows(const Layout& l, const uint8_t* tile, int tiles, const Quantized
     panel.decoded = panel.levels + l.input * kPanelRows;
     fill(y, y + count * kPanelRows, 0.0f);
     for (int g = 0; g < l.groups; g++) {
-        panel.read(tile + static_cast<int64_t>(g) * l.record, l.tile, tiles, l.chunks(g));
+        panel.read(l, tile + static_cast<int64_t>(g) * l.record, tiles, l.chunks(g));
         Floats scale[kPanelVectors], sum[kPanelVectors];
         for (int v = 0; v < kPanelVectors; v++) {
             scale[v] = load<Floats>(panel.scale + v * kLanes);

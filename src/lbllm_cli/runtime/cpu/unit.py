@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lbllm_cli.engine import memory
-from lbllm_cli.engine.abi import GROUP_MAX, Quantizer, Weights, library
+from lbllm_cli.engine.abi import GROUP_MAX, LEVEL_GROUP, ROW_GROUP, Quantizer, Weights, library
 from lbllm_cli.format.names import LEVELS
-from lbllm_cli.format.weights import PackedWeight, group_count
+from lbllm_cli.format.weights import PackedWeight, group_count, per_row
 from lbllm_cli.runtime.attachments import meet
 from lbllm_cli.runtime.cpu.captured import CapturedQuantizers
 from lbllm_cli.runtime.cpu.library import DTYPES, pointer, quantizer_struct, supported
@@ -33,11 +33,12 @@ class Unit:
     def __init__(self, linears: list[PackedLinear], quantizer: ActQuantizer | None):
         first = linears[0]
         self.in_features, self.group_size, self.level_bits = first.in_features, first.group_size, first.level_bits
+        self.sizes = group_sizes(first, quantizer)
         self.outs = [linear.out_features for linear in linears]
         self.ends = list(accumulate(self.outs))
         self.linears = linears
         self.quantizer = quantizer
-        self.tiles = _repacked(linears)
+        self.tiles = _repacked(linears, self.sizes)
         self.bias = torch.zeros(self.ends[-1]) if any(x.bias is not None for x in linears) else None
         self._structs: tuple[tuple[Weights, Quantizer | None], CapturedQuantizers] | None = None
         for slot, packed in enumerate(linears):
@@ -59,7 +60,7 @@ class Unit:
         self.read_biases()
         if self._structs is None or not self._structs[1].hold():
             by = self.quantizer
-            weights = Weights(pointer(self.tiles), pointer(self.bias), self.in_features, self.ends[-1], self.group_size)
+            weights = Weights(pointer(self.tiles), pointer(self.bias), self.in_features, self.ends[-1], *self.sizes)
             struct = None if by is None else quantizer_struct(by.tables, by.size)
             self._structs = (weights, struct), CapturedQuantizers([] if by is None else [by])
         return self._structs[0]
@@ -141,11 +142,21 @@ def _library() -> Any:
     return lib
 
 
-def _repacked(linears: list[PackedLinear]) -> Tensor:
+def group_sizes(first: PackedLinear, quantizer: ActQuantizer | None) -> tuple[int, int]:
+    """Inputs of a group of the library's layout, and those that share levels, 0 where that is the same group.
+
+    With a scale for each row, groups are as large as those that share a step.
+    """
+    if not per_row(first.level_bits):
+        return first.group_size, 0
+    return (ROW_GROUP if quantizer is None or quantizer.size >= first.in_features else quantizer.size), first.group_size
+
+
+def _repacked(linears: list[PackedLinear], sizes: tuple[int, int]) -> Tensor:
     first, lib = linears[0], _library()
     each = [packed.packed() for packed in linears]
     parts = [torch.cat(tensors) for tensors in zip(*(packed.tensors for packed in each), strict=True)]
-    shape = (first.in_features, len(parts[0]), first.group_size)
+    shape = (first.in_features, len(parts[0]), *sizes)
     tiles = aligned(int(lib.lbllm_tiles_bytes(*shape)))
     lib.lbllm_pack(*map(pointer, parts), *shape, pointer(tiles), torch.get_num_threads())
     for packed in each:
@@ -161,10 +172,12 @@ def aligned(size: int) -> Tensor:
 
 def usable(linears: list[PackedLinear], quantizer: ActQuantizer | None) -> bool:
     """Whether the library can run them."""
-    here = all(x.weight.device.type == "cpu" for x in linears) and linears[0].group_size <= GROUP_MAX
+    first = linears[0]
+    size, levels = group_sizes(first, quantizer)
+    here = all(x.weight.device.type == "cpu" for x in linears) and size <= GROUP_MAX and not (levels and size % LEVEL_GROUP)
     if quantizer is None or not here:
         return here
-    return supported(quantizer.tables) and (quantizer.size == linears[0].group_size or quantizer.size >= linears[0].in_features)
+    return supported(quantizer.tables) and (quantizer.size == size or quantizer.size >= first.in_features)
 
 
 @torch.library.custom_op("lbllm::linear", mutates_args=())
