@@ -32,6 +32,9 @@ def read_folder(folder) -> dict[str, np.ndarray]:
 def weight(tensors, linear: str, inputs: int) -> np.ndarray:
     """Float32 [out, in] of a packed linear."""
     packed, levels, scale = (tensors[f"{linear}.{part}"] for part in ("weight", "levels", "scale"))
+    if levels.dtype == "u1" and levels.shape[2] == 1:  # two bits of each, out of a table
+        tables = np.array([[-4, -13, -22, -33], [4, 13, 22, 33], [-41, -58, -81, -127], [41, 58, 81, 127]], "i1")
+        levels = tables[np.arange(4), levels >> np.array([0, 2, 4, 6], "u1") & 3]
     if levels.dtype == "u1":  # two to a byte, as two's complement
         levels = ((np.stack((levels & 15, levels >> 4), -1) ^ 8).astype("i1") - 8).reshape(*levels.shape[:2], 4)
     codes = (packed[..., None] >> np.array([0, 2, 4, 6], "u1") & 3).reshape(*packed.shape[:2], -1)

@@ -226,12 +226,15 @@ def test_embeddings_of_sixteen_bits(copy_of, dtype):
     assert off(Session(Model(folder, 1)).run(tokens), wanted) < ROUNDING
 
 
-@pytest.mark.parametrize(("form", "granularity"), [("uniform", "group"), ("knee", "token")])
+@pytest.mark.parametrize(
+    ("form", "granularity", "bits"),
+    [("uniform", "group", 4), ("knee", "token", 4), ("knee", "group", 2), ("uniform", "token", 2)],
+)
 @torch.no_grad()
-def test_other_quantizers_and_levels_of_four_bits(tmp_path, form, granularity):
+def test_other_quantizers_and_levels_of_fewer_bits(tmp_path, form, granularity, bits):
     toy = save_toy(tmp_path / "model", "llama-tied")
     folder = exported(
-        tmp_path, toy, ptq={"rounds": 0, "level_bits": 4}, act={"form": form, "kv_form": form, "granularity": granularity}
+        tmp_path, toy, ptq={"rounds": 0, "level_bits": bits}, act={"form": form, "kv_form": form, "granularity": granularity}
     )
     reference, session, cache = load(folder, dtype=torch.float32), Session(Model(folder, 1)), None
     for token in ids(1, 12)[0].tolist():

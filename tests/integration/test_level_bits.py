@@ -1,4 +1,4 @@
-"""Levels of 4 bits through all stages: what is stored, what is run, and who refuses what."""
+"""Levels of 4 and of 2 bits through all stages: what is stored, what is run, and who refuses what."""
 
 import json
 import shutil
@@ -16,43 +16,54 @@ import lbllm_cli.hf
 from docs import reader
 from lbllm_cli.format.weights import PackedWeight
 
+# Versions of a stage's manifest and of an export.
+VERSIONS = {4: (2, 3), 2: (4, 6)}
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def bits(request) -> int:
+    """Of a level."""
+    return request.param
+
 
 @pytest.fixture(scope="module")
-def run(once) -> Path:
+def run(once, bits) -> Path:
     """A toy with biases through all stages: groups of 32 are ragged."""
     from lbllm_cli.cli.app import app
 
     def make(folder: Path) -> Path:
         toy = save_toy(folder / "model", "qwen2-biases")
-        sections = {"ptq": {"level_bits": 4}, "distill": {"epochs": 1}, "act_calib": {"epochs": 0}}
+        sections = {"ptq": {"level_bits": bits}, "distill": {"epochs": 1}, "act_calib": {"epochs": 0}}
         recipe = write_recipe(folder / "r.yaml", toy, folder / "run", **sections)
         for command in ("ptq", "distill", "act-calib", "export"):
             result = CliRunner().invoke(app, [command, "--recipe", str(recipe)], catch_exceptions=False)
             assert result.exit_code == 0, result.stderr
         return folder / "run"
 
-    return once("levels-of-4-bits", make)
+    return once(f"levels-of-{bits}-bits", make)
 
 
 @pytest.mark.parametrize("stage", ["ptq", "distill", "act-calib"])
-def test_every_stage_stores_them(run, stage):
+def test_every_stage_stores_them(run, bits, stage):
     manifest = json.loads((run / stage / "lbllm_stage.json").read_text())
-    assert (manifest["format_version"], manifest["level_bits"]) == (2, 4)
+    assert (manifest["format_version"], manifest["level_bits"]) == (VERSIONS[bits][0], bits)
     stored = load_file(run / stage / "block_001.safetensors")
     owners = PackedWeight.owners(stored)
     assert len(owners) == 7
     for owner in owners:
         assert stored[f"{owner}.levels"].dtype == torch.uint8
         weight = PackedWeight.from_tensors(stored, owner, stored[f"{owner}.weight"].shape[1] * 32)
-        assert weight.level_bits == 4
-        assert 5 <= int(weight.levels.abs().max()) <= 7
+        assert weight.level_bits == bits
+        largest = int(weight.levels.abs().max())
+        assert 5 <= largest <= 7 if bits == 4 else largest == 127
 
 
-def test_an_export_runs_with_what_the_specification_says(run, tmp_path, ok):
+def test_an_export_runs_with_what_the_specification_says(run, bits, tmp_path, ok):
     ok("export", "--recipe", run.parent / "r.yaml", "export.format=dense", f"output.dir={_copied(run, tmp_path)}")
     config = json.loads((run / "export" / "config.json").read_text())["quantization_config"]
-    assert (config["format_version"], config["level_bits"]) == (3, 4)
-    assert json.loads((run / "export" / "lbllm_export.json").read_text())["format_version"] == 3
+    assert (config["format_version"], config["level_bits"]) == (VERSIONS[bits][1], bits)
+    assert json.loads((run / "export" / "lbllm_export.json").read_text())["format_version"] == VERSIONS[bits][1]
+    assert config["activations"]["group_size"] == {4: 32, 2: 64}[bits]
     packed, dense = reader.read_folder(run / "export"), reader.read_folder(tmp_path / "run" / "export")
     for name, wanted in dense.items():
         owner = name.removesuffix(".weight")
@@ -81,15 +92,17 @@ def _copied(run: Path, folder: Path) -> Path:
     return Path(shutil.copytree(run, folder / "run"))
 
 
-def test_bits_are_counted(run, ok):
+def test_bits_are_counted(run, bits, ok):
     ok("eval", "--recipe", run.parent / "r.yaml", "eval.checkpoints=[ptq, export]")
     results = json.loads((run / "eval" / "results.json").read_text())
     stored = load_file(run / "ptq" / "block_000.safetensors")
     source = load_file(run.parent / "model" / "model.safetensors")
     owners = PackedWeight.owners(stored)
-    # 64 bits of codes, 16 of levels and 16 of a scale in a group of 32.
-    groups = sum(stored[f"{owner}.scale"].numel() for owner in owners)
-    assert results["ptq"]["bits_per_weight"] == round(96 * groups / sum(source[f"{owner}.weight"].numel() for owner in owners), 4)
+    # 64 bits of codes, and 16 of levels and 16 of a scale in a group of 32; or 8 of levels, and 16 of a scale in a row.
+    groups = sum(stored[f"{owner}.weight"][..., 0].numel() for owner in owners)
+    rows = sum(len(stored[f"{owner}.weight"]) for owner in owners)
+    wanted = {4: 96 * groups, 2: 72 * groups + 16 * rows}[bits] / sum(source[f"{owner}.weight"].numel() for owner in owners)
+    assert results["ptq"]["bits_per_weight"] == round(wanted, 4)
     assert results["export"]["bits_per_weight"] == results["ptq"]["bits_per_weight"]
 
 

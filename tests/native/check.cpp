@@ -116,7 +116,7 @@ lbllm_quantizer any_quantizer(int kind, int size) {
 }
 
 struct Linear {
-    int in, out, group, groups;
+    int in, out, step, group, groups;
     vector<uint8_t> weight;
     vector<int8_t> levels;
     vector<uint16_t> scale;
@@ -124,18 +124,22 @@ struct Linear {
     Aligned<uint8_t> tiles;
     lbllm_weights w;
 
-    Linear(int in_, int out_, int group_, bool biased, double size = 1.0)
-        : in(in_), out(out_), group(group_), groups((in + group - 1) / group), weight(static_cast<size_t>(out) * groups * group / 4),
+    // level_group: as in lbllm_weights.
+    Linear(int in_, int out_, int group_, bool biased, double size = 1.0, int level_group = 0)
+        : in(in_), out(out_), step(group_), group(level_group ? level_group : group_), groups((in + group - 1) / group), weight(static_cast<size_t>(out) * groups * group / 4),
           levels(static_cast<size_t>(out) * groups * 4), scale(static_cast<size_t>(out) * groups),
-          tiles(static_cast<size_t>(lbllm_tiles_bytes(in, out, group))) {
+          tiles(static_cast<size_t>(lbllm_tiles_bytes(in, out, step, level_group))) {
         for (int r = 0; r < out; r++)
             for (int c = 0; c < in; c++) weight[at(r, c)] |= static_cast<uint8_t>(below(4) << (c % group % 4 * 2));
         for (int8_t& level : levels) level = static_cast<int8_t>(below(4) ? below(255) - 127 : below(2) ? 127 : -127);
         // 2^-7 times 1 .. 2, a subnormal among them.
         for (uint16_t& s : scale) s = below(30) ? static_cast<uint16_t>((8 + static_cast<int>(log2(size))) << 10 | below(1024)) : 3;
+        const int table[4][4] = {{-4, -13, -22, -33}, {4, 13, 22, 33}, {-41, -58, -81, -127}, {41, 58, 81, 127}};
+        for (size_t i = 0; level_group && i < levels.size(); i++) levels[i] = static_cast<int8_t>(table[i % 4][below(4)]);
+        for (size_t i = 0; level_group && i < scale.size(); i++) scale[i] = scale[i / static_cast<size_t>(groups) * static_cast<size_t>(groups)];
         if (biased) bias = normals(static_cast<size_t>(out));
-        lbllm_pack(weight.data(), levels.data(), scale.data(), in, out, group, tiles.data, 2);
-        w = {tiles.data, biased ? bias.data() : nullptr, in, out, group};
+        lbllm_pack(weight.data(), levels.data(), scale.data(), in, out, step, level_group, tiles.data, 2);
+        w = {tiles.data, biased ? bias.data() : nullptr, in, out, step, level_group};
     }
 
     size_t at(int r, int c) const { return (static_cast<size_t>(r) * groups + c / group) * group / 4 + c % group / 4; }
@@ -203,11 +207,11 @@ vector<uint16_t> narrowed(const vector<float>& x) {
     return bits;
 }
 
-void check_linear(int in, int out, int group, int kind, bool per_token, int rows, int dtype, int threads) {
+void check_linear(int in, int out, int group, int kind, bool per_token, int rows, int dtype, int threads, int level_group = 0) {
     char about[128];
-    snprintf(about, sizeof about, "%d x %d at %d, quantizer %d, per %s, %d rows, dtype %d", in, out, group, kind,
-             per_token ? "token" : "group", rows, dtype);
-    const Linear linear(in, out, group, below(2) == 1);
+    snprintf(about, sizeof about, "%d x %d at %d, levels at %d, quantizer %d, per %s, %d rows, dtype %d", in, out, group, level_group,
+             kind, per_token ? "token" : "group", rows, dtype);
+    const Linear linear(in, out, group, below(2) == 1, 1.0, level_group);
     linear.check_unpack();
     const lbllm_quantizer q = any_quantizer(kind % kFull, per_token ? in : group);
     const vector<float> x = normals(static_cast<size_t>(rows) * in, static_cast<float>(pow(10, below(7) - 3)));
@@ -660,6 +664,13 @@ void check_tier() {
     for (const auto& s : shapes)
         for (int kind = 0; kind <= kFull; kind++)
             for (const int rows : {1 + below(3), 4 + below(6)}) check_linear(s[0], s[1], s[2], kind, below(2), rows, below(2), 1);
+    // The last: inputs that share levels, where a row has one scale.
+    const int placed[][4] = {{100, 7, 48, 16}, {576, 9, 128, 32}, {200, 33, 64, 16}, {300, 17, 256, 64}, {16, 1, 16, 48}};
+    for (const auto& s : placed)
+        for (int kind = 0; kind <= kFull; kind++)
+            for (const int rows : {1 + below(3), 4 + below(6)})
+                check_linear(s[0], s[1], s[2], kind, below(2), rows, below(2), 1, s[3]);
+    check_linear(260, 130, 64, 1, false, 130, LBLLM_FLOAT32, 3, 16);
     check_linear(260, 130, 64, 1, false, 130, LBLLM_FLOAT32, 3);
     check_linear(260, 130, 64, 2, true, 37, LBLLM_BFLOAT16, 2);
     for (int kind = 0; kind < 6; kind++)

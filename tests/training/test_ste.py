@@ -231,7 +231,7 @@ def test_backward_returns_none_for_what_is_not_needed():
 def test_stored_levels_forward():
     levels = torch.randn(6, 3, 4, generator=_generator(11)) * 0.05
     wanted = level_values(*project_levels(levels))
-    assert torch.equal(stored_levels(levels, 8), wanted)
+    assert torch.equal(stored_levels(levels, 8, None, True), wanted)
     assert torch.equal(StoredLevels.apply(levels, 8), wanted)
     assert not torch.equal(wanted, levels)
 
@@ -240,7 +240,7 @@ def test_stored_levels_backward():
     # The surrogate is the identity. float32, because that is what a checkpoint's levels are.
     g = _generator(12)
     levels, upstream = (torch.randn(3, 2, 4, generator=g) for _ in range(2))
-    (found,) = _gradients(lambda x: stored_levels(x, 8), (levels,), upstream)
+    (found,) = _gradients(lambda x: stored_levels(x, 8, None, True), (levels,), upstream)
     assert torch.equal(found, upstream)
     wanted = _differences(lambda x: x, levels.double(), upstream.double())
     # Measured: 1.8e-13.
@@ -342,8 +342,8 @@ def test_nearest_level_gives_the_weights_of_the_format(out, groups, size, magnit
     g = _generator(17)
     latent, levels = (torch.randn(out, groups, n, generator=g) * magnitude for n in (size, 4))
     levels = levels.sort(2).values
-    found = nearest_level(latent, stored_levels(levels, 8))
-    ranks = (latent.double().unsqueeze(3) - stored_levels(levels, 8).double().unsqueeze(2)).abs().argmin(3)
+    found = nearest_level(latent, stored_levels(levels, 8, None, True))
+    ranks = (latent.double().unsqueeze(3) - stored_levels(levels, 8, None, True).double().unsqueeze(2)).abs().argmin(3)
     assert torch.equal(found.flatten(1), _same_weights(ranks.to(torch.uint8), levels, size))
 
 
@@ -352,7 +352,7 @@ def test_nearest_level_gives_the_weights_of_the_format(out, groups, size, magnit
 def test_bitmap_level_gives_the_weights_of_the_format(out, groups, size, magnitude):
     latent, bitmap, levels = (x.float() for x in _bitmap_case(out, groups, size, 18))
     latent, levels = latent * magnitude, levels * magnitude
-    stored = stored_levels(levels, 8)
+    stored = stored_levels(levels, 8, None, True)
     found = bitmap_level(latent, bitmap, stored)
     ranks, ascending = ranks_from_codes(_slow_codes(latent, bitmap, stored), levels)
     assert torch.equal(found.flatten(1), _same_weights(ranks, ascending, size))
@@ -366,7 +366,7 @@ def test_inputs_stay():
     kept = [x.clone() for x in tensors]
     for function, inputs in ((bitmap_level, tensors[:3]), (nearest_level, (latent, ascending))):
         function(*(x.detach().requires_grad_() for x in inputs)).backward(upstream)
-    stored_levels(levels, 8)
+    stored_levels(levels, 8, None, True)
     for beta in (1.5, 2):
         polarisation_gradient(bitmap, beta, 96)
     for now, before in zip(tensors, kept, strict=True):

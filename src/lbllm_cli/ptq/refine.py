@@ -99,7 +99,7 @@ def refit_levels(weight: Tensor, hessian: Tensor, fit: RankFit, group_size: int)
         good = (failed == 0).unsqueeze(1) & torch.isfinite(solved).all(1, keepdim=True)
         values[rows] = torch.where(good, solved, present).view(-1, groups, LEVELS)
     new_ranks, ascending = ordered(fit.ranks, values, group_size)
-    return RankFit(new_ranks, *grid(ascending, fit.level_bits, fit.scale), fit.level_bits)
+    return RankFit(new_ranks, *grid(ascending, fit.level_bits), fit.level_bits)
 
 
 def descend_codes(weight: Tensor, hessian: Tensor, fit: RankFit, group_size: int) -> RankFit:

@@ -19,8 +19,8 @@ from lbllm_cli.training.ste import fixed_level
 class Fixed(Master):
     """Codes that never change, packed uint8 [out, groups, size / 4], and levels [out, groups, 4] in code order.
 
-    Arguments as for `Nearest`; there is no latent weight that a margin could mean. With scales trained, all levels of a group
-    move by one factor [out, groups, 1], and the stored int8 levels stay what they are.
+    Arguments as for `Nearest`; there is no latent weight that a margin could mean. With scales trained, all levels of a group, or
+    of a row where that has one scale, move by one factor, and the stored int8 levels stay what they are.
     """
 
     codes: Tensor
@@ -37,36 +37,28 @@ class Fixed(Master):
         """Parameters by kind, frozen ones included."""
         return {LEVELS: [self.levels]} if self.factor is None else {SCALES: [self.factor]}
 
-    def _levels(self) -> Tensor:
-        return self.levels if self.factor is None else self.levels * self.factor
-
-    def _scale(self) -> Tensor | None:
-        if self.row_scale is None or self.factor is None:
-            return self.row_scale
-        return (self.row_scale.float() * self.factor.detach()[..., 0]).half()
-
     def forward(self) -> Tensor:
         codes = binarize.grouped(binarize.unpack_codes(self.codes, self.in_features), self.group_size)
-        return fixed_level(codes, self._stored(self._levels(), ascending=False)).flatten(1)[:, : self.in_features]
+        return fixed_level(codes, self._stored(self.levels, ascending=False)).flatten(1)[:, : self.in_features]
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The present weights in a dtype, [out, in], differentiable."""
         if backend_of(self.codes.device).kernels is None:
             return self().to(dtype)
-        return _decoded(self._stored(self._levels(), ascending=False), self.codes, self.in_features, dtype)
+        return _decoded(self._stored(self.levels, ascending=False), self.codes, self.in_features, dtype)
 
     def put(self, weight: Tensor) -> None:
         if (kernels := backend_of(self.codes.device).kernels) is None:
             super().put(weight)
             return
         with torch.no_grad():
-            kernels.decoded(self.codes, self._stored(self._levels(), ascending=False), weight)
+            kernels.decoded(self.codes, self._stored(self.levels, ascending=False), weight)
 
     def take(self, gradient: Tensor) -> None:
         if (kernels := backend_of(self.codes.device).kernels) is None:
             super().take(gradient)
             return
-        levels = self._levels()
+        levels = self._scaled(self.levels)
         if levels.requires_grad:
             torch.autograd.backward(levels, kernels.code_sums(gradient, self.codes))
 
@@ -76,7 +68,7 @@ class Fixed(Master):
     @torch.no_grad()
     def packed(self) -> PackedWeight:
         """The present weights as a checkpoint holds them."""
-        stored, scale = self._projected(self._levels(), ascending=False)
+        stored, scale = self._projected(self.levels, ascending=False)
         return PackedWeight(self.codes, stored, scale, self.in_features, self.level_bits)
 
 

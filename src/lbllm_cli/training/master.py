@@ -14,10 +14,12 @@ WEIGHTS, LEVELS, BITMAP, SCALES = "weights", "levels", "bitmap", "scales"
 class Master(nn.Module):
     """A linear: its weights as a checkpoint would hold them, made of parameters in float32.
 
-    weight: source weight [out, in]; rms: its root mean square. row_scale: see `PackedWeight.row_scale`; it is not trained.
+    weight: source weight [out, in]; rms: its root mean square. row_scale: see `PackedWeight.row_scale`. factor: what the levels
+    of a group, or of a row where that has one scale, are multiplied by: [out, groups or 1, 1], or None.
     """
 
     row_scale: Tensor | None
+    factor: nn.Parameter | None
 
     def __init__(self, weight: Tensor, packed: PackedWeight):
         super().__init__()
@@ -25,6 +27,7 @@ class Master(nn.Module):
         self.group_size, self.level_bits = packed.group_size, packed.level_bits
         self.rms = float(weight.float().square().mean().sqrt())
         self.register_buffer("row_scale", packed.row_scale)
+        self.factor = None
 
     def forward(self) -> Tensor:
         """float32 [out, in]."""
@@ -44,15 +47,21 @@ class Master(nn.Module):
 
     def _scale(self) -> Tensor | None:
         """That levels of 2 bits are stored in units of: float16 [out, 1]."""
-        return self.row_scale
+        if self.row_scale is None or self.factor is None:
+            return self.row_scale
+        return (self.row_scale.float() * self.factor.detach()[..., 0]).half()
+
+    def _scaled(self, levels: Tensor) -> Tensor:
+        """Before they are rounded."""
+        return levels if self.factor is None else levels * self.factor
 
     def _stored(self, levels: Tensor, ascending: bool) -> Tensor:
         """Values of levels as they are stored, [out, groups, 4], differentiable. ascending: False for code order."""
-        return stored_levels(levels, self.level_bits, self._scale(), ascending)
+        return stored_levels(self._scaled(levels), self.level_bits, self._scale(), ascending)
 
     def _projected(self, levels: Tensor, ascending: bool) -> tuple[Tensor, Tensor]:
         """int8 levels and scales of each group, as a checkpoint has them."""
-        return project_levels(levels, self.level_bits, self._scale(), ascending)
+        return project_levels(self._scaled(levels), self.level_bits, self._scale(), ascending)
 
     def skip(self) -> None:
         """Instead of `take`, where what was put was not used."""

@@ -36,20 +36,27 @@ FORMS = {
     "uniform of 6 bits": Tables(uniform_levels(6), None, torch.ones(1, 2)),
     "uniform of 7 bits": Tables(uniform_levels(7), None, torch.tensor([[0.95, 0.9]])),
 }
-# in_features, out_features, group_size
-SHAPES = [(100, 7, 48), (200, 21, 64), (576, 10, 128), (96, 8, 16), (384, 13, 192), (300, 9, 256), (224, 17, 96), (33, 3, 32)]
+# in_features, out_features, group_size, level_bits, inputs that share a step
+SHAPES = [
+    (100, 7, 48, 8, 48), (200, 21, 64, 8, 64), (576, 10, 128, 8, 128), (96, 8, 16, 8, 16), (384, 13, 192, 8, 192),
+    (300, 9, 256, 8, 256), (224, 17, 96, 8, 96), (33, 3, 32, 8, 32), (200, 9, 16, 2, 64), (300, 17, 32, 2, 128),
+    (100, 5, 16, 2, 48), (384, 8, 64, 2, 256), (576, 11, 128, 2, 64), (350, 3, 48, 2, 16),
+]  # fmt: skip
 
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def packed(inn: int, out: int, size: int, bias: bool = False, seed: int = 0) -> PackedLinear:
+def packed(inn: int, out: int, size: int, bias: bool = False, seed: int = 0, bits: int = 8) -> PackedLinear:
     """A packed linear with random contents, as a checkpoint may have them."""
-    g, layer = seeded(seed), PackedLinear(inn, out, size, bias)
+    g, layer = seeded(seed), PackedLinear(inn, out, size, bias, bits)
     layer.weight.copy_(pack_codes(torch.randint(0, 4, (out, inn), generator=g, dtype=torch.uint8), size))
-    layer.levels.copy_(torch.randint(-127, 128, layer.levels.shape, generator=g))
-    layer.levels[torch.rand(layer.levels.shape, generator=g) < 0.2] = 127
+    if bits == 8:
+        layer.levels.copy_(torch.randint(-127, 128, layer.levels.shape, generator=g))
+        layer.levels[torch.rand(layer.levels.shape, generator=g) < 0.2] = 127
+    else:
+        layer.levels.copy_(torch.randint(0, 256, layer.levels.shape, generator=g))
     layer.scale.copy_(torch.rand(layer.scale.shape, generator=g) * 0.02 + 1e-3)
     layer.scale[0] = 3 * 2.0**-24  # subnormal
     if bias:
@@ -105,14 +112,14 @@ TOLERANCE = 3e-7  # measured 9e-8 at most over all tests of linears
 @pytest.mark.parametrize("per", ["group", "token"])
 def test_a_linear_is_its_decoded_weights_times_quantized_inputs(lib, form, per):
     worst = 0.0
-    for number, (inn, out, size) in enumerate(SHAPES):
-        layer = packed(inn, out, size, bias=number % 2 == 1, seed=number)
+    for number, (inn, out, size, bits, step) in enumerate(SHAPES):
+        layer = packed(inn, out, size, bias=number % 2 == 1, seed=number, bits=bits)
         weight = layer.dense_weight()
-        quantizer = ActQuantizer(FORMS[form], size if per == "group" else inn + number % 2)
+        quantizer = ActQuantizer(FORMS[form], step if per == "group" else inn + number % 2)
         assert usable([layer], quantizer)
         unit = Unit([layer], quantizer)
         for rows in (1, 3, 4, 37):
-            x = torch.randn(rows, inn, generator=seeded(rows)) * 10.0 ** (number - 4)
+            x = torch.randn(rows, inn, generator=seeded(rows)) * 10.0 ** (number % 8 - 4)
             for dtype in DTYPES:
                 y = unit.run(x.to(dtype))
                 assert y.dtype == dtype
@@ -206,13 +213,13 @@ def test_no_sum_saturates(lib, form):
 
 
 def test_inputs_in_full_precision(lib):
-    for number, (inn, out, size) in enumerate(SHAPES):
-        layer = packed(inn, out, size, bias=number % 2 == 1, seed=number)
+    for number, (inn, out, size, bits, _) in enumerate(SHAPES):
+        layer = packed(inn, out, size, bias=number % 2 == 1, seed=number, bits=bits)
         weight = layer.dense_weight()
         assert usable([layer], None)
         unit = Unit([layer], None)
         for rows in (1, 3, 4, 37, 130):
-            x = torch.randn(rows, inn, generator=seeded(rows)) * 10.0 ** (number - 4)
+            x = torch.randn(rows, inn, generator=seeded(rows)) * 10.0 ** (number % 8 - 4)
             for dtype in DTYPES:
                 y = unit.run(x.to(dtype))
                 assert y.dtype == dtype
@@ -260,8 +267,10 @@ def test_random_shapes(lib):
     for case in range(200):
         size = draw.choice([16, 20, 32, 48, 64, 96, 100, 128, 192, 256])
         inn, out, rows = draw.randint(1, 400), draw.randint(1, 40), draw.choice([1, 2, 3, 4, 5, 8, 9])
-        layer = packed(inn, out, size, bias=draw.random() < 0.3, seed=case)
-        quantizer = ActQuantizer(draw.choice(list(FORMS.values())), draw.choice([size, inn, max(inn, 500)]))
+        bits = 2 if size % 16 == 0 and draw.random() < 0.5 else 8
+        layer = packed(inn, out, size, bias=draw.random() < 0.3, seed=case, bits=bits)
+        group = size if bits == 8 else draw.choice([16, 64, 128, 240])
+        quantizer = ActQuantizer(draw.choice(list(FORMS.values())), draw.choice([group, inn, max(inn, 500)]))
         weight = layer.dense_weight()
         if not usable([layer], quantizer):
             continue
@@ -301,11 +310,11 @@ def test_the_quantizer_is_that_of_ops_actquant(lib, form, dtype):
 
 
 def test_packing_is_undone_bit_for_bit(lib):
-    for inn, _, size in SHAPES:
-        layers = [packed(inn, out, size, seed=out) for out in (13, 1, 8, 30)]
+    for inn, _, size, bits, step in SHAPES:
+        layers = [packed(inn, out, size, seed=out, bits=bits) for out in (13, 1, 8, 30)]
         before = [[part.clone() for part in _parts(layer)] for layer in layers]
         states = [layer.state_dict() for layer in layers]
-        unit = Unit(layers, ActQuantizer(FORMS["uniform of 4 bits"], size))
+        unit = Unit(layers, ActQuantizer(FORMS["uniform of 4 bits"], step))
         assert unit.tiles.data_ptr() % 64 == 0
         for layer, parts, state in zip(layers, before, states, strict=True):
             assert layer.weight is layer.levels is layer.scale is None
@@ -429,4 +438,7 @@ def test_what_the_library_cannot_run_stays_in_torch():
     assert not usable([packed(600, 5, 512)], ActQuantizer(four_bits, 512))
     assert not usable([packed(200, 5, 64)], ActQuantizer(four_bits, 32))
     assert usable([packed(200, 5, 64)], ActQuantizer(four_bits, 64))
+    assert not usable([packed(200, 5, 16, bits=2)], ActQuantizer(four_bits, 40))
+    assert not usable([packed(900, 5, 16, bits=2)], ActQuantizer(four_bits, 512))
+    assert usable([packed(200, 5, 512, bits=2)], ActQuantizer(four_bits, 48))
     assert stored_clip(torch.ones(1)).dtype == torch.int32
