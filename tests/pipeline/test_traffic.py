@@ -121,6 +121,7 @@ def test_bytes_of_two_ranks_are_those_that_they_count(tmp_path):
 
 VARIANTS = {
     "all units at once": ("ptq", TWO, ("ptq.sequential=false", "ptq.asymmetric=0.5", "ptq.level_bits=4")),
+    "a scale for each row": ("ptq", TWO, ("ptq.level_bits=2", "ptq.group_size=16")),
     "owners on two machines": ("distill", World(4, 2), ("distill.parametrisation=bitmap", "distill.channel_cap=10")),
     "a rank on each machine": ("distill", World(2, 1), ("distill.epochs=1",)),
     "levels of pairs": ("distill", TWO, ("distill.parametrisation=bitmap", "distill.train=[levels]")),
@@ -148,12 +149,14 @@ def test_bytes_of_other_recipes(tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("train", [["weights", "levels", "norms"], ["levels", "norms"], ["scales"]])
-def test_bytes_of_a_phase(tmp_path, train):
+@pytest.mark.parametrize(
+    ("train", "bits"), [(["weights", "levels", "norms"], 8), (["levels", "norms"], 8), (["scales"], 8), (["scales"], 2)]
+)
+def test_bytes_of_a_phase(tmp_path, train, bits):
     phase = {"sequences": 9, "batch_size": 4, "train": train}
     recipe = write_recipe(
         tmp_path / "r.yaml", save_toy(tmp_path / "model"), tmp_path / "run",
-        distill={"batch_size": 4, "epochs": 1, "end_to_end": phase},
+        ptq={"level_bits": bits}, distill={"batch_size": 4, "epochs": 1, "end_to_end": phase},
     )  # fmt: skip
     for command in ("ptq", "distill"):
         ranks(TWO, command, recipe)
@@ -203,6 +206,7 @@ def test_moments_by_hand():
 def test_parts_that_traffic_is_made_of():
     assert packed_sizes((128, 352), Ptq(group_size=64)) == [12_288, 3_072, 1_536]
     assert packed_sizes((128, 352), Ptq(group_size=64, level_bits=4)) == [12_288, 1_536, 1_536]
+    assert packed_sizes((128, 352), Ptq(group_size=16, level_bits=2)) == [11_264, 2_816, 256]
     assert copied_bytes([4, 4, 128]) == 4 * 136
     # 16 + 4 (padded to 16) + 2 (to 16) beside a tensor of 5 that all have; the other rank has two such linears.
     shapes = {"a": (1, 64), "b": (1, 64), "c": (1, 64)}

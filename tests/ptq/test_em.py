@@ -5,6 +5,8 @@ from itertools import combinations, pairwise
 import pytest
 import torch
 
+from lbllm_cli.format.names import TABLE_LEVELS
+from lbllm_cli.format.weights import level_values, project_levels
 from lbllm_cli.ptq.em import fit_levels, nearest_rank, quantile_levels
 
 
@@ -21,10 +23,25 @@ def _rank(value, levels):
     return best
 
 
+def _slow_starts(weight):
+    """Equal parts of the range, levels of a normal distribution, and quantiles with a level for one end."""
+    ordered, count = sorted(weight), len(weight)
+    low, high, mean = ordered[0], ordered[-1], sum(weight) / count
+    deviation = (sum((v - mean) ** 2 for v in weight) / count) ** 0.5
+    yield [low + (high - low) * part / 8 for part in (1, 3, 5, 7)]
+    yield [mean + deviation * level for level in (-1.51, -0.453, 0.453, 1.51)]
+    for shares in ((0, 0.15, 0.5, 0.85), (0.15, 0.5, 0.85, 1)):
+        yield [ordered[min(count - 1, int(share * count))] for share in shares]
+
+
 def _slow_fit(weight, importance, iterations):
+    """The best of four runs of Lloyd's iteration."""
+    runs = [_slow_run(weight, importance, levels, iterations) for levels in _slow_starts(weight)]
+    return min(runs, key=lambda levels: _slow_error(weight, importance, levels))
+
+
+def _slow_run(weight, importance, levels, iterations):
     """Lloyd's iteration of one row in Python floats, levels without members left where they are."""
-    ordered = sorted(weight)
-    levels = [ordered[int((2 * k + 1) / 8 * len(weight))] for k in range(4)]
     for _ in range(iterations):
         members = [[] for _ in range(4)]
         for value, mass in zip(weight, importance, strict=True):
@@ -115,6 +132,18 @@ def test_fit_against_slow_lloyd(per_row, iterations):
     torch.testing.assert_close(found, slow, atol=1e-5, rtol=0)
 
 
+def test_each_start_is_the_best_somewhere():
+    g = _generator(9)
+    weight, importance = torch.randn(60, 16, generator=g) ** 3, torch.ones(16)
+    chosen = set()
+    for row, found in zip(weight.tolist(), fit_levels(weight, importance, 20).tolist(), strict=True):
+        runs = [_slow_run(row, [1.0] * 16, levels, 20) for levels in _slow_starts(row)]
+        errors = [_slow_error(row, [1.0] * 16, levels) for levels in runs]
+        chosen.add(errors.index(min(errors)))
+        assert _slow_error(row, [1.0] * 16, found) <= min(errors) * (1 + 1e-5)
+    assert chosen == {0, 1, 2, 3}
+
+
 def test_error_never_rises():
     g = _generator(3)
     weight = torch.randn(300, 48, generator=g) ** 3
@@ -123,8 +152,8 @@ def test_error_never_rises():
     for before, after in pairwise(errors):
         # Measured: no row rises by more than 6e-8 of itself.
         assert bool((after <= before * (1 + 1e-6)).all())
-    # It does go on falling: 10 iterations reach 0.28 of the error of one.
-    assert float(errors[-1].sum()) < 0.4 * float(errors[0].sum())
+    # It does go on falling: 10 iterations reach 0.73 of the error of one.
+    assert float(errors[-1].sum()) < 0.8 * float(errors[0].sum())
 
 
 @pytest.mark.parametrize("n", [6, 7, 8])
@@ -135,10 +164,10 @@ def test_against_brute_force(n):
     found = _errors(weight, importance, fit_levels(weight, importance, 50))
     best = torch.tensor([_best_error(w, m) for w, m in zip(weight.tolist(), importance.tolist(), strict=True)])
     assert bool((found >= best - 1e-6).all())
-    # EM stops at a local optimum. Measured, sum of errors over the sum of the best: 1.8, 1.4 and 2.0; 59, 62 and 40 % of the
-    # rows reach the best.
-    assert float(found.sum() / best.sum()) < 2.3
-    assert float((found <= best * (1 + 1e-4)).float().mean()) > 0.3
+    # EM stops at local optima. Measured, sum of errors over the sum of the best: 1.27, 1.04 and 1.05, from quantiles alone 1.8,
+    # 1.4 and 2.0; 76, 91 and 85 % of the rows reach the best.
+    assert float(found.sum() / best.sum()) < 1.35
+    assert float((found <= best * (1 + 1e-4)).float().mean()) > 0.7
 
 
 def test_close_to_the_best_at_real_sizes():
@@ -148,8 +177,8 @@ def test_close_to_the_best_at_real_sizes():
     found = _errors(weight, importance, fit_levels(weight, importance, 20))
     best = torch.tensor([_best_of_many(w, m) for w, m in zip(weight.tolist(), importance.tolist(), strict=True)])
     assert bool((found >= best * (1 - 1e-5)).all())
-    # Measured, sum of errors over the sum of the best: 1.08.
-    assert float(found.sum() / best.sum()) < 1.15
+    # Measured, sum of errors over the sum of the best: 1.007; from quantiles alone 1.08.
+    assert float(found.sum() / best.sum()) < 1.02
 
 
 @pytest.mark.parametrize("n", [4, 8, 64])
@@ -179,7 +208,7 @@ def test_importance_lowers_the_weighted_error():
     importance = torch.rand(32, generator=g) ** 6 * 100 + 0.01
     weighted = _errors(weight, importance, fit_levels(weight, importance, 30)).sum()
     plain = _errors(weight, importance, fit_levels(weight, torch.ones(32), 30)).sum()
-    assert float(weighted / plain) < 0.8  # measured: 0.58
+    assert float(weighted / plain) < 0.7  # measured: 0.52
 
 
 @pytest.mark.parametrize(
@@ -211,3 +240,26 @@ def test_result_ascends_and_inputs_stay():
         assert bool((found[:, 1:] >= found[:, :-1]).all())
     assert torch.equal(weight, kept[0])
     assert torch.equal(importance, kept[1])
+
+
+def test_levels_out_of_a_table_against_a_slow_loop():
+    g = _generator(7)
+    weight, importance = torch.randn(40, 16, generator=g), torch.rand(16, generator=g) * 3 + 0.05
+    scale = (torch.rand(40, generator=g) * 0.01 + 0.02).half()
+    found = fit_levels(weight, importance, 20, scale)
+    tables = [[sign * value for value in TABLE_LEVELS[pair]] for sign, pair in ((-1, 1), (-1, 0), (1, 0), (1, 1))]
+    for row, step, levels in zip(weight.tolist(), scale.tolist(), found.tolist(), strict=True):
+        runs = []
+        for start in _slow_starts(row):
+            run = _slow_run(row, importance.tolist(), start, 20)
+            for again in range(5):
+                run = run if again == 0 else _slow_run(row, importance.tolist(), run, 1)
+                run = [min((step * v for v in t), key=lambda v, x=x: abs(v - x)) for t, x in zip(tables, run, strict=True)]
+            runs.append(_slow_error(row, importance.tolist(), run))
+        # Measured: 0. Of two values that are equally near float32 may take the other.
+        assert _slow_error(row, importance.tolist(), levels) <= min(runs) * (1 + 1e-5)
+        assert all(any(level == pytest.approx(step * v, rel=1e-6) for v in t) for level, t in zip(levels, tables, strict=True))
+    # What is rounded at the end alone is worse. Measured: 0.937.
+    rounded, _ = project_levels(fit_levels(weight, importance, 20)[:, None], 2, scale[:, None])
+    plain = _errors(weight, importance, level_values(rounded, scale[:, None])[:, 0]).sum()
+    assert float(_errors(weight, importance, found).sum() / plain) < 0.97

@@ -1,6 +1,7 @@
 """What an end-to-end phase will need."""
 
 from lbllm_cli.end_to_end.loss import LOGITS
+from lbllm_cli.format.weights import per_row
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.pipeline.forecast import (
     PROCESS,
@@ -50,7 +51,8 @@ def end_to_end_need(recipe: Recipe, model: SourceModel, settings: EndToEnd, reco
     length, rows = recipe.data.training.length, min(settings.micro_batch_size, settings.batch_size)
     weights, itemsize = model.binarized_parameters, model.dtype.itemsize
     levels = weights * 4 / recipe.ptq.group_size
-    trained = levels / 4 if "scales" in settings.trained else levels if "levels" in settings.trained else 0
+    scales = sum(out for out, _ in model.binarized_shapes) if per_row(recipe.ptq.level_bits) else levels / 4
+    trained = scales if "scales" in settings.trained else levels if "levels" in settings.trained else 0
     passing = (1 if recomputed else model.blocks) * _passing_bytes(recipe, model, settings)
     passing += model.blocks * rows * length * model.config.hidden_size * itemsize
     # In torch weights are decoded in several steps.

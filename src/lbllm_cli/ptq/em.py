@@ -1,22 +1,35 @@
 """Four levels for a group of weights: weighted EM in one dimension (Lloyd's iteration), all rows at once."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lbllm_cli.format.level_table import table_levels
 from lbllm_cli.format.names import LEVELS
 from lbllm_cli.runtime.backend import backend_of
+from lbllm_cli.runtime.stage_kernels import (
+    HIGH_QUANTILES,
+    LOW_QUANTILES,
+    NORMAL_LEVELS,
+    RANGE_PARTS,
+    TABLE_ITERATIONS,
+)
 
 
 def quantile_levels(weight: Tensor) -> Tensor:
     """Levels at the 1/8, 3/8, 5/8 and 7/8 quantiles of each row: float [rows, n] -> [rows, 4], ascending.
 
-    The start of EM, and alone the ablation "quantile levels".
+    The ablation "quantile levels".
     """
-    at = torch.tensor([(2 * k + 1) / (2 * LEVELS) for k in range(LEVELS)], device=weight.device)
-    ordered = weight.sort(dim=1).values
-    index = (at * weight.shape[1]).long().clamp(max=weight.shape[1] - 1)
-    return ordered[:, index]
+    return _quantiles(weight.sort(dim=1).values, [(2 * k + 1) / (2 * LEVELS) for k in range(LEVELS)])
+
+
+def _quantiles(ordered: Tensor, shares: Sequence[float]) -> Tensor:
+    count = ordered.shape[1]
+    return torch.stack([ordered[:, min(count - 1, int(share * count))] for share in shares], dim=1)
 
 
 def nearest_rank(weight: Tensor, levels: Tensor) -> Tensor:
@@ -31,31 +44,84 @@ def nearest_rank(weight: Tensor, levels: Tensor) -> Tensor:
     return rank
 
 
-def fit_levels(weight: Tensor, importance: Tensor, iterations: int) -> Tensor:
-    """EM: E-step nearest level, M-step importance-weighted mean of each level's members.
+def starts(weight: Tensor, ordered: Tensor) -> list[Tensor]:
+    """Where EM begins, each [rows, 4]. weight: [rows, n]. ordered: the same, rows sorted.
+
+    EM stops at the next local optimum. On weights of SmolLM2-135M the best of these four has 0.72 of the squared error that
+    quantiles at 1/8, 3/8, 5/8 and 7/8 lead to in groups of 16, and 0.91 in groups of 64; four more starts take another hundredth.
+    """
+    low, high, mean = ordered[:, :1], ordered[:, -1:], weight.mean(1, keepdim=True)
+    deviation = (weight - mean).square().mean(1, keepdim=True).sqrt()
+    return [
+        low + (high - low) * torch.tensor(RANGE_PARTS, device=weight.device),
+        mean + deviation * torch.tensor(NORMAL_LEVELS, device=weight.device),
+        _quantiles(ordered, LOW_QUANTILES),
+        _quantiles(ordered, HIGH_QUANTILES),
+    ]
+
+
+class _Row(NamedTuple):
+    """Weights of each row in order, [rows, n], and running totals of mass and of mass times weight, float64 [rows, n + 1].
+
+    In this order a level's members are a run, and its sums are differences of totals: an iteration then costs a few operations
+    per row instead of per weight. In float64, or a level of little mass beside a massive input would be lost in their rounding.
+    """
+
+    ascending: Tensor
+    mass: Tensor
+    moment: Tensor
+
+    def members(self, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mass and moment of those of each level, [rows, 4]."""
+        middle = (levels[:, 1:] + levels[:, :-1]) / 2
+        ends = pad(torch.searchsorted(self.ascending, middle, right=True), (1, 1))
+        ends[:, -1] = self.ascending.shape[1]
+        return self.mass.gather(1, ends).diff(dim=1), self.moment.gather(1, ends).diff(dim=1)
+
+    def means(self, levels: Tensor) -> Tensor:
+        """Of the members of each level; where there are none, the level."""
+        mass, moment = self.members(levels)
+        return torch.where(mass > 0, (moment / mass).to(levels.dtype), levels)
+
+    def gain(self, levels: Tensor) -> Tensor:
+        """By how much the weighted error is below that of zeros, [rows, 1]."""
+        mass, moment = self.members(levels)
+        values = levels.double()
+        return (values * (2 * moment - mass * values)).sum(1, keepdim=True)
+
+
+def fit_levels(weight: Tensor, importance: Tensor, iterations: int, scale: Tensor | None = None) -> Tensor:
+    """EM: E-step nearest level, M-step importance-weighted mean of each level's members. The best of four starts.
 
     weight: float [rows, n], one group per row. importance: float [n] or [rows, n], > 0: the cost of a squared error in
-    that input (LBLLM stage 1). A level without members stays where it is. The weighted error never rises from one
+    that input (LBLLM stage 1). scale: float16 [rows], of levels of 2 bits: they end as values of the table, and the best of
+    four is the best of these. A level without members stays where it is. Before that the weighted error never rises from one
     iteration to the next. Returns levels, float [rows, 4], ascending. rows=576, n=64 -> [576, 4].
     """
     if (kernels := backend_of(weight.device).kernels) is not None:
-        return kernels.fit_levels(weight, importance, iterations)
-    # In sorted order a level's members are a run, and its sums are differences of running totals: an iteration then costs
-    # a few operations per row instead of per weight. Totals in float64, or a level of little mass beside a massive input
-    # would be lost in their rounding.
+        return kernels.fit_levels(weight, importance, iterations, scale)
     ascending, order = weight.sort(dim=1)
     mass = importance.expand_as(weight).gather(1, order).double()
-    total_mass = pad(mass.cumsum(1), (1, 0))
-    total_moment = pad((mass * ascending).cumsum(1), (1, 0))
-    levels = quantile_levels(weight)
+    row = _Row(ascending, pad(mass.cumsum(1), (1, 0)), pad((mass * ascending).cumsum(1), (1, 0)))
+    runs = [_climbed(levels, row, iterations, scale) for levels in starts(weight, ascending)]
+    found, best = runs[0], row.gain(runs[0])
+    for levels in runs[1:]:
+        gain = row.gain(levels)
+        found, best = torch.where(gain > best, levels, found), torch.maximum(gain, best)
+    return found
+
+
+def _climbed(levels: Tensor, row: _Row, iterations: int, scale: Tensor | None) -> Tensor:
+    """EM from one start: levels [rows, 4]."""
     for _ in range(iterations):
-        middle = (levels[:, 1:] + levels[:, :-1]) / 2
-        ends = pad(torch.searchsorted(ascending, middle, right=True), (1, 1))
-        ends[:, -1] = weight.shape[1]
-        member_mass = total_mass.gather(1, ends).diff(dim=1)
-        member_moment = total_moment.gather(1, ends).diff(dim=1)
-        moved = torch.where(member_mass > 0, (member_moment / member_mass).to(weight.dtype), levels).sort(dim=1).values
+        moved = row.means(levels).sort(dim=1).values
         if torch.equal(moved, levels):
             break
         levels = moved
+    if scale is None:
+        return levels
+    unit = scale.float().unsqueeze(1)
+    levels = table_levels(levels, scale, ascending=True) * unit
+    for _ in range(TABLE_ITERATIONS):
+        levels = table_levels(row.means(levels), scale, ascending=True) * unit
     return levels

@@ -1,5 +1,6 @@
 """Stage 1: Hessian-weighted EM with error compensation, block by block (LBLLM stage 1; refinement and target are ours)."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -140,13 +141,14 @@ def _fit_matrix(weight: Tensor, hessian: Tensor, factor: Tensor, settings: Ptq) 
     size, rows = settings.group_size, per_row(settings.level_bits)
     importance = hessian.diagonal() if settings.importance == "hessian_diagonal" else level_importance(factor)
 
-    def fit(group: Tensor, weights: Tensor) -> Tensor:
+    def fit(group: Tensor, weights: Tensor, scale: Tensor | None = None) -> Tensor:
         if settings.levels == "quantile":
             return quantile_levels(group)
-        return fit_levels(group, weights, settings.em_iterations)
+        return fit_levels(group, weights, settings.em_iterations, scale)
 
     scale = fit_row_scale(weight, importance, size, fit) if rows else None
-    found = compensate(weight, factor, size, fit, settings.compensation, importance, settings.level_bits, scale)
+    on_table = partial(fit, scale=None if scale is None else scale[:, 0])
+    found = compensate(weight, factor, size, on_table, settings.compensation, importance, settings.level_bits, scale)
     if settings.code_descent and settings.rounds:
         # Before the first refit: reaches in one round what refitting first takes two rounds for.
         found = descend_codes(weight, hessian, found, size)

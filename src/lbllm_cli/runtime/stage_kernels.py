@@ -11,6 +11,14 @@ from torch import Tensor
 
 from lbllm_cli.format.activations import Tables
 
+# Where the EM of stage 1 begins: quantiles with one level for the smallest weights, or for the largest; equal parts of the range;
+# and Lloyd's levels of a normal distribution, in units of its deviation about the mean.
+LOW_QUANTILES, HIGH_QUANTILES = (0.0, 0.15, 0.5, 0.85), (0.15, 0.5, 0.85, 1.0)
+RANGE_PARTS = (0.125, 0.375, 0.625, 0.875)
+NORMAL_LEVELS = (-1.51, -0.453, 0.453, 1.51)
+# And how often levels out of a table are rounded to it anew after that.
+TABLE_ITERATIONS = 4
+
 
 class StageKernels(Protocol):
     """What a backend may compute in kernels of its own. All floats are float32 where nothing else is said."""
@@ -23,8 +31,8 @@ class StageKernels(Protocol):
         Products are exact, or rounded to 16 bits where y - x is; sums are float32.
         """
 
-    def fit_levels(self, weight: Tensor, importance: Tensor, iterations: int) -> Tensor:
-        """`ptq.em.fit_levels`: weight [rows, n], importance [n] -> levels [rows, 4], ascending."""
+    def fit_levels(self, weight: Tensor, importance: Tensor, iterations: int, scale: Tensor | None) -> Tensor:
+        """`ptq.em.fit_levels`: weight [rows, n], importance [n], scale float16 [rows] -> levels [rows, 4], ascending."""
 
     def compensate_columns(self, block: Tensor, factor: Tensor, levels: Tensor, push: bool) -> tuple[Tensor, Tensor]:
         """The columns of one group of `ptq.compensate.compensate`.

@@ -9,7 +9,7 @@ from math import prod
 
 from lbllm_cli.core.splits import held_out_rows
 from lbllm_cli.format.names import KEYS, VALUES, input_name
-from lbllm_cli.format.weights import group_count
+from lbllm_cli.format.weights import group_count, per_row
 from lbllm_cli.models.model import FINAL_NORM, SourceModel
 from lbllm_cli.parallel.shares import padded
 from lbllm_cli.pipeline.duration import steps
@@ -156,8 +156,12 @@ def whole_exchanged(plan: Plan, settings: EndToEnd) -> Exchanged:
         )
         calls.append(Call("weights of a better epoch", GATHER, size, settings.epochs, node=True, operations=blocks))
     else:
-        each = [1] if "scales" in trained else [4] if "levels" in trained else []
-        copies = level_sizes(shapes, plan.recipe.ptq.group_size, each) * blocks
+        ptq = plan.recipe.ptq
+        if "scales" in trained and per_row(ptq.level_bits):
+            copies = [rows for rows, _ in shapes.values()] * blocks
+        else:
+            each = [1] if "scales" in trained else [4] if "levels" in trained else []
+            copies = level_sizes(shapes, ptq.group_size, each) * blocks
     if "norms" in trained:
         copies += [*(norm for own in norms for norm in own), model.count([FINAL_NORM])]
     if acts:

@@ -70,6 +70,11 @@ def test_levels_are_those_of_torch(device, rows, n):
     importance[n // 2] = 1e6
     for given in (importance, importance.expand(rows, n).clone() * torch.rand(rows, n, generator=random)):
         expected = em.fit_levels(weight, given, 7)
-        found = KERNELS.fit_levels(weight.to(device), given.to(device), 7).cpu()
+        found = KERNELS.fit_levels(weight.to(device), given.to(device), 7, None).cpu()
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)  # measured 2.2e-7
+        scale = (torch.rand(rows, generator=random) * 0.02 + 0.01).half()
+        wanted = em.fit_levels(weight, given, 7, scale)
+        stored = KERNELS.fit_levels(weight.to(device), given.to(device), 7, scale.to(device)).cpu()
+        torch.testing.assert_close(stored, wanted, rtol=0, atol=0)
+        assert not torch.equal(wanted, expected)
     assert n == 1 or not torch.equal(expected, em.quantile_levels(weight))

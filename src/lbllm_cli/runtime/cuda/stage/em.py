@@ -4,11 +4,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lbllm_cli.format.names import TABLE_LEVELS
 from lbllm_cli.runtime.cuda.operators import operator
-from lbllm_cli.runtime.cuda.stage.levels import nearest_rank, store_levels
+from lbllm_cli.runtime.cuda.stage.levels import level_at, nearest_rank, store_levels
+from lbllm_cli.runtime.stage_kernels import HIGH_QUANTILES, LOW_QUANTILES, NORMAL_LEVELS, RANGE_PARTS, TABLE_ITERATIONS
 
 # Weights of a program.
 _TILE = 1024
+_RANGE, _NORMAL = tl.constexpr(RANGE_PARTS), tl.constexpr(NORMAL_LEVELS)
+_LOW, _HIGH = tl.constexpr(LOW_QUANTILES), tl.constexpr(HIGH_QUANTILES)
+_INNER, _OUTER = (tl.constexpr(row) for row in TABLE_LEVELS)
+_TABLE_ITERATIONS = tl.constexpr(TABLE_ITERATIONS)
 
 
 @triton.jit
@@ -21,8 +27,62 @@ def _mean(member, mass, moment, level):
 
 
 @triton.jit
-def fit_levels(weight, importance, ordered, levels, rows, n, between, iterations, ROWS: tl.constexpr, SIZE: tl.constexpr):
-    """A program: ROWS rows. ordered: weight, each row sorted. between: stride of importance from row to row."""
+def _start(number: tl.constexpr, x, here, ordered, start, known, n):
+    """The levels that EM begins at: `ptq.em.starts`."""
+    if number == 0:
+        low, high = tl.load(ordered + start, mask=known, other=0.0), tl.load(ordered + start + n - 1, mask=known, other=0.0)
+        a, b = low + (high - low) * _RANGE[0], low + (high - low) * _RANGE[1]
+        c, d = low + (high - low) * _RANGE[2], low + (high - low) * _RANGE[3]
+    elif number == 1:
+        mean = tl.sum(x, 1) / n
+        off = tl.where(here, x - mean[:, None], 0.0)
+        deviation = tl.sqrt(tl.sum(off * off, 1) / n)
+        a, b = mean + deviation * _NORMAL[0], mean + deviation * _NORMAL[1]
+        c, d = mean + deviation * _NORMAL[2], mean + deviation * _NORMAL[3]
+    else:
+        shares: tl.constexpr = _LOW if number == 2 else _HIGH
+        a = tl.load(ordered + start + tl.minimum(n - 1, (shares[0] * n).to(tl.int32)), mask=known, other=0.0)
+        b = tl.load(ordered + start + tl.minimum(n - 1, (shares[1] * n).to(tl.int32)), mask=known, other=0.0)
+        c = tl.load(ordered + start + tl.minimum(n - 1, (shares[2] * n).to(tl.int32)), mask=known, other=0.0)
+        d = tl.load(ordered + start + tl.minimum(n - 1, (shares[3] * n).to(tl.int32)), mask=known, other=0.0)
+    return a, b, c, d
+
+
+@triton.jit
+def _nearest_value(level, unit, sign: tl.constexpr, table: tl.constexpr):
+    """The value of a table that is nearest to a level: `format.level_table.table_levels`, times its unit."""
+    size = level * sign
+    value = tl.full(level.shape, table[0], tl.float32)
+    for place in tl.static_range(1, 4):
+        value += tl.where(size > unit * ((table[place - 1] + table[place]) / 2), table[place] - table[place - 1], 0.0)
+    return value * sign * unit
+
+
+@triton.jit
+def _on_table(a, b, c, d, unit):
+    return (
+        _nearest_value(a, unit, -1, _OUTER), _nearest_value(b, unit, -1, _INNER),
+        _nearest_value(c, unit, 1, _INNER), _nearest_value(d, unit, 1, _OUTER),
+    )  # fmt: skip
+
+
+@triton.jit
+def _means(x, mass, moment, a, b, c, d):
+    """Of the members of each level."""
+    # The mean of a level's members lies in its cell, and an empty level between its neighbours' cells: they stay in order.
+    rank = nearest_rank(x, a[:, None], b[:, None], c[:, None], d[:, None])
+    a, b = _mean(rank == 0, mass, moment, a), _mean(rank == 1, mass, moment, b)
+    return a, b, _mean(rank == 2, mass, moment, c), _mean(rank == 3, mass, moment, d)
+
+
+@triton.jit
+def fit_levels(
+    weight, importance, ordered, scale, levels, rows, n, between, iterations,
+    ROWS: tl.constexpr, SIZE: tl.constexpr, TABLE: tl.constexpr,
+):  # fmt: skip
+    """A program: ROWS rows. ordered: weight, each row sorted. between: stride of importance from row to row. TABLE: whether
+    levels are values of the table, in units of scale.
+    """
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, SIZE)[None, :]
     known = row < rows
     here = known[:, None] & (column < n)
@@ -30,25 +90,36 @@ def fit_levels(weight, importance, ordered, levels, rows, n, between, iterations
     x = tl.load(weight + start[:, None] + column, mask=here, other=0.0)
     mass = tl.load(importance + row.to(tl.int64)[:, None] * between + column, mask=here, other=0.0).to(tl.float64)
     moment = mass * x.to(tl.float64)
-    a = tl.load(ordered + start + n // 8, mask=known, other=0.0)
-    b = tl.load(ordered + start + 3 * n // 8, mask=known, other=0.0)
-    c = tl.load(ordered + start + 5 * n // 8, mask=known, other=0.0)
-    d = tl.load(ordered + start + 7 * n // 8, mask=known, other=0.0)
-    # The mean of a level's members lies in its cell, and an empty level between its neighbours' cells: they stay in order.
-    for _ in range(iterations):
+    best = tl.full([ROWS], float("-inf"), tl.float64)
+    best_a, best_b = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    best_c, best_d = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    for number in tl.static_range(4):
+        a, b, c, d = _start(number, x, here, ordered, start, known, n)
+        for _ in range(iterations):
+            a, b, c, d = _means(x, mass, moment, a, b, c, d)
+        if TABLE:
+            unit = tl.load(scale + row, mask=known, other=1.0).to(tl.float32)
+            a, b, c, d = _on_table(a, b, c, d, unit)
+            for _ in range(_TABLE_ITERATIONS):
+                a, b, c, d = _means(x, mass, moment, a, b, c, d)
+                a, b, c, d = _on_table(a, b, c, d, unit)
         rank = nearest_rank(x, a[:, None], b[:, None], c[:, None], d[:, None])
-        a, b = _mean(rank == 0, mass, moment, a), _mean(rank == 1, mass, moment, b)
-        c, d = _mean(rank == 2, mass, moment, c), _mean(rank == 3, mass, moment, d)
-    store_levels(levels, row * 4, known, a, b, c, d)
+        value = level_at(rank, a[:, None], b[:, None], c[:, None], d[:, None]).to(tl.float64)
+        gain = tl.sum(value * (2 * moment - mass * value), 1)
+        better = gain > best
+        best = tl.where(better, gain, best)
+        best_a, best_b = tl.where(better, a, best_a), tl.where(better, b, best_b)
+        best_c, best_d = tl.where(better, c, best_c), tl.where(better, d, best_d)
+    store_levels(levels, row * 4, known, best_a, best_b, best_c, best_d)
 
 
-@operator("fit_levels(Tensor weight, Tensor importance, Tensor ordered, int iterations, Tensor(a!) levels)")
-def fit(weight: Tensor, importance: Tensor, ordered: Tensor, iterations: int, levels: Tensor) -> None:
-    """weight [rows, n], importance [rows, n] or [n], ordered: weight with its rows sorted -> levels [rows, 4]."""
+@operator("fit_levels(Tensor weight, Tensor importance, Tensor ordered, Tensor? scale, int iterations, Tensor(a!) levels)")
+def fit(weight: Tensor, importance: Tensor, ordered: Tensor, scale: Tensor | None, iterations: int, levels: Tensor) -> None:
+    """weight [rows, n], importance [rows, n] or [n], ordered: weight with its rows sorted, scale [rows] -> levels [rows, 4]."""
     rows, n = weight.shape
     size = triton.next_power_of_2(n)
     count = max(1, _TILE // size)
     fit_levels[(triton.cdiv(rows, count),)](
-        weight, importance, ordered, levels, rows, n, n if importance.dim() == 2 else 0, iterations, ROWS=count, SIZE=size,
-        num_warps=max(4, size // 256),
+        weight, importance, ordered, weight if scale is None else scale, levels, rows, n, n if importance.dim() == 2 else 0,
+        iterations, ROWS=count, SIZE=size, TABLE=scale is not None, num_warps=max(4, size // 256),
     )  # fmt: skip

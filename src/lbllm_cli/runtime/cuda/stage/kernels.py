@@ -27,10 +27,11 @@ class TritonKernels:
         if y is not None and drift is not None:
             products.drift(x, y.contiguous(), drift)
 
-    def fit_levels(self, weight: Tensor, importance: Tensor, iterations: int) -> Tensor:
+    def fit_levels(self, weight: Tensor, importance: Tensor, iterations: int, scale: Tensor | None) -> Tensor:
         weight = weight.contiguous()
         levels = weight.new_empty(len(weight), LEVELS)
-        em.fit(weight, importance.contiguous(), weight.sort(dim=1).values, iterations, levels)
+        scales = None if scale is None else scale.contiguous()
+        em.fit(weight, importance.contiguous(), weight.sort(dim=1).values, scales, iterations, levels)
         return levels
 
     def compensate_columns(self, block: Tensor, factor: Tensor, levels: Tensor, push: bool) -> tuple[Tensor, Tensor]:
