@@ -15,6 +15,7 @@ from lbllm_cli.core.errors import UsageError
 from lbllm_cli.export.formats.gguf import blocks
 from lbllm_cli.export.gguf.architectures import rope_factors, turned_rows
 from lbllm_cli.export.gguf.vocabulary import Vocabulary
+from lbllm_cli.format.level_table import unpack_places
 from lbllm_cli.format.weights import PackedWeight, pack_codes
 
 gguf = pytest.importorskip("gguf")
@@ -103,14 +104,17 @@ def test_scores_of_tokens_with_spaces_follow_the_merges(tmp_path):
     assert vocabulary.scores(texts)[3] == -4.0
 
 
-@pytest.mark.parametrize("size", [32, 64, 96])
-def test_blocks_are_those_of_ggml(size):
+@pytest.mark.parametrize(("size", "bits"), [(32, 8), (64, 8), (96, 8), (16, 2), (64, 2)])
+def test_blocks_are_those_of_ggml(size, bits):
     generator = torch.Generator().manual_seed(size)
     codes = torch.randint(0, 4, (5, 160), dtype=torch.uint8, generator=generator)
     count = -(-160 // size)
     levels = torch.randint(-127, 128, (5, count, 4), dtype=torch.int8, generator=generator)
     scale = torch.rand(5, count, generator=generator).half()
-    packed = PackedWeight(pack_codes(codes, size), levels, scale, 160)
+    if bits == 2:
+        levels = unpack_places(torch.randint(0, 256, (5, count, 1), dtype=torch.uint8, generator=generator))
+        scale = scale[:, :1].expand(5, count)
+    packed = PackedWeight(pack_codes(codes, size), levels, scale, 160, bits)
     found = blocks(packed)
     assert found.shape == (5, 170)
     for row in range(5):

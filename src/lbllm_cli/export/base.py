@@ -42,8 +42,11 @@ class Exporter(ABC):
     quantizes = False
     library = "transformers"
 
-    def check(self, model: SourceModel, group_size: int) -> None:  # noqa: B027 - most formats hold everything
-        """Raises UsageError naming what the model, or groups of this size, have that the format cannot hold."""
+    def check(self, model: SourceModel, shared: int) -> None:  # noqa: B027 - most formats hold everything
+        """Raises UsageError naming what the model, or groups of this size, have that the format cannot hold.
+
+        shared: inputs that share a scale, 0 for all of a row.
+        """
 
     @abstractmethod
     def write(self, model: SourceModel, checkpoint: Checkpoint, folder: Path, form: Form) -> None:

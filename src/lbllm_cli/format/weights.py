@@ -67,6 +67,11 @@ def per_row(level_bits: int) -> bool:
     return level_bits == LEVEL_BITS[2]
 
 
+def scale_group(group_size: int, level_bits: int) -> int:
+    """Inputs that share a scale; 0 for all of a row, as gcd(width, 0) is the width."""
+    return 0 if per_row(level_bits) else group_size
+
+
 def stored_grid(
     levels: Tensor, level_bits: int = 8, scale: Tensor | None = None, ascending: bool = True
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -301,6 +306,13 @@ class PackedWeight:
     def group_size(self) -> int:
         """Inputs that share four levels."""
         return self.codes.shape[2] * 4
+
+    def scales_of(self, size: int) -> Tensor:
+        """The scale of each `size` inputs, which divide a row and what shares a scale: float16 [out, in / size]."""
+        count = self.in_features // size
+        if self.row_scale is not None:
+            return self.row_scale.repeat(1, count)
+        return self.scale.repeat_interleave(self.group_size // size, dim=1)[:, :count].contiguous()
 
     def to_tensors(self, owner: str) -> dict[str, Tensor]:
         """Under their full names. owner: full name of the linear."""

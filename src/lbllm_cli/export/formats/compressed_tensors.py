@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.export.base import FolderExporter, Form, snippet
-from lbllm_cli.format.weights import PackedWeight
+from lbllm_cli.format.weights import PackedWeight, scale_group
 from lbllm_cli.models.block import block_prefix
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.models.stored import whole_tensors
@@ -26,7 +26,7 @@ _OFFSET = 1 << (_BITS - 1)
 class CompressedTensors(FolderExporter):
     """Integers and scales."""
 
-    def check(self, model: SourceModel, group_size: int) -> None:
+    def check(self, model: SourceModel, shared: int) -> None:
         """Raises UsageError for experts: transformers keeps them in one tensor, for which the format has no weights."""
         if model.experts is not None:
             raise UsageError(
@@ -39,7 +39,7 @@ class CompressedTensors(FolderExporter):
         groups: dict[int, list[str]] = {}
         for name in model.linears:
             width = model.shapes[f"{block_prefix(0)}{name}.weight"][1]
-            groups.setdefault(gcd(width, checkpoint.record.group_size), []).append(name)
+            groups.setdefault(gcd(width, scale_group(*checkpoint.record.weights)), []).append(name)
         schemes = {f"group_{number}": _scheme(size, names) for number, (size, names) in enumerate(sorted(groups.items()))}
         found = {
             "quant_method": "compressed-tensors",
@@ -56,17 +56,17 @@ class CompressedTensors(FolderExporter):
         for owner in PackedWeight.owners(stored):
             width = model.shapes[f"{owner}.weight"][1]
             packed = PackedWeight.from_tensors(stored, owner, width)
-            size = gcd(width, packed.group_size)
-            scale = packed.scale.repeat_interleave(packed.group_size // size, dim=1)[:, : width // size]
+            scale = packed.scales_of(gcd(width, scale_group(packed.group_size, packed.level_bits)))
             shape = torch.tensor([packed.scale.shape[0], width])
-            parts = {"weight_packed": words(packed.whole_levels()), "weight_scale": scale.contiguous(), "weight_shape": shape}
+            parts = {"weight_packed": words(packed.whole_levels()), "weight_scale": scale, "weight_shape": shape}
             found |= {f"{owner}.{part}": tensor for part, tensor in parts.items()}
         return found
 
     def weight_bytes(self, model: SourceModel, group_size: int, level_bits: int) -> float:
-        """A byte a weight, in whole words; two for each group; the shape."""
+        """A byte a weight, in whole words; two for each scale; the shape."""
+        shared = scale_group(group_size, level_bits)
         return model.blocks * sum(
-            rows * (width + -width % _WORD + 2.0 * width / gcd(width, group_size)) + 16 for rows, width in model.binarized_shapes
+            rows * (width + -width % _WORD + 2.0 * width / gcd(width, shared)) + 16 for rows, width in model.binarized_shapes
         )
 
     def fidelity(self, model: SourceModel, form: Form) -> str:

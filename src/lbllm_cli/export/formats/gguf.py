@@ -34,8 +34,7 @@ def blocks(packed: PackedWeight) -> Tensor:
     """Rows of Q8_0 blocks, each a float16 scale and 32 numbers: uint8 [out, in / 32 * 34]."""
     levels = packed.whole_levels()
     count = levels.shape[1] // _BLOCK
-    scale = packed.scale.repeat_interleave(packed.group_size // _BLOCK, dim=1)[:, :count].contiguous()
-    parts = (scale.unsqueeze(-1).view(torch.uint8), levels.view(len(levels), count, _BLOCK).view(torch.uint8))
+    parts = (packed.scales_of(_BLOCK).unsqueeze(-1).view(torch.uint8), levels.view(len(levels), count, _BLOCK).view(torch.uint8))
     return torch.cat(parts, dim=-1).flatten(1)
 
 
@@ -44,7 +43,7 @@ class Gguf(Exporter):
 
     library = "llama.cpp"
 
-    def check(self, model: SourceModel, group_size: int) -> None:
+    def check(self, model: SourceModel, shared: int) -> None:
         """Raises UsageError naming what of the model llama.cpp, or a block of 32, cannot hold."""
         if find_spec("gguf") is None:
             raise UsageError("export.format: gguf needs the package gguf; run: pip install 'lbllm-cli[gguf]'")
@@ -58,8 +57,8 @@ class Gguf(Exporter):
                 f"export.format: gguf: llama.cpp's {architecture.name} has no {', no '.join(odd)}; take another format"
             )
         ragged = sorted({width for _, width in model.binarized_shapes if width % _BLOCK})
-        if group_size % _BLOCK or ragged:
-            found = f"groups of {group_size}" if group_size % _BLOCK else f"rows of {ragged[0]}"
+        if shared % _BLOCK or ragged:
+            found = f"groups of {shared}" if shared % _BLOCK else f"rows of {ragged[0]}"
             raise UsageError(f"export.format: gguf has blocks of {_BLOCK}, which do not divide {found}; take another format")
         Vocabulary(model.folder, config.vocab_size)
 
