@@ -2,19 +2,23 @@
 
 import torch
 
+from lbllm_cli.format.level_table import unpack_places
 from lbllm_cli.format.names import LEVELS
 from lbllm_cli.format.weights import PackedWeight, group_count, pack_codes
 
 
-def random_weights(in_features: int, outs: tuple[int, ...], group_size: int, seed: int = 0) -> list[PackedWeight]:
-    """Linears with one input, as a checkpoint may have them: any levels, scales down to a subnormal one."""
+def random_weights(in_features: int, outs: tuple[int, ...], group_size: int, seed: int = 0, bits: int = 8) -> list[PackedWeight]:
+    """Linears with one input, as a checkpoint may have them: any levels, scales down to a subnormal one. bits: of a level."""
     g, groups, found = torch.Generator().manual_seed(seed), group_count(in_features, group_size), []
     for out in outs:
         codes = pack_codes(torch.randint(0, LEVELS, (out, in_features), generator=g, dtype=torch.uint8), group_size)
         levels = torch.randint(-127, 128, (out, groups, LEVELS), generator=g).to(torch.int8)
         scale = (torch.rand(out, groups, generator=g) * 0.02 + 1e-3).half()
         scale[0, 0] = 3 * 2.0**-24
-        found.append(PackedWeight(codes, levels, scale, in_features))
+        if bits == 2:
+            levels = unpack_places(torch.randint(0, 256, (out, groups, 1), generator=g, dtype=torch.uint8))
+            scale = scale[:, :1].expand(out, groups)
+        found.append(PackedWeight(codes, levels, scale, in_features, bits))
     return found
 
 

@@ -22,9 +22,21 @@ def test_quantized_rows_times_weights(device, per):
         places, step, x = quantized_rows(rows, inn, size, per, seed=number)
         bias = torch.randn(sum(outs)) if number % 2 else None
         out = torch.full((rows, sum(outs)), torch.nan, device=device)
-        gemm_quantized(weights, places.to(device), step.to(device), out, bias=None if bias is None else bias.to(device))
+        on = None if bias is None else bias.to(device)
+        gemm_quantized(weights, places.to(device), step.to(device), int(per == "group"), out, bias=on)
         worst = max(worst, off(out, x, linears, bias))
     assert worst < TOLERANCE  # measured 6.7e-8
+
+
+@pytest.mark.parametrize(("inn", "size", "step"), [(200, 16, 64), (96, 32, 64), (72, 16, 48)])
+def test_groups_that_share_a_step(device, inn, size, step):
+    """Levels of 2 bits, whose groups are smaller than those of inputs."""
+    linears = random_weights(inn, (5, 2), size, bits=2)
+    weights = CudaWeights.of(moved(linears, device))
+    places, steps, x = quantized_rows(9, inn, step, "group")
+    out = torch.full((9, 7), torch.nan, device=device)
+    gemm_quantized(weights, places[:, : weights.padded_width].contiguous().to(device), steps.to(device), step // size, out)
+    assert off(out, x, linears, None) < TOLERANCE  # measured 4.0e-8
 
 
 def test_values_times_weights_in_full(device):
@@ -59,7 +71,7 @@ def test_a_residual_is_added_before_anything_is_rounded(device):
     residual = torch.randn(2, 6).bfloat16()
     wanted = (x @ linear.values().double().T + residual.double()).bfloat16()
     out = residual.clone().to(device)
-    gemm_quantized(weights, places.to(device), step.to(device), out, residual=out)
+    gemm_quantized(weights, places.to(device), step.to(device), 1, out, residual=out)
     assert torch.equal(out.cpu(), wanted)
     out = residual.clone().to(device)
     gemm(weights, x.float().to(device), out, residual=out)

@@ -58,9 +58,20 @@ def test_quantized_rows_times_weights(device, large, per):
         bias = torch.randn(sum(outs)) if number % 2 else None
         out = torch.full((rows, sum(outs)), torch.nan, device=device)
         on = None if bias is None else bias.to(device)
-        gemv_quantized(weights, places.to(device), step.to(device), out, bias=on)
+        gemv_quantized(weights, places.to(device), step.to(device), int(per == "group"), out, bias=on)
         worst = max(worst, off(out, x, linears, bias))
     assert worst < TOLERANCE  # measured 3.7e-8
+
+
+@pytest.mark.parametrize(("inn", "size", "step"), [(200, 16, 64), (96, 32, 64), (72, 16, 48), (64, 16, 32)])
+def test_groups_that_share_a_step(device, large, inn, size, step):
+    """Levels of 2 bits, whose groups are smaller than those of inputs."""
+    linears = random_weights(inn, (5, 2), size, bits=2)
+    weights = CudaWeights.of(moved(linears, device))
+    places, steps, x = quantized_rows(2, inn, step, "group")
+    out = torch.full((2, 7), torch.nan, device=device)
+    gemv_quantized(weights, places[:, : weights.padded_width].contiguous().to(device), steps.to(device), step // size, out)
+    assert off(out, x, linears, None) < TOLERANCE  # measured 2.2e-8
 
 
 def test_values_times_weights(device, large):
@@ -84,7 +95,7 @@ def test_a_residual_is_added_before_anything_is_rounded(device, large, dtype):
     residual = torch.randn(2, 6).to(dtype)
     wanted = (x @ linear.values().double().T + residual.double()).to(dtype)
     out = residual.clone().to(device)
-    gemv_quantized(weights, places.to(device), step.to(device), out, residual=out)
+    gemv_quantized(weights, places.to(device), step.to(device), 1, out, residual=out)
     torch.testing.assert_close(out.cpu(), wanted, rtol=1e-6, atol=1e-4)  # outputs reach 2,000
     out = residual.clone().to(device)
     gemv(weights, x.float().to(device), out, residual=out)
@@ -98,7 +109,7 @@ def test_more_groups_than_are_read_at_once(device, rows):
     assert tile(rows, *weights.words.shape)["GROUPS"] < weights.groups
     places, step, x = quantized_rows(rows, 9600, 16, "group")
     out = torch.empty(rows, 1, device=device)
-    gemv_quantized(weights, places.to(device), step.to(device), out)
+    gemv_quantized(weights, places.to(device), step.to(device), 1, out)
     assert off(out, x, linears, None) < TOLERANCE
     gemv(weights, x.float().to(device), out)
     assert off(out, x.float().double(), linears, None) < TOLERANCE

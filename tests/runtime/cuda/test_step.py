@@ -29,10 +29,10 @@ def no_grad():
         yield
 
 
-def product(weights, places, step, out, residual=None, bias=None) -> None:
+def product(weights, places, step, sharing, out, residual=None, bias=None) -> None:
     """`gemv_quantized` in torch."""
-    each = step if step.shape[1] == 1 else step.repeat_interleave(weights.group_size, 1)
-    x = (places.float() * each)[:, : weights.in_features]
+    each = step.repeat_interleave(weights.group_size * sharing or places.shape[1], 1)[:, : weights.in_features]
+    x = places[:, : weights.in_features].float() * each
     total = x @ torch.cat([weights.packed(slot).values() for slot in range(len(weights.outs))]).T
     for added in (bias, residual):
         total += 0 if added is None else added.float()

@@ -25,11 +25,11 @@ def few_programs(monkeypatch):
     monkeypatch.setattr(gemv, "_PROGRAMS", 1)
 
 
-def linears(device, inn=72, outs=(3, 2), size=32, biases=(False, False)) -> list[PackedLinear]:
+def linears(device, inn=72, outs=(3, 2), size=32, biases=(False, False), bits=8) -> list[PackedLinear]:
     made = []
-    for out, bias, packed in zip(outs, biases, random_weights(inn, outs, size), strict=True):
-        layer = PackedLinear(inn, out, size, bias)
-        for part, tensor in zip(PARTS, packed.tensors, strict=True):
+    for out, bias, packed in zip(outs, biases, random_weights(inn, outs, size, bits=bits), strict=True):
+        layer = PackedLinear(inn, out, size, bias, bits)
+        for part, tensor in zip(PARTS, packed.stored, strict=True):
             getattr(layer, part).copy_(tensor)
         layer.scale[0] = 0.01
         if bias:
@@ -74,6 +74,18 @@ def test_a_unit_gives_what_its_linears_gave(device, tables, size, rows):
     layers = linears(device, biases=(True, False))
     _, wanted, found = both(layers, by, x)
     close(found, wanted)
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("step", [16, 64, 72])
+def test_a_unit_with_a_scale_for_each_row(device, step, rows):
+    x = torch.randn(rows, 72, generator=torch.Generator().manual_seed(rows)).to(device)
+    layers = linears(device, size=16, bits=2, biases=(True, False))
+    before = [layer.packed().stored for layer in layers]
+    unit, wanted, found = both(layers, quantizer(device, KNEE, step), x)
+    close(found, wanted)
+    for slot, stored in enumerate(before):
+        assert all(torch.equal(a, b) for a, b in zip(unit.packed(slot).stored, stored, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -206,6 +218,7 @@ def test_where_a_unit_can_run(device):
     assert usable(layers, quantizer(device))
     assert not usable(layers, quantizer(device, size=16))
     assert usable(layers, quantizer(device, size=80))
+    assert usable(linears(device, size=16), quantizer(device, size=48))
     assert not usable([layers[0], layers[1].to("meta")], None)
     unit = CudaUnit([layers[0]], None)
     assert unit.runs_on(unit.weights.words.device)

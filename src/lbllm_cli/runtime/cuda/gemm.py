@@ -46,7 +46,9 @@ def gemm_places(
     W: tl.constexpr, V: tl.constexpr, SLICE: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, STEPS: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """A program: a tile [ROWS, OUTS] of outputs. places: int8 [rows, 16 * W * groups]. STEPS: 1 of each group, 0 of each row."""
+    """A program: a tile [ROWS, OUTS] of outputs. places: int8 [rows, 16 * W * groups]. STEPS: how many groups
+    share a step, 0 for all of a row.
+    """
     n = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
     m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     own = places + m.to(tl.int64)[:, None] * (groups * W * 16)
@@ -62,8 +64,8 @@ def gemm_places(
         weight = _joined(low, high, (four >> 16).to(tl.int8), (four >> 24).to(tl.int8), OUTS, SLICE * 16)
         dots = tl.dot(x, tl.trans(weight), out_dtype=tl.int32).to(tl.float32)
         factor = tl.load(scale + n * groups + group, mask=n < outs, other=0.0).to(tl.float32)[None, :]
-        if STEPS == 1:
-            factor = factor * tl.load(step + m * groups + group, mask=m < rows, other=0.0)[:, None]
+        if STEPS > 0:
+            factor = factor * tl.load(step + m * tl.cdiv(groups, STEPS) + group // STEPS, mask=m < rows, other=0.0)[:, None]
         total += dots * factor
     if STEPS == 0:
         total *= tl.load(step + m, mask=m < rows, other=0.0)[:, None]
@@ -135,16 +137,16 @@ def tile(rows: int, words: int, values: bool = False) -> dict[str, Any]:
 _WEIGHTS = "Tensor words, Tensor levels, Tensor scale"
 
 
-@operator(f"gemm_places({_WEIGHTS}, Tensor places, Tensor step, Tensor? bias, Tensor? residual, Tensor(a!) out)")
+@operator(f"gemm_places({_WEIGHTS}, Tensor places, Tensor step, int sharing, Tensor? bias, Tensor? residual, Tensor(a!) out)")
 def _gemm_places(
-    words: Tensor, levels: Tensor, scale: Tensor, places: Tensor, step: Tensor, bias: Tensor | None, residual: Tensor | None,
-    out: Tensor,
+    words: Tensor, levels: Tensor, scale: Tensor, places: Tensor, step: Tensor, sharing: int, bias: Tensor | None,
+    residual: Tensor | None, out: Tensor,
 ) -> None:  # fmt: skip
     rows, (outs, groups, each) = len(out), words.shape
     constants = tile(rows, each)
     gemm_places[(-(-outs // constants["OUTS"]), -(-rows // constants["ROWS"]))](
         words, levels, scale, places, step, out if bias is None else bias, out if residual is None else residual, out, rows, outs,
-        groups, STEPS=int(step.shape[1] == groups), BIAS=bias is not None, RESIDUAL=residual is not None, **constants,
+        groups, STEPS=sharing, BIAS=bias is not None, RESIDUAL=residual is not None, **constants,
     )  # fmt: skip
 
 
@@ -161,10 +163,11 @@ def _gemm_values(
 
 
 def gemm_quantized(
-    weights: CudaWeights, places: Tensor, step: Tensor, out: Tensor, residual: Tensor | None = None, bias: Tensor | None = None
-) -> None:
+    weights: CudaWeights, places: Tensor, step: Tensor, sharing: int, out: Tensor, residual: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> None:  # fmt: skip
     """`gemv.gemv_quantized` for any number of rows."""
-    _gemm_places(weights.words, weights.levels, weights.scale, places, step, bias, residual, out)
+    _gemm_places(weights.words, weights.levels, weights.scale, places, step, sharing, bias, residual, out)
 
 
 def gemm(weights: CudaWeights, x: Tensor, out: Tensor, residual: Tensor | None = None, bias: Tensor | None = None) -> None:

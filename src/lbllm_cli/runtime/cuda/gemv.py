@@ -79,8 +79,8 @@ def gemv_places(
     W: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
     STEPS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """A program: OUTS rows of weights. ROWS, OUTS, GROUPS, WORDS: of a tile. places: as int32. V: `span`. STEPS: 1
-    of each group, 0 of each row.
+    """A program: OUTS rows of weights. ROWS, OUTS, GROUPS, WORDS: of a tile. places: as int32. V: `span`. STEPS: how many groups
+    share a step, 0 for all of a row.
     """
     m, w = tl.arange(0, ROWS)[:, None, None, None], tl.arange(0, WORDS)[None, None, None, :]
     total = tl.zeros([ROWS, OUTS, GROUPS, 1], tl.float32)
@@ -95,8 +95,9 @@ def gemv_places(
         dots = dot4(look_up(even >> 16, level), tl.load(x + 2 * V, mask=there, other=0), dots)
         dots = dot4(look_up(odd >> 16, level), tl.load(x + 3 * V, mask=there, other=0), dots)
         factor = _of_rows(scale, group, outs, groups, OUTS).to(tl.float32)
-        if STEPS == 1:
-            factor = factor * tl.load(step + m * groups + group, mask=(m < rows) & (group < groups), other=0.0)
+        if STEPS > 0:
+            own = step + m * tl.cdiv(groups, STEPS) + group // STEPS
+            factor = factor * tl.load(own, mask=(m < rows) & (group < groups), other=0.0)
         total += tl.sum(dots, 3, keep_dims=True).to(tl.float32) * factor
     if STEPS == 0:
         total *= tl.load(step + m, mask=m < rows, other=0.0)
@@ -159,16 +160,16 @@ def tile(rows: int, outs: int, groups: int, words: int, values: bool = False) ->
 _WEIGHTS = "Tensor words, Tensor levels, Tensor scale"
 
 
-@operator(f"gemv_places({_WEIGHTS}, Tensor places, Tensor step, Tensor? bias, Tensor? residual, Tensor(a!) out)")
+@operator(f"gemv_places({_WEIGHTS}, Tensor places, Tensor step, int sharing, Tensor? bias, Tensor? residual, Tensor(a!) out)")
 def _gemv_places(
-    words: Tensor, levels: Tensor, scale: Tensor, places: Tensor, step: Tensor, bias: Tensor | None, residual: Tensor | None,
-    out: Tensor,
+    words: Tensor, levels: Tensor, scale: Tensor, places: Tensor, step: Tensor, sharing: int, bias: Tensor | None,
+    residual: Tensor | None, out: Tensor,
 ) -> None:  # fmt: skip
     rows, (outs, groups, each) = len(out), words.shape
     constants = tile(rows, outs, groups, each)
     gemv_places[(-(-outs // constants["OUTS"]),)](
         words, levels, scale, places.view(torch.int32), step, out if bias is None else bias,
-        out if residual is None else residual, out, rows, outs, groups, STEPS=int(step.shape[1] == groups),
+        out if residual is None else residual, out, rows, outs, groups, STEPS=sharing,
         BIAS=bias is not None, RESIDUAL=residual is not None, **constants,
     )  # fmt: skip
 
@@ -192,15 +193,16 @@ def _gemv_values(
 
 
 def gemv_quantized(
-    weights: CudaWeights, places: Tensor, step: Tensor, out: Tensor, residual: Tensor | None = None, bias: Tensor | None = None
-) -> None:
+    weights: CudaWeights, places: Tensor, step: Tensor, sharing: int, out: Tensor, residual: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> None:  # fmt: skip
     """All outputs of quantized rows into `out`, 1 to 8 of them.
 
-    places: int8 [rows, weights.padded_width], T - Z in the order of columns, 0 behind a ragged end. step: float32 [rows, groups],
-    or [rows, 1] where all of a row share one. out: [rows, weights.rows], bfloat16, float16 or float32. residual: added, of out's
-    shape, in any of these; may be `out` itself. bias: [weights.rows]. All of them contiguous.
+    places: int8 [rows, weights.padded_width], T - Z in the order of columns, 0 behind a ragged end. step: float32 [rows, steps].
+    sharing: groups of weights that share a step, 0 where all of a row do. out: [rows, weights.rows], bfloat16, float16 or
+    float32. residual: added, of out's shape, in any of these; may be `out` itself. bias: [weights.rows]. All of them contiguous.
     """
-    _gemv_places(weights.words, weights.levels, weights.scale, places, step, bias, residual, out)
+    _gemv_places(weights.words, weights.levels, weights.scale, places, step, sharing, bias, residual, out)
 
 
 def gemv(weights: CudaWeights, x: Tensor, out: Tensor, residual: Tensor | None = None, bias: Tensor | None = None) -> None:

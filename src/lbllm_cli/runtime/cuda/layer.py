@@ -50,7 +50,7 @@ class StepBuffers:
         self.masks = False
         self.angles = empty(rows, width), empty(rows, width)
         self.inputs = [
-            (empty(rows, unit.weights.padded_width, kind=torch.int8), empty(rows, steps_of(unit), kind=torch.float32))
+            (empty(rows, unit.weights.padded_width, kind=torch.int8), empty(rows, unit.steps, kind=torch.float32))
             for unit in layer.units
         ]
         self.qkv, self.gate_up = (empty(rows, unit.weights.rows) for unit in (layer.units[0], layer.units[2]))
@@ -58,12 +58,6 @@ class StepBuffers:
         self.sums = empty(rows, heads, parts, width, kind=torch.float32)
         self.weights = empty(rows, heads, parts, 2, kind=torch.float32)
         self.out = empty(rows, layer.units[0].weights.in_features)
-
-
-def steps_of(unit: CudaUnit) -> int:
-    """Steps of a row of a unit's input."""
-    assert unit.quantizer is not None
-    return 1 if unit.quantizer.size >= unit.weights.in_features else unit.weights.groups
 
 
 class StepLayer:

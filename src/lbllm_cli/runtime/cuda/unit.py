@@ -130,14 +130,23 @@ class CudaUnit:
         return out.view(*x.shape[:-1], weights.rows)
 
     def quantized(self, rows: Tensor, tables: QuantizerTables) -> tuple[Tensor, Tensor]:
-        """T - Z int8 [rows, padded width] and steps float32, [rows, groups], or [rows, 1] where all of a row share one."""
+        """T - Z int8 [rows, padded width] and steps float32, [rows, steps]."""
         assert self.quantizer is not None
-        size, weights = self.quantizer.size, self.weights
-        places = rows.new_empty(len(rows), weights.padded_width, dtype=torch.int8)
-        groups = 1 if size >= weights.in_features else weights.groups
-        step = rows.new_empty(len(rows), groups, dtype=torch.float32)
-        quantize_activations(rows, tables, size, places, step, self.quantizer.step_dtype)
+        places = rows.new_empty(len(rows), self.weights.padded_width, dtype=torch.int8)
+        step = rows.new_empty(len(rows), self.steps, dtype=torch.float32)
+        quantize_activations(rows, tables, self.quantizer.size, places, step, self.quantizer.step_dtype)
         return places, step
+
+    @property
+    def sharing(self) -> int:
+        """Groups of weights that share a step, 0 where all of a row do."""
+        assert self.quantizer is not None
+        return 0 if self.quantizer.size >= self.weights.in_features else self.quantizer.size // self.weights.group_size
+
+    @property
+    def steps(self) -> int:
+        """Steps of a row of its input."""
+        return -(-self.weights.groups // self.sharing) if self.sharing else 1
 
     def _values(self, rows: Tensor, tables: QuantizerTables) -> Tensor:
         """What the codes stand for: of 8 bits, which are no int8."""
@@ -149,7 +158,7 @@ class CudaUnit:
     def linear_quantized(self, places: Tensor, step: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
         """All outputs of rows that are quantized already, biases added: see `gemv.gemv_quantized`. Any number of rows."""
         product = gemv_quantized if len(out) <= ROWS_MAX else gemm_quantized
-        product(self.weights, places, step, out, residual, self.bias)
+        product(self.weights, places, step, self.sharing, out, residual, self.bias)
 
     def linear_values(self, rows: Tensor, out: Tensor, residual: Tensor | None = None) -> None:
         """The same of rows in full precision, [rows, in]."""
@@ -162,7 +171,7 @@ def usable(linears: list[PackedLinear], quantizer: ActQuantizer | None) -> bool:
     device, first = linears[0].weight.device, linears[0]
     if any(packed.weight.device != device for packed in linears) or not (device.type == "cuda" or INTERPRETED):
         return False
-    return quantizer is None or quantizer.size == first.group_size or quantizer.size >= first.in_features
+    return quantizer is None or quantizer.size % first.group_size == 0 or quantizer.size >= first.in_features
 
 
 def unit_of(linears: list[PackedLinear], quantizer: ActQuantizer | None) -> CudaUnit | None:
