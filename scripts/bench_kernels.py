@@ -92,6 +92,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds, after one that is not")
     parser.add_argument("--shapes", nargs="+", default=LINEAR_SHAPES, metavar="IN:OUT")
     parser.add_argument("--groups", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--table-groups", type=int, nargs="*", default=[16], help="groups whose levels have 2 bits")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 128], help="tokens that a linear gets")
     parser.add_argument("--tiers", nargs="+", choices=TIERS, default=TIERS, help="those that this CPU lacks are left out")
     parser.add_argument("--cache-mib", type=int, help="last-level cache; default what the system says")

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
 import lbllm_cli.hf  # noqa: F401  registers the packed format
-from lbllm_cli.engine.abi import Weights
-from lbllm_cli.format.names import LEVELS
-from lbllm_cli.format.weights import group_count, level_max
+from lbllm_cli.engine.abi import ROW_GROUP, Weights
+from lbllm_cli.format.names import LEVELS, TABLE_LEVELS
+from lbllm_cli.format.weights import group_count, level_max, per_row
 from lbllm_cli.runtime.cpu.library import DTYPES, pointer, quantizer_struct
 from lbllm_cli.runtime.cpu.unit import Unit, aligned
 from lbllm_cli.runtime.linear import PackedLinear
@@ -22,39 +22,51 @@ from lbllm_cli.training.knees import tables_of
 GRANULARITIES = ("group", "token")
 
 
-def random_packed(inputs: int, outputs: int, group_size: int) -> dict[str, Tensor]:
+def random_packed(inputs: int, outputs: int, group_size: int, level_bits: int = 8) -> dict[str, Tensor]:
     """Random tensors of a packed linear, with weights of the usual size."""
     groups = group_count(inputs, group_size)
+    weight = torch.randint(256, (outputs, groups, group_size // 4), dtype=torch.uint8)
+    if per_row(level_bits):
+        places = torch.randint(256, (outputs, groups, 1), dtype=torch.uint8)
+        scale = torch.full((outputs, 1), 2 * WEIGHT_RMS / TABLE_LEVELS[-1][-1], dtype=torch.float16)
+        return {"weight": weight, "levels": places, "scale": scale}
     return {
-        "weight": torch.randint(256, (outputs, groups, group_size // 4), dtype=torch.uint8),
+        "weight": weight,
         "levels": torch.randint(-level_max(8), level_max(8) + 1, (outputs, groups, LEVELS), dtype=torch.int8),
         "scale": torch.full((outputs, groups), WEIGHT_RMS * 3**0.5 / level_max(8), dtype=torch.float16),
     }
 
 
-def stored_bytes(inputs: int, outputs: int, group_size: int) -> float:
-    """Codes, int8 levels and float16 scales of a linear, without padding."""
-    return outputs * (inputs / 4 + group_count(inputs, group_size) * (LEVELS + 2))
+def stored_bytes(inputs: int, outputs: int, group_size: int, level_bits: int = 8) -> float:
+    """Codes, levels and float16 scales of a linear, without padding."""
+    groups = group_count(inputs, group_size)
+    return outputs * (inputs / 4 + (groups + 2 if per_row(level_bits) else groups * (LEVELS + 2)))
 
 
-def packed_walks(bench: Bench, inputs: int, outputs: int, x: Tensor, threads: int) -> dict[tuple[str, int, str], Walk]:
-    """A walk for each tier, group size and granularity; granularities and tiers share the copies of the weights."""
+def packed_walks(bench: Bench, inputs: int, outputs: int, x: Tensor, threads: int) -> dict[tuple[str, int, int, str], Walk]:
+    """A walk for each tier, group size, bits of a level and granularity; granularities and tiers share the copies of the weights.
+
+    With levels of 2 bits, groups of 64 inputs share a step.
+    """
     walks, y = {}, x.new_empty(len(x), outputs)
-    for group_size in bench.arguments.groups:
-        packed = PackedLinear(inputs, outputs, group_size, False)
-        packed.load_state_dict(random_packed(inputs, outputs, group_size))
-        tiles = Unit([packed], ActQuantizer(tables_of(TABLES), group_size)).tiles
+    forms = [(size, 8) for size in bench.arguments.groups] + [(size, 2) for size in bench.arguments.table_groups]
+    for group_size, level_bits in forms:
+        packed = PackedLinear(inputs, outputs, group_size, False, level_bits)
+        packed.load_state_dict(random_packed(inputs, outputs, group_size, level_bits))
+        step = ROW_GROUP if per_row(level_bits) else group_size
+        unit = Unit([packed], ActQuantizer(tables_of(TABLES), step))
+        tiles = unit.tiles
         stride = -(-len(tiles) // 64) * 64
         count = bench.copies(len(tiles))
         room = aligned(count * stride).view(count, stride)
         room[:, : len(tiles)] = tiles
-        weights = [Weights(pointer(row), None, inputs, outputs, group_size) for row in room]
+        weights = [Weights(pointer(row), None, inputs, outputs, *unit.sizes) for row in room]
         for granularity in GRANULARITIES:
-            quantizer = quantizer_struct(tables_of(TABLES), group_size if granularity == "group" else inputs)
+            quantizer = quantizer_struct(tables_of(TABLES), step if granularity == "group" else inputs)
             common = (byref(quantizer), pointer(x), pointer(y), DTYPES[x.dtype], len(x), threads)
             for name in bench.tiers:
                 calls = [partial(bench.lib.lbllm_linear, byref(w), *common) for w in weights]
-                walks[name, group_size, granularity] = Walk(calls, bench.lib, name, room, x, y)
+                walks[name, group_size, level_bits, granularity] = Walk(calls, bench.lib, name, room, x, y)
     return walks
 
 
@@ -76,8 +88,8 @@ def measure_linear(bench: Bench, inputs: int, outputs: int, rows: int, threads: 
     bandwidth = CHUNK / seconds["read"]
     kernels = []
     for key in walks:
-        speed = stored_bytes(inputs, outputs, key[1]) / seconds[key]
-        record = dict(zip(("tier", "group_size", "granularity"), key, strict=True))
+        speed = stored_bytes(inputs, outputs, key[1], key[2]) / seconds[key]
+        record = dict(zip(("tier", "group_size", "level_bits", "granularity"), key, strict=True))
         record |= {"us": seconds[key] * 1e6, "gb_s": speed / 1e9, "bandwidth_share": speed / bandwidth}
         kernels.append(record | {f"times_{name}": seconds[name] / seconds[key] for name in others})
     torch_us = {name: seconds[name] * 1e6 for name in others}

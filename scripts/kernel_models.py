@@ -207,7 +207,7 @@ def measure_floor(bench: Bench, subject: Subject, threads: int) -> Record:
     seconds = medians({**candidates, "read": bench.reading(threads)}, rounds)
     linears = [module for module in model.modules() if isinstance(module, PackedLinear)]
     sizes = {
-        "linears_bytes": int(sum(stored_bytes(x.in_features, x.out_features, x.group_size) for x in linears)),
+        "linears_bytes": int(sum(stored_bytes(x.in_features, x.out_features, x.group_size, x.level_bits) for x in linears)),
         "head_bytes": model.get_output_embeddings().weight.nbytes,
     }
     bandwidth = CHUNK / seconds["read"]

@@ -10,7 +10,7 @@ from conftest import ROOT
 from lbllm_cli.engine.abi import library
 
 SCRIPT = ROOT / "scripts" / "bench_kernels.py"
-KERNEL = {"tier", "group_size", "granularity", "us", "gb_s", "bandwidth_share", "times_bfloat16", "times_float32"}
+KERNEL = {"tier", "group_size", "level_bits", "granularity", "us", "gb_s", "bandwidth_share", "times_bfloat16", "times_float32"}
 WORK = {"prefill", "decode", "generate"}
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no compiled kernels in this installation")
