@@ -24,12 +24,21 @@ inline void spread(const uint8_t* places, int8_t* levels) {
     }
 }
 
+// Levels of all chunks of a group.
+struct Placed {
+    alignas(32) int8_t levels[lbllm::kMostChunks * lbllm::kChunkLevels];
+
+    Placed(const uint8_t* places, int chunks) {
+        for (int c = 0; c < chunks; c++) spread(places + c * lbllm::kChunkPlaces, levels + c * lbllm::kChunkLevels);
+    }
+};
+
 // Level tables of a pair of rows: by the lower code of a nibble (each level four times over), and by the upper one.
 struct Tables {
     __m256i lower, upper;
 };
 
-inline void tables_of(const int8_t* levels, Tables table[4]) {
+inline void tables_of(const uint8_t* levels, Tables table[4]) {
     const __m256i rows = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(levels));
     const __m256i upper = _mm256_set_epi32(0x03030303, 0x02020202, 0x01010101, 0, 0x03030303, 0x02020202, 0x01010101, 0);
     for (int p = 0; p < 4; p++) {
@@ -87,9 +96,10 @@ inline __m256i multiply_add(__m256i acc, const __m256i x[4], const __m256i w[4])
 // Dot products of 8 rows (in the order of scales) with one input, straight from the codes. Two rows after the other, with the number
 // of chunks known where it can be: with all rows side by side accumulators spill, and it takes a tenth longer.
 template <int kSafe, int kChunks, bool kPlaced>
-inline v8i dots(const uint8_t* codes, const int8_t* levels, const uint8_t* x, int chunks) {
+inline v8i dots(const uint8_t* codes, const uint8_t* levels, const uint8_t* x, int chunks) {
     Tables table[4];
     __m256i sums[4], w[4];
+    Placed placed(kPlaced ? levels : nullptr, kPlaced ? chunks : 0);
     if (!kPlaced) tables_of(levels, table);
     for (int p = 0; p < 4; p++) {
         __m256i acc = _mm256_setzero_si256();
@@ -98,7 +108,7 @@ inline v8i dots(const uint8_t* codes, const int8_t* levels, const uint8_t* x, in
             const __m256i quad[4] = {both_lanes(in), both_lanes(in + 16), both_lanes(in + 32), both_lanes(in + 48)};
             const uint8_t* own = codes + c * lbllm::kChunkBytes + p * 32;
             if (kPlaced)
-                placed_levels_of(levels + c * lbllm::kChunkLevels, p, own, w);
+                placed_levels_of(placed.levels + c * lbllm::kChunkLevels, p, own, w);
             else
                 levels_of(table[p], own, w);
             acc = multiply_add<kSafe>(acc, quad, w);
@@ -108,17 +118,18 @@ inline v8i dots(const uint8_t* codes, const int8_t* levels, const uint8_t* x, in
     return row_sums(sums[0], sums[1], sums[2], sums[3]);
 }
 
-// Codes of `chunks` chunks of 8 rows to their levels: int8 [chunks][4][8][16]. levels: int8 [8][4], or of places [chunks][4][8][4].
+// Codes of `chunks` chunks of 8 rows to their levels: int8 [chunks][4][8][16]. levels: as a record has them, kPlaced: places.
 template <bool kPlaced>
-inline void decode(const uint8_t* codes, const int8_t* levels, int chunks, int8_t* out) {
+inline void decode(const uint8_t* codes, const uint8_t* levels, int chunks, int8_t* out) {
     Tables table[4];
+    Placed placed(kPlaced ? levels : nullptr, kPlaced ? chunks : 0);
     if (!kPlaced) tables_of(levels, table);
     for (int c = 0; c < chunks; c++)
         for (int p = 0; p < 4; p++) {
             __m256i w[4];
             const uint8_t* own = codes + c * lbllm::kChunkBytes + p * 32;
             if (kPlaced)
-                placed_levels_of(levels + c * lbllm::kChunkLevels, p, own, w);
+                placed_levels_of(placed.levels + c * lbllm::kChunkLevels, p, own, w);
             else
                 levels_of(table[p], own, w);
             for (int k = 0; k < 4; k++) _mm256_store_si256(reinterpret_cast<__m256i*>(out + c * 512 + k * 128 + p * 32), w[k]);

@@ -8,16 +8,14 @@ inline __m512i four_lanes(const uint8_t* x) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
 }
 
-// Places of a chunk to levels: [4][8] -> int8 [4][8][4]. A byte is spread over four, two bits to each, and the table looked up at
-// four times the code and these.
-inline void spread(const uint8_t* places, int8_t* levels) {
-    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(lbllm::kTable)));
-    for (int unit = 0; unit < lbllm::kUnits; unit++) {
-        const __m256i byte = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(places + unit * lbllm::kRows)));
-        const __m256i two = _mm256_or_si256(byte, _mm256_slli_epi32(byte, 6)), four = _mm256_or_si256(two, _mm256_slli_epi32(two, 12));
-        const __m256i at = _mm256_or_si256(_mm256_and_si256(four, _mm256_set1_epi32(0x03030303)), _mm256_set1_epi32(0x0c080400));
-        _mm256_store_si256(reinterpret_cast<__m256i*>(levels + unit * lbllm::kRows * lbllm::kLevels), _mm256_shuffle_epi8(table, at));
-    }
+// Places of two units of 16 columns to levels: [2][8] -> int8 [2][8][4]. A byte is spread over four, two bits to each, and the table
+// looked up at four times the code and these.
+inline __m512i spread(const uint8_t* places) {
+    const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(places)));
+    const __m512i two = _mm512_or_si512(byte, _mm512_slli_epi32(byte, 6)), four = _mm512_or_si512(two, _mm512_slli_epi32(two, 12));
+    const __m512i low = _mm512_set1_epi32(0x03030303), code = _mm512_set1_epi32(0x0c080400);
+    const __m512i table = four_lanes(reinterpret_cast<const uint8_t*>(lbllm::kTable));
+    return _mm512_shuffle_epi8(table, _mm512_ternarylogic_epi32(four, low, code, 0xEA));  // four & low | code
 }
 
 // Level tables of four rows: by the lower code of a nibble, and by the upper one (dots_avx2.inl).
@@ -25,7 +23,7 @@ struct Tables {
     __m512i lower, upper;
 };
 
-inline void tables_of(const int8_t* levels, Tables table[2]) {
+inline void tables_of(const uint8_t* levels, Tables table[2]) {
     const __m512i rows = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(levels)));
     const __m512i upper = _mm512_broadcast_i32x4(_mm_set_epi32(0x03030303, 0x02020202, 0x01010101, 0));
     table[0].lower = _mm512_permutexvar_epi32(_mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0), rows);
@@ -43,15 +41,15 @@ inline void levels_of(const Tables& table, const uint8_t* codes, __m512i w[4]) {
     w[3] = _mm512_shuffle_epi8(table.upper, high);
 }
 
-// The same where each vector has levels of its own. levels: int8 [4][8][4]; half: which four rows.
-inline void placed_levels_of(const int8_t* levels, int half, const uint8_t* codes, __m512i w[4]) {
+// The same where each vector has levels of its own. placed: of units 0 and 1, and of 2 and 3; half: which four rows.
+inline void placed_levels_of(const __m512i placed[2], int half, const uint8_t* codes, __m512i w[4]) {
     const __m512i v = _mm512_loadu_si512(codes), nibble = _mm512_set1_epi8(15);
     const __m512i index[2] = {_mm512_and_si512(v, nibble), _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble)};
     const __m512i lanes = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
     const __m512i upper = _mm512_broadcast_i32x4(_mm_set_epi32(0x03030303, 0x02020202, 0x01010101, 0));
     for (int k = 0; k < 4; k++) {
-        const __m128i rows = _mm_load_si128(reinterpret_cast<const __m128i*>(levels + (k * lbllm::kRows + 4 * half) * lbllm::kLevels));
-        const __m512i table = _mm512_permutexvar_epi32(lanes, _mm512_castsi128_si512(rows));
+        const __m512i first = _mm512_add_epi32(lanes, _mm512_set1_epi32(k % 2 * 8 + half * 4));
+        const __m512i table = _mm512_permutexvar_epi32(first, placed[k / 2]);
         w[k] = _mm512_shuffle_epi8(k % 2 ? _mm512_shuffle_epi8(table, upper) : table, index[k / 2]);
     }
 }
@@ -62,14 +60,16 @@ inline v8i row_sums(__m512i low, __m512i high) {
 }
 
 template <int kSafe, int kChunks, bool kPlaced>
-inline v8i dots(const uint8_t* codes, const int8_t* levels, const uint8_t* x, int chunks) {
+inline v8i dots(const uint8_t* codes, const uint8_t* levels, const uint8_t* x, int chunks) {
     Tables table[2];
     if (!kPlaced) tables_of(levels, table);
     __m512i low = _mm512_setzero_si512(), high = low, a[4], b[4];
     for (int c = 0; c < (kChunks ? kChunks : chunks); c++, codes += lbllm::kChunkBytes, x += lbllm::kChunk) {
         if (kPlaced) {
-            placed_levels_of(levels + c * lbllm::kChunkLevels, 0, codes, a);
-            placed_levels_of(levels + c * lbllm::kChunkLevels, 1, codes + 64, b);
+            const uint8_t* places = levels + c * lbllm::kChunkPlaces;
+            const __m512i placed[2] = {spread(places), spread(places + 16)};
+            placed_levels_of(placed, 0, codes, a);
+            placed_levels_of(placed, 1, codes + 64, b);
         } else {
             levels_of(table[0], codes, a);
             levels_of(table[1], codes + 64, b);
@@ -82,19 +82,21 @@ inline v8i dots(const uint8_t* codes, const int8_t* levels, const uint8_t* x, in
     return row_sums(low, high);
 }
 
-// Codes of `chunks` chunks of 8 rows to their levels: int8 [chunks][4][8][16]. levels: int8 [8][4], or of places [chunks][4][8][4].
+// Codes of `chunks` chunks of 8 rows to their levels: int8 [chunks][4][8][16]. levels: as a record has them, kPlaced: places.
 template <bool kPlaced>
-inline void decode(const uint8_t* codes, const int8_t* levels, int chunks, int8_t* out) {
+inline void decode(const uint8_t* codes, const uint8_t* levels, int chunks, int8_t* out) {
     Tables table[2];
     if (!kPlaced) tables_of(levels, table);
     for (int c = 0; c < chunks; c++)
         for (int half = 0; half < 2; half++) {
             __m512i w[4];
             const uint8_t* own = codes + c * lbllm::kChunkBytes + half * 64;
-            if (kPlaced)
-                placed_levels_of(levels + c * lbllm::kChunkLevels, half, own, w);
-            else
+            if (kPlaced) {
+                const __m512i placed[2] = {spread(levels + c * lbllm::kChunkPlaces), spread(levels + c * lbllm::kChunkPlaces + 16)};
+                placed_levels_of(placed, half, own, w);
+            } else {
                 levels_of(table[half], own, w);
+            }
             for (int k = 0; k < 4; k++) _mm512_store_si512(out + c * 512 + k * 128 + half * 64, w[k]);
         }
 }

@@ -15,20 +15,16 @@ struct Placed {
 };
 constexpr Placed kPlacedLevels;
 
-// Places of a chunk to levels: [4][8] -> int8 [4][8][4].
-inline void spread(const uint8_t* places, int8_t* levels) {
-    for (int i = 0; i < lbllm::kChunkPlaces; i++) memcpy(levels + i * lbllm::kLevels, kPlacedLevels.of[places[i]], lbllm::kLevels);
-}
-
-// Codes of `chunks` chunks of 8 rows to their levels: int8 [chunks][4][8][16]. levels: int8 [8][4], or of places [chunks][4][8][4].
+// Codes of `chunks` chunks of 8 rows to their levels: int8 [chunks][4][8][16]. levels: as a record has them, kPlaced: places.
 template <bool kPlaced>
-inline void decode(const uint8_t* codes, const int8_t* levels, int chunks, int8_t* out) {
+inline void decode(const uint8_t* codes, const uint8_t* levels, int chunks, int8_t* out) {
     typedef uint8_t v16u __attribute__((vector_size(16)));
     for (int c = 0; c < chunks; c++)
         for (int row = 0; row < lbllm::kRows; row++) {
             const v16u packed = load<v16u>(codes + (c * lbllm::kRows + row) * lbllm::kLane);
             for (int unit = 0; unit < 4; unit++) {
-                const int8_t* l = levels + ((kPlaced ? c * 4 + unit : 0) * lbllm::kRows + row) * lbllm::kLevels;
+                const int8_t* l = kPlaced ? kPlacedLevels.of[levels[(c * lbllm::kUnits + unit) * lbllm::kRows + row]]
+                                          : reinterpret_cast<const int8_t*>(levels) + row * lbllm::kLevels;
                 v16u of[4];
                 for (int k = 0; k < 4; k++) of[k] = v16u{} + static_cast<uint8_t>(l[k]);
                 // Masks of all ones where the sign or the bitmap bit is set.
@@ -79,11 +75,11 @@ inline v8i dots_decoded(const int8_t* w, const uint8_t* x, int chunks) {
 
 // Dot products of 8 rows with one input, straight from the codes.
 template <int kSafe, int kChunks, bool kPlaced>
-inline v8i dots(const uint8_t* codes, const int8_t* levels, const uint8_t* x, int chunks) {
+inline v8i dots(const uint8_t* codes, const uint8_t* levels, const uint8_t* x, int chunks) {
     alignas(16) int8_t w[4 * 8 * 16];
     v8i total = {};
     for (int c = 0; c < (kChunks ? kChunks : chunks); c++) {
-        decode<kPlaced>(codes + c * lbllm::kChunkBytes, levels + (kPlaced ? c * lbllm::kChunkLevels : 0), 1, w);
+        decode<kPlaced>(codes + c * lbllm::kChunkBytes, levels + (kPlaced ? c * lbllm::kChunkPlaces : 0), 1, w);
         total += dots_decoded(w, x + c * lbllm::kChunk, 1);
     }
     return total;

@@ -20,8 +20,7 @@ void tile_few(const Layout& l, const uint8_t* record, const Quantized& x, v8f* y
     for (int64_t m = 0; m < x.rows; m++) y[m] = v8f{};
     for (int g = 0; g < l.groups; record += l.record, g++) {
         const uint8_t* codes = record + l.codes(g);
-        alignas(64) int8_t placed[kPlaced ? lbllm::kMostChunks * lbllm::kChunkLevels : 1];
-        const int8_t* levels = levels_at<kPlaced>(record, l.chunks(g), placed);
+        const uint8_t* levels = record + lbllm::kLevelTable;
         for (int line = 0; line < l.record; line += 64) __builtin_prefetch(record + kAhead + line);
         const int64_t at = g * x.rows;
         const uint8_t* in = x.at(l, g, 0);

@@ -11,23 +11,14 @@ constexpr int kPanelRows = kLanes * kPanelVectors;
 constexpr int kPanelTiles = kPanelRows / lbllm::kRows;
 constexpr int kBlock = 4;  // columns whose products a lane adds at once
 
-// Levels of a record: as it has them, int8 [8][4], or out of its places, [chunks][4][8][4].
-template <bool kPlaced>
-inline const int8_t* levels_at(const uint8_t* record, int chunks, int8_t* placed) {
-    const uint8_t* from = record + lbllm::kLevelTable;
-    if (!kPlaced) return reinterpret_cast<const int8_t*>(from);
-    for (int c = 0; c < chunks; c++) spread(from + c * lbllm::kChunkPlaces, placed + c * lbllm::kChunkLevels);
-    return placed;
-}
-
 // Levels of all weights of a record: int8 [chunks][4][8][16].
 inline void decode_record(const Layout& l, const uint8_t* record, int chunks, int8_t* out) {
-    alignas(64) int8_t placed[lbllm::kMostChunks * lbllm::kChunkLevels];
     const uint8_t* codes = record + l.codes_at(chunks);
+    const uint8_t* levels = record + lbllm::kLevelTable;
     if (l.placed)
-        decode<true>(codes, levels_at<true>(record, chunks, placed), chunks, out);
+        decode<true>(codes, levels, chunks, out);
     else
-        decode<false>(codes, levels_at<false>(record, chunks, placed), chunks, out);
+        decode<false>(codes, levels, chunks, out);
 }
 
 // Decoded levels of a tile, int8 [chunks][4][8][16], to [chunks * 16 blocks][8 rows][4 columns], blocks `stride` bytes apart.
