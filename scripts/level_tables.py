@@ -8,11 +8,10 @@ the last row of a size is `lbllm`'s own table, with levels that know it and the 
 are relative to groups of 64 with levels of 4 bits.
 """
 
+import argparse
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
@@ -67,13 +66,14 @@ def rounded(levels: Tensor, table: Tensor) -> Tensor:
     return table[torch.bucketize(levels.contiguous(), (table[1:] + table[:-1]) / 2)]
 
 
-def main(
-    model: Annotated[list[Path], typer.Option(help="a folder with a model's safetensors; several give a column each")],
-) -> None:
+def main() -> None:
     """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, action="append", required=True, help="a folder with safetensors")
+    models: list[Path] = parser.parse_args().model
     torch.manual_seed(0)
     rows: dict[tuple[str, float], list[float]] = {}
-    for folder in model:
+    for folder in models:
         weights = linears(folder)
         each = {size: [fitted(weight, size) for weight in weights] for size in SIZES}
         base = sum(error(groups, level_values(*project_levels(levels, 4))) for groups, levels in each[64])
@@ -97,7 +97,7 @@ def main(
                 known = fit_levels(groups.flatten(0, 1), torch.ones(size), 20, each_group)
                 total += error(groups, known.view_as(levels))
             rows.setdefault((f"{size}, table of lbllm", 2 + 8 / size), []).append(total / base)
-    shown = Table("group, levels", "bits, but for a row's scale", *(folder.name for folder in model))
+    shown = Table("group, levels", "bits, but for a row's scale", *(folder.name for folder in models))
     for (name, bits_), found_ in rows.items():
         shown.add_row(name, f"{bits_:.3f}", *(f"{value:.3f}" for value in found_))
     console = Console()
@@ -106,4 +106,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

@@ -27,6 +27,7 @@ OTHERS = {
     "act_calib.parent": "ptq",
     "act_calib.sequences": 5,
     "act_calib.granularity": "token",
+    "act_calib.group_size": 64,
     "act_calib.form": "uniform",
     "act_calib.kv_form": "uniform",
     "act_calib.tables": 1,

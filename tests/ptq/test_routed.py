@@ -90,7 +90,8 @@ def test_an_expert_that_nothing_is_sent_to(ok, tmp_path):
         if name.endswith("router.bias"):
             tensors[name][2] = -1e4
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    recipe = write_recipe(tmp_path / "r.json", folder, tmp_path / "run", distill={"epochs": 6, "batch_size": 1})
+    distill = {"epochs": 6, "batch_size": 1, "lr_weights": 0.004}
+    recipe = write_recipe(tmp_path / "r.json", folder, tmp_path / "run", distill=distill)
     log = ok("ptq", "--recipe", recipe).stderr
     assert "experts short of tokens" in log
     for record in events(tmp_path / "run" / "ptq"):

@@ -232,7 +232,7 @@ def test_stored_levels_forward():
     levels = torch.randn(6, 3, 4, generator=_generator(11)) * 0.05
     wanted = level_values(*project_levels(levels))
     assert torch.equal(stored_levels(levels, 8, None, True), wanted)
-    assert torch.equal(StoredLevels.apply(levels, 8), wanted)
+    assert torch.equal(StoredLevels.apply(levels, 8, None, True), wanted)
     assert not torch.equal(wanted, levels)
 
 

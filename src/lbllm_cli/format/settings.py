@@ -85,8 +85,8 @@ def check_settings(values: dict[str, Any]) -> None:
     check("linears", good, "the linears of a block", linears)
     bits = values.get("level_bits", 8)
     check("level_bits", type(bits) is int and bits in LEVEL_BITS, "8, 4 or 2", bits)
-    check("format_version", bits == 8 or version >= 3, "3 or more where levels have 4 bits", version)
-    check("format_version", bits != LEVEL_BITS[2] or version >= 6, "6 or more where levels have 2 bits", version)
+    least = format_version(bits, None)
+    check("format_version", version >= least, f"{least} or more where levels have {bits} bits", version)
     head = values.get("head_bits", 16)
     check("head_bits", type(head) is int and head in HEAD_BITS, "8 or 16", head)
     check("format_version", head == 16 or version >= 5, "5 where embedding and head have 8 bits", version)
@@ -101,4 +101,5 @@ def check_settings(values: dict[str, Any]) -> None:
         raise ValueError(f"quantization_config.activations.{describe(error)}; export it again") from None
     check("format_version", not layout.get("key_centre") or version >= 4, "4 or more where keys are centred", version)
     step, free = layout["group_size"], bits == LEVEL_BITS[2]
-    check("activations.group_size", step == size or (free and step % 16 == 0), "a multiple of 16" if free else f"{size}", step)
+    expected = "a multiple of 16" if free else f"that of the weights, {size}"
+    check("activations.group_size", step == size or (free and step % 16 == 0), expected, step)
