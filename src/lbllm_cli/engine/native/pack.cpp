@@ -22,40 +22,21 @@ struct Spread {
 };
 constexpr Spread kSpread;
 
-// A whole chunk of a row, 16 bytes, to its 16 bytes in the tile; returns the sum of its levels. Code by code a gigabyte of weights
-// took two seconds.
-int pack_chunk(const uint8_t* bytes, const int8_t* levels, uint8_t* to) {
-    uint32_t codes[16];
-    for (int i = 0; i < 16; i++) codes[i] = kSpread.of[bytes[i]];
-    for (int i = 0; i < 4; i++) {
-        const uint32_t four = codes[i] | codes[4 + i] << 2 | codes[8 + i] << 4 | codes[12 + i] << 6;
-        memcpy(to + 4 * i, &four, 4);
-    }
-    int counts[kLevels] = {64, 0, 0, 0};
-    for (int half = 0; half < 2; half++) {
-        uint64_t word;
-        memcpy(&word, bytes + 8 * half, 8);
-        const uint64_t each = 0x5555555555555555ull, sign = word & each, bitmap = word >> 1 & each;
-        const int both = __builtin_popcountll(sign & bitmap), signs = __builtin_popcountll(sign), bitmaps = __builtin_popcountll(bitmap);
-        counts[1] += signs - both;
-        counts[2] += bitmaps - both;
-        counts[3] += both;
-    }
-    counts[0] -= counts[1] + counts[2] + counts[3];
-    return counts[0] * levels[0] + counts[1] * levels[1] + counts[2] * levels[2] + counts[3] * levels[3];
-}
+// Where a level of a size lies in the table of its pair: 0 to 3.
+struct PlaceOfSize {
+    uint8_t of[128];
 
-// Where a level lies in the table of its code: 0 to 3.
-inline int place_in_table(int8_t level, int code) {
-    int place = 0;
-    while (place < 3 && kTable[code][place] != level) place++;
-    return place;
-}
+    constexpr PlaceOfSize() : of() {
+        for (int code = 1; code < kLevels; code += 2)
+            for (uint8_t place = 0; place < 4; place++) of[kTable[code][place]] = place;
+    }
+};
+constexpr PlaceOfSize kPlaceOfSize;
 
+// The byte of four levels, in code order: below and above zero in turn.
 inline uint8_t places_of(const int8_t* levels) {
-    int byte = 0;
-    for (int code = 0; code < kLevels; code++) byte |= place_in_table(levels[code], code) << (2 * code);
-    return static_cast<uint8_t>(byte);
+    const uint8_t* of = kPlaceOfSize.of;
+    return static_cast<uint8_t>(of[-levels[0] & 127] | of[levels[1] & 127] << 2 | of[-levels[2] & 127] << 4 | of[levels[3] & 127] << 6);
 }
 
 // What a row of a linear is made of, as a checkpoint has it, in groups of `size`.
@@ -67,6 +48,30 @@ struct Row {
 
     const int8_t* levels_at(int column) const { return levels + column / size * kLevels; }
 };
+
+// Sum of the levels of 16 columns, whose codes are 4 bytes.
+inline int sum_of(const uint8_t* bytes, const int8_t* levels) {
+    uint32_t word;
+    memcpy(&word, bytes, 4);
+    const uint32_t each = 0x55555555u, sign = word & each, bitmap = word >> 1 & each;
+    const int both = __builtin_popcount(sign & bitmap), signs = __builtin_popcount(sign), bitmaps = __builtin_popcount(bitmap);
+    return (16 - signs - bitmaps + both) * levels[0] + (signs - both) * levels[1] + (bitmaps - both) * levels[2] + both * levels[3];
+}
+
+// A whole chunk of a row, 16 bytes from a column on, to its 16 bytes in the tile; returns the sum of its levels. Code by code a
+// gigabyte of weights took two seconds.
+int pack_chunk(const Row& from, int column, uint8_t* to) {
+    const uint8_t* bytes = from.codes + column / 4;
+    uint32_t codes[16];
+    for (int i = 0; i < 16; i++) codes[i] = kSpread.of[bytes[i]];
+    int sum = 0;
+    for (int i = 0; i < 4; i++) {
+        const uint32_t four = codes[i] | codes[4 + i] << 2 | codes[8 + i] << 4 | codes[12 + i] << 6;
+        memcpy(to + 4 * i, &four, 4);
+        sum += sum_of(bytes + 4 * i, from.levels_at(column + i * kLane));
+    }
+    return sum;
+}
 
 // A group of `columns` from `first` on. Where levels are places, those of each 16 columns are written down.
 void pack_row(const Layout& l, int g, int row, const Row& from, uint8_t* record) {
@@ -81,8 +86,7 @@ void pack_row(const Layout& l, int g, int row, const Row& from, uint8_t* record)
     }
     int sum = 0, c = 0;
     uint8_t* codes = record + l.codes(g) + row * kLane;
-    for (; !l.placed && c + kChunk <= l.columns(g); c += kChunk)
-        sum += pack_chunk(bytes + c / 4, from.levels_at(first), codes + c / kChunk * kChunkBytes);
+    for (; c + kChunk <= l.columns(g); c += kChunk) sum += pack_chunk(from, first + c, codes + c / kChunk * kChunkBytes);
     for (; c < l.columns(g); c++) {
         const int code = code_at(bytes, c), place = c % kChunk;
         codes[c / kChunk * kChunkBytes + place % kLane] |= static_cast<uint8_t>(code << (place / kLane * 2));
