@@ -41,6 +41,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.distill.fit import BinarizedStudent
 from lbllm_cli.format import weights as binarize
+from lbllm_cli.format.levels import level_values, project_levels
 from lbllm_cli.models.block import Block, block_prefix
 from lbllm_cli.parallel.group import ALONE
 from lbllm_cli.pipeline.block_loop import BlockTask
@@ -191,8 +192,8 @@ class Case:
             weight = teacher.linear(name).weight.detach().float()
             source = binarize.grouped(weight, self.group_size)
             fitted = quantile_levels(source.flatten(0, 1)).view(*source.shape[:2], binarize.LEVELS)
-            levels, scale = binarize.project_levels(fitted)
-            ranks = nearest_ranks(source, binarize.level_values(levels, scale)).flatten(1)[:, : weight.shape[1]]
+            levels, scale = project_levels(fitted)
+            ranks = nearest_ranks(source, level_values(levels, scale)).flatten(1)[:, : weight.shape[1]]
             packed = binarize.PackedWeight.of_ranks(ranks, levels, scale, self.group_size)
             tensors |= packed.moved(Tensor.cpu).to_tensors(teacher.prefix + name)
         return tensors

@@ -11,8 +11,9 @@ from torch.nn.functional import linear as dense_linear
 
 import lbllm_cli.hf  # noqa: F401  registers the packed format
 from lbllm_cli.engine.abi import ROW_GROUP, Weights
+from lbllm_cli.format.levels import level_max, per_row
 from lbllm_cli.format.names import LEVELS, TABLE_LEVELS
-from lbllm_cli.format.weights import group_count, level_max, per_row
+from lbllm_cli.format.weights import group_count
 from lbllm_cli.runtime.cpu.library import DTYPES, pointer, quantizer_struct
 from lbllm_cli.runtime.cpu.unit import Unit, aligned
 from lbllm_cli.runtime.linear import PackedLinear

@@ -18,8 +18,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lbllm_cli.format.level_table import RANK_TO_CODE
+from lbllm_cli.format.levels import level_values, project_levels
 from lbllm_cli.format.names import TABLE_LEVELS
-from lbllm_cli.format.weights import grouped, level_values, project_levels
+from lbllm_cli.format.weights import grouped
 from lbllm_cli.ptq.em import fit_levels, nearest_rank
 from lbllm_cli.ptq.row_levels import fit_row_scale
 

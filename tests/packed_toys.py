@@ -5,7 +5,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lbllm_cli.format.activations import ActivationFormat, Tables, uniform_levels
-from lbllm_cli.format.weights import PARTS, PackedWeight, pack_codes, project_levels
+from lbllm_cli.format.levels import project_levels
+from lbllm_cli.format.weights import PARTS, PackedWeight, pack_codes
 from lbllm_cli.runtime.attachments import attach
 from lbllm_cli.runtime.kv_cache import keep_quantized
 from lbllm_cli.runtime.linear import PackedLinear

@@ -120,7 +120,8 @@ def test_what_is_reported_is_what_is_stored(ok, run, tmp_path, monkeypatch):
 
 def test_the_start_keeps_the_advantage_of_compensated_codes(parent):
     """Latents equal to the source weights would throw it away: their first step begins above the ptq error."""
-    from lbllm_cli.format.weights import grouped, level_values, ranks_from_codes, unpack_codes
+    from lbllm_cli.format.levels import level_values
+    from lbllm_cli.format.weights import grouped, ranks_from_codes, unpack_codes
     from lbllm_cli.training.ste import nearest_ranks
 
     toy, output = parent

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lbllm_cli.format.level_table import pack_places, table_levels, unpack_places
+from lbllm_cli.format.levels import level_values, project_levels, stored_grid
 from lbllm_cli.format.names import TABLE_LEVELS
-from lbllm_cli.format.weights import PackedWeight, expected_bits, level_values, pack_codes, project_levels, ranks_from_codes
+from lbllm_cli.format.weights import PackedWeight, expected_bits, pack_codes, ranks_from_codes
 
 # Of each code: what its level can be.
 VALUES = [[sign * value for value in row] for row in TABLE_LEVELS for sign in (-1, 1)]
@@ -69,6 +70,16 @@ def test_levels_on_the_grid_keep_their_values(ascending):
 def test_a_scale_that_is_not_finite_is_refused():
     with pytest.raises(ValueError, match="levels reach"):
         project_levels(torch.ones(2, 3, 4), 2, torch.full((2, 1), torch.inf).half())
+
+
+@pytest.mark.parametrize("level", [float("nan"), float("inf"), float("-inf")])
+def test_levels_that_are_not_finite_are_refused_and_where_nobody_waits_show(level):
+    levels, scale = torch.randn(2, 3, 4, generator=_generator(8)).sort(-1).values, torch.full((2, 1), 0.01).half()
+    levels[1, 2, 3] = level
+    with pytest.raises(ValueError, match="levels reach"):
+        project_levels(levels, 2, scale)
+    found = level_values(*stored_grid(levels, 2, scale))
+    assert torch.isnan(found).nonzero().tolist() == [[1, 2, k] for k in range(4)]
 
 
 @pytest.mark.parametrize(("out", "inn", "size"), [(6, 100, 16), (5, 64, 32), (1, 1536, 16), (3, 40, 64)])

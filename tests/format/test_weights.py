@@ -7,18 +7,8 @@ from fractions import Fraction
 import pytest
 import torch
 
-from lbllm_cli.format.weights import (
-    PackedWeight,
-    codes_from_ranks,
-    dequantize,
-    group_count,
-    level_values,
-    pack_codes,
-    pack_levels,
-    project_levels,
-    unpack_codes,
-    unpack_levels,
-)
+from lbllm_cli.format.levels import level_values, pack_levels, project_levels, unpack_levels
+from lbllm_cli.format.weights import PackedWeight, codes_from_ranks, dequantize, group_count, pack_codes, unpack_codes
 
 SHAPES = [(3, 576, 128), (2, 100, 48), (5, 16, 16), (1, 1, 16), (4, 33, 16), (2, 128, 128)]
 # Every finite float16 from zero up, in order.

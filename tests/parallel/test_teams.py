@@ -10,7 +10,8 @@ from conftest import ROOT, TOY
 from parallel.processes import done, lbllm, variables
 from safetensors.torch import load_file, save_file
 
-from lbllm_cli.format.weights import PackedWeight, stored_grid
+from lbllm_cli.format.levels import stored_grid
+from lbllm_cli.format.weights import PackedWeight
 from lbllm_cli.parallel.group import ALONE, Alone
 from lbllm_cli.parallel.shares import share_of
 from lbllm_cli.ptq.moments import InputMoments

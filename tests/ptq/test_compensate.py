@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lbllm_cli.format.weights import level_values, project_levels
+from lbllm_cli.format.levels import level_values, project_levels
 from lbllm_cli.ptq.compensate import RankFit, compensate
 from lbllm_cli.ptq.em import fit_levels
 from lbllm_cli.ptq.moments import inverse_factor

@@ -5,8 +5,8 @@ from itertools import combinations, pairwise
 import pytest
 import torch
 
+from lbllm_cli.format.levels import level_values, project_levels
 from lbllm_cli.format.names import TABLE_LEVELS
-from lbllm_cli.format.weights import level_values, project_levels
 from lbllm_cli.ptq.em import fit_levels, nearest_rank, quantile_levels
 
 

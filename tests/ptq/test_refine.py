@@ -5,7 +5,8 @@ from itertools import product
 import pytest
 import torch
 
-from lbllm_cli.format.weights import level_values, ordered, project_levels
+from lbllm_cli.format.levels import level_values, project_levels
+from lbllm_cli.format.weights import ordered
 from lbllm_cli.ptq import refine
 from lbllm_cli.ptq.compensate import RankFit
 from lbllm_cli.ptq.refine import descend_codes, output_errors, refit_levels, relative_error, values_of

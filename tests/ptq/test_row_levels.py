@@ -5,8 +5,8 @@ from itertools import product
 import pytest
 import torch
 
+from lbllm_cli.format.levels import project_levels
 from lbllm_cli.format.names import TABLE_LEVELS
-from lbllm_cli.format.weights import project_levels
 from lbllm_cli.ptq import row_levels
 from lbllm_cli.ptq.compensate import RankFit
 from lbllm_cli.ptq.em import fit_levels

@@ -3,15 +3,8 @@
 import pytest
 import torch
 
-from lbllm_cli.format.weights import (
-    codes_from_ranks,
-    grouped,
-    level_values,
-    pack_codes,
-    project_levels,
-    ranks_from_codes,
-    unpack_codes,
-)
+from lbllm_cli.format.levels import level_values, project_levels
+from lbllm_cli.format.weights import codes_from_ranks, grouped, pack_codes, ranks_from_codes, unpack_codes
 from lbllm_cli.training.latent import bitmap_latents, nearest_latents
 from lbllm_cli.training.ste import bitmap_codes, nearest_ranks
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lbllm_cli.format.weights import codes_from_ranks, dequantize, level_values, project_levels, ranks_from_codes
+from lbllm_cli.format.levels import level_values, project_levels
+from lbllm_cli.format.weights import codes_from_ranks, dequantize, ranks_from_codes
 from lbllm_cli.training.ste import (
     BitmapLevel,
     NearestLevel,

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lbllm_cli.format.weights import PackedWeight, grouped, level_values, project_levels, unpack_codes
+from lbllm_cli.format.levels import level_values, project_levels
+from lbllm_cli.format.weights import PackedWeight, grouped, unpack_codes
 from lbllm_cli.training.master import BITMAP, LEVELS, WEIGHTS
 from lbllm_cli.training.weights import PARAMETRISATIONS, Bitmap, Nearest
 

@@ -16,7 +16,7 @@ from lbllm_cli.export.base import Form
 from lbllm_cli.export.card import Described
 from lbllm_cli.export.forecast import export_need
 from lbllm_cli.export.formats import exporter
-from lbllm_cli.format.weights import scale_group
+from lbllm_cli.format.levels import scale_group
 from lbllm_cli.pipeline.checkpoint import Checkpoint, complete_stages
 from lbllm_cli.pipeline.forecast import announce
 from lbllm_cli.pipeline.lineage import open_checkpoint

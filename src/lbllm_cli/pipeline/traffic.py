@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lbllm_cli.format.weights import group_count, per_row
+from lbllm_cli.format.levels import per_row
+from lbllm_cli.format.weights import group_count
 from lbllm_cli.parallel.reduction import BETWEEN
 from lbllm_cli.parallel.shares import padded, share_of
 from lbllm_cli.pipeline.duration import Part

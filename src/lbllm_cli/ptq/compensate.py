@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lbllm_cli.format.levels import level_values, project_levels, stored_grid
 from lbllm_cli.format.names import LEVELS
-from lbllm_cli.format.weights import group_count, level_values, project_levels, stored_grid
+from lbllm_cli.format.weights import group_count
 from lbllm_cli.runtime.backend import backend_of
 
 LevelFit = Callable[[Tensor, Tensor], Tensor]

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from lbllm_cli.core.errors import RunError
-from lbllm_cli.format.weights import PackedWeight, per_row
+from lbllm_cli.format.levels import per_row
+from lbllm_cli.format.weights import PackedWeight
 from lbllm_cli.models.block import Block, block_prefix
 from lbllm_cli.pipeline.block_loop import BlockResult, BlockTask
 from lbllm_cli.ptq.collect import Collector, Moments

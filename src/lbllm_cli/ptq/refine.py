@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
+from lbllm_cli.format.levels import project_levels, stored_grid
 from lbllm_cli.format.names import LEVELS
-from lbllm_cli.format.weights import group_count, grouped, ordered, project_levels, stored_grid
+from lbllm_cli.format.weights import group_count, grouped, ordered
 from lbllm_cli.ptq.compensate import LevelTable, RankFit
 from lbllm_cli.runtime.backend import backend_of
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from lbllm_cli.format.levels import level_values, stored_grid
 from lbllm_cli.format.names import LEVEL_BITS, LEVELS, TABLE_LEVELS
-from lbllm_cli.format.weights import grouped, level_values, stored_grid
+from lbllm_cli.format.weights import grouped
 from lbllm_cli.ptq.compensate import LevelFit, RankFit
 from lbllm_cli.ptq.em import nearest_rank
 from lbllm_cli.ptq.refine import values_of

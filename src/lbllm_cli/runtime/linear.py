@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lbllm_cli.format.weights import PARTS, PackedWeight, empty_levels, empty_scale, group_count
+from lbllm_cli.format.levels import empty_levels, empty_scale
+from lbllm_cli.format.weights import PARTS, PackedWeight, group_count
 
 
 class Holder(Protocol):

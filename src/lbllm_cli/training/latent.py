@@ -7,8 +7,9 @@ step would undo stage 1. A latent outside its code's cell is therefore moved to 
 import torch
 from torch import Tensor
 
+from lbllm_cli.format.levels import level_max, level_values
 from lbllm_cli.format.names import LEVEL_BITS
-from lbllm_cli.format.weights import PackedWeight, level_max, level_values
+from lbllm_cli.format.weights import PackedWeight
 from lbllm_cli.training.ste import HALF
 
 # As a share of the way from the cell's edge to the level: with none, rounding could put a latent on the other side.

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from lbllm_cli.format.weights import PackedWeight, project_levels
+from lbllm_cli.format.levels import project_levels
+from lbllm_cli.format.weights import PackedWeight
 from lbllm_cli.training.interfaces import OwnStep
 from lbllm_cli.training.ste import stored_levels
 

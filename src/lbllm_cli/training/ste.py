@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from lbllm_cli.format.levels import level_values, project_levels, stored_grid
 from lbllm_cli.format.names import LEVELS
-from lbllm_cli.format.weights import level_values, project_levels, stored_grid
 from lbllm_cli.runtime.backend import backend_of
 
 HALF = 0.5

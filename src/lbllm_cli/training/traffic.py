@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
 from lbllm_cli.core.splits import held_out_rows
+from lbllm_cli.format.levels import per_row
 from lbllm_cli.format.names import KEYS, VALUES, input_name
-from lbllm_cli.format.weights import group_count, per_row
+from lbllm_cli.format.weights import group_count
 from lbllm_cli.models.model import FINAL_NORM, SourceModel
 from lbllm_cli.parallel.shares import padded
 from lbllm_cli.pipeline.duration import steps

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lbllm_cli.format import weights as binarize
+from lbllm_cli.format.levels import level_values
 from lbllm_cli.format.weights import PackedWeight, ordered
 from lbllm_cli.runtime.backend import backend_of
 from lbllm_cli.runtime.stage_kernels import StageKernels
@@ -109,7 +110,7 @@ class Nearest(Master):
     def packed(self) -> PackedWeight:
         """The present weights as a checkpoint holds them."""
         stored, scale = self._projected(self.levels, ascending=True)
-        ranks = nearest_ranks(self.latent, binarize.level_values(stored, scale)).flatten(1)[:, : self.in_features]
+        ranks = nearest_ranks(self.latent, level_values(stored, scale)).flatten(1)[:, : self.in_features]
         return PackedWeight.of_ranks(ranks, stored, scale, self.group_size, self.level_bits)
 
 
@@ -187,7 +188,7 @@ class Bitmap(Master):
     def packed(self) -> PackedWeight:
         """The present weights as a checkpoint holds them: pairs that crossed are named inner and outer again."""
         stored, scale = self._projected(self._levels(), ascending=False)
-        levels = binarize.level_values(stored, scale)
+        levels = level_values(stored, scale)
         codes = bitmap_codes(self.latent, self.bitmap, (levels[..., 0] + levels[..., 1]) / 2)
         # Not from the values: rounding them a second time moves levels whose scale is subnormal.
         ranks, ascending = ordered(

@@ -15,8 +15,9 @@ from vllm.model_executor.parameter import ModelWeightParameter
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from lbllm_cli.format.activations import ActivationFormat
+from lbllm_cli.format.levels import per_row
 from lbllm_cli.format.names import CENTRE, TENSORS
-from lbllm_cli.format.weights import PARTS, per_row
+from lbllm_cli.format.weights import PARTS
 from lbllm_cli.runtime.backend import backend_of
 from lbllm_cli.runtime.checks import check_values
 from lbllm_cli.runtime.linear import PackedLinear

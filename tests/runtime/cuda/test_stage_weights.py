@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lbllm_cli.format.weights import grouped, level_values, pack_codes, stored_grid
+from lbllm_cli.format.levels import level_values, stored_grid
+from lbllm_cli.format.weights import grouped, pack_codes
 from lbllm_cli.runtime.cuda.stage.kernels import TritonKernels
 from lbllm_cli.training.ste import fixed_level, nearest_level, stored_levels
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.export.base import FolderExporter, Form, snippet
-from lbllm_cli.format.weights import PackedWeight, scale_group
+from lbllm_cli.format.levels import scale_group
+from lbllm_cli.format.weights import PackedWeight
 from lbllm_cli.models.block import block_prefix
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.models.stored import whole_tensors

@@ -11,8 +11,9 @@ from torch.nn.functional import linear
 
 from lbllm_cli.engine import memory
 from lbllm_cli.engine.abi import GROUP_MAX, LEVEL_GROUP, ROW_GROUP, Quantizer, Weights, library
+from lbllm_cli.format.levels import per_row
 from lbllm_cli.format.names import LEVELS
-from lbllm_cli.format.weights import PackedWeight, group_count, per_row
+from lbllm_cli.format.weights import PackedWeight, group_count
 from lbllm_cli.runtime.attachments import meet
 from lbllm_cli.runtime.cpu.captured import CapturedQuantizers
 from lbllm_cli.runtime.cpu.library import DTYPES, pointer, quantizer_struct, supported

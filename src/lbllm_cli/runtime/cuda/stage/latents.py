@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lbllm_cli.format.weights import level_max
+from lbllm_cli.format.levels import level_max
 from lbllm_cli.runtime.cuda.instructions import nearest_integer, rounded_to
 from lbllm_cli.runtime.cuda.operators import operator
 from lbllm_cli.runtime.cuda.stage.groups import group_places, tiling
@@ -41,7 +41,7 @@ def _miss(level, scale, divisor):
 
 @triton.jit
 def _fine_scale(largest, BLOCK: tl.constexpr):
-    """`format.weights._fine_grid`'s."""
+    """`format.levels._fine_grid`'s."""
     wanted = tl.div_rn(largest, tl.full([BLOCK], 127.0, tl.float32))
     scale = wanted.to(tl.float16)
     # Of a float16 that is not negative, the number of its bits is its place among them.
@@ -51,7 +51,7 @@ def _fine_scale(largest, BLOCK: tl.constexpr):
 
 @triton.jit
 def _coarse_scale(largest, a, b, c, d, BLOCK: tl.constexpr):
-    """`format.weights._coarse_grid`'s, in the same order: 7.2, 7, 6.8, 6.2 and so on to 4.8."""
+    """`format.levels._coarse_grid`'s, in the same order: 7.2, 7, 6.8, 6.2 and so on to 4.8."""
     best = tl.div_rn(largest, tl.full([BLOCK], 7.2, tl.float32)).to(tl.float16).to(tl.float32)
     divisor = tl.where(best == 0, 1.0, best)
     least = (_miss(a, best, divisor) + _miss(b, best, divisor)) + (_miss(c, best, divisor) + _miss(d, best, divisor))
@@ -67,7 +67,7 @@ def _coarse_scale(largest, a, b, c, d, BLOCK: tl.constexpr):
 
 @triton.jit
 def stored_levels(levels, found, total, MOST: tl.constexpr, BLOCK: tl.constexpr):
-    """A program: BLOCK of `total` groups. `format.weights.stored_grid` and `level_values`. MOST: the largest stored level."""
+    """A program: BLOCK of `total` groups. `format.levels.stored_grid` and `level_values`. MOST: the largest stored level."""
     group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = group < total
     a, b, c, d = load_levels(levels, group.to(tl.int64) * 4, here)
