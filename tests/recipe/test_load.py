@@ -143,6 +143,24 @@ def test_asymmetric_is_auto_or_a_share(load, value, expected):
     assert load(f"ptq: {{asymmetric: {value}}}").ptq.asymmetric == expected
 
 
+def test_levels_out_of_a_table_have_defaults_of_their_own(load):
+    phases = "distill: {end_to_end: {}}\nact_calib: {end_to_end: {}}\n"
+    four = load(phases, "ptq.level_bits=4")
+    assert (four.ptq.rounds, four.step_group) == (1, 128)
+    assert four.distill.end_to_end.train == ["levels", "norms"]
+    found = load(phases, "ptq.level_bits=2", "ptq.group_size=16")
+    assert (found.ptq.rounds, found.step_group) == (6, 64)
+    assert found.distill.end_to_end.train == ["scales", "norms"]
+    assert found.act_calib.end_to_end.train == ["scales", "norms", "clip_factors"]
+    # What is said counts.
+    said = ("ptq.rounds=1", "distill.end_to_end.train=[levels]", "act_calib.group_size=32")
+    other = load(phases, "ptq.level_bits=2", *said)
+    assert (other.ptq.rounds, other.step_group) == (1, 32)
+    assert other.distill.end_to_end.train == ["levels"]
+    assert other.act_calib.end_to_end.train == ["scales", "norms", "clip_factors"]
+    assert load("", "ptq.level_bits=2").distill.end_to_end is None
+
+
 def test_one_sequence_is_enough_without_held_out_ones(load):
     assert load("data: {calibration: {sequences: 1}}\nptq: {asymmetric: 0}").data.calibration.sequences == 1
 

@@ -7,7 +7,10 @@ from pydantic import Field, field_validator, model_validator
 from lbllm_cli.core.splits import held_out_rows
 from lbllm_cli.recipe.base import LENGTH, TOKENS, Name, Positive, Section, Source, Sources, StageSection
 from lbllm_cli.recipe.stages import STAGES, TABLE, ExportedName, FormatName, MeasuredName, StageSpec
-from lbllm_cli.recipe.training import ActCalib, Distill, EndToEnd, Schedule
+from lbllm_cli.recipe.training import ActCalib, ActEndToEnd, Distill, DistillEndToEnd, EndToEnd, Schedule
+
+# Rounds of stage 1 where levels have 2 bits: of one, three and six the last left the least error.
+_TABLE_ROUNDS = 6
 
 
 class Model(Section):
@@ -116,7 +119,12 @@ class Ptq(StageSection):
     compensation: bool = Field(True, description="push each column's error onto the columns not yet coded")
     refit: bool = Field(True, description="refit levels in closed form under the full Hessian")
     code_descent: bool = Field(True, description="coordinate descent over the codes under the full Hessian")
-    rounds: int = Field(1, ge=0, le=50, description="code descent, then refit and code descent this many times; 0: neither")
+    rounds: int = Field(
+        1,
+        ge=0,
+        le=50,
+        description="code descent, then refit and code descent this many times; 0: neither; with level_bits 2 by default 6",
+    )
     sequential: bool = Field(True, description="linears of a block see the already binarized linears before them")
     asymmetric: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = Field(
         "auto", description="strength of the asymmetric target; auto: chosen per linear on held-out sequences; 0: off"
@@ -181,6 +189,24 @@ class Recipe(Section):
     act_calib: ActCalib = Field(default_factory=ActCalib)
     eval: Eval = Field(default_factory=Eval)
     export: Export = Field(default_factory=Export)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_table_levels(cls, values: Any) -> Any:
+        """Where levels have 2 bits and nothing is said, stage 1 goes on for longer, and phases train scales in place of levels.
+
+        Out of a table levels are moved one after another, which one round does not end; trained end to end they gain little.
+        """
+        ptq = values.get("ptq") if isinstance(values, dict) else None
+        if not isinstance(ptq, dict) or ptq.get("level_bits") != 2:
+            return values
+        found = {**values, "ptq": {"rounds": _TABLE_ROUNDS, **ptq}}
+        for name, phase in (("distill", DistillEndToEnd), ("act_calib", ActEndToEnd)):
+            section = values.get(name)
+            if isinstance(section, dict) and isinstance(section.get("end_to_end"), dict):
+                train = ["scales" if kind == "levels" else kind for kind in phase.model_fields["train"].default]
+                found[name] = {**section, "end_to_end": {"train": train, **section["end_to_end"]}}
+        return found
 
     def section(self, key: str) -> Any:
         """What is under a dotted key, None where a section on the way is left out: "distill.end_to_end"."""

@@ -115,7 +115,8 @@ class DistillEndToEnd(EndToEnd):
     train: list[Literal["weights", "levels", "scales", "norms"]] = Field(
         ["levels", "norms"],
         min_length=1,
-        description="what is trained; weights: codes, through latents; scales: all levels of a group by one factor",
+        description="what is trained; weights: codes, through latents; scales: all levels of a group by one factor, of a row "
+        "with ptq.level_bits 2, where scales stand for levels by default",
     )
 
 
@@ -125,7 +126,8 @@ class ActEndToEnd(EndToEnd):
     train: list[Literal["weights", "levels", "scales", "norms", "clip_factors", "knees"]] = Field(
         ["levels", "norms", "clip_factors"],
         min_length=1,
-        description="what is trained; weights: codes, through latents; scales: all levels of a group by one factor",
+        description="what is trained; weights: codes, through latents; scales: all levels of a group by one factor, of a row "
+        "with ptq.level_bits 2, where scales stand for levels by default",
     )
     lr_clip_factors: float = Field(1e-3, gt=0, le=1, description="AdamW rate of clipping factors, which lie in [0.1, 1]")
     lr_knees: float = Field(1e-2, gt=0, le=1, description="AdamW rate of the logarithm of coarse ratios, which place the knees")
