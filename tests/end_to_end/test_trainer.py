@@ -49,7 +49,7 @@ def test_training_lowers_the_divergence_and_what_is_stored_is_what_is_measured(o
     ok(stage, "--recipe", recipe)
     facts = phase(tmp_path / "run" / f"{stage}-e2e")
     assert facts["best_epoch"] == 1
-    assert facts["after"]["kl"] < 0.97 * facts["before"]["kl"]  # measured 0.95 and 0.92
+    assert facts["after"]["kl"] < 0.96 * facts["before"]["kl"]  # measured 0.95 and 0.92
     ok("export", "--recipe", recipe, f"export.checkpoint={stage}-e2e")
     wanted = f"eval.checkpoints=[base, {stage}, {stage}-e2e, export]"
     results = json.loads(ok("eval", "--recipe", recipe, wanted, "--json").stdout)
