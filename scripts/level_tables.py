@@ -4,8 +4,9 @@
 
 Each group's four levels are fitted to its weights alone and then stored in a form: 8 or 4 bits with a scale for each group, or
 out of a table of 2 to 16 values for each level with a scale for each row. Tables are found by Lloyd's iteration over all groups;
-the last row of a size is `lbllm`'s own table, with levels that know it and the best of some scales for each row. Squared errors
-are relative to groups of 64 with levels of 4 bits.
+the last row of a size is `lbllm`'s own table, with levels that know it and the best of some scales for each row. "Free" levels
+are not rounded, and fitted from `lbllm`'s starts or from quantiles alone. Squared errors are relative to groups of 64 with levels
+of 4 bits.
 """
 
 import argparse
@@ -16,12 +17,13 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from lbllm_cli.format.level_table import RANK_TO_CODE
 from lbllm_cli.format.levels import level_values, project_levels
-from lbllm_cli.format.names import TABLE_LEVELS
+from lbllm_cli.format.names import LEVELS, TABLE_LEVELS
 from lbllm_cli.format.weights import grouped
-from lbllm_cli.ptq.em import fit_levels, nearest_rank
+from lbllm_cli.ptq.em import fit_levels, nearest_rank, quantile_levels
 from lbllm_cli.ptq.row_levels import fit_row_scale
 
 SIZES, TABLE_BITS, EVERY = (16, 32, 64), (1, 2, 3, 4), 9
@@ -52,6 +54,16 @@ def error(groups: Tensor, levels: Tensor) -> float:
     return float((values.gather(1, nearest_rank(flat, values)) - flat).square().sum())
 
 
+def from_quantiles(groups: Tensor, iterations: int = 20) -> Tensor:
+    """Levels of groups [rows, size] by Lloyd's iteration from their quantiles alone, [rows, 4]."""
+    levels = quantile_levels(groups)
+    for _ in range(iterations):
+        member = one_hot(nearest_rank(groups, levels), LEVELS).float()
+        count = member.sum(1)
+        levels = torch.where(count > 0, (member * groups[..., None]).sum(1) / count.clamp_min(1), levels).sort(-1).values
+    return levels
+
+
 def lloyd(values: Tensor, count: int) -> Tensor:
     """`count` values that stand for many, ascending."""
     table = torch.quantile(values[torch.randperm(len(values))[:100_000]], (torch.arange(count) + 0.5) / count)
@@ -79,6 +91,10 @@ def main() -> None:
         each = {size: [fitted(weight, size) for weight in weights] for size in SIZES}
         base = sum(error(groups, level_values(*project_levels(levels, 4))) for groups, levels in each[64])
         for size, found in each.items():
+            free = sum(error(groups, levels) for groups, levels in found)
+            alone = sum(error(groups, from_quantiles(groups.flatten(0, 1)).view_as(levels)) for groups, levels in found)
+            rows.setdefault((f"{size}, free", torch.inf), []).append(free / base)
+            rows.setdefault((f"{size}, free, from quantiles alone", torch.inf), []).append(alone / base)
             for bits in (8, 4):
                 total = sum(error(groups, level_values(*project_levels(levels, bits))) for groups, levels in found)
                 rows.setdefault((f"{size}, {bits} bits", 2 + (4 * bits + 16) / size), []).append(total / base)
@@ -100,7 +116,7 @@ def main() -> None:
             rows.setdefault((f"{size}, table of lbllm", 2 + 8 / size), []).append(total / base)
     shown = Table("group, levels", "bits, but for a row's scale", *(folder.name for folder in models))
     for (name, bits_), found_ in rows.items():
-        shown.add_row(name, f"{bits_:.3f}", *(f"{value:.3f}" for value in found_))
+        shown.add_row(name, f"{bits_:.3f}" if bits_ < torch.inf else "", *(f"{value:.3f}" for value in found_))
     console = Console()
     console.print(shown)
     console.print("lbllm's table, ascending:", [TABLE_LEVELS[code // 2] for code in RANK_TO_CODE])

@@ -39,6 +39,16 @@ def quantized_rows(
     return places, step, (places.double() * each)[:, :width]
 
 
+def sharing_rows(
+    rows: int, in_features: int, group_size: int, step: int
+) -> tuple[list[PackedWeight], torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Linears with levels of 2 bits, and rows as `quantized_rows` gives them, of which `step` inputs share a step: places as wide
+    as the weights."""
+    linears = random_weights(in_features, (5, 2), group_size, bits=2)
+    places, steps, x = quantized_rows(rows, in_features, step, "group")
+    return linears, places[:, : group_count(in_features, group_size) * group_size].contiguous(), steps, x
+
+
 def off(found: torch.Tensor, x: torch.Tensor, linears: list[PackedWeight], bias: torch.Tensor | None) -> float:
     """Largest error of outputs of all linears against float64, relative to the sum of the sizes of the terms. x float64."""
     weight = torch.cat([linear.values() for linear in linears]).double()

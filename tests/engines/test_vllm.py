@@ -96,9 +96,10 @@ def test_every_family_computes_what_transformers_does(toy_export, family):
     compare(toy_export(family))
 
 
+@pytest.mark.parametrize("bits", [4, 2])
 @pytest.mark.parametrize("family", ["llama-tied", "qwen2-biases", "qwen3-moe"])
-def test_levels_may_have_4_bits(toy_export, family):
-    compare(toy_export(family, 4))
+def test_levels_may_have_fewer_bits(toy_export, family, bits):
+    compare(toy_export(family, bits))
 
 
 @pytest.mark.parametrize(
@@ -152,9 +153,12 @@ def test_pages_of_codes_are_smaller(toy_export):
     assert pages[1] / pages[0] == pytest.approx(128 / 19, rel=0.01)
 
 
-def test_two_processes_share_the_heads(toy_export, tmp_path):
-    """Tensor parallel: weights are cut by heads and groups, quantizers are whole on both sides."""
-    folder = exported(tmp_path, save_toy(tmp_path / "model", "qwen2-biases", **WIDTHS, intermediate_size=192), ptq={"rounds": 0})
+@pytest.mark.parametrize("bits", [8, 2])
+def test_two_processes_share_the_heads(toy_export, tmp_path, bits):
+    """Tensor parallel: weights are cut by heads and groups, quantizers and scales of whole rows are whole on both sides."""
+    ptq, act = {"rounds": 0, "level_bits": bits}, {"group_size": 32}
+    toy = save_toy(tmp_path / "model", "qwen2-biases", **WIDTHS, intermediate_size=192)
+    folder = exported(tmp_path, toy, act=act, ptq=ptq)
     rows, written = wanted(folder)
     torch.save((rows, written), tmp_path / "wanted.pt")
     code = f"""
@@ -248,14 +252,16 @@ def test_a_wrong_switch_is_refused(toy_export, given, message):
     [
         (80, "group", r"self_attn.o_proj: 80 inputs in 2 parts are 40 each, no whole number of groups of 32; take a smaller"),
         (64, "token", "self_attn.o_proj: a step of activations stands for a whole token"),
+        (160, "group", "160 inputs in 2 parts are 80 each, no whole number of groups of 96; take a smaller"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(inputs, granularity, message):
     from lbllm_cli.format.activations import ActivationFormat
     from lbllm_cli.vllm.linear import PackedLinearMethod
 
-    layout = ActivationFormat(4, 4, granularity, "knee", "knee", 2, 32)
-    method = PackedLinearMethod(SimpleNamespace(group_size=32), "self_attn.o_proj", ["self_attn.o_proj"], layout)
+    step, bits = (96, 2) if inputs == 160 else (32, 8)
+    layout = ActivationFormat(4, 4, granularity, "knee", "knee", 2, step)
+    method = PackedLinearMethod(SimpleNamespace(group_size=32, level_bits=bits), "self_attn.o_proj", ["self_attn.o_proj"], layout)
     with pytest.raises(ValueError, match=message):
         method.create_weights(torch.nn.Module(), inputs // 2, [8], inputs, 8, torch.float32, weight_loader=None)
 

@@ -48,7 +48,8 @@ def starts(weight: Tensor, ordered: Tensor) -> list[Tensor]:
     """Where EM begins, each [rows, 4]. weight: [rows, n]. ordered: the same, rows sorted.
 
     EM stops at the next local optimum. On weights of SmolLM2-135M the best of these four has 0.72 of the squared error that
-    quantiles at 1/8, 3/8, 5/8 and 7/8 lead to in groups of 16, and 0.91 in groups of 64; four more starts take another hundredth.
+    quantiles at 1/8, 3/8, 5/8 and 7/8 lead to in groups of 16, and 0.91 in groups of 64 (scripts/level_tables.py); four more
+    starts took another hundredth.
     """
     low, high, mean = ordered[:, :1], ordered[:, -1:], weight.mean(1, keepdim=True)
     deviation = (weight - mean).square().mean(1, keepdim=True).sqrt()

@@ -1,7 +1,8 @@
 """Levels of 2 bits: values of one table, in units of the scale of their row.
 
-Least squares, as `refine` has it for finer levels, leave them between two values, and rounded they were worse than before: where
-a massive input decides, seven times the error. So each level is moved to the best of its four values in turn.
+Least squares, as `refine` has it for finer levels, leave them between two values; where a massive input decides, rounding loses
+what they gained. So each level is moved to the best of its four values in turn: in groups of 32 that halved the output error of
+such a linear, 0.024 instead of 0.047, and with a scale that fits it is 0.008 (`down_proj` of SmolLM2-135M's third block).
 """
 
 import torch

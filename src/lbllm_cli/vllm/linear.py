@@ -2,6 +2,8 @@
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
+from math import lcm
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
-from vllm.model_executor.parameter import ModelWeightParameter
+from vllm.model_executor.parameter import ChannelQuantScaleParameter, ModelWeightParameter
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from lbllm_cli.format.activations import ActivationFormat
@@ -93,19 +95,16 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
     ) -> None:  # fmt: skip
         """Parameters with the names, shapes and dtypes of the export: rows are cut along axis 0, groups along axis 1.
 
-        Raises ValueError where a part of the inputs is no whole number of groups, or of steps of activations.
+        The scale of a row is that of all parts of its inputs. Raises ValueError where a part of the inputs is no whole number of
+        groups, or of steps of activations.
         """
         size, own = self.config.group_size, input_size_per_partition
         cut = own != input_size
-        if cut and own % size:
+        whole = size if self.layout is None else lcm(size, self.layout.group_size)
+        if cut and own % whole:
             raise ValueError(
                 f"{self.prefix}: {input_size} inputs in {input_size // own} parts are {own} each, no whole number of groups of "
-                f"{size}; take a smaller --tensor-parallel-size"
-            )
-        if cut and per_row(self.config.level_bits):
-            raise ValueError(
-                f"{self.prefix}: a row has one scale, which parts of its inputs do not share out; take --tensor-parallel-size 1, "
-                "or an export with ptq.level_bits 4 or 8"
+                f"{whole}; take a smaller --tensor-parallel-size"
             )
         if cut and self.layout is not None and self.layout.granularity == "token":
             raise ValueError(
@@ -115,8 +114,9 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         packed = PackedLinear(own, sum(output_partition_sizes), size, bias=False, level_bits=self.config.level_bits)
         for part in PARTS:
             load = self.loaded.noting(part, extra["weight_loader"])
-            stored = ModelWeightParameter(data=getattr(packed, part), output_dim=0, input_dim=1, weight_loader=load)
-            layer.register_parameter(part, stored)
+            of_rows = part == PARTS[-1] and per_row(self.config.level_bits)
+            form = ChannelQuantScaleParameter if of_rows else partial(ModelWeightParameter, input_dim=1)
+            layer.register_parameter(part, form(data=getattr(packed, part), output_dim=0, weight_loader=load))
         if self.config.layout is not None:
             # The quantizer belongs to the first of the export's linears that read this input.
             add_quantizer(layer, "input", empty_quantizer(self.config.layout, f"{self.names[0]}.input", input_size), self.loaded)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from packed_weights import moved, off, quantized_rows, random_weights
+from packed_weights import moved, off, quantized_rows, random_weights, sharing_rows
 
 from lbllm_cli.runtime.cuda.gemm import gemm, gemm_quantized, tile
 from lbllm_cli.runtime.cuda.weights import CudaWeights
@@ -31,11 +31,9 @@ def test_quantized_rows_times_weights(device, per):
 @pytest.mark.parametrize(("inn", "size", "step"), [(200, 16, 64), (96, 32, 64), (72, 16, 48)])
 def test_groups_that_share_a_step(device, inn, size, step):
     """Levels of 2 bits, whose groups are smaller than those of inputs."""
-    linears = random_weights(inn, (5, 2), size, bits=2)
-    weights = CudaWeights.of(moved(linears, device))
-    places, steps, x = quantized_rows(9, inn, step, "group")
+    linears, places, steps, x = sharing_rows(9, inn, size, step)
     out = torch.full((9, 7), torch.nan, device=device)
-    gemm_quantized(weights, places[:, : weights.padded_width].contiguous().to(device), steps.to(device), step // size, out)
+    gemm_quantized(CudaWeights.of(moved(linears, device)), places.to(device), steps.to(device), step // size, out)
     assert off(out, x, linears, None) < TOLERANCE  # measured 4.0e-8
 
 
