@@ -8,8 +8,8 @@ levels; a weight is a 2-bit code, sign + 2 x bitmap, that picks one of them (LBL
 
 Stored: codes packed four to a byte, levels as integers of 8 or 4 bits, one float16 scale per (row, group); weight = scale *
 level. Storing levels as integers is this project's choice, not the paper's: it makes integer kernels exact. Levels of 2 bits are
-values of a table, and a row has one scale (`format.level_table`). In memory levels are int8, and every group has its scale,
-however a file has them.
+values of a table, and a row has one scale (`format.level_table`). Whatever a file has, a `PackedWeight` has int8 levels and
+a scale for every group.
 
 Fitting works on ranks: rank k is the k-th smallest of the group's four levels.
 """

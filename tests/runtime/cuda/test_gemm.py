@@ -28,13 +28,30 @@ def test_quantized_rows_times_weights(device, per):
     assert worst < TOLERANCE  # measured 6.7e-8
 
 
-@pytest.mark.parametrize(("inn", "size", "step"), [(200, 16, 64), (96, 32, 64), (72, 16, 48)])
+@pytest.mark.parametrize(
+    ("inn", "size", "step"), [(200, 16, 64), (96, 32, 64), (72, 16, 48), (700, 16, 256), (300, 128, 256), (96, 48, 48)]
+)
 def test_groups_that_share_a_step(device, inn, size, step):
     """Levels of 2 bits, whose groups are smaller than those of inputs."""
     linears, places, steps, x = sharing_rows(9, inn, size, step)
     out = torch.full((9, 7), torch.nan, device=device)
     gemm_quantized(CudaWeights.of(moved(linears, device)), places.to(device), steps.to(device), step // size, out)
     assert off(out, x, linears, None) < TOLERANCE  # measured 4.0e-8
+
+
+@pytest.mark.parametrize(("inn", "size"), [(200, 16), (330, 32), (300, 128), (130, 48), (9, 16)])
+def test_levels_of_two_bits_with_one_step_and_with_values(device, inn, size):
+    """All of a row is one unit: slices go across groups, the last one past its end."""
+    linears = random_weights(inn, (5, 2), size, bits=2)
+    weights = CudaWeights.of(moved(linears, device))
+    places, steps, x = quantized_rows(3, inn, size, "token")
+    out = torch.full((3, 7), torch.nan, device=device)
+    gemm_quantized(weights, places.to(device), steps.to(device), 0, out)
+    assert off(out, x, linears, None) < TOLERANCE  # measured 4.2e-8
+    x = torch.randn(3, inn, generator=torch.Generator().manual_seed(1))
+    out = torch.full((3, 7), torch.nan, device=device)
+    gemm(weights, x.to(device), out)
+    assert off(out, x.double(), linears, None) < TOLERANCE  # measured 6.1e-8
 
 
 def test_values_times_weights_in_full(device):
@@ -50,9 +67,10 @@ def test_values_times_weights_in_full(device):
     assert worst < TOLERANCE  # measured 1.1e-7
 
 
+@pytest.mark.parametrize("bits", [8, 2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_values_of_16_bits_meet_weights_of_16_bits(device, dtype):
-    linears = random_weights(200, (5, 3), 64)
+def test_values_of_16_bits_meet_weights_of_16_bits(device, dtype, bits):
+    linears = random_weights(200, (5, 3), 64, bits=bits)
     weights = CudaWeights.of(moved(linears, device))
     x = torch.randn(3, 200).to(dtype)
     dense = torch.cat([linear.values() for linear in linears]).to(dtype)
@@ -77,5 +95,7 @@ def test_a_residual_is_added_before_anything_is_rounded(device):
 
 
 def test_tiles():
-    found = [tuple(tile(*shape)[key] for key in ("W", "V", "SLICE", "ROWS", "OUTS")) for shape in ((700, 8), (9, 1), (33, 10))]
-    assert found == [(8, 8, 8, 64, 128), (1, 1, 2, 16, 64), (10, 2, 8, 64, 128)]
+    shapes = (700, 8), (9, 1), (33, 10), (33, 1, 4), (33, 1, 0)
+    found = [tuple(tile(*shape)[key] for key in ("W", "V", "UNIT", "SLICE", "ROWS", "OUTS")) for shape in shapes]
+    ways = [(8, 8, 8, 8, 64, 128), (1, 1, 1, 2, 16, 64), (10, 2, 10, 8, 64, 128), (1, 1, 4, 4, 64, 128), (1, 1, 0, 8, 64, 128)]
+    assert found == ways

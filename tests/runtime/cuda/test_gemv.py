@@ -5,6 +5,8 @@ import torch
 from packed_weights import moved, off, quantized_rows, random_weights, sharing_rows
 
 import lbllm_cli.runtime.cuda.gemv as module
+from lbllm_cli.format.level_table import unpack_places
+from lbllm_cli.format.weights import PackedWeight, pack_codes
 from lbllm_cli.runtime.cuda.gemv import gemv, gemv_quantized, tile
 from lbllm_cli.runtime.cuda.weights import CudaWeights, words_of
 
@@ -19,15 +21,19 @@ def large(monkeypatch):
     monkeypatch.setattr(module, "_PROGRAMS", 1)
 
 
+@pytest.mark.parametrize("level_bits", [8, 4, 2])
 @pytest.mark.parametrize("group_size", [16, 32, 48, 64, 96, 128, 160, 256, 4096])
-def test_packing_is_undone_bit_for_bit(group_size):
-    linears = random_weights(200, (5, 1, 3), group_size)
+def test_packing_is_undone_bit_for_bit(group_size, level_bits):
+    linears = random_weights(200, (5, 1, 3), group_size, bits=level_bits)
     weights = CudaWeights.of(linears)
-    assert [part.dtype for part in (weights.words, weights.levels, weights.scale)] == [torch.int32, torch.int32, torch.float16]
+    levels = torch.uint8 if level_bits == 2 else torch.int32
+    assert [part.dtype for part in (weights.words, weights.levels, weights.scale)] == [torch.int32, levels, torch.float16]
     bits = 8 * sum(part.nbytes for part in (weights.words, weights.levels, weights.scale))
-    assert bits == 9 * weights.groups * (2 * group_size + 48)
+    of_row, of_group = (16, 8) if level_bits == 2 else (0, 48)
+    assert bits == 9 * (weights.groups * (2 * group_size + of_group) + of_row)
     assert weights.padded_width == weights.groups * group_size
     for slot, linear in enumerate(linears):
+        assert weights.packed(slot).level_bits == level_bits
         for found, expected in zip(weights.packed(slot).tensors, linear.tensors, strict=True):
             assert found.dtype == expected.dtype
             assert torch.equal(found, expected)
@@ -70,6 +76,30 @@ def test_groups_that_share_a_step(device, large, inn, size, step):
     out = torch.full((2, 7), torch.nan, device=device)
     gemv_quantized(CudaWeights.of(moved(linears, device)), places.to(device), steps.to(device), step // size, out)
     assert off(out, x, linears, None) < TOLERANCE  # measured 2.2e-8
+
+
+@pytest.mark.parametrize(("inn", "size"), [(200, 16), (96, 32), (300, 128), (130, 48)])
+def test_levels_of_two_bits_with_one_step_and_with_values(device, large, inn, size):
+    linears = random_weights(inn, (5, 2), size, bits=2)
+    weights = CudaWeights.of(moved(linears, device))
+    places, steps, x = quantized_rows(2, inn, size, "token")
+    out = torch.full((2, 7), torch.nan, device=device)
+    gemv_quantized(weights, places.to(device), steps.to(device), 0, out)
+    assert off(out, x, linears, None) < TOLERANCE  # measured 2.3e-8
+    x = torch.randn(2, inn, generator=torch.Generator().manual_seed(1))
+    out = torch.full((2, 7), torch.nan, device=device)
+    gemv(weights, x.to(device), out)
+    assert off(out, x.double(), linears, None) < TOLERANCE  # measured 2.4e-8
+
+
+def test_every_byte_of_levels(device):
+    """All 256 of them, by products with inputs that pick one code's level each."""
+    packed = torch.arange(256, dtype=torch.uint8).view(256, 1, 1)
+    codes = torch.arange(4, dtype=torch.uint8).repeat(256, 4)
+    linear = PackedWeight(pack_codes(codes, 16), unpack_places(packed), torch.ones(256, 1).half(), 16, 2)
+    weights, out = CudaWeights.of(moved([linear], device)), torch.empty(4, 256, device=device)
+    gemv(weights, torch.eye(16)[:4].to(device), out)
+    assert torch.equal(out.cpu().T, unpack_places(packed)[:, 0].float())
 
 
 def test_values_times_weights(device, large):

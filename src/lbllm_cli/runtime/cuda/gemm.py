@@ -1,7 +1,8 @@
 """Prefill and batches: matrix products with packed weights that are decoded in the kernel.
 
-A program decodes a slice of a group, at most 128 columns, for its rows of weights; each is decoded once for every tile of rows of
-activations.
+A program decodes a slice of a unit, at most 128 columns, for its rows of weights; each is decoded once for every tile of rows of
+activations. A unit is what has one factor: a group, or, where a row has one scale, the groups whose inputs share a step. So small
+groups do not make small matrix products.
 """
 
 # Kernels have the types of the compiler, which mypy does not know.
@@ -9,12 +10,14 @@ activations.
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lbllm_cli.runtime.cuda.gemv import store_outputs
 from lbllm_cli.runtime.cuda.instructions import look_up, multiply_add, rounded_to
+from lbllm_cli.runtime.cuda.level_bytes import levels_of, scaled
 from lbllm_cli.runtime.cuda.operators import operator
 from lbllm_cli.runtime.cuda.weights import CODES_OF_WORD, CudaWeights, span
 
@@ -23,14 +26,44 @@ _SLICE_MIN, _SLICE_MAX = 2, 8
 
 
 @triton.jit
-def _selectors(words, n, outs, groups, group, start, W: tl.constexpr, V: tl.constexpr, SLICE: tl.constexpr):
-    """Selectors of the words from `start` on of a group, in the order of columns: [outs, SLICE / V, 4, V], n [outs]."""
+def _selectors(words, n, outs, width, first, end, V: tl.constexpr, SLICE: tl.constexpr):
+    """Selectors of SLICE words of each row from `first` on, those from `end` on 0, in the order of columns: [outs, SLICE / V, 4,
+    V]. n [outs]. width: words of a row.
+    """
     n = n[:, None, None, None]
-    w = start + tl.arange(0, SLICE // V)[None, :, None, None] * V + tl.arange(0, V)[None, None, None, :]
-    word = tl.load(words + (n * groups + group) * W + w, mask=(n < outs) & (w < W), other=0)
+    w = first + tl.arange(0, SLICE // V)[None, :, None, None] * V + tl.arange(0, V)[None, None, None, :]
+    word = tl.load(words + n * width + w, mask=(n < outs) & (w < end), other=0)
     selector = tl.arange(0, 4)
     shift = (selector % 2 * 2 + selector // 2 * 16)[None, None, :, None]
     return word >> shift
+
+
+@triton.jit
+def _levels_of_words(levels, n, outs, groups, first, W: tl.constexpr, V: tl.constexpr, SLICE: tl.constexpr, UNIT: tl.constexpr):
+    """Levels of the groups of these words, of one group [outs, 1, 1, 1], else [outs, SLICE / V, 1, 1]."""
+    n = n[:, None, None, None]
+    if UNIT == W:
+        at, there = n * groups + first // W, n < outs
+    else:
+        group = (first + tl.arange(0, SLICE // V) * V)[None, :, None, None] // W
+        at, there = n * groups + group, (n < outs) & (group < groups)
+    return levels_of(tl.load(levels + at, mask=there, other=0))
+
+
+@triton.jit
+def _slice(at, width, UNIT: tl.constexpr, SLICE: tl.constexpr):
+    """Of slice `at` of a row of `width` words: its unit, its first word, and where the unit ends. UNIT: its words, 0 for all."""
+    of_unit = width if UNIT == 0 else UNIT
+    slices = tl.cdiv(of_unit, SLICE)
+    unit = at // slices
+    return unit, unit * of_unit + at % slices * SLICE, tl.minimum((unit + 1) * of_unit, width)
+
+
+@triton.jit
+def _slices(width, UNIT: tl.constexpr, SLICE: tl.constexpr):
+    """How many a row has."""
+    of_unit = width if UNIT == 0 else UNIT
+    return tl.cdiv(width, of_unit) * tl.cdiv(of_unit, SLICE)
 
 
 @triton.jit
@@ -43,30 +76,35 @@ def _joined(a, b, c, d, OUTS: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def gemm_places(
     words, levels, scale, places, step, bias, residual, out, rows, outs, groups,
-    W: tl.constexpr, V: tl.constexpr, SLICE: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, STEPS: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    W: tl.constexpr, V: tl.constexpr, UNIT: tl.constexpr, SLICE: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr,
+    STEPS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """A program: a tile [ROWS, OUTS] of outputs. places: int8 [rows, 16 * W * groups]. STEPS: how many groups
-    share a step, 0 for all of a row.
+    share a step, 0 for all of a row. UNIT: words that have one factor, 0 for all of a row.
     """
     n = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
     m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    own = places + m.to(tl.int64)[:, None] * (groups * W * 16)
-    slices: tl.constexpr = (W + SLICE - 1) // SLICE
+    width = groups * W
+    own = places + m.to(tl.int64)[:, None] * (width * 16)
+    ROW_SCALE: tl.constexpr = levels.dtype.element_ty == tl.uint8
     total = tl.zeros([ROWS, OUTS], tl.float32)
-    for at in range(0, groups * slices):
-        group, start = at // slices, at % slices * SLICE
-        column = start * 16 + tl.arange(0, SLICE * 16)[None, :]
-        x = tl.load(own + group * (W * 16) + column, mask=(m < rows)[:, None] & (column < W * 16), other=0)
-        level = tl.load(levels + n * groups + group, mask=n < outs, other=0)
-        four = look_up(_selectors(words, n, outs, groups, group, start, W, V, SLICE) & 0x33333333, level[:, None, None, None])
-        low, high = four.to(tl.int8), (four >> 8).to(tl.int8)
-        weight = _joined(low, high, (four >> 16).to(tl.int8), (four >> 24).to(tl.int8), OUTS, SLICE * 16)
+    for at in range(0, _slices(width, UNIT, SLICE)):
+        unit, first, end = _slice(at, width, UNIT, SLICE)
+        column = first * 16 + tl.arange(0, SLICE * 16)[None, :]
+        x = tl.load(own + column, mask=(m < rows)[:, None] & (column < end * 16), other=0)
+        level = _levels_of_words(levels, n, outs, groups, first, W, V, SLICE, UNIT)
+        four = look_up(_selectors(words, n, outs, width, first, end, V, SLICE) & 0x33333333, level)
+        # Cut to bytes behind the join: where it comes before, Triton 3.9 finds no layout on sm_100 for words of several groups.
+        weight = _joined(four, four >> 8, four >> 16, four >> 24, OUTS, SLICE * 16).to(tl.int8)
         dots = tl.dot(x, tl.trans(weight), out_dtype=tl.int32).to(tl.float32)
-        factor = tl.load(scale + n * groups + group, mask=n < outs, other=0.0).to(tl.float32)[None, :]
+        factor = 1.0 if ROW_SCALE else tl.load(scale + n * groups + unit, mask=n < outs, other=0.0).to(tl.float32)[None, :]
         if STEPS > 0:
-            factor = factor * tl.load(step + m * tl.cdiv(groups, STEPS) + group // STEPS, mask=m < rows, other=0.0)[:, None]
+            of_row = tl.cdiv(groups, STEPS)
+            own_step = first // (W * STEPS)
+            factor = factor * tl.load(step + m * of_row + own_step, mask=m < rows, other=0.0)[:, None]
         total += dots * factor
+    if ROW_SCALE:
+        total = scaled(total, scale, n[None, :], outs)
     if STEPS == 0:
         total *= tl.load(step + m, mask=m < rows, other=0.0)[:, None]
     store_outputs(out, total, m[:, None], n[None, :], rows, outs, bias, residual, BIAS, RESIDUAL)
@@ -74,9 +112,8 @@ def gemm_places(
 
 @triton.jit
 def _level(levels, scale, CODE: tl.constexpr, TYPE: tl.constexpr):
-    """The value of a code, [outs, 1, 1, 1], rounded to TYPE as the decoded weight is."""
-    value = ((levels << (24 - 8 * CODE)) >> 24).to(tl.float32) * scale
-    return rounded_to(value, TYPE)[:, None, None, None]
+    """The value of a code, of the shape of levels, rounded to TYPE as the decoded weight is."""
+    return rounded_to(((levels << (24 - 8 * CODE)) >> 24).to(tl.float32) * scale, TYPE)
 
 
 @triton.jit
@@ -87,27 +124,28 @@ def _picked(selector, a, b, c, d):
 
 @triton.jit
 def gemm_values(
-    words, levels, scale, x, bias, residual, out, rows, outs, groups, width,
-    W: tl.constexpr, V: tl.constexpr, SLICE: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+    words, levels, scale, x, bias, residual, out, rows, outs, groups, inputs,
+    W: tl.constexpr, V: tl.constexpr, UNIT: tl.constexpr, SLICE: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """`gemm_places` with x in floats, [rows, width], and weights rounded to its type."""
+    """`gemm_places` with x in floats, [rows, inputs], and weights rounded to its type."""
     n = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
     m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    own = x + m.to(tl.int64)[:, None] * width
-    slices: tl.constexpr = (W + SLICE - 1) // SLICE
+    width = groups * W
+    own = x + m.to(tl.int64)[:, None] * inputs
+    ROW_SCALE: tl.constexpr = levels.dtype.element_ty == tl.uint8
     TYPE: tl.constexpr = x.dtype.element_ty
     total = tl.zeros([ROWS, OUTS], tl.float32)
-    for at in range(0, groups * slices):
-        group, start = at // slices, at % slices * SLICE
-        within = start * 16 + tl.arange(0, SLICE * 16)[None, :]
-        column = group * (W * 16) + within
-        tile = tl.load(own + column, mask=(m < rows)[:, None] & (within < W * 16) & (column < width), other=0.0)
-        level = tl.load(levels + n * groups + group, mask=n < outs, other=0)
-        factor = tl.load(scale + n * groups + group, mask=n < outs, other=0.0).to(tl.float32)
+    for at in range(0, _slices(width, UNIT, SLICE)):
+        unit, first, end = _slice(at, width, UNIT, SLICE)
+        column = first * 16 + tl.arange(0, SLICE * 16)[None, :]
+        tile = tl.load(own + column, mask=(m < rows)[:, None] & (column < end * 16) & (column < inputs), other=0.0)
+        level = _levels_of_words(levels, n, outs, groups, first, W, V, SLICE, UNIT)
+        factor = tl.load(scale + (n if ROW_SCALE else n * groups + unit), mask=n < outs, other=0.0).to(tl.float32)
+        factor = factor[:, None, None, None]
         a, b = _level(level, factor, 0, TYPE), _level(level, factor, 1, TYPE)
         c, d = _level(level, factor, 2, TYPE), _level(level, factor, 3, TYPE)
-        selector = _selectors(words, n, outs, groups, group, start, W, V, SLICE)
+        selector = _selectors(words, n, outs, width, first, end, V, SLICE)
         weight = _joined(
             _picked(selector, a, b, c, d), _picked(selector >> 4, a, b, c, d), _picked(selector >> 8, a, b, c, d),
             _picked(selector >> 12, a, b, c, d), OUTS, SLICE * 16,
@@ -116,17 +154,20 @@ def gemm_values(
     store_outputs(out, total, m[:, None], n[None, :], rows, outs, bias, residual, BIAS, RESIDUAL)
 
 
-def tile(rows: int, words: int, values: bool = False) -> dict[str, Any]:
+def tile(rows: int, words: int, unit: int | None = None, values: bool = False) -> dict[str, Any]:
     """Constants of a program for `rows` of activations and groups of `words`, and how it is compiled.
 
-    values: of `gemm_values`. 700, 8 -> a tile of 64 x 128 outputs, 128 columns at once.
+    unit: words that have one factor, 0 for all of a row; by default a group's. values: of `gemm_values`. 700, 8 -> a tile of 64 x
+    128 outputs, 128 columns at once.
     """
     # What fits the registers of 128 threads beside the sums of a group, or a decoded slice in 16 bits.
     m = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    each = min(max(triton.next_power_of_2(words), _SLICE_MIN), _SLICE_MAX)
+    together = words if unit is None else unit or _SLICE_MAX
+    each = min(max(triton.next_power_of_2(together), _SLICE_MIN), _SLICE_MAX)
     constants = {
         "W": words,
         "V": span(words * CODES_OF_WORD),
+        "UNIT": words if unit is None else unit,
         "SLICE": each,
         "ROWS": m,
         "OUTS": 128 if rows > 32 and not values else 64,
@@ -143,7 +184,8 @@ def _gemm_places(
     residual: Tensor | None, out: Tensor,
 ) -> None:  # fmt: skip
     rows, (outs, groups, each) = len(out), words.shape
-    constants = tile(rows, each)
+    # With one scale a row, what has one step has one factor.
+    constants = tile(rows, each, sharing * each if levels.dtype == torch.uint8 else None)
     gemm_places[(-(-outs // constants["OUTS"]), -(-rows // constants["ROWS"]))](
         words, levels, scale, places, step, out if bias is None else bias, out if residual is None else residual, out, rows, outs,
         groups, STEPS=sharing, BIAS=bias is not None, RESIDUAL=residual is not None, **constants,
@@ -155,7 +197,7 @@ def _gemm_values(
     words: Tensor, levels: Tensor, scale: Tensor, x: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor
 ) -> None:
     rows, (outs, groups, each) = len(out), words.shape
-    constants = tile(rows, each, values=True)
+    constants = tile(rows, each, 0 if levels.dtype == torch.uint8 else None, values=True)
     gemm_values[(-(-outs // constants["OUTS"]), -(-rows // constants["ROWS"]))](
         words, levels, scale, x, out if bias is None else bias, out if residual is None else residual, out, rows, outs, groups,
         x.shape[1], BIAS=bias is not None, RESIDUAL=residual is not None, **constants,

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lbllm_cli.runtime.cuda.instructions import dot4, look_up, rounded_to
+from lbllm_cli.runtime.cuda.level_bytes import levels_of, scaled
 from lbllm_cli.runtime.cuda.operators import operator
 from lbllm_cli.runtime.cuda.weights import CODES_OF_WORD, CudaWeights, span
 
@@ -59,17 +60,19 @@ def _codes(words, levels, group, outs, groups, W: tl.constexpr, OUTS: tl.constex
     n, w = tl.arange(0, OUTS)[None, :, None, None], tl.arange(0, WORDS)[None, None, None, :]
     n += tl.program_id(0) * OUTS
     word = tl.load(words + (n * groups + group) * W + w, mask=(n < outs) & (group < groups) & (w < W), other=0)
-    return word & 0x33333333, (word >> 2) & 0x33333333, _of_rows(levels, group, outs, groups, OUTS)
+    return word & 0x33333333, (word >> 2) & 0x33333333, levels_of(_of_rows(levels, group, outs, groups, OUTS))
 
 
 @triton.jit
 def _finish(
-    out, total, rows, outs, bias, residual,
-    ROWS: tl.constexpr, OUTS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    out, total, scale, rows, outs, bias, residual,
+    ROWS: tl.constexpr, OUTS: tl.constexpr, ROW_SCALE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """total float32 [rows, outs, groups, 1] -> out."""
+    """total float32 [rows, outs, groups, 1] -> out. scale: of a row, if ROW_SCALE; else it is in the total."""
     sums = tl.reshape(tl.sum(total, 2), [ROWS, OUTS])
     m, n = tl.arange(0, ROWS)[:, None], tl.program_id(0) * OUTS + tl.arange(0, OUTS)[None, :]
+    if ROW_SCALE:
+        sums = scaled(sums, scale, n, outs)
     store_outputs(out, sums, m, n, rows, outs, bias, residual, BIAS, RESIDUAL)
 
 
@@ -83,6 +86,7 @@ def gemv_places(
     share a step, 0 for all of a row.
     """
     m, w = tl.arange(0, ROWS)[:, None, None, None], tl.arange(0, WORDS)[None, None, None, :]
+    ROW_SCALE: tl.constexpr = levels.dtype.element_ty == tl.uint8
     total = tl.zeros([ROWS, OUTS, GROUPS, 1], tl.float32)
     for start in range(0, groups, GROUPS):
         group = start + tl.arange(0, GROUPS)[None, None, :, None]
@@ -94,14 +98,15 @@ def gemv_places(
         dots = dot4(look_up(odd, level), tl.load(x + V, mask=there, other=0), dots)
         dots = dot4(look_up(even >> 16, level), tl.load(x + 2 * V, mask=there, other=0), dots)
         dots = dot4(look_up(odd >> 16, level), tl.load(x + 3 * V, mask=there, other=0), dots)
-        factor = _of_rows(scale, group, outs, groups, OUTS).to(tl.float32)
+        sums = tl.sum(dots, 3, keep_dims=True).to(tl.float32)
+        factor = 1.0 if ROW_SCALE else _of_rows(scale, group, outs, groups, OUTS).to(tl.float32)
         if STEPS > 0:
             own = step + m * tl.cdiv(groups, STEPS) + group // STEPS
             factor = factor * tl.load(own, mask=(m < rows) & (group < groups), other=0.0)
-        total += tl.sum(dots, 3, keep_dims=True).to(tl.float32) * factor
+        total += sums * factor
     if STEPS == 0:
         total *= tl.load(step + m, mask=m < rows, other=0.0)
-    _finish(out, total, rows, outs, bias, residual, ROWS, OUTS, BIAS, RESIDUAL)
+    _finish(out, total, scale, rows, outs, bias, residual, ROWS, OUTS, ROW_SCALE, BIAS, RESIDUAL)
 
 
 @triton.jit
@@ -125,6 +130,7 @@ def gemv_values(
 ):  # fmt: skip
     """`gemv_places` with activations in float32, as `deal_columns` leaves them."""
     m, w = tl.arange(0, ROWS)[:, None, None, None], tl.arange(0, WORDS)[None, None, None, :]
+    ROW_SCALE: tl.constexpr = levels.dtype.element_ty == tl.uint8
     total = tl.zeros([ROWS, OUTS, GROUPS, 1], tl.float32)
     for start in range(0, groups, GROUPS):
         group = start + tl.arange(0, GROUPS)[None, None, :, None]
@@ -135,8 +141,9 @@ def gemv_values(
             selector = (even if code // 4 % 2 == 0 else odd) >> (code // 8 * 16)
             value = (look_up(selector, level) << (24 - code % 4 * 8)) >> 24
             sums += value.to(tl.float32) * tl.load(x + code * (groups * W), mask=there, other=0.0)
-        total += tl.sum(sums, 3, keep_dims=True) * _of_rows(scale, group, outs, groups, OUTS).to(tl.float32)
-    _finish(out, total, rows, outs, bias, residual, ROWS, OUTS, BIAS, RESIDUAL)
+        factor = 1.0 if ROW_SCALE else _of_rows(scale, group, outs, groups, OUTS).to(tl.float32)
+        total += tl.sum(sums, 3, keep_dims=True) * factor
+    _finish(out, total, scale, rows, outs, bias, residual, ROWS, OUTS, ROW_SCALE, BIAS, RESIDUAL)
 
 
 def tile(rows: int, outs: int, groups: int, words: int, values: bool = False) -> dict[str, Any]:

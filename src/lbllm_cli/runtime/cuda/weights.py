@@ -9,14 +9,14 @@ of up to 16 bytes too.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import gcd
 
 import torch
 from torch import Tensor
 
-from lbllm_cli.format.names import LEVELS
+from lbllm_cli.format.levels import per_row
 from lbllm_cli.format.weights import PackedWeight, group_count
 
 CODES_OF_WORD = 16
@@ -61,13 +61,22 @@ def codes_of(words: Tensor) -> Tensor:
     return torch.stack(quads, 3).flatten(2)
 
 
+def _levels_and_scale(linear: PackedWeight) -> tuple[Tensor, Tensor]:
+    """As `CudaWeights` has them, of one linear."""
+    if linear.row_scale is not None:
+        _, places, scale = linear.stored
+        return places.squeeze(-1), scale
+    return linear.levels.contiguous().view(torch.int32).squeeze(-1), linear.scale
+
+
 @dataclass(frozen=True)
 class CudaWeights:
     """Rows of several linears with one input, the first linear's first.
 
-    words: int32 [rows, groups, group_size / 16]. levels: int32 [rows, groups], a group's four int8 levels, that of code 0 lowest.
-    scale: float16 [rows, groups]. outs: rows of each linear. level_bits: of a level in their file. q, k and v of 4096 x 4096 at
-    groups of 128: [12288, 32, 8], [12288, 32], 2.375 bits a weight.
+    words: int32 [rows, groups, group_size / 16]. levels: int32 [rows, groups], a group's four int8 levels, that of code 0 lowest;
+    levels of 2 bits as a file has them, uint8 [rows, groups]. scale: float16 [rows, groups], or [rows, 1] with levels of 2 bits.
+    outs: rows of each linear. level_bits: of a level in their file. q, k and v of 4096 x 4096 at groups of 128: [12288, 32, 8],
+    [12288, 32], 2.375 bits a weight; at groups of 16 with levels of 2 bits [12288, 256, 1], [12288, 256], 2.504.
     """
 
     words: Tensor
@@ -83,8 +92,7 @@ class CudaWeights:
         """Repacked, on their device."""
         first = linears[0]
         words = torch.cat([words_of(linear.codes) for linear in linears])
-        levels = torch.cat([linear.levels for linear in linears]).contiguous().view(torch.int32).squeeze(-1)
-        scale = torch.cat([linear.scale for linear in linears])
+        levels, scale = (torch.cat(parts) for parts in zip(*map(_levels_and_scale, linears), strict=True))
         outs = tuple(len(linear.scale) for linear in linears)
         return cls(words, levels, scale, first.in_features, first.group_size, outs, first.level_bits)
 
@@ -92,9 +100,11 @@ class CudaWeights:
         """One of the linears as its checkpoint has it."""
         end = list(accumulate(self.outs))[slot]
         words, levels, scale = (part[end - self.outs[slot] : end] for part in (self.words, self.levels, self.scale))
-        as_bytes = levels.unsqueeze(-1).view(torch.int8)
-        assert as_bytes.shape[-1] == LEVELS
-        return PackedWeight(codes_of(words), as_bytes, scale, self.in_features, self.level_bits)
+        stored = levels.unsqueeze(-1)
+        # A file's bytes are what `of_stored` reads, words hold int8.
+        as_file = stored if per_row(self.level_bits) else stored.view(torch.int8)
+        found = PackedWeight.of_stored(codes_of(words), as_file, scale, self.in_features)
+        return replace(found, level_bits=self.level_bits)
 
     @property
     def rows(self) -> int:
