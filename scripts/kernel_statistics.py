@@ -33,6 +33,7 @@ from triton.compiler import ASTSource
 
 from lbllm_cli.runtime.cuda import activations, gemm, gemv, head, instructions, level_bytes
 from lbllm_cli.runtime.cuda.instructions import NATIVE
+from lbllm_cli.runtime.cuda.weights import FOLD
 
 RECORD = Path(__file__).parents[1] / "tests" / "runtime" / "cuda" / "statistics.json"
 ARCHITECTURES = (80, 89, 90, 100, 120)
@@ -73,13 +74,14 @@ _WEIGHTS = {"words": "*i32", "levels": "*i32", "scale": "*fp16"}
 _OUTPUTS = {"bias": "*fp32", "residual": "*bf16", "out": "*bf16"}
 
 
-def _linear(name: str, kernel: Any, rows: int, groups: int, words: int, table: bool = False, **constants: Any) -> Case:
-    """A product of packed weights [4096, groups] with some rows. table: with levels of 2 bits."""
+def _linear(name: str, kernel: Any, rows: int, groups: int, words: int, form: int = 0, **constants: Any) -> Case:
+    """A product of packed weights [4096, groups] with some rows. form: bytes of a group's levels, 0 where they are int32."""
     integers, values = {"rows": rows, "outs": 4096, "groups": groups, "inputs": groups * words * 16}, "STEPS" not in constants
     few = kernel in (gemv.gemv_places, gemv.gemv_values)
-    unit = constants.get("STEPS", 0) * words if table else None
+    unit = constants.get("STEPS", 0) * words if form else None
     tile = gemv.tile(rows, 4096, groups, words, values) if few else gemm.tile(rows, words, unit, values)
-    weights = _WEIGHTS | ({"levels": "*u8"} if table else {})
+    weights = _WEIGHTS | ({"levels": "*u8"} if form and not (few and form == FOLD) else {})
+    constants["BYTES"] = form
     inputs = {"places": "*i32" if few else "*i8", "step": "*fp32", "planes": "*fp32", "x": "*bf16"}
     return Case(name, kernel, weights | inputs | _OUTPUTS, integers, {"BIAS": False, "RESIDUAL": False, **tile, **constants})
 
@@ -101,24 +103,26 @@ CASES = [
     replace(_linear("gemv, 1 row", gemv.gemv_places, 1, 32, 8, STEPS=1, RESIDUAL=True), everywhere=True),
     _linear("gemv, 1 row, 86 groups, step of the row", gemv.gemv_places, 1, 86, 8, STEPS=0),
     _linear("gemv, 1 row, groups of 64", gemv.gemv_places, 1, 64, 4, STEPS=1),
-    _linear("gemv, 1 row, groups of 16, a step of four", gemv.gemv_places, 1, 256, 1, table=True, STEPS=4),
+    _linear("gemv, 1 row, groups of 16, a step of four", gemv.gemv_places, 1, 64, 4, FOLD, STEPS=1),
+    _linear("gemv, 1 row, groups of 64 with levels of 2 bits", gemv.gemv_places, 1, 64, 4, 1, STEPS=1),
     _linear("gemv, 4 rows", gemv.gemv_places, 4, 32, 8, STEPS=1),
     _linear("gemv, 8 rows", gemv.gemv_places, 8, 32, 8, STEPS=1),
     _linear("gemv of values, 1 row", gemv.gemv_values, 1, 32, 8),
     _linear("gemv of values, 4 rows", gemv.gemv_values, 4, 32, 8),
-    _linear("gemv of values, 1 row, groups of 16", gemv.gemv_values, 1, 256, 1, table=True),
+    _linear("gemv of values, 1 row, groups of 16", gemv.gemv_values, 1, 64, 4, FOLD),
     Case(
         "deal columns", gemv.deal_columns, {"x": "*bf16", "planes": "*fp32"}, {"width": 4096, "words": 256}, {"V": 8, "BLOCK": 64}
     ),
     _linear("gemm, 16 rows", gemm.gemm_places, 16, 32, 8, STEPS=1),
     replace(_linear("gemm, 2048 rows", gemm.gemm_places, 2048, 32, 8, STEPS=1), everywhere=True),
     replace(
-        _linear("gemm, 2048 rows, groups of 16, a step of four", gemm.gemm_places, 2048, 256, 1, table=True, STEPS=4),
+        _linear("gemm, 2048 rows, groups of 16, a step of four", gemm.gemm_places, 2048, 64, 4, FOLD, STEPS=1),
         everywhere=True,
     ),
-    _linear("gemm, 2048 rows, groups of 16, step of the row", gemm.gemm_places, 2048, 256, 1, table=True, STEPS=0),
+    _linear("gemm, 2048 rows, groups of 16, step of the row", gemm.gemm_places, 2048, 64, 4, FOLD, STEPS=0),
+    _linear("gemm, 2048 rows, groups of 64 with levels of 2 bits", gemm.gemm_places, 2048, 64, 4, 1, STEPS=2),
     _linear("gemm of values, 2048 rows", gemm.gemm_values, 2048, 32, 8),
-    _linear("gemm of values, 2048 rows, groups of 16", gemm.gemm_values, 2048, 256, 1, table=True),
+    _linear("gemm of values, 2048 rows, groups of 16", gemm.gemm_values, 2048, 64, 4, FOLD),
     replace(_quantizer("quantizer, groups, two tables", 128, 4096, TABLES=2, PLACES=128, VALUES=False), everywhere=True),
     _quantizer("quantizer, rows, two tables", 11008, 11008, TABLES=2, PLACES=128, VALUES=False),
     _quantizer("quantizer, groups, uniform, values", 128, 4096, TABLES=0, PLACES=16, VALUES=True),

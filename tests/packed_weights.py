@@ -49,6 +49,11 @@ def sharing_rows(
     return linears, places[:, : group_count(in_features, group_size) * group_size].contiguous(), steps, x
 
 
+def filled_up(places: torch.Tensor, width: int) -> torch.Tensor:
+    """Rows as wide as the layout of weights, zeros behind them."""
+    return torch.nn.functional.pad(places, (0, width - places.shape[1]))
+
+
 def off(found: torch.Tensor, x: torch.Tensor, linears: list[PackedWeight], bias: torch.Tensor | None) -> float:
     """Largest error of outputs of all linears against float64, relative to the sum of the sizes of the terms. x float64."""
     weight = torch.cat([linear.values() for linear in linears]).double()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from packed_weights import moved, off, quantized_rows, random_weights, sharing_rows
+from packed_weights import filled_up, moved, off, quantized_rows, random_weights, sharing_rows
 
 import lbllm_cli.runtime.cuda.gemv as module
 from lbllm_cli.format.level_table import unpack_places
@@ -36,6 +36,19 @@ def test_packing_is_undone_bit_for_bit(group_size, level_bits):
         assert weights.packed(slot).level_bits == level_bits
         for found, expected in zip(weights.packed(slot).tensors, linear.tensors, strict=True):
             assert found.dtype == expected.dtype
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(("group_size", "width"), [(16, 200), (16, 256), (32, 200)])
+def test_folding_is_undone_bit_for_bit(group_size, width):
+    linears = random_weights(width, (5, 1, 3), group_size, bits=2)
+    weights = CudaWeights.of(linears, fold=True)
+    units = -(-width // (4 * group_size))
+    assert weights.words.shape == (9, units, group_size // 4)
+    assert weights.levels.shape == (9, 4 * units)
+    assert weights.padded_width == 4 * group_size * units
+    for slot, linear in enumerate(linears):
+        for found, expected in zip(weights.packed(slot).tensors, linear.tensors, strict=True):
             assert torch.equal(found, expected)
 
 
@@ -78,11 +91,25 @@ def test_groups_that_share_a_step(device, large, inn, size, step):
     assert off(out, x, linears, None) < TOLERANCE  # measured 2.2e-8
 
 
-@pytest.mark.parametrize(("inn", "size"), [(200, 16), (96, 32), (300, 128), (130, 48)])
-def test_levels_of_two_bits_with_one_step_and_with_values(device, large, inn, size):
+@pytest.mark.parametrize(("inn", "size", "step"), [(200, 16, 64), (600, 32, 128), (700, 16, 256)])
+def test_folded_groups(device, large, inn, size, step):
+    linears, places, steps, x = sharing_rows(2, inn, size, step)
+    weights = CudaWeights.of(moved(linears, device), fold=True)
+    out = torch.full((2, 7), torch.nan, device=device)
+    places = filled_up(places, weights.padded_width)
+    gemv_quantized(weights, places.to(device), steps.to(device), step // size, out)
+    assert off(out, x, linears, None) < TOLERANCE  # measured 2.6e-8
+
+
+@pytest.mark.parametrize(
+    ("inn", "size", "fold"),
+    [(200, 16, False), (96, 32, False), (300, 128, False), (130, 48, False), (200, 16, True), (330, 32, True)],
+)
+def test_levels_of_two_bits_with_one_step_and_with_values(device, large, inn, size, fold):
     linears = random_weights(inn, (5, 2), size, bits=2)
-    weights = CudaWeights.of(moved(linears, device))
+    weights = CudaWeights.of(moved(linears, device), fold)
     places, steps, x = quantized_rows(2, inn, size, "token")
+    places = filled_up(places, weights.padded_width)
     out = torch.full((2, 7), torch.nan, device=device)
     gemv_quantized(weights, places.to(device), steps.to(device), 0, out)
     assert off(out, x, linears, None) < TOLERANCE  # measured 2.3e-8

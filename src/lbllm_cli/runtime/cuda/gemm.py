@@ -10,12 +10,11 @@ groups do not make small matrix products.
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lbllm_cli.runtime.cuda.gemv import store_outputs
+from lbllm_cli.runtime.cuda.gemv import form_of, store_outputs
 from lbllm_cli.runtime.cuda.instructions import look_up, multiply_add, rounded_to
 from lbllm_cli.runtime.cuda.level_bytes import levels_of, scaled
 from lbllm_cli.runtime.cuda.operators import operator
@@ -39,15 +38,16 @@ def _selectors(words, n, outs, width, first, end, V: tl.constexpr, SLICE: tl.con
 
 
 @triton.jit
-def _levels_of_words(levels, n, outs, groups, first, W: tl.constexpr, V: tl.constexpr, SLICE: tl.constexpr, UNIT: tl.constexpr):
-    """Levels of the groups of these words, of one group [outs, 1, 1, 1], else [outs, SLICE / V, 1, 1]."""
+def _levels_of_words(levels, n, outs, groups, first, W: tl.constexpr, V: tl.constexpr, SLICE: tl.constexpr, BYTES: tl.constexpr):
+    """Levels of the groups of these words, for their selectors: [outs, 1, 1, 1], in bytes [outs, SLICE / V, 1 or 4, 1]."""
     n = n[:, None, None, None]
-    if UNIT == W:
-        at, there = n * groups + first // W, n < outs
+    if BYTES == 0:
+        return tl.load(levels + n * groups + first // W, mask=n < outs, other=0)
     else:
         group = (first + tl.arange(0, SLICE // V) * V)[None, :, None, None] // W
-        at, there = n * groups + group, (n < outs) & (group < groups)
-    return levels_of(tl.load(levels + at, mask=there, other=0))
+        byte = group * BYTES + tl.arange(0, BYTES)[None, None, :, None]
+        found = tl.load(levels + n * (groups * BYTES) + byte, mask=(n < outs) & (group < groups), other=0)
+        return levels_of(found.to(tl.int32))
 
 
 @triton.jit
@@ -77,33 +77,33 @@ def _joined(a, b, c, d, OUTS: tl.constexpr, COLUMNS: tl.constexpr):
 def gemm_places(
     words, levels, scale, places, step, bias, residual, out, rows, outs, groups,
     W: tl.constexpr, V: tl.constexpr, UNIT: tl.constexpr, SLICE: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr,
-    STEPS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    BYTES: tl.constexpr, STEPS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """A program: a tile [ROWS, OUTS] of outputs. places: int8 [rows, 16 * W * groups]. STEPS: how many groups
-    share a step, 0 for all of a row. UNIT: words that have one factor, 0 for all of a row.
+    """A program: a tile [ROWS, OUTS] of outputs. places: int8 [rows, 16 * W * groups]. BYTES: that levels of a group have, 0
+    where they are int32, 4 of folded groups, which count as one. STEPS: how many groups share a step, 0 for all of a row. UNIT:
+    words that have one factor, 0 for all of a row.
     """
     n = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
     m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     width = groups * W
     own = places + m.to(tl.int64)[:, None] * (width * 16)
-    ROW_SCALE: tl.constexpr = levels.dtype.element_ty == tl.uint8
     total = tl.zeros([ROWS, OUTS], tl.float32)
     for at in range(0, _slices(width, UNIT, SLICE)):
         unit, first, end = _slice(at, width, UNIT, SLICE)
         column = first * 16 + tl.arange(0, SLICE * 16)[None, :]
         x = tl.load(own + column, mask=(m < rows)[:, None] & (column < end * 16), other=0)
-        level = _levels_of_words(levels, n, outs, groups, first, W, V, SLICE, UNIT)
+        level = _levels_of_words(levels, n, outs, groups, first, W, V, SLICE, BYTES)
         four = look_up(_selectors(words, n, outs, width, first, end, V, SLICE) & 0x33333333, level)
         # Cut to bytes behind the join: where it comes before, Triton 3.9 finds no layout on sm_100 for words of several groups.
         weight = _joined(four, four >> 8, four >> 16, four >> 24, OUTS, SLICE * 16).to(tl.int8)
         dots = tl.dot(x, tl.trans(weight), out_dtype=tl.int32).to(tl.float32)
-        factor = 1.0 if ROW_SCALE else tl.load(scale + n * groups + unit, mask=n < outs, other=0.0).to(tl.float32)[None, :]
+        factor = 1.0 if BYTES else tl.load(scale + n * groups + unit, mask=n < outs, other=0.0).to(tl.float32)[None, :]
         if STEPS > 0:
             of_row = tl.cdiv(groups, STEPS)
             own_step = first // (W * STEPS)
             factor = factor * tl.load(step + m * of_row + own_step, mask=m < rows, other=0.0)[:, None]
         total += dots * factor
-    if ROW_SCALE:
+    if BYTES:
         total = scaled(total, scale, n[None, :], outs)
     if STEPS == 0:
         total *= tl.load(step + m, mask=m < rows, other=0.0)[:, None]
@@ -126,22 +126,21 @@ def _picked(selector, a, b, c, d):
 def gemm_values(
     words, levels, scale, x, bias, residual, out, rows, outs, groups, inputs,
     W: tl.constexpr, V: tl.constexpr, UNIT: tl.constexpr, SLICE: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    BYTES: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """`gemm_places` with x in floats, [rows, inputs], and weights rounded to its type."""
     n = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
     m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     width = groups * W
     own = x + m.to(tl.int64)[:, None] * inputs
-    ROW_SCALE: tl.constexpr = levels.dtype.element_ty == tl.uint8
     TYPE: tl.constexpr = x.dtype.element_ty
     total = tl.zeros([ROWS, OUTS], tl.float32)
     for at in range(0, _slices(width, UNIT, SLICE)):
         unit, first, end = _slice(at, width, UNIT, SLICE)
         column = first * 16 + tl.arange(0, SLICE * 16)[None, :]
         tile = tl.load(own + column, mask=(m < rows)[:, None] & (column < end * 16) & (column < inputs), other=0.0)
-        level = _levels_of_words(levels, n, outs, groups, first, W, V, SLICE, UNIT)
-        factor = tl.load(scale + (n if ROW_SCALE else n * groups + unit), mask=n < outs, other=0.0).to(tl.float32)
+        level = _levels_of_words(levels, n, outs, groups, first, W, V, SLICE, BYTES)
+        factor = tl.load(scale + (n if BYTES else n * groups + unit), mask=n < outs, other=0.0).to(tl.float32)
         factor = factor[:, None, None, None]
         a, b = _level(level, factor, 0, TYPE), _level(level, factor, 1, TYPE)
         c, d = _level(level, factor, 2, TYPE), _level(level, factor, 3, TYPE)
@@ -184,11 +183,12 @@ def _gemm_places(
     residual: Tensor | None, out: Tensor,
 ) -> None:  # fmt: skip
     rows, (outs, groups, each) = len(out), words.shape
+    of_group, steps = form_of(levels, groups, sharing)
     # With one scale a row, what has one step has one factor.
-    constants = tile(rows, each, sharing * each if levels.dtype == torch.uint8 else None)
+    constants = tile(rows, each, steps * each if of_group else None)
     gemm_places[(-(-outs // constants["OUTS"]), -(-rows // constants["ROWS"]))](
         words, levels, scale, places, step, out if bias is None else bias, out if residual is None else residual, out, rows, outs,
-        groups, STEPS=sharing, BIAS=bias is not None, RESIDUAL=residual is not None, **constants,
+        groups, BYTES=of_group, STEPS=steps, BIAS=bias is not None, RESIDUAL=residual is not None, **constants,
     )  # fmt: skip
 
 
@@ -197,10 +197,11 @@ def _gemm_values(
     words: Tensor, levels: Tensor, scale: Tensor, x: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor
 ) -> None:
     rows, (outs, groups, each) = len(out), words.shape
-    constants = tile(rows, each, 0 if levels.dtype == torch.uint8 else None, values=True)
+    of_group, _ = form_of(levels, groups)
+    constants = tile(rows, each, 0 if of_group else None, values=True)
     gemm_values[(-(-outs // constants["OUTS"]), -(-rows // constants["ROWS"]))](
         words, levels, scale, x, out if bias is None else bias, out if residual is None else residual, out, rows, outs, groups,
-        x.shape[1], BIAS=bias is not None, RESIDUAL=residual is not None, **constants,
+        x.shape[1], BYTES=of_group, BIAS=bias is not None, RESIDUAL=residual is not None, **constants,
     )  # fmt: skip
 
 

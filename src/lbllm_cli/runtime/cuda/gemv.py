@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lbllm_cli.runtime.cuda.instructions import dot4, look_up, rounded_to
-from lbllm_cli.runtime.cuda.level_bytes import levels_of, scaled
+from lbllm_cli.runtime.cuda.level_bytes import levels_of_selectors, scaled
 from lbllm_cli.runtime.cuda.operators import operator
-from lbllm_cli.runtime.cuda.weights import CODES_OF_WORD, CudaWeights, span
+from lbllm_cli.runtime.cuda.weights import CODES_OF_WORD, FOLD, CudaWeights, span
 
 # Above, matrix products are the better use of a decoded weight.
 ROWS_MAX, VALUE_ROWS_MAX = 8, 4
@@ -56,22 +56,22 @@ def _of_rows(values, group, outs, groups, OUTS: tl.constexpr):
 
 @triton.jit
 def _codes(words, levels, group, outs, groups, W: tl.constexpr, OUTS: tl.constexpr, WORDS: tl.constexpr):
-    """Selectors of the even and the odd codes of some groups, [1, outs, groups, words], and levels [1, outs, groups, 1]."""
+    """Selectors of the even and the odd codes of some groups, [1, outs, groups, words]; stored levels, [1, outs, groups, 1]."""
     n, w = tl.arange(0, OUTS)[None, :, None, None], tl.arange(0, WORDS)[None, None, None, :]
     n += tl.program_id(0) * OUTS
     word = tl.load(words + (n * groups + group) * W + w, mask=(n < outs) & (group < groups) & (w < W), other=0)
-    return word & 0x33333333, (word >> 2) & 0x33333333, levels_of(_of_rows(levels, group, outs, groups, OUTS))
+    return word & 0x33333333, (word >> 2) & 0x33333333, _of_rows(levels, group, outs, groups, OUTS)
 
 
 @triton.jit
 def _finish(
     out, total, scale, rows, outs, bias, residual,
-    ROWS: tl.constexpr, OUTS: tl.constexpr, ROW_SCALE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr, OUTS: tl.constexpr, BYTES: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """total float32 [rows, outs, groups, 1] -> out. scale: of a row, if ROW_SCALE; else it is in the total."""
+    """total float32 [rows, outs, groups, 1] -> out. scale: of a row where levels are BYTES; else it is in the total."""
     sums = tl.reshape(tl.sum(total, 2), [ROWS, OUTS])
     m, n = tl.arange(0, ROWS)[:, None], tl.program_id(0) * OUTS + tl.arange(0, OUTS)[None, :]
-    if ROW_SCALE:
+    if BYTES > 0:
         sums = scaled(sums, scale, n, outs)
     store_outputs(out, sums, m, n, rows, outs, bias, residual, BIAS, RESIDUAL)
 
@@ -80,33 +80,34 @@ def _finish(
 def gemv_places(
     words, levels, scale, places, step, bias, residual, out, rows, outs, groups,
     W: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
-    STEPS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    BYTES: tl.constexpr, STEPS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """A program: OUTS rows of weights. ROWS, OUTS, GROUPS, WORDS: of a tile. places: as int32. V: `span`. STEPS: how many groups
-    share a step, 0 for all of a row.
+    """A program: OUTS rows of weights. ROWS, OUTS, GROUPS, WORDS: of a tile. places: as int32. V: `span`. BYTES: see
+    `levels_of_selectors`; folded groups count as one, four bytes as an int32. STEPS: how many groups share a step, 0 for all of a
+    row.
     """
     m, w = tl.arange(0, ROWS)[:, None, None, None], tl.arange(0, WORDS)[None, None, None, :]
-    ROW_SCALE: tl.constexpr = levels.dtype.element_ty == tl.uint8
     total = tl.zeros([ROWS, OUTS, GROUPS, 1], tl.float32)
     for start in range(0, groups, GROUPS):
         group = start + tl.arange(0, GROUPS)[None, None, :, None]
-        even, odd, level = _codes(words, levels, group, outs, groups, W, OUTS, WORDS)
+        even, odd, stored = _codes(words, levels, group, outs, groups, W, OUTS, WORDS)
+        a, b, c, d = levels_of_selectors(stored, BYTES)
         x = places + (m * groups + group) * (4 * W) + w // V * (4 * V) + w % V
         there = (m < rows) & (group < groups) & (w < W)
         dots = tl.zeros([ROWS, OUTS, GROUPS, WORDS], tl.int32)
-        dots = dot4(look_up(even, level), tl.load(x, mask=there, other=0), dots)
-        dots = dot4(look_up(odd, level), tl.load(x + V, mask=there, other=0), dots)
-        dots = dot4(look_up(even >> 16, level), tl.load(x + 2 * V, mask=there, other=0), dots)
-        dots = dot4(look_up(odd >> 16, level), tl.load(x + 3 * V, mask=there, other=0), dots)
+        dots = dot4(look_up(even, a), tl.load(x, mask=there, other=0), dots)
+        dots = dot4(look_up(odd, b), tl.load(x + V, mask=there, other=0), dots)
+        dots = dot4(look_up(even >> 16, c), tl.load(x + 2 * V, mask=there, other=0), dots)
+        dots = dot4(look_up(odd >> 16, d), tl.load(x + 3 * V, mask=there, other=0), dots)
         sums = tl.sum(dots, 3, keep_dims=True).to(tl.float32)
-        factor = 1.0 if ROW_SCALE else _of_rows(scale, group, outs, groups, OUTS).to(tl.float32)
+        factor = 1.0 if BYTES else _of_rows(scale, group, outs, groups, OUTS).to(tl.float32)
         if STEPS > 0:
             own = step + m * tl.cdiv(groups, STEPS) + group // STEPS
             factor = factor * tl.load(own, mask=(m < rows) & (group < groups), other=0.0)
         total += sums * factor
     if STEPS == 0:
         total *= tl.load(step + m, mask=m < rows, other=0.0)
-    _finish(out, total, scale, rows, outs, bias, residual, ROWS, OUTS, ROW_SCALE, BIAS, RESIDUAL)
+    _finish(out, total, scale, rows, outs, bias, residual, ROWS, OUTS, BYTES, BIAS, RESIDUAL)
 
 
 @triton.jit
@@ -126,24 +127,25 @@ def deal_columns(x, planes, width, words, V: tl.constexpr, BLOCK: tl.constexpr):
 def gemv_values(
     words, levels, scale, planes, bias, residual, out, rows, outs, groups,
     W: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    BYTES: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """`gemv_places` with activations in float32, as `deal_columns` leaves them."""
     m, w = tl.arange(0, ROWS)[:, None, None, None], tl.arange(0, WORDS)[None, None, None, :]
-    ROW_SCALE: tl.constexpr = levels.dtype.element_ty == tl.uint8
     total = tl.zeros([ROWS, OUTS, GROUPS, 1], tl.float32)
     for start in range(0, groups, GROUPS):
         group = start + tl.arange(0, GROUPS)[None, None, :, None]
-        even, odd, level = _codes(words, levels, group, outs, groups, W, OUTS, WORDS)
+        even, odd, stored = _codes(words, levels, group, outs, groups, W, OUTS, WORDS)
+        a, b, c, d = levels_of_selectors(stored, BYTES)
         x, there = planes + (m * (16 * groups) + group) * W + w, (m < rows) & (group < groups) & (w < W)
         sums = tl.zeros([ROWS, OUTS, GROUPS, WORDS], tl.float32)
         for code in tl.static_range(16):
             selector = (even if code // 4 % 2 == 0 else odd) >> (code // 8 * 16)
+            level = (a if code // 4 == 0 else b) if code < 8 else (c if code // 4 == 2 else d)
             value = (look_up(selector, level) << (24 - code % 4 * 8)) >> 24
             sums += value.to(tl.float32) * tl.load(x + code * (groups * W), mask=there, other=0.0)
-        factor = 1.0 if ROW_SCALE else _of_rows(scale, group, outs, groups, OUTS).to(tl.float32)
+        factor = 1.0 if BYTES else _of_rows(scale, group, outs, groups, OUTS).to(tl.float32)
         total += tl.sum(sums, 3, keep_dims=True) * factor
-    _finish(out, total, scale, rows, outs, bias, residual, ROWS, OUTS, ROW_SCALE, BIAS, RESIDUAL)
+    _finish(out, total, scale, rows, outs, bias, residual, ROWS, OUTS, BYTES, BIAS, RESIDUAL)
 
 
 def tile(rows: int, outs: int, groups: int, words: int, values: bool = False) -> dict[str, Any]:
@@ -173,12 +175,23 @@ def _gemv_places(
     residual: Tensor | None, out: Tensor,
 ) -> None:  # fmt: skip
     rows, (outs, groups, each) = len(out), words.shape
-    constants = tile(rows, outs, groups, each)
+    constants, (of_group, steps) = tile(rows, outs, groups, each), form_of(levels, groups, sharing)
     gemv_places[(-(-outs // constants["OUTS"]),)](
-        words, levels, scale, places.view(torch.int32), step, out if bias is None else bias,
-        out if residual is None else residual, out, rows, outs, groups, STEPS=sharing,
+        words, _loaded(levels, of_group), scale, places.view(torch.int32), step, out if bias is None else bias,
+        out if residual is None else residual, out, rows, outs, groups, BYTES=of_group, STEPS=steps,
         BIAS=bias is not None, RESIDUAL=residual is not None, **constants,
     )  # fmt: skip
+
+
+def form_of(levels: Tensor, groups: int, sharing: int = 0) -> tuple[int, int]:
+    """BYTES and STEPS of kernels for `groups` of words, where `sharing` groups of weights share a step: folded groups are one."""
+    of_group = levels.shape[1] // groups if levels.dtype == torch.uint8 else 0
+    return of_group, sharing // max(of_group, 1)
+
+
+def _loaded(levels: Tensor, of_group: int) -> Tensor:
+    """Levels as kernels for few rows load them: all that a group of words has at once."""
+    return levels.view(torch.int32) if of_group == FOLD else levels
 
 
 @operator("deal_columns(Tensor x, int group_size, Tensor(a!) planes)")
@@ -192,10 +205,10 @@ def _gemv_values(
     words: Tensor, levels: Tensor, scale: Tensor, planes: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor
 ) -> None:
     rows, (outs, groups, each) = len(out), words.shape
-    constants = tile(rows, outs, groups, each, values=True)
+    constants, (of_group, _) = tile(rows, outs, groups, each, values=True), form_of(levels, groups)
     gemv_values[(-(-outs // constants["OUTS"]),)](
-        words, levels, scale, planes, out if bias is None else bias, out if residual is None else residual, out, rows, outs,
-        groups, BIAS=bias is not None, RESIDUAL=residual is not None, **constants,
+        words, _loaded(levels, of_group), scale, planes, out if bias is None else bias, out if residual is None else residual,
+        out, rows, outs, groups, BYTES=of_group, BIAS=bias is not None, RESIDUAL=residual is not None, **constants,
     )  # fmt: skip
 
 
@@ -206,8 +219,9 @@ def gemv_quantized(
     """All outputs of quantized rows into `out`, 1 to 8 of them.
 
     places: int8 [rows, weights.padded_width], T - Z in the order of columns, 0 behind a ragged end. step: float32 [rows, steps].
-    sharing: groups of weights that share a step, 0 where all of a row do. out: [rows, weights.rows], bfloat16, float16 or
-    float32. residual: added, of out's shape, in any of these; may be `out` itself. bias: [weights.rows]. All of them contiguous.
+    sharing: groups of weights that share a step, 0 where all of a row do; of folded ones a multiple of four. out: [rows,
+    weights.rows], bfloat16, float16 or float32. residual: added, of out's shape, in any of these; may be `out` itself. bias:
+    [weights.rows]. All of them contiguous.
     """
     _gemv_places(weights.words, weights.levels, weights.scale, places, step, sharing, bias, residual, out)
 
@@ -217,5 +231,5 @@ def gemv(weights: CudaWeights, x: Tensor, out: Tensor, residual: Tensor | None =
     launches; the rest as above.
     """
     planes = x.new_empty(len(x), CODES_OF_WORD, weights.padded_width // CODES_OF_WORD, dtype=torch.float32)
-    _deal_columns(x, weights.group_size, planes)
+    _deal_columns(x, weights.group_size * weights.fold, planes)
     _gemv_values(weights.words, weights.levels, weights.scale, planes, bias, residual, out)

@@ -17,20 +17,29 @@ INNER, OUTER = (tl.constexpr(sum(value << 8 * place for place, value in enumerat
 
 
 @triton.jit
-def levels_of(stored):
-    """Levels of some groups, int32, that of code 0 in the lowest byte: of int32 as they are, of uint8 out of their tables.
+def levels_of(places):
+    """A group's four levels, int32, that of code 0 in the lowest byte, out of its byte: int32 0..255.
 
     0b00_11_01_00 -> -4, 13, -127, 41.
     """
-    if stored.dtype == tl.uint8:
-        places = stored.to(tl.int32)
-        places = (places | (places << 4)) & 0x0F0F
-        places = (places | (places << 2)) & 0x3333
-        sizes = (look_up(places, INNER) & 0xFFFF) | (look_up(places, OUTER) & -65536)
-        # Codes 0 and 2 are negative. No value of a table is 0, so adding 1 to a byte's complement never carries into the next.
-        return (sizes ^ 0x00FF00FF) + 0x00010001
+    places = (places | (places << 4)) & 0x0F0F
+    places = (places | (places << 2)) & 0x3333
+    sizes = (look_up(places, INNER) & 0xFFFF) | (look_up(places, OUTER) & -65536)
+    # Codes 0 and 2 are negative. No value of a table is 0, so adding 1 to a byte's complement never carries into the next.
+    return (sizes ^ 0x00FF00FF) + 0x00010001
+
+
+@triton.jit
+def levels_of_selectors(stored, BYTES: tl.constexpr):
+    """Levels for each of the four selectors of a word. BYTES: that levels have, 0 where they are no bytes, 4 of folded groups."""
+    if BYTES == 0:
+        return stored, stored, stored, stored
+    elif BYTES == 1:
+        level = levels_of(stored.to(tl.int32))
+        return level, level, level, level
     else:
-        return stored
+        a, b = levels_of(stored & 255), levels_of((stored >> 8) & 255)
+        return a, b, levels_of((stored >> 16) & 255), levels_of((stored >> 24) & 255)
 
 
 @triton.jit

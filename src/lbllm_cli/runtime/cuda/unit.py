@@ -14,7 +14,7 @@ from lbllm_cli.runtime.cuda.activations import TYPES, QuantizerTables, quantize_
 from lbllm_cli.runtime.cuda.gemm import gemm, gemm_quantized
 from lbllm_cli.runtime.cuda.gemv import ROWS_MAX, VALUE_ROWS_MAX, gemv, gemv_quantized
 from lbllm_cli.runtime.cuda.operators import INTERPRETED
-from lbllm_cli.runtime.cuda.weights import CudaWeights
+from lbllm_cli.runtime.cuda.weights import FOLD, CudaWeights, foldable
 from lbllm_cli.runtime.linear import PackedLinear
 from lbllm_cli.runtime.quantizer import ActQuantizer
 from lbllm_cli.runtime.shared_input import once, plain
@@ -48,9 +48,10 @@ class CudaUnit:
     """
 
     def __init__(self, linears: list[PackedLinear], quantizer: ActQuantizer | None):
-        self.weights = CudaWeights.of([packed.packed() for packed in linears])
+        weights = [packed.packed() for packed in linears]
         self.linears = linears
         self.quantizer = quantizer
+        self.weights = CudaWeights.of(weights, foldable(weights[0]) and _shared(quantizer, weights[0]) % FOLD == 0)
         self._bias = Derived(self._joined_biases)
         self._tables = Derived(self._prepared_tables)
         for slot, packed in enumerate(linears):
@@ -141,7 +142,7 @@ class CudaUnit:
     def sharing(self) -> int:
         """Groups of weights that share a step, 0 where all of a row do."""
         assert self.quantizer is not None
-        return 0 if self.quantizer.size >= self.weights.in_features else self.quantizer.size // self.weights.group_size
+        return _shared(self.quantizer, self.weights)
 
     @property
     def steps(self) -> int:
@@ -164,6 +165,13 @@ class CudaUnit:
         """The same of rows in full precision, [rows, in]."""
         product = gemv if len(out) <= VALUE_ROWS_MAX else gemm
         product(self.weights, rows, out, residual, self.bias)
+
+
+def _shared(quantizer: ActQuantizer | None, weights: PackedWeight | CudaWeights) -> int:
+    """Groups of weights that share a step of their input; 0 where all of a row do, or none is quantized."""
+    if quantizer is None or quantizer.size >= weights.in_features:
+        return 0
+    return quantizer.size // weights.group_size
 
 
 def usable(linears: list[PackedLinear], quantizer: ActQuantizer | None) -> bool:

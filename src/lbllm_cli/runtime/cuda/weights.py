@@ -6,6 +6,9 @@ Only the order within a group differs. A word holds 16 codes as four selectors f
 two bits of each nibble of a 16-bit half: no code has to be moved but by one shift. And the columns of `span` words are dealt out
 so that the first selectors of neighbouring words belong to neighbouring columns: what a lane needs of the activations are loads
 of up to 16 bytes too.
+
+Groups of 16 or 32 are too small for that. Where a row has one scale, four of them are folded: laid out as one group of four
+times the size, of which each selector is that of one of the four.
 """
 
 from collections.abc import Sequence
@@ -15,6 +18,7 @@ from math import gcd
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lbllm_cli.format.levels import per_row
 from lbllm_cli.format.weights import PackedWeight, group_count
@@ -22,6 +26,8 @@ from lbllm_cli.format.weights import PackedWeight, group_count
 CODES_OF_WORD = 16
 # Where in a word the four selectors begin; their codes are 4 bits apart.
 SELECTOR_BITS = (0, 2, 16, 18)
+# Groups that are folded, and up to which size: with larger ones a selector would be that of two.
+FOLD, _FOLDED_MAX = 4, 32
 
 
 def span(group_size: int) -> int:
@@ -42,7 +48,7 @@ def _gathered(halves: Tensor) -> Tensor:
 
 
 def words_of(codes: Tensor) -> Tensor:
-    """Stored codes as words: uint8 [out, groups, group_size / 4] -> int32 [out, groups, group_size / 16].
+    """Codes as words: uint8 [out, groups, group_size / 4] -> int32 [out, groups, group_size / 16].
 
     With V = span, selector s of word V * m + v holds columns 16 * V * m + 4 * V * s + 4 * v to + 3 of the group, column i of them
     in the two bits from SELECTOR_BITS[s] + 4 * i. [6, 5, 32] -> [6, 5, 8].
@@ -61,22 +67,30 @@ def codes_of(words: Tensor) -> Tensor:
     return torch.stack(quads, 3).flatten(2)
 
 
-def _levels_and_scale(linear: PackedWeight) -> tuple[Tensor, Tensor]:
-    """As `CudaWeights` has them, of one linear."""
-    if linear.row_scale is not None:
-        _, places, scale = linear.stored
-        return places.squeeze(-1), scale
-    return linear.levels.contiguous().view(torch.int32).squeeze(-1), linear.scale
+def foldable(linear: PackedWeight) -> bool:
+    """Whether groups of four can be folded."""
+    return per_row(linear.level_bits) and linear.group_size <= _FOLDED_MAX and linear.group_size % CODES_OF_WORD == 0
+
+
+def _parts(linear: PackedWeight, fold: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Words, levels and scale as `CudaWeights` has them, of one linear."""
+    if linear.row_scale is None:
+        return words_of(linear.codes), linear.levels.contiguous().view(torch.int32).squeeze(-1), linear.scale
+    codes, places, scale = linear.stored
+    spare = -codes.shape[1] % fold
+    codes, places = pad(codes, (0, 0, 0, spare)), pad(places.squeeze(-1), (0, spare))
+    return words_of(codes.unflatten(1, (-1, fold)).flatten(2)), places, scale
 
 
 @dataclass(frozen=True)
 class CudaWeights:
     """Rows of several linears with one input, the first linear's first.
 
-    words: int32 [rows, groups, group_size / 16]. levels: int32 [rows, groups], a group's four int8 levels, that of code 0 lowest;
-    levels of 2 bits as a file has them, uint8 [rows, groups]. scale: float16 [rows, groups], or [rows, 1] with levels of 2 bits.
-    outs: rows of each linear. level_bits: of a level in their file. q, k and v of 4096 x 4096 at groups of 128: [12288, 32, 8],
-    [12288, 32], 2.375 bits a weight; at groups of 16 with levels of 2 bits [12288, 256, 1], [12288, 256], 2.504.
+    words: int32 [rows, groups, group_size / 16], of folded groups [rows, groups / 4, group_size / 4]. levels: int32 [rows,
+    groups], a group's four int8 levels, that of code 0 lowest; levels of 2 bits as a file has them, uint8 [rows, groups]. scale:
+    float16 [rows, groups], or [rows, 1] with levels of 2 bits. outs: rows of each linear. level_bits: of a level in their file.
+    q, k and v of 4096 x 4096 at groups of 128: [12288, 32, 8], [12288, 32], 2.375 bits a weight; at groups of 16 with levels of 2
+    bits, folded, [12288, 64, 4], [12288, 256], 2.504.
     """
 
     words: Tensor
@@ -88,11 +102,11 @@ class CudaWeights:
     level_bits: int
 
     @classmethod
-    def of(cls, linears: Sequence[PackedWeight]) -> "CudaWeights":
-        """Repacked, on their device."""
+    def of(cls, linears: Sequence[PackedWeight], fold: bool = False) -> "CudaWeights":
+        """Repacked, on their device. fold: four groups each, which `foldable` allows."""
         first = linears[0]
-        words = torch.cat([words_of(linear.codes) for linear in linears])
-        levels, scale = (torch.cat(parts) for parts in zip(*map(_levels_and_scale, linears), strict=True))
+        parts = [_parts(linear, FOLD if fold else 1) for linear in linears]
+        words, levels, scale = (torch.cat(of_each) for of_each in zip(*parts, strict=True))
         outs = tuple(len(linear.scale) for linear in linears)
         return cls(words, levels, scale, first.in_features, first.group_size, outs, first.level_bits)
 
@@ -100,11 +114,17 @@ class CudaWeights:
         """One of the linears as its checkpoint has it."""
         end = list(accumulate(self.outs))[slot]
         words, levels, scale = (part[end - self.outs[slot] : end] for part in (self.words, self.levels, self.scale))
-        stored = levels.unsqueeze(-1)
+        codes = codes_of(words).unflatten(2, (self.fold, -1)).flatten(1, 2)[:, : self.groups]
+        stored = levels.unsqueeze(-1)[:, : self.groups]
         # A file's bytes are what `of_stored` reads, words hold int8.
         as_file = stored if per_row(self.level_bits) else stored.view(torch.int8)
-        found = PackedWeight.of_stored(codes_of(words), as_file, scale, self.in_features)
+        found = PackedWeight.of_stored(codes, as_file, scale, self.in_features)
         return replace(found, level_bits=self.level_bits)
+
+    @property
+    def fold(self) -> int:
+        """Groups that are laid out as one."""
+        return self.levels.shape[1] // self.words.shape[1]
 
     @property
     def rows(self) -> int:
@@ -118,5 +138,5 @@ class CudaWeights:
 
     @property
     def padded_width(self) -> int:
-        """Inputs with those that fill up the last group, whose codes are 0: their activations have to be 0."""
-        return self.groups * self.group_size
+        """Inputs with those that fill up the last groups, whose codes are 0: their activations have to be 0."""
+        return self.words[0].numel() * CODES_OF_WORD
