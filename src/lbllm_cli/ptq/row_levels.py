@@ -15,6 +15,8 @@ from lbllm_cli.format.weights import grouped
 from lbllm_cli.ptq.compensate import LevelFit, RankFit
 from lbllm_cli.ptq.em import nearest_rank
 from lbllm_cli.ptq.refine import values_of
+from lbllm_cli.runtime.backend import backend_of
+from lbllm_cli.runtime.stage_kernels import COLUMNS_MAX
 
 # What the largest value of the table is, over the root mean square of the row: the best of these is taken. Steps are small: in
 # some rows nearly all depends on one weight, behind a massive input, which a fitting scale represents exactly.
@@ -59,22 +61,24 @@ def descend_levels(weight: Tensor, hessian: Tensor, fit: RankFit, group_size: in
     """
     fit = refit_scale(weight, hessian, fit, group_size)
     gradient = hessian @ (weight - values_of(fit, group_size)).T
-    levels, ranks = fit.levels.clone(), fit.ranks.T
+    levels, ranks = fit.levels.clone(), fit.ranks.T.contiguous()
+    kernels = backend_of(weight.device).kernels
+    # A group of more columns than a program holds has a byte for as many weights as nothing is gained from.
+    one_group = _descend if kernels is None or group_size > COLUMNS_MAX else kernels.descend_levels
     for group in range(levels.shape[1]):
         part = slice(group * group_size, min((group + 1) * group_size, weight.shape[1]))
-        used = one_hot(ranks[part].long(), LEVELS).to(hessian.dtype)
-        levels[:, group], moved = _descend(levels[:, group], fit.scale[:, group], used, gradient[part], hessian[part, part])
-        change = (used * moved).sum(-1)
-        gradient[part.stop :].addmm_(hessian[part, part.stop :].T, change, alpha=-1)
+        moved = one_group(gradient[part], hessian[part, part], levels[:, group], fit.scale[:, group], ranks[part])
+        gradient[part.stop :].addmm_(hessian[part, part.stop :].T, moved, alpha=-1)
     return fit._replace(levels=levels)
 
 
-def _descend(levels: Tensor, scale: Tensor, used: Tensor, gradient: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """The levels of one group.
+def _descend(gradient: Tensor, hessian: Tensor, levels: Tensor, scale: Tensor, ranks: Tensor) -> Tensor:
+    """The levels of one group in turn.
 
-    levels: int8 [rows, 4], ascending. scale: [rows]. used: [size, rows, 4], 1 where a weight has the level. gradient: [size,
-    rows]. hessian: [size, size]. Returns the new levels and by how much their values moved, [rows, 4].
+    gradient: [size, rows]. hessian: [size, size]. levels: int8 [rows, 4], ascending, replaced. scale: [rows]. ranks: uint8 [size,
+    rows]. Returns by how much each weight moved, [size, rows].
     """
+    used = one_hot(ranks.long(), LEVELS).to(hessian.dtype)
     slope = (used * gradient.unsqueeze(-1)).sum(0)
     curve = torch.einsum("jra,jrb->rab", used, (hessian @ used.flatten(1)).view_as(used))
     before = levels.float() * scale[:, None].float()
@@ -88,4 +92,5 @@ def _descend(levels: Tensor, scale: Tensor, used: Tensor, gradient: Tensor, hess
         found[:, rank] = torch.where(cost > 0, nearest, levels[:, rank])
         values[:, rank] = found[:, rank].float() * scale.float()
         slope -= curve[:, rank] * (values[:, rank] - before[:, rank]).unsqueeze(1)
-    return found, values - before
+    levels.copy_(found)
+    return (used * (values - before)).sum(-1)

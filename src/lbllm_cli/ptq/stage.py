@@ -6,6 +6,8 @@ from functools import partial
 
 from torch import Tensor
 
+from lbllm_cli.format.levels import per_row
+from lbllm_cli.format.weights import group_count
 from lbllm_cli.models.block import block_prefix
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.parallel.shares import share_of
@@ -103,14 +105,21 @@ def work(plan: Plan, spec: StageSpec) -> list[Part]:
     passed = tokens * (2 * linears + kinds * shape.attention)
     moments = sum(float(width) ** 2 * share for width, _, share in shape.inputs) * tokens * (3 if kinds == 2 else 1)
     fit = sum(_fit_flops(plan.model, units, settings, plan.world.size) for units in passes)
+    groups = sum(group_count(width, settings.group_size) for width, _, _ in shape.inputs)
     streams = 2 * shape.states(tokens)
     return [
         Part("passes over the calibration text", "data.calibration.sequences", blocks * (passed + shape.forward(tokens)),
              passed=blocks * shape.passes(tokens, kinds), read=blocks * (len(sizes) + 1) * streams,
              written=blocks * streams),
         Part("moments", "data.calibration.sequences", blocks * moments),
-        Part("fits", "ptq.rounds", exact=blocks * fit, launches=blocks * 5e3 * len(plan.model.units)),
+        Part("fits", "ptq.rounds", exact=blocks * fit, launches=blocks * groups * _launches_of_group(settings)),
     ]  # fmt: skip
+
+
+def _launches_of_group(settings: Ptq) -> float:
+    """Of a GPU, for a group of columns: as counted of LLaMA-2-7B's shape in groups of 128, and in groups of 16 with levels of 2
+    bits (scripts/bench/device_counts.py)."""
+    return 140.0 if per_row(settings.level_bits) else 60.0
 
 
 def _fit_flops(model: SourceModel, units: Pass, settings: Ptq, size: int) -> float:

@@ -18,6 +18,8 @@ RANGE_PARTS = (0.125, 0.375, 0.625, 0.875)
 NORMAL_LEVELS = (-1.51, -0.453, 0.453, 1.51)
 # And how often levels out of a table are rounded to it anew after that.
 TABLE_ITERATIONS = 4
+# Columns of a group that a kernel may hold at once.
+COLUMNS_MAX = 128
 
 
 class StageKernels(Protocol):
@@ -46,6 +48,13 @@ class StageKernels(Protocol):
 
         gradient, current [size, rows], hessian [size, size], levels [rows, 4] -> by how much each weight moved, [size, rows].
         `ranks`, uint8 [size, rows], are replaced. `hessian` may be a slice of a larger matrix.
+        """
+
+    def descend_levels(self, gradient: Tensor, hessian: Tensor, levels: Tensor, scale: Tensor, ranks: Tensor) -> Tensor:
+        """The levels of 2 bits of one group of `ptq.row_levels.descend_levels`, at most COLUMNS_MAX columns.
+
+        gradient [size, rows], hessian [size, size], scale float16 [rows], ranks uint8 [size, rows] -> by how much each weight
+        moved, [size, rows]. `levels`, int8 [rows, 4] ascending, are replaced. All but gradient and ranks may be slices.
         """
 
     def normal_equations(self, ranks: Tensor, weighted: Tensor, hessian: Tensor, group_size: int) -> tuple[Tensor, Tensor]:

@@ -9,12 +9,10 @@ import triton.language as tl
 from torch import Tensor
 
 from lbllm_cli.runtime.cuda.operators import operator
-from lbllm_cli.runtime.cuda.stage.levels import level_at, load_levels, nearest_rank
+from lbllm_cli.runtime.cuda.stage.levels import level_at, load_levels, nearest_rank, nearest_value
 
-# Rows of a program, one warp: 128 columns of them are 64 registers a thread.
+# Rows of a program, one warp: COLUMNS_MAX columns of them are 64 registers a thread.
 ROWS = 16
-# Columns that a program can hold.
-COLUMNS_MAX = 128
 
 
 @triton.jit
@@ -78,6 +76,38 @@ def descend_columns(
         tile = _without(tile, hessian, j, step, size, down, right, SIZE)
 
 
+@triton.jit
+def descend_levels(
+    gradient, hessian, levels, scale, ranks, moved, size, rows, down, right, between, apart, SIZE: tl.constexpr,
+    ROWS: tl.constexpr
+):  # fmt: skip
+    """A program: ROWS rows of a group. down, right: strides of hessian. between, apart: of levels and scale, from row to row."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    line, here = tl.arange(0, SIZE)[:, None], row < rows
+    place, inside = line * rows + row[None, :], (line < size) & here[None, :]
+    tile, rank = _load_columns(gradient, row, size, rows, SIZE), tl.load(ranks + place, mask=inside, other=4)
+    unit = tl.load(scale + row.to(tl.int64) * apart, mask=here, other=1.0).to(tl.float32)
+    total = tl.zeros([SIZE, ROWS], tl.float32)
+    for number in tl.static_range(4):
+        spread = tl.zeros([SIZE, ROWS], tl.float32)
+        for j in range(size):
+            member = tl.load(ranks + j * rows + row, mask=here, other=4) == number
+            column = tl.load(hessian + line * down + j * right, mask=line < size, other=0.0)
+            spread += tl.where(member[None, :], column, 0.0)
+        slope = tl.sum(tl.where(rank == number, tile, 0.0), 0)
+        cost = tl.sum(tl.where(rank == number, spread, 0.0), 0)
+        at = levels + row.to(tl.int64) * between + number
+        level = tl.load(at, mask=here, other=0).to(tl.float32)
+        wanted = level * unit + tl.div_rn(slope, tl.maximum(cost, 1e-30))
+        # A level that no weight has stays.
+        found = tl.where(cost > 0, nearest_value(wanted, unit, number), level)
+        step = found * unit - level * unit
+        tl.store(at, found.to(tl.int8), mask=here)
+        total += tl.where(rank == number, step[None, :], 0.0)
+        tile -= spread * step[None, :]
+    tl.store(moved + place, total, mask=inside)
+
+
 def _settings(block: Tensor) -> dict[str, int]:
     return {"SIZE": triton.next_power_of_2(len(block)), "ROWS": ROWS, "num_warps": 1}
 
@@ -98,3 +128,15 @@ def descend(gradient: Tensor, current: Tensor, hessian: Tensor, levels: Tensor, 
     descend_columns[(triton.cdiv(rows, ROWS),)](
         gradient, current, hessian, levels, ranks, moved, size, rows, *hessian.stride(), levels.stride(0), **_settings(gradient)
     )
+
+
+@operator(
+    "descend_levels(Tensor gradient, Tensor hessian, Tensor(a!) levels, Tensor scale, Tensor ranks, Tensor(b!) moved)"
+)
+def descend_of_levels(gradient: Tensor, hessian: Tensor, levels: Tensor, scale: Tensor, ranks: Tensor, moved: Tensor) -> None:
+    """At most COLUMNS_MAX columns; see `StageKernels.descend_levels`."""
+    size, rows = gradient.shape
+    descend_levels[(triton.cdiv(rows, ROWS),)](
+        gradient, hessian, levels, scale, ranks, moved, size, rows, *hessian.stride(), levels.stride(0), scale.stride(0),
+        **_settings(gradient),
+    )  # fmt: skip

@@ -4,16 +4,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lbllm_cli.format.names import TABLE_LEVELS
 from lbllm_cli.runtime.cuda.operators import operator
-from lbllm_cli.runtime.cuda.stage.levels import level_at, nearest_rank, store_levels
+from lbllm_cli.runtime.cuda.stage.levels import level_at, nearest_rank, nearest_value, store_levels
 from lbllm_cli.runtime.stage_kernels import HIGH_QUANTILES, LOW_QUANTILES, NORMAL_LEVELS, RANGE_PARTS, TABLE_ITERATIONS
 
 # Weights of a program.
 _TILE = 1024
 _RANGE, _NORMAL = tl.constexpr(RANGE_PARTS), tl.constexpr(NORMAL_LEVELS)
 _LOW, _HIGH = tl.constexpr(LOW_QUANTILES), tl.constexpr(HIGH_QUANTILES)
-_INNER, _OUTER = (tl.constexpr(row) for row in TABLE_LEVELS)
 _TABLE_ITERATIONS = tl.constexpr(TABLE_ITERATIONS)
 
 
@@ -49,20 +47,10 @@ def _start(number: tl.constexpr, x, here, ordered, start, known, n):
 
 
 @triton.jit
-def _nearest_value(level, unit, sign: tl.constexpr, table: tl.constexpr):
-    """The value of a table that is nearest to a level: `format.level_table.table_levels`, times its unit."""
-    size = level * sign
-    value = tl.full(level.shape, table[0], tl.float32)
-    for place in tl.static_range(1, 4):
-        value += tl.where(size > unit * ((table[place - 1] + table[place]) / 2), table[place] - table[place - 1], 0.0)
-    return value * sign * unit
-
-
-@triton.jit
 def _on_table(a, b, c, d, unit):
     return (
-        _nearest_value(a, unit, -1, _OUTER), _nearest_value(b, unit, -1, _INNER),
-        _nearest_value(c, unit, 1, _INNER), _nearest_value(d, unit, 1, _OUTER),
+        nearest_value(a, unit, 0) * unit, nearest_value(b, unit, 1) * unit, nearest_value(c, unit, 2) * unit,
+        nearest_value(d, unit, 3) * unit,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from lbllm_cli.runtime.cuda.stage import codes as packed
 from lbllm_cli.runtime.cuda.stage import columns, em, latents, normal, order, quantizers, soft
 from lbllm_cli.runtime.cuda.stage import moments as products
 from lbllm_cli.runtime.cuda.stage import tables as knees
+from lbllm_cli.runtime.stage_kernels import COLUMNS_MAX
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ class TritonKernels:
 
     def compensate_columns(self, block: Tensor, factor: Tensor, levels: Tensor, push: bool) -> tuple[Tensor, Tensor]:
         ranks, errors = torch.empty_like(block, dtype=torch.uint8), torch.empty_like(block)
-        most, size = columns.COLUMNS_MAX, len(block)
+        most, size = COLUMNS_MAX, len(block)
         if push and size > most:
             block = block.clone()
         for start in range(0, size, most):
@@ -48,7 +49,7 @@ class TritonKernels:
 
     def descend_columns(self, gradient: Tensor, current: Tensor, hessian: Tensor, levels: Tensor, ranks: Tensor) -> Tensor:
         moved = torch.empty_like(gradient)
-        most, size = columns.COLUMNS_MAX, len(gradient)
+        most, size = COLUMNS_MAX, len(gradient)
         if size > most:
             gradient = gradient.clone()
         for start in range(0, size, most):
@@ -56,6 +57,11 @@ class TritonKernels:
             columns.descend(gradient[part], current[part], hessian[part, part], levels, ranks[part], moved[part])
             if part.stop < size:
                 gradient[part.stop :].addmm_(hessian[part, part.stop :].T, moved[part], alpha=-1)
+        return moved
+
+    def descend_levels(self, gradient: Tensor, hessian: Tensor, levels: Tensor, scale: Tensor, ranks: Tensor) -> Tensor:
+        moved = torch.empty_like(gradient)
+        columns.descend_of_levels(gradient, hessian, levels, scale, ranks, moved)
         return moved
 
     def normal_equations(self, ranks: Tensor, weighted: Tensor, hessian: Tensor, group_size: int) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,10 @@
 import triton
 import triton.language as tl
 
+from lbllm_cli.format.names import TABLE_LEVELS
+
+_INNER, _OUTER = (tl.constexpr(row) for row in TABLE_LEVELS)
+
 
 @triton.jit
 def load_levels(levels, at, here):
@@ -31,6 +35,18 @@ def nearest_rank(x, a, b, c, d):
 def level_at(index, a, b, c, d):
     """The level of each number, 0 to 3."""
     return tl.where(index < 2, tl.where(index == 0, a, b), tl.where(index == 2, c, d))
+
+
+@triton.jit
+def nearest_value(level, unit, RANK: tl.constexpr):
+    """The value of a rank's table that is nearest to a level, as a float: `format.level_table.table_levels`."""
+    sign: tl.constexpr = -1 if RANK < 2 else 1
+    table: tl.constexpr = _INNER if RANK == 1 or RANK == 2 else _OUTER
+    size = level * sign
+    value = tl.full(level.shape, table[0], tl.float32)
+    for place in tl.static_range(1, 4):
+        value += tl.where(size > unit * ((table[place - 1] + table[place]) / 2), table[place] - table[place - 1], 0.0)
+    return value * sign
 
 
 @triton.jit
