@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 import lbllm_cli.hf  # noqa: F401  registers the packed format
-from lbllm_cli.engine.abi import TIERS, library
+from lbllm_cli.engine.abi import ROW_GROUP, TIERS, library
 
 SECTIONS = ("linear", "quantizer", "model", "floor")
 ALONE = SECTIONS[:2]  # those that need no model
@@ -93,6 +93,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", default=LINEAR_SHAPES, metavar="IN:OUT")
     parser.add_argument("--groups", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--table-groups", type=int, nargs="*", default=[16], help="groups whose levels have 2 bits")
+    parser.add_argument("--step", type=int, default=ROW_GROUP, help="inputs that share a step there (default: %(default)s)")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 128], help="tokens that a linear gets")
     parser.add_argument("--tiers", nargs="+", choices=TIERS, default=TIERS, help="those that this CPU lacks are left out")
     parser.add_argument("--cache-mib", type=int, help="last-level cache; default what the system says")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
 import lbllm_cli.hf  # noqa: F401  registers the packed format
-from lbllm_cli.engine.abi import ROW_GROUP, Weights
+from lbllm_cli.engine.abi import Weights
 from lbllm_cli.format.levels import level_max, per_row
 from lbllm_cli.format.names import LEVELS, TABLE_LEVELS
 from lbllm_cli.format.weights import group_count
@@ -47,14 +47,14 @@ def stored_bytes(inputs: int, outputs: int, group_size: int, level_bits: int = 8
 def packed_walks(bench: Bench, inputs: int, outputs: int, x: Tensor, threads: int) -> dict[tuple[str, int, int, str], Walk]:
     """A walk for each tier, group size, bits of a level and granularity; granularities and tiers share the copies of the weights.
 
-    With levels of 2 bits, groups of 64 inputs share a step.
+    With levels of 2 bits, as many inputs share a step as the arguments say.
     """
     walks, y = {}, x.new_empty(len(x), outputs)
     forms = [(size, 8) for size in bench.arguments.groups] + [(size, 2) for size in bench.arguments.table_groups]
     for group_size, level_bits in forms:
         packed = PackedLinear(inputs, outputs, group_size, False, level_bits)
         packed.load_state_dict(random_packed(inputs, outputs, group_size, level_bits))
-        step = ROW_GROUP if per_row(level_bits) else group_size
+        step = bench.arguments.step if per_row(level_bits) else group_size
         unit = Unit([packed], ActQuantizer(tables_of(TABLES), step))
         tiles = unit.tiles
         stride = -(-len(tiles) // 64) * 64

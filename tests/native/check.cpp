@@ -686,6 +686,12 @@ void check_tier() {
     check_runs();
     check_sample();
     check_read();
+    // Steps of less than a chunk: parts of a group. Behind the others, whose random numbers stay what their limits were set for.
+    const int parts[][4] = {{200, 33, 32, 16}, {300, 17, 16, 16}, {130, 9, 32, 64}, {40, 5, 16, 32}, {576, 8, 32, 16}};
+    for (const auto& s : parts)
+        for (int kind = 0; kind <= kFull; kind++)
+            for (const int rows : {1 + below(3), 4 + below(6)})
+                check_linear(s[0], s[1], s[2], kind, below(2), rows, below(2), 1, s[3]);
 }
 
 }  // namespace

@@ -41,6 +41,7 @@ SHAPES = [
     (100, 7, 48, 8, 48), (200, 21, 64, 8, 64), (576, 10, 128, 8, 128), (96, 8, 16, 8, 16), (384, 13, 192, 8, 192),
     (300, 9, 256, 8, 256), (224, 17, 96, 8, 96), (33, 3, 32, 8, 32), (200, 9, 16, 2, 64), (300, 17, 32, 2, 128),
     (100, 5, 16, 2, 48), (384, 8, 64, 2, 256), (576, 11, 128, 2, 64), (350, 3, 48, 2, 16),
+    (212, 9, 16, 2, 32), (96, 17, 32, 2, 32),
 ]  # fmt: skip
 
 
@@ -269,7 +270,7 @@ def test_random_shapes(lib):
         inn, out, rows = draw.randint(1, 400), draw.randint(1, 40), draw.choice([1, 2, 3, 4, 5, 8, 9])
         bits = 2 if size % 16 == 0 and draw.random() < 0.5 else 8
         layer = packed(inn, out, size, bias=draw.random() < 0.3, seed=case, bits=bits)
-        group = size if bits == 8 else draw.choice([16, 64, 128, 240])
+        group = size if bits == 8 else draw.choice([16, 32, 64, 128, 240])
         quantizer = ActQuantizer(draw.choice(list(FORMS.values())), draw.choice([group, inn, max(inn, 500)]))
         weight = layer.dense_weight()
         if not usable([layer], quantizer):

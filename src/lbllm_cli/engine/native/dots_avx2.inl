@@ -118,6 +118,37 @@ inline v8i dots(const uint8_t* codes, const uint8_t* levels, const uint8_t* x, i
     return row_sums(sums[0], sums[1], sums[2], sums[3]);
 }
 
+// Products of 1 or 2 vectors of columns.
+template <int kSafe, int kCount>
+inline __m256i products(const __m256i* x, const __m256i* w) {
+#if defined(LBLLM_DPBUSD)
+    const __m256i first = LBLLM_DPBUSD(_mm256_setzero_si256(), x[0], w[0]);
+    return kCount == 1 ? first : LBLLM_DPBUSD(first, x[kCount - 1], w[kCount - 1]);
+#else
+    const __m256i ones = _mm256_set1_epi16(1), a = _mm256_maddubs_epi16(x[0], w[0]);
+    if (kCount == 1) return _mm256_madd_epi16(a, ones);
+    const __m256i b = _mm256_maddubs_epi16(x[kCount - 1], w[kCount - 1]);
+    if (kSafe >= 2) return _mm256_madd_epi16(_mm256_add_epi16(a, b), ones);
+    return _mm256_add_epi32(_mm256_madd_epi16(a, ones), _mm256_madd_epi16(b, ones));
+#endif
+}
+
+// Dot products of a chunk whose levels are places, for each of its parts.
+template <int kSafe, int kParts>
+inline void dots_of_parts(const uint8_t* codes, const uint8_t* places, const uint8_t* x, v8i* out) {
+    const __m256i quad[4] = {both_lanes(x), both_lanes(x + 16), both_lanes(x + 32), both_lanes(x + 48)};
+    const Placed placed(places, 1);
+    __m256i sums[kParts][4], w[4];
+    for (int p = 0; p < 4; p++) {
+        placed_levels_of(placed.levels, p, codes + p * 32, w);
+        for (int part = 0; part < kParts; part++) {
+            constexpr int kCount = 4 / kParts;
+            sums[part][p] = products<kSafe, kCount>(quad + part * kCount, w + part * kCount);
+        }
+    }
+    for (int part = 0; part < kParts; part++) out[part] = row_sums(sums[part][0], sums[part][1], sums[part][2], sums[part][3]);
+}
+
 // Codes of `chunks` chunks of 8 rows to their levels: int8 [chunks][4][8][16]. levels: as a record has them, kPlaced: places.
 template <bool kPlaced>
 inline void decode(const uint8_t* codes, const uint8_t* levels, int chunks, int8_t* out) {

@@ -82,6 +82,23 @@ inline v8i dots(const uint8_t* codes, const uint8_t* levels, const uint8_t* x, i
     return row_sums(low, high);
 }
 
+// The same of a chunk whose levels are places, for each of its parts.
+template <int kSafe, int kParts>
+inline void dots_of_parts(const uint8_t* codes, const uint8_t* places, const uint8_t* x, v8i* out) {
+    const __m512i placed[2] = {spread(places), spread(places + 16)};
+    __m512i a[4], b[4];
+    placed_levels_of(placed, 0, codes, a);
+    placed_levels_of(placed, 1, codes + 64, b);
+    for (int part = 0; part < kParts; part++) {
+        __m512i low = _mm512_setzero_si512(), high = low;
+        for (int k = part * 4 / kParts; k < (part + 1) * 4 / kParts; k++) {
+            low = _mm512_dpbusd_epi32(low, four_lanes(x + k * 16), a[k]);
+            high = _mm512_dpbusd_epi32(high, four_lanes(x + k * 16), b[k]);
+        }
+        out[part] = row_sums(low, high);
+    }
+}
+
 // Codes of `chunks` chunks of 8 rows to their levels: int8 [chunks][4][8][16]. levels: as a record has them, kPlaced: places.
 template <bool kPlaced>
 inline void decode(const uint8_t* codes, const uint8_t* levels, int chunks, int8_t* out) {

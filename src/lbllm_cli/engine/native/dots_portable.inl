@@ -61,10 +61,10 @@ inline v4i products(v8h x0, v8h x1, const int8_t* w) {
 #endif
 }
 
-// Dot products of 8 decoded rows (in the order of scales) with one input.
-inline v8i dots_decoded(const int8_t* w, const uint8_t* x, int chunks) {
+// Dot products of `units` times 16 columns of 8 decoded rows (in the order of scales) with one input.
+inline v8i dots_decoded(const int8_t* w, const uint8_t* x, int units) {
     v4i total[8] = {};
-    for (int u = 0; u < chunks * 4; u++, w += 128) {
+    for (int u = 0; u < units; u++, w += 128) {
         const v8h x0 = wide(x + u * 16), x1 = wide(x + u * 16 + 8);
         for (int row = 0; row < 8; row++) total[row] += products(x0, x1, w + row * 16);
     }
@@ -80,9 +80,18 @@ inline v8i dots(const uint8_t* codes, const uint8_t* levels, const uint8_t* x, i
     v8i total = {};
     for (int c = 0; c < (kChunks ? kChunks : chunks); c++) {
         decode<kPlaced>(codes + c * lbllm::kChunkBytes, levels + (kPlaced ? c * lbllm::kChunkPlaces : 0), 1, w);
-        total += dots_decoded(w, x + c * lbllm::kChunk, 1);
+        total += dots_decoded(w, x + c * lbllm::kChunk, lbllm::kUnits);
     }
     return total;
+}
+
+// The same of a chunk whose levels are places, for each of its parts.
+template <int kSafe, int kParts>
+inline void dots_of_parts(const uint8_t* codes, const uint8_t* places, const uint8_t* x, v8i* out) {
+    alignas(16) int8_t w[4 * 8 * 16];
+    decode<true>(codes, places, 1, w);
+    constexpr int kCount = lbllm::kUnits / kParts;
+    for (int part = 0; part < kParts; part++) out[part] = dots_decoded(w + part * kCount * 128, x + part * kCount * 16, kCount);
 }
 
 inline v8f floats_of(const int8_t* from) { return bytes(from); }

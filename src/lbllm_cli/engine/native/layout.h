@@ -6,7 +6,9 @@
 //
 // record: scale float16 [8], sum of levels int16 [8], places [chunks][4][8], codes [chunks][8][16]
 //
-// where a byte says the four levels of 16 columns of a row. The scale is the row's, in every record.
+// where a byte says the four levels of 16 columns of a row. The scale is the row's, in every record. A record is then of at least
+// 64 columns: where 16 or 32 of them share a step, it has several parts, one for each step. They share scale and codes, and have
+// sums of their own, int16 [8] each, of which all but the first lie behind the places.
 //
 // Scales and sums come in the order of rows 0 2 4 6 1 3 5 7: two rows share a vector of products, one in each 128-bit half, and
 // sums within halves leave four such vectors in this order.
@@ -33,6 +35,7 @@ constexpr int kUnits = kChunk / kLane;  // of 16 columns, which share a byte of 
 constexpr int kChunkPlaces = kUnits * kRows;
 constexpr int kChunkLevels = kUnits * kRows * kLevels;
 constexpr int kMostChunks = 4;  // of a group
+constexpr int kMostParts = 4;
 
 // Values that a level of each code can take.
 constexpr int8_t kTable[kLevels][4] = {{-4, -13, -22, -33}, {4, 13, 22, 33}, {-41, -58, -81, -127}, {41, 58, 81, 127}};
@@ -43,19 +46,24 @@ inline int place_of(int row) { return row % 2 * 4 + row / 2; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Layout {
-    int in, out, group;
-    bool placed;  // levels are places in kTable
+    int in, out;
+    bool placed;      // levels are places in kTable
+    int parts, step;  // of a group, and columns of each
+    int group;
     // Worked out once: divisions in the loop over groups cost more than the products of a group of 64.
     int groups, last_columns, full_chunks, last_chunks;
     int record;   // bytes of a group that is not the last
     int64_t tile, tiles;
     int input;  // bytes of a group's input, padded
 
+    // group_size: inputs that share a step.
     Layout(int in_features, int out_features, int group_size, int level_group)
         : in(in_features),
           out(out_features),
-          group(group_size),
           placed(level_group > 0),
+          parts(placed && kChunk % group_size == 0 ? kChunk / group_size : 1),
+          step(group_size),
+          group(step * parts),
           groups(static_cast<int>(ceil_div(in, group))),
           last_columns(in - (groups - 1) * group),
           full_chunks(static_cast<int>(ceil_div(group, kChunk))),
@@ -67,7 +75,13 @@ struct Layout {
 
     int columns(int g) const { return g + 1 < groups ? group : last_columns; }
     // Where the codes of a record begin.
-    int codes_at(int chunks) const { return kLevelTable + (placed ? chunks * kChunkPlaces : kRows * kLevels); }
+    int codes_at(int chunks) const {
+        return kLevelTable + (placed ? chunks * kChunkPlaces + (parts - 1) * kRows * 2 : kRows * kLevels);
+    }
+    // Where the sums of a part begin.
+    static int sums_at(int part) { return part == 0 ? kSums : kLevelTable + kChunkPlaces + (part - 1) * kRows * 2; }
+    int steps() const { return static_cast<int>(ceil_div(in, step)); }
+    int columns_of_step(int s) const { return s + 1 < steps() ? step : in - s * step; }
     int codes(int g) const { return codes_at(chunks(g)); }
     int chunks(int g) const { return g + 1 < groups ? full_chunks : last_chunks; }
 };

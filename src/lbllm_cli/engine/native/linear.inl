@@ -7,9 +7,9 @@ constexpr int64_t kInputRows = 1024;  // rows whose inputs are laid out at once,
 constexpr int kAhead = 2048;          // bytes of weights asked for before they are needed: a tenth faster on cold ones
 constexpr int kDecodeFrom = 4;        // rows from which decoding a group once pays
 
-// Adds a group's share of eight outputs: d * scale * (dot - Z * sum of levels). Every term in brackets is an exact integer.
-inline v8f add_group(v8f y, v8i dot, const uint8_t* record, float step, float zero) {
-    const v8f exact = to_float(dot) - all(zero) * shorts(record + lbllm::kSums);
+// Adds a part's share of eight outputs: d * scale * (dot - Z * sum of levels). Every term in brackets is an exact integer.
+inline v8f add_part(v8f y, v8i dot, const uint8_t* record, int part, float step, float zero) {
+    const v8f exact = to_float(dot) - all(zero) * shorts(record + Layout::sums_at(part));
     return fused(exact, halves(record) * all(step), y);
 }
 
@@ -27,13 +27,34 @@ void tile_few(const Layout& l, const uint8_t* record, const Quantized& x, v8f* y
         for (int64_t m = 0; m < x.rows; m++, in += l.input) {
             const v8i dot = l.chunks(g) == kChunks ? dots<kSafe, kChunks, kPlaced>(codes, levels, in, kChunks)
                                                    : dots<kSafe, 0, kPlaced>(codes, levels, in, l.chunks(g));
-            y[m] = add_group(y[m], dot, record, x.steps[at + m], x.zeros[at + m]);
+            y[m] = add_part(y[m], dot, record, 0, x.steps[at + m], x.zeros[at + m]);
+        }
+    }
+}
+
+// The same where groups, of one chunk, have several parts.
+template <int kSafe, int kParts>
+void tile_of_parts(const Layout& l, const uint8_t* record, const Quantized& x, v8f* y) {
+    for (int64_t m = 0; m < x.rows; m++) y[m] = v8f{};
+    for (int g = 0; g < l.groups; record += l.record, g++) {
+        const uint8_t *codes = record + l.codes_at(1), *levels = record + lbllm::kLevelTable;
+        for (int line = 0; line < l.record; line += 64) __builtin_prefetch(record + kAhead + line);
+        const uint8_t* in = x.at(l, g, 0);
+        for (int64_t m = 0; m < x.rows; m++, in += l.input) {
+            v8i dot[kParts];
+            dots_of_parts<kSafe, kParts>(codes, levels, in, dot);
+            for (int part = 0; part < kParts; part++) {
+                const int64_t at = (g * kParts + part) * x.rows + m;
+                y[m] = add_part(y[m], dot[part], record, part, x.steps[at], x.zeros[at]);
+            }
         }
     }
 }
 
 template <int kSafe, bool kPlaced>
 void tile_rows(const Layout& l, const uint8_t* tile, const Quantized& x, v8f* y) {
+    if (kPlaced && l.parts == 2) return tile_of_parts<kSafe, 2>(l, tile, x, y);
+    if (kPlaced && l.parts == 4) return tile_of_parts<kSafe, 4>(l, tile, x, y);
     if (l.full_chunks == 1) return tile_few<kSafe, 1, kPlaced>(l, tile, x, y);
     if (l.full_chunks == 2) return tile_few<kSafe, 2, kPlaced>(l, tile, x, y);
     tile_few<kSafe, 0, kPlaced>(l, tile, x, y);

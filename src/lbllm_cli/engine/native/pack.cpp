@@ -58,19 +58,17 @@ inline int sum_of(const uint8_t* bytes, const int8_t* levels) {
     return (16 - signs - bitmaps + both) * levels[0] + (signs - both) * levels[1] + (bitmaps - both) * levels[2] + both * levels[3];
 }
 
-// A whole chunk of a row, 16 bytes from a column on, to its 16 bytes in the tile; returns the sum of its levels. Code by code a
-// gigabyte of weights took two seconds.
-int pack_chunk(const Row& from, int column, uint8_t* to) {
+// A whole chunk of a row, 16 bytes from a column on, to its 16 bytes in the tile; adds the levels of each unit of 16 columns to the
+// sum of its part, of which a chunk has `parts`. Code by code a gigabyte of weights took two seconds.
+void pack_chunk(const Row& from, int column, uint8_t* to, int parts, int* sums) {
     const uint8_t* bytes = from.codes + column / 4;
     uint32_t codes[16];
     for (int i = 0; i < 16; i++) codes[i] = kSpread.of[bytes[i]];
-    int sum = 0;
     for (int i = 0; i < 4; i++) {
         const uint32_t four = codes[i] | codes[4 + i] << 2 | codes[8 + i] << 4 | codes[12 + i] << 6;
         memcpy(to + 4 * i, &four, 4);
-        sum += sum_of(bytes + 4 * i, from.levels_at(column + i * kLane));
+        sums[i * parts / kUnits] += sum_of(bytes + 4 * i, from.levels_at(column + i * kLane));
     }
-    return sum;
 }
 
 // A group of `columns` from `first` on. Where levels are places, those of each 16 columns are written down.
@@ -84,16 +82,18 @@ void pack_row(const Layout& l, int g, int row, const Row& from, uint8_t* record)
     } else {
         memcpy(record + kLevelTable + row * kLevels, from.levels_at(first), kLevels);
     }
-    int sum = 0, c = 0;
+    int sums[kMostParts] = {}, c = 0;
     uint8_t* codes = record + l.codes(g) + row * kLane;
-    for (; c + kChunk <= l.columns(g); c += kChunk) sum += pack_chunk(from, first + c, codes + c / kChunk * kChunkBytes);
+    for (; c + kChunk <= l.columns(g); c += kChunk) pack_chunk(from, first + c, codes + c / kChunk * kChunkBytes, l.parts, sums);
     for (; c < l.columns(g); c++) {
         const int code = code_at(bytes, c), place = c % kChunk;
         codes[c / kChunk * kChunkBytes + place % kLane] |= static_cast<uint8_t>(code << (place / kLane * 2));
-        sum += from.levels_at(first + c)[code];
+        sums[c / l.step] += from.levels_at(first + c)[code];
     }
-    const int16_t stored = static_cast<int16_t>(sum);  // at most 256 * 127
-    memcpy(record + kSums + place_of(row) * 2, &stored, 2);
+    for (int part = 0; part < l.parts; part++) {
+        const int16_t stored = static_cast<int16_t>(sums[part]);  // at most 256 * 127
+        memcpy(record + Layout::sums_at(part) + place_of(row) * 2, &stored, 2);
+    }
 }
 
 }  // namespace

@@ -29,9 +29,9 @@ inline void turn(const int8_t* decoded, int chunks, int64_t stride, int8_t* to) 
                 memcpy(to + block * stride + row * kBlock, decoded + row * 16 + block * kBlock, kBlock);
 }
 
-// A group of a panel: levels by blocks of columns, scales, sums of levels.
+// A group of a panel: levels by blocks of columns, scales, sums of levels of each part.
 struct Panel {
-    alignas(64) float scale[kPanelRows], sum[kPanelRows];
+    alignas(64) float scale[kPanelRows], sum[lbllm::kMostParts][kPanelRows];
     int8_t* levels;  // [chunks * 16][kPanelRows][4]
     int8_t* decoded;
 
@@ -46,14 +46,41 @@ struct Panel {
             }
             decode_record(l, record, chunks, decoded);
             turn(decoded, chunks, kPanelRows * kBlock, to);
-            const v8f scales = halves(record), sums = shorts(record + lbllm::kSums);
-            for (int row = 0; row < lbllm::kRows; row++) {
-                scale[t * lbllm::kRows + row] = scales[lbllm::place_of(row)];
-                sum[t * lbllm::kRows + row] = sums[lbllm::place_of(row)];
+            const v8f scales = halves(record);
+            for (int row = 0; row < lbllm::kRows; row++) scale[t * lbllm::kRows + row] = scales[lbllm::place_of(row)];
+            for (int part = 0; part < l.parts; part++) {
+                const v8f sums = shorts(record + Layout::sums_at(part));
+                for (int row = 0; row < lbllm::kRows; row++) sum[part][t * lbllm::kRows + row] = sums[lbllm::place_of(row)];
             }
         }
     }
 };
+
+// Adds a part of a panel's group to the outputs of `count` rows of inputs.
+template <int kSafe>
+void add_panel(const Layout& l, const Panel& panel, const Quantized& x, int g, int part, int64_t first, int64_t count, float* y) {
+    Floats scale[kPanelVectors], sum[kPanelVectors];
+    for (int v = 0; v < kPanelVectors; v++) {
+        scale[v] = load<Floats>(panel.scale + v * kLanes);
+        sum[v] = load<Floats>(panel.sum[part] + v * kLanes);
+    }
+    const int64_t at = (g * l.parts + part) * x.rows + first;
+    const int blocks = l.chunks(g) * 16 / l.parts;
+    const int8_t* levels = panel.levels + part * blocks * kPanelRows * kBlock;
+    const uint8_t* in = x.at(l, g, first) + part * blocks * kBlock;
+    for (int64_t m = 0; m < count; m += kTokens) {
+        Lanes dot[kTokens][kPanelVectors];
+        panel_dots<kSafe>(levels, in + m * l.input, l.input, blocks, dot);
+        for (int64_t t = 0; t < kTokens && m + t < count; t++)
+            for (int v = 0; v < kPanelVectors; v++) {
+                // As add_part: every term in brackets is an exact integer.
+                const Floats products = __builtin_convertvector((Integers)dot[t][v], Floats);
+                const Floats exact = products - every(x.zeros[at + m + t]) * sum[v];
+                float* to = y + (m + t) * kPanelRows + v * kLanes;
+                store(to, fused(exact, scale[v] * every(x.steps[at + m + t]), load<Floats>(to)));
+            }
+    }
+}
 
 // Outputs of a panel for `count` rows of inputs: y [count, kPanelRows].
 template <int kSafe>
@@ -65,25 +92,7 @@ void panel_rows(const Layout& l, const uint8_t* tile, int tiles, const Quantized
     fill(y, y + count * kPanelRows, 0.0f);
     for (int g = 0; g < l.groups; g++) {
         panel.read(l, tile + static_cast<int64_t>(g) * l.record, tiles, l.chunks(g));
-        Floats scale[kPanelVectors], sum[kPanelVectors];
-        for (int v = 0; v < kPanelVectors; v++) {
-            scale[v] = load<Floats>(panel.scale + v * kLanes);
-            sum[v] = load<Floats>(panel.sum + v * kLanes);
-        }
-        const int64_t at = g * x.rows + first;
-        const uint8_t* in = x.at(l, g, first);
-        for (int64_t m = 0; m < count; m += kTokens) {
-            Lanes dot[kTokens][kPanelVectors];
-            panel_dots<kSafe>(panel.levels, in + m * l.input, l.input, l.chunks(g) * 16, dot);
-            for (int64_t t = 0; t < kTokens && m + t < count; t++)
-                for (int v = 0; v < kPanelVectors; v++) {
-                    // As add_group: every term in brackets is an exact integer.
-                    const Floats products = __builtin_convertvector((Integers)dot[t][v], Floats);
-                    const Floats exact = products - every(x.zeros[at + m + t]) * sum[v];
-                    float* to = y + (m + t) * kPanelRows + v * kLanes;
-                    store(to, fused(exact, scale[v] * every(x.steps[at + m + t]), load<Floats>(to)));
-                }
-        }
+        for (int part = 0; part < l.parts; part++) add_panel<kSafe>(l, panel, x, g, part, first, count, y);
     }
 }
 

@@ -102,7 +102,7 @@ inline void write_places(const Group& group, int from, int n, uint8_t* to) {
     for (int i = 0; i < n; i++) to[i] = static_cast<uint8_t>(group.lattice[from + i] + group.zero);
 }
 
-// Inputs as the dot products read them: places [groups][rows rounded up][l.input], step and Z [groups][rows].
+// Inputs as the dot products read them: places [groups][rows rounded up][l.input], step and Z [groups * parts][rows].
 struct Quantized {
     uint8_t* places;
     float* steps;
@@ -115,36 +115,39 @@ struct Quantized {
         rows = count;
         stride = lbllm::ceil_div(count, kTokens) * kTokens;
         places = bytes.of(l.groups * stride * l.input);
-        steps = floats.of(2 * l.groups * count);
-        zeros = steps + l.groups * count;
+        steps = floats.of(2 * l.groups * l.parts * count);
+        zeros = steps + l.groups * l.parts * count;
     }
 
     uint8_t* at(const Layout& l, int g, int64_t row) const { return places + (g * stride + row) * l.input; }
 };
 
-// One step's worth of a row's values: group `from` of the weights, or the whole row.
+// One step's worth of a row's values: step `from`, or the whole row.
 inline void quantize_into(const lbllm_quantizer& q, const Layout& l, const void* x, int dtype, int64_t row, int from,
                           const Quantized& to) {
     static thread_local Scratch<float> floats;
     static thread_local Scratch<int8_t> codes;
     const bool whole = q.size >= l.in;
-    const int start = whole ? 0 : from * l.group, n = whole ? l.in : l.columns(from);
+    const int start = whole ? 0 : from * l.step, n = whole ? l.in : l.columns_of_step(from), steps = l.steps();
     float* values = floats.of(padded(n));
     read_floats(x, dtype, row * l.in + start, n, values);
     fill(values + n, values + padded(n), 0.0f);
     const Group found = quantize_group(q, values, padded(n), codes.of(2 * padded(n)));
-    for (int g = whole ? 0 : from; g < (whole ? l.groups : from + 1); g++) {
-        uint8_t* places = to.at(l, g, row);
-        write_places(found, whole ? g * l.group : 0, l.columns(g), places);
-        memset(places + l.columns(g), 0, static_cast<size_t>(l.input - l.columns(g)));
-        to.steps[g * to.rows + row] = found.step;
-        to.zeros[g * to.rows + row] = static_cast<float>(found.zero);
+    for (int s = whole ? 0 : from; s < (whole ? steps : from + 1); s++) {
+        const int columns = l.columns_of_step(s), before = s % l.parts * l.step;
+        uint8_t* places = to.at(l, s / l.parts, row) + before;
+        write_places(found, whole ? s * l.step : 0, columns, places);
+        to.steps[s * to.rows + row] = found.step;
+        to.zeros[s * to.rows + row] = static_cast<float>(found.zero);
+        if (l.parts > 1 && s + 1 < steps) continue;
+        memset(places + columns, 0, static_cast<size_t>(l.input - before - columns));
+        for (int missing = s + 1; missing % l.parts; missing++) to.steps[missing * to.rows + row] = to.zeros[missing * to.rows + row] = 0;
     }
 }
 
 // Rows of float32 or bfloat16 values, quantized.
 inline void quantize_rows(const lbllm_quantizer& q, const Layout& l, const void* x, int dtype, const Quantized& to, int threads) {
-    const int per_row = q.size >= l.in ? 1 : l.groups;
+    const int per_row = q.size >= l.in ? 1 : l.steps();
     const int64_t tasks = to.rows * per_row;
     threads = useful_threads(threads, to.rows * l.in, kValuesPerThread);
     (void)threads;
