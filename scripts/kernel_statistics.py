@@ -76,12 +76,12 @@ _OUTPUTS = {"bias": "*fp32", "residual": "*bf16", "out": "*bf16"}
 
 def _linear(name: str, kernel: Any, rows: int, groups: int, words: int, form: int = 0, **constants: Any) -> Case:
     """A product of packed weights [4096, groups] with some rows. form: bytes of a group's levels, 0 where they are int32."""
-    integers, values = {"rows": rows, "outs": 4096, "groups": groups, "inputs": groups * words * 16}, "STEPS" not in constants
+    integers, values = {"rows": rows, "outs": 4096, "groups": groups, "inputs": groups * words * 16, "steps": groups}, "STEPS" not in constants
     few = kernel in (gemv.gemv_places, gemv.gemv_values)
+    constants = {"BYTES": form} | ({} if values else {"PARTS": 1}) | constants
     unit = constants.get("STEPS", 0) * words if form else None
     tile = gemv.tile(rows, 4096, groups, words, values) if few else gemm.tile(rows, words, unit, values)
     weights = _WEIGHTS | ({"levels": "*u8"} if form and not (few and form == FOLD) else {})
-    constants["BYTES"] = form
     inputs = {"places": "*i32" if few else "*i8", "step": "*fp32", "planes": "*fp32", "x": "*bf16"}
     return Case(name, kernel, weights | inputs | _OUTPUTS, integers, {"BIAS": False, "RESIDUAL": False, **tile, **constants})
 
@@ -104,6 +104,7 @@ CASES = [
     _linear("gemv, 1 row, 86 groups, step of the row", gemv.gemv_places, 1, 86, 8, STEPS=0),
     _linear("gemv, 1 row, groups of 64", gemv.gemv_places, 1, 64, 4, STEPS=1),
     _linear("gemv, 1 row, groups of 16, a step of four", gemv.gemv_places, 1, 64, 4, FOLD, STEPS=1),
+    _linear("gemv, 1 row, groups of 16, a step of two", gemv.gemv_places, 1, 64, 4, FOLD, STEPS=1, PARTS=2),
     _linear("gemv, 1 row, groups of 64 with levels of 2 bits", gemv.gemv_places, 1, 64, 4, 1, STEPS=1),
     _linear("gemv, 4 rows", gemv.gemv_places, 4, 32, 8, STEPS=1),
     _linear("gemv, 8 rows", gemv.gemv_places, 8, 32, 8, STEPS=1),
@@ -117,6 +118,10 @@ CASES = [
     replace(_linear("gemm, 2048 rows", gemm.gemm_places, 2048, 32, 8, STEPS=1), everywhere=True),
     replace(
         _linear("gemm, 2048 rows, groups of 16, a step of four", gemm.gemm_places, 2048, 64, 4, FOLD, STEPS=1),
+        everywhere=True,
+    ),
+    replace(
+        _linear("gemm, 2048 rows, groups of 16, a step of two", gemm.gemm_places, 2048, 64, 4, FOLD, STEPS=1, PARTS=2),
         everywhere=True,
     ),
     _linear("gemm, 2048 rows, groups of 16, step of the row", gemm.gemm_places, 2048, 64, 4, FOLD, STEPS=0),

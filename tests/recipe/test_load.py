@@ -149,7 +149,7 @@ def test_levels_out_of_a_table_have_defaults_of_their_own(load):
     assert (four.ptq.rounds, four.step_group) == (1, 128)
     assert four.distill.end_to_end.train == ["levels", "norms"]
     found = load(phases, "ptq.level_bits=2", "ptq.group_size=16")
-    assert (found.ptq.rounds, found.step_group) == (6, 64)
+    assert (found.ptq.rounds, found.step_group) == (6, 32)
     assert found.distill.end_to_end.train == ["scales", "norms"]
     assert found.act_calib.end_to_end.train == ["scales", "norms", "clip_factors"]
     # What is said counts.

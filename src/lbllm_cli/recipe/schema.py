@@ -239,7 +239,8 @@ class Recipe(Section):
     @property
     def step_group(self) -> int:
         """Inputs of a token that share a step."""
-        return self.act_calib.group_size or (64 if self.ptq.level_bits == 2 else self.ptq.group_size)
+        least = 32 if self.ptq.level_bits == 2 else 0
+        return self.act_calib.group_size or max(least, self.ptq.group_size)
 
     @property
     def end_to_end(self) -> dict[StageSpec, EndToEnd]:

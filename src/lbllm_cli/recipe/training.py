@@ -184,7 +184,7 @@ class ActCalib(Training):
     )
     group_size: Annotated[int, Field(ge=16, le=4096, multiple_of=16)] | None = Field(
         None,
-        description="inputs that share a step; default ptq.group_size; with ptq.level_bits 2 any, by default 64",
+        description="inputs that share a step; default ptq.group_size; with ptq.level_bits 2 any, by default at least 32",
     )
     form: Literal["knee", "uniform"] = Field(
         "knee", description="knee: static tables of fine and coarse levels; uniform: equal steps and a dynamic zero"

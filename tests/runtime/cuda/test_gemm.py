@@ -39,7 +39,10 @@ def test_groups_that_share_a_step(device, inn, size, step):
     assert off(out, x, linears, None) < TOLERANCE  # measured 4.0e-8
 
 
-@pytest.mark.parametrize(("inn", "size", "step"), [(200, 16, 64), (600, 32, 128), (700, 16, 256), (1100, 32, 512)])
+@pytest.mark.parametrize(
+    ("inn", "size", "step"),
+    [(200, 16, 64), (600, 32, 128), (700, 16, 256), (1100, 32, 512), (200, 16, 32), (220, 32, 32), (300, 32, 64)],
+)
 def test_folded_groups(device, inn, size, step):
     linears, places, steps, x = sharing_rows(9, inn, size, step)
     weights = CudaWeights.of(moved(linears, device), fold=True)

@@ -77,7 +77,7 @@ def test_a_unit_gives_what_its_linears_gave(device, tables, size, rows):
 
 
 @pytest.mark.parametrize("rows", [1, 9])
-@pytest.mark.parametrize(("step", "fold"), [(16, 1), (64, 4), (72, 4)])
+@pytest.mark.parametrize(("step", "fold"), [(16, 1), (32, 4), (64, 4), (72, 4)])
 def test_a_unit_with_a_scale_for_each_row(device, step, fold, rows):
     x = torch.randn(rows, 72, generator=torch.Generator().manual_seed(rows)).to(device)
     layers = linears(device, size=16, bits=2, biases=(True, False))

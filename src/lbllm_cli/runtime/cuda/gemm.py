@@ -25,27 +25,32 @@ _SLICE_MIN, _SLICE_MAX = 2, 8
 
 
 @triton.jit
-def _selectors(words, n, outs, width, first, end, V: tl.constexpr, SLICE: tl.constexpr):
+def _selectors(words, n, outs, width, first, end, part, V: tl.constexpr, SLICE: tl.constexpr, PARTS: tl.constexpr):
     """Selectors of SLICE words of each row from `first` on, those from `end` on 0, in the order of columns: [outs, SLICE / V, 4,
-    V]. n [outs]. width: words of a row.
+    V], or a part of the four. n [outs]. width: words of a row.
     """
     n = n[:, None, None, None]
     w = first + tl.arange(0, SLICE // V)[None, :, None, None] * V + tl.arange(0, V)[None, None, None, :]
     word = tl.load(words + n * width + w, mask=(n < outs) & (w < end), other=0)
-    selector = tl.arange(0, 4)
+    selector = part * (4 // PARTS) + tl.arange(0, 4 // PARTS)
     shift = (selector % 2 * 2 + selector // 2 * 16)[None, None, :, None]
     return word >> shift
 
 
 @triton.jit
-def _levels_of_words(levels, n, outs, groups, first, W: tl.constexpr, V: tl.constexpr, SLICE: tl.constexpr, BYTES: tl.constexpr):
-    """Levels of the groups of these words, for their selectors: [outs, 1, 1, 1], in bytes [outs, SLICE / V, 1 or 4, 1]."""
+def _levels_of_words(
+    levels, n, outs, groups, first, part, W: tl.constexpr, V: tl.constexpr, SLICE: tl.constexpr, BYTES: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """Levels of the groups of these words, for their selectors: [outs, 1, 1, 1], in bytes [outs, SLICE / V, 1 or 4, 1]; of folded
+    groups a part of the four.
+    """
     n = n[:, None, None, None]
     if BYTES == 0:
         return tl.load(levels + n * groups + first // W, mask=n < outs, other=0)
     else:
         group = (first + tl.arange(0, SLICE // V) * V)[None, :, None, None] // W
-        byte = group * BYTES + tl.arange(0, BYTES)[None, None, :, None]
+        byte = group * BYTES + (part * (BYTES // PARTS) + tl.arange(0, BYTES // PARTS))[None, None, :, None]
         found = tl.load(levels + n * (groups * BYTES) + byte, mask=(n < outs) & (group < groups), other=0)
         return levels_of(found.to(tl.int32))
 
@@ -75,33 +80,34 @@ def _joined(a, b, c, d, OUTS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def gemm_places(
-    words, levels, scale, places, step, bias, residual, out, rows, outs, groups,
+    words, levels, scale, places, step, bias, residual, out, rows, outs, groups, steps,
     W: tl.constexpr, V: tl.constexpr, UNIT: tl.constexpr, SLICE: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr,
-    BYTES: tl.constexpr, STEPS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    BYTES: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """A program: a tile [ROWS, OUTS] of outputs. places: int8 [rows, 16 * W * groups]. BYTES: that levels of a group have, 0
-    where they are int32, 4 of folded groups, which count as one. STEPS: how many groups share a step, 0 for all of a row. UNIT:
-    words that have one factor, 0 for all of a row.
+    where they are int32, 4 of folded groups, which count as one. steps: of a row of activations. STEPS: how many groups share a
+    step, 0 for all of a row. PARTS: steps of folded groups, 1, 2 or 4. UNIT: words that have one factor, 0 for all of a row; with
+    PARTS a slice, of which each has a part.
     """
     n = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
     m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     width = groups * W
     own = places + m.to(tl.int64)[:, None] * (width * 16)
     total = tl.zeros([ROWS, OUTS], tl.float32)
-    for at in range(0, _slices(width, UNIT, SLICE)):
-        unit, first, end = _slice(at, width, UNIT, SLICE)
-        column = first * 16 + tl.arange(0, SLICE * 16)[None, :]
+    for at in range(0, _slices(width, UNIT, SLICE) * PARTS):
+        unit, first, end = _slice(at // PARTS, width, UNIT, SLICE)
+        part = at % PARTS
+        column = first * 16 + part * (SLICE * 16 // PARTS) + tl.arange(0, SLICE * 16 // PARTS)[None, :]
         x = tl.load(own + column, mask=(m < rows)[:, None] & (column < end * 16), other=0)
-        level = _levels_of_words(levels, n, outs, groups, first, W, V, SLICE, BYTES)
-        four = look_up(_selectors(words, n, outs, width, first, end, V, SLICE) & 0x33333333, level)
+        level = _levels_of_words(levels, n, outs, groups, first, part, W, V, SLICE, BYTES, PARTS)
+        four = look_up(_selectors(words, n, outs, width, first, end, part, V, SLICE, PARTS) & 0x33333333, level)
         # Cut to bytes behind the join: where it comes before, Triton 3.9 finds no layout on sm_100 for words of several groups.
-        weight = _joined(four, four >> 8, four >> 16, four >> 24, OUTS, SLICE * 16).to(tl.int8)
+        weight = _joined(four, four >> 8, four >> 16, four >> 24, OUTS, SLICE * 16 // PARTS).to(tl.int8)
         dots = tl.dot(x, tl.trans(weight), out_dtype=tl.int32).to(tl.float32)
         factor = 1.0 if BYTES else tl.load(scale + n * groups + unit, mask=n < outs, other=0.0).to(tl.float32)[None, :]
         if STEPS > 0:
-            of_row = tl.cdiv(groups, STEPS)
-            own_step = first // (W * STEPS)
-            factor = factor * tl.load(step + m * of_row + own_step, mask=m < rows, other=0.0)[:, None]
+            place = first // W * PARTS // STEPS + part
+            factor = factor * tl.load(step + m * steps + place, mask=m < tl.where(place < steps, rows, 0), other=0.0)[:, None]
         total += dots * factor
     if BYTES:
         total = scaled(total, scale, n[None, :], outs)
@@ -139,12 +145,12 @@ def gemm_values(
         unit, first, end = _slice(at, width, UNIT, SLICE)
         column = first * 16 + tl.arange(0, SLICE * 16)[None, :]
         tile = tl.load(own + column, mask=(m < rows)[:, None] & (column < end * 16) & (column < inputs), other=0.0)
-        level = _levels_of_words(levels, n, outs, groups, first, W, V, SLICE, BYTES)
+        level = _levels_of_words(levels, n, outs, groups, first, 0, W, V, SLICE, BYTES, 1)
         factor = tl.load(scale + (n if BYTES else n * groups + unit), mask=n < outs, other=0.0).to(tl.float32)
         factor = factor[:, None, None, None]
         a, b = _level(level, factor, 0, TYPE), _level(level, factor, 1, TYPE)
         c, d = _level(level, factor, 2, TYPE), _level(level, factor, 3, TYPE)
-        selector = _selectors(words, n, outs, width, first, end, V, SLICE)
+        selector = _selectors(words, n, outs, width, first, end, 0, V, SLICE, 1)
         weight = _joined(
             _picked(selector, a, b, c, d), _picked(selector >> 4, a, b, c, d), _picked(selector >> 8, a, b, c, d),
             _picked(selector >> 12, a, b, c, d), OUTS, SLICE * 16,
@@ -183,12 +189,12 @@ def _gemm_places(
     residual: Tensor | None, out: Tensor,
 ) -> None:  # fmt: skip
     rows, (outs, groups, each) = len(out), words.shape
-    of_group, steps = form_of(levels, groups, sharing)
+    form = form_of(levels, groups, sharing)
     # With one scale a row, what has one step has one factor.
-    constants = tile(rows, each, steps * each if of_group else None)
+    constants = {**tile(rows, each, form["STEPS"] * each if form["BYTES"] else None), **form}
     gemm_places[(-(-outs // constants["OUTS"]), -(-rows // constants["ROWS"]))](
         words, levels, scale, places, step, out if bias is None else bias, out if residual is None else residual, out, rows, outs,
-        groups, BYTES=of_group, STEPS=steps, BIAS=bias is not None, RESIDUAL=residual is not None, **constants,
+        groups, step.shape[1], BIAS=bias is not None, RESIDUAL=residual is not None, **constants,
     )  # fmt: skip
 
 
@@ -197,7 +203,7 @@ def _gemm_values(
     words: Tensor, levels: Tensor, scale: Tensor, x: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor
 ) -> None:
     rows, (outs, groups, each) = len(out), words.shape
-    of_group, _ = form_of(levels, groups)
+    of_group = form_of(levels, groups)["BYTES"]
     constants = tile(rows, each, 0 if of_group else None, values=True)
     gemm_values[(-(-outs // constants["OUTS"]), -(-rows // constants["ROWS"]))](
         words, levels, scale, x, out if bias is None else bias, out if residual is None else residual, out, rows, outs, groups,

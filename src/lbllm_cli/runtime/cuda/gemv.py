@@ -77,14 +77,22 @@ def _finish(
 
 
 @triton.jit
+def _add_share(total, dots, factor, step, m, place, rows, steps, STEPS: tl.constexpr):
+    """total plus what has one factor: dots int32 [rows, outs, groups, words]; place: of its step among those of a row."""
+    if STEPS > 0:
+        factor = factor * tl.load(step + m * steps + place, mask=(m < rows) & (place < steps), other=0.0)
+    return total + tl.sum(dots, 3, keep_dims=True).to(tl.float32) * factor
+
+
+@triton.jit
 def gemv_places(
-    words, levels, scale, places, step, bias, residual, out, rows, outs, groups,
+    words, levels, scale, places, step, bias, residual, out, rows, outs, groups, steps,
     W: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
-    BYTES: tl.constexpr, STEPS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    BYTES: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """A program: OUTS rows of weights. ROWS, OUTS, GROUPS, WORDS: of a tile. places: as int32. V: `span`. BYTES: see
-    `levels_of_selectors`; folded groups count as one, four bytes as an int32. STEPS: how many groups share a step, 0 for all of a
-    row.
+    `levels_of_selectors`; folded groups count as one, four bytes as an int32. steps: of a row of activations. STEPS: how many
+    groups share a step, 0 for all of a row. PARTS: steps of folded groups, 1, 2 or 4.
     """
     m, w = tl.arange(0, ROWS)[:, None, None, None], tl.arange(0, WORDS)[None, None, None, :]
     total = tl.zeros([ROWS, OUTS, GROUPS, 1], tl.float32)
@@ -94,17 +102,23 @@ def gemv_places(
         a, b, c, d = levels_of_selectors(stored, BYTES)
         x = places + (m * groups + group) * (4 * W) + w // V * (4 * V) + w % V
         there = (m < rows) & (group < groups) & (w < W)
-        dots = tl.zeros([ROWS, OUTS, GROUPS, WORDS], tl.int32)
-        dots = dot4(look_up(even, a), tl.load(x, mask=there, other=0), dots)
-        dots = dot4(look_up(odd, b), tl.load(x + V, mask=there, other=0), dots)
-        dots = dot4(look_up(even >> 16, c), tl.load(x + 2 * V, mask=there, other=0), dots)
-        dots = dot4(look_up(odd >> 16, d), tl.load(x + 3 * V, mask=there, other=0), dots)
-        sums = tl.sum(dots, 3, keep_dims=True).to(tl.float32)
         factor = 1.0 if BYTES else _of_rows(scale, group, outs, groups, OUTS).to(tl.float32)
-        if STEPS > 0:
-            own = step + m * tl.cdiv(groups, STEPS) + group // STEPS
-            factor = factor * tl.load(own, mask=(m < rows) & (group < groups), other=0.0)
-        total += sums * factor
+        place = group * PARTS // STEPS if STEPS > 0 else group
+        none = tl.zeros([ROWS, OUTS, GROUPS, WORDS], tl.int32)
+        dots = dot4(look_up(even, a), tl.load(x, mask=there, other=0), none)
+        if PARTS == 4:
+            total = _add_share(total, dots, factor, step, m, place, rows, steps, STEPS)
+            dots = none
+        dots = dot4(look_up(odd, b), tl.load(x + V, mask=there, other=0), dots)
+        if PARTS > 1:
+            total = _add_share(total, dots, factor, step, m, place + PARTS // 2 - 1, rows, steps, STEPS)
+            dots = none
+        dots = dot4(look_up(even >> 16, c), tl.load(x + 2 * V, mask=there, other=0), dots)
+        if PARTS == 4:
+            total = _add_share(total, dots, factor, step, m, place + 2, rows, steps, STEPS)
+            dots = none
+        dots = dot4(look_up(odd >> 16, d), tl.load(x + 3 * V, mask=there, other=0), dots)
+        total = _add_share(total, dots, factor, step, m, place + PARTS - 1, rows, steps, STEPS)
     if STEPS == 0:
         total *= tl.load(step + m, mask=m < rows, other=0.0)
     _finish(out, total, scale, rows, outs, bias, residual, ROWS, OUTS, BYTES, BIAS, RESIDUAL)
@@ -175,23 +189,26 @@ def _gemv_places(
     residual: Tensor | None, out: Tensor,
 ) -> None:  # fmt: skip
     rows, (outs, groups, each) = len(out), words.shape
-    constants, (of_group, steps) = tile(rows, outs, groups, each), form_of(levels, groups, sharing)
+    constants = {**tile(rows, outs, groups, each), **form_of(levels, groups, sharing)}
     gemv_places[(-(-outs // constants["OUTS"]),)](
-        words, _loaded(levels, of_group), scale, places.view(torch.int32), step, out if bias is None else bias,
-        out if residual is None else residual, out, rows, outs, groups, BYTES=of_group, STEPS=steps,
-        BIAS=bias is not None, RESIDUAL=residual is not None, **constants,
+        words, _loaded(levels, groups), scale, places.view(torch.int32), step, out if bias is None else bias,
+        out if residual is None else residual, out, rows, outs, groups,
+        step.shape[1], BIAS=bias is not None, RESIDUAL=residual is not None, **constants,
     )  # fmt: skip
 
 
-def form_of(levels: Tensor, groups: int, sharing: int = 0) -> tuple[int, int]:
-    """BYTES and STEPS of kernels for `groups` of words, where `sharing` groups of weights share a step: folded groups are one."""
+def form_of(levels: Tensor, groups: int, sharing: int = 0) -> dict[str, int]:
+    """BYTES, STEPS and PARTS of kernels for `groups` of words, where `sharing` groups of weights share a step: folded groups are
+    one, or have several steps.
+    """
     of_group = levels.shape[1] // groups if levels.dtype == torch.uint8 else 0
-    return of_group, sharing // max(of_group, 1)
+    parts = FOLD // sharing if of_group == FOLD and 0 < sharing < FOLD else 1
+    return {"BYTES": of_group, "STEPS": max(1, sharing // of_group) if of_group and sharing else sharing, "PARTS": parts}
 
 
-def _loaded(levels: Tensor, of_group: int) -> Tensor:
-    """Levels as kernels for few rows load them: all that a group of words has at once."""
-    return levels.view(torch.int32) if of_group == FOLD else levels
+def _loaded(levels: Tensor, groups: int) -> Tensor:
+    """Levels as kernels for few rows load them: all that one of `groups` of words has at once."""
+    return levels.view(torch.int32) if levels.shape[1] == FOLD * groups else levels
 
 
 @operator("deal_columns(Tensor x, int group_size, Tensor(a!) planes)")
@@ -205,9 +222,9 @@ def _gemv_values(
     words: Tensor, levels: Tensor, scale: Tensor, planes: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor
 ) -> None:
     rows, (outs, groups, each) = len(out), words.shape
-    constants, (of_group, _) = tile(rows, outs, groups, each, values=True), form_of(levels, groups)
+    constants, of_group = tile(rows, outs, groups, each, values=True), form_of(levels, groups)["BYTES"]
     gemv_values[(-(-outs // constants["OUTS"]),)](
-        words, _loaded(levels, of_group), scale, planes, out if bias is None else bias, out if residual is None else residual,
+        words, _loaded(levels, groups), scale, planes, out if bias is None else bias, out if residual is None else residual,
         out, rows, outs, groups, BYTES=of_group, BIAS=bias is not None, RESIDUAL=residual is not None, **constants,
     )  # fmt: skip
 
@@ -219,7 +236,7 @@ def gemv_quantized(
     """All outputs of quantized rows into `out`, 1 to 8 of them.
 
     places: int8 [rows, weights.padded_width], T - Z in the order of columns, 0 behind a ragged end. step: float32 [rows, steps].
-    sharing: groups of weights that share a step, 0 where all of a row do; of folded ones a multiple of four. out: [rows,
+    sharing: groups of weights that share a step, 0 where all of a row do; of folded ones 1, 2 or a multiple of 4. out: [rows,
     weights.rows], bfloat16, float16 or float32. residual: added, of out's shape, in any of these; may be `out` itself. bias:
     [weights.rows]. All of them contiguous.
     """

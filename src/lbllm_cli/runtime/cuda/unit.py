@@ -14,7 +14,7 @@ from lbllm_cli.runtime.cuda.activations import TYPES, QuantizerTables, quantize_
 from lbllm_cli.runtime.cuda.gemm import gemm, gemm_quantized
 from lbllm_cli.runtime.cuda.gemv import ROWS_MAX, VALUE_ROWS_MAX, gemv, gemv_quantized
 from lbllm_cli.runtime.cuda.operators import INTERPRETED
-from lbllm_cli.runtime.cuda.weights import FOLD, CudaWeights, foldable
+from lbllm_cli.runtime.cuda.weights import CudaWeights, foldable
 from lbllm_cli.runtime.linear import PackedLinear
 from lbllm_cli.runtime.quantizer import ActQuantizer
 from lbllm_cli.runtime.shared_input import once, plain
@@ -51,7 +51,7 @@ class CudaUnit:
         weights = [packed.packed() for packed in linears]
         self.linears = linears
         self.quantizer = quantizer
-        self.weights = CudaWeights.of(weights, foldable(weights[0]) and _shared(quantizer, weights[0]) % FOLD == 0)
+        self.weights = CudaWeights.of(weights, foldable(weights[0], _shared(quantizer, weights[0])))
         self._bias = Derived(self._joined_biases)
         self._tables = Derived(self._prepared_tables)
         for slot, packed in enumerate(linears):

@@ -28,6 +28,7 @@ CODES_OF_WORD = 16
 SELECTOR_BITS = (0, 2, 16, 18)
 # Groups that are folded, and up to which size: with larger ones a selector would be that of two.
 FOLD, _FOLDED_MAX = 4, 32
+_COLUMNS_MIN = 32
 
 
 def span(group_size: int) -> int:
@@ -67,9 +68,12 @@ def codes_of(words: Tensor) -> Tensor:
     return torch.stack(quads, 3).flatten(2)
 
 
-def foldable(linear: PackedWeight) -> bool:
-    """Whether groups of four can be folded."""
-    return per_row(linear.level_bits) and linear.group_size <= _FOLDED_MAX and linear.group_size % CODES_OF_WORD == 0
+def foldable(linear: PackedWeight, sharing: int) -> bool:
+    """Whether four groups can be folded, of which `sharing` share a step of their input, 0 for all of a row."""
+    small = linear.group_size <= _FOLDED_MAX and linear.group_size % CODES_OF_WORD == 0
+    # Else a matrix product of what shares a step has fewer columns than tensor cores take.
+    whole = sharing % FOLD == 0 or (FOLD % sharing == 0 and sharing * linear.group_size >= _COLUMNS_MIN)
+    return per_row(linear.level_bits) and small and whole
 
 
 def _parts(linear: PackedWeight, fold: int) -> tuple[Tensor, Tensor, Tensor]:
