@@ -76,7 +76,8 @@ _OUTPUTS = {"bias": "*fp32", "residual": "*bf16", "out": "*bf16"}
 
 def _linear(name: str, kernel: Any, rows: int, groups: int, words: int, form: int = 0, **constants: Any) -> Case:
     """A product of packed weights [4096, groups] with some rows. form: bytes of a group's levels, 0 where they are int32."""
-    integers, values = {"rows": rows, "outs": 4096, "groups": groups, "inputs": groups * words * 16, "steps": groups}, "STEPS" not in constants
+    integers = {"rows": rows, "outs": 4096, "groups": groups, "inputs": groups * words * 16, "steps": groups}
+    values = "STEPS" not in constants
     few = kernel in (gemv.gemv_places, gemv.gemv_values)
     constants = {"BYTES": form} | ({} if values else {"PARTS": 1}) | constants
     unit = constants.get("STEPS", 0) * words if form else None

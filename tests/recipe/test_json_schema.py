@@ -18,6 +18,7 @@ TYPES = {"string": str, "integer": int, "number": NUMBER, "boolean": bool, "arra
 LIMITS = {
     "minimum": lambda value, limit: value >= limit,
     "maximum": lambda value, limit: value <= limit,
+    "multipleOf": lambda value, limit: value % limit == 0,
     "exclusiveMinimum": lambda value, limit: value > limit,
     "exclusiveMaximum": lambda value, limit: value < limit,
     "minItems": lambda value, limit: len(value) >= limit,
@@ -70,6 +71,7 @@ def test_recipes_are_valid(path):
         ("{model: {path: m}, output: {dir: o}, data: {training: {source: [7]}}}", ".data.training.source: [7] is no string"),
         ("{model: {path: m}, output: {dir: o}, eval: {checkpoints: [pqt]}}", ".eval.checkpoints: enum"),
         ("{model: {path: m}, output: {dir: o}, act_calib: {end_to_end: {skip: -1}}}", ".act_calib.end_to_end.skip: minimum 0"),
+        ("{model: {path: m}, output: {dir: o}, act_calib: {group_size: 24}}", ".act_calib.group_size: multipleOf 16"),
         ("{model: {path: m}, output: {dir: o}, recipe_version: 2}", ".recipe_version: const 1"),
     ],
 )
