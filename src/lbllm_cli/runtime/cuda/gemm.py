@@ -106,8 +106,10 @@ def gemm_places(
         dots = tl.dot(x, tl.trans(weight), out_dtype=tl.int32).to(tl.float32)
         factor = 1.0 if BYTES else tl.load(scale + n * groups + unit, mask=n < outs, other=0.0).to(tl.float32)[None, :]
         if STEPS > 0:
-            place = first // W * PARTS // STEPS + part
-            factor = factor * tl.load(step + m * steps + place, mask=m < tl.where(place < steps, rows, 0), other=0.0)[:, None]
+            place = first // (W * STEPS) * PARTS + part
+            # Folded groups that fill up a row have no step.
+            count = rows if PARTS == 1 else tl.where(place < steps, rows, 0)
+            factor = factor * tl.load(step + m * steps + place, mask=m < count, other=0.0)[:, None]
         total += dots * factor
     if BYTES:
         total = scaled(total, scale, n[None, :], outs)
