@@ -74,7 +74,8 @@ def test_a_recipe_fits_the_machine_or_is_refused_by_stage(lbllm, tmp_path, monke
         assert not machine.has_gpu or needed["device"] <= SHARES["device"] * machine.memory, stage
         assert needed["disk"] + needed["teacher"] <= machine.disk, stage
     assert f"lbllm act-calib --recipe {file.name}" in result.stdout
-    assert recipe.ptq.group_size == (64 if name in {"SmolLM2-135M", "Gemma-3-1B"} else 128)
+    assert (recipe.ptq.group_size, recipe.ptq.level_bits, recipe.step_group) == (16, 2, 32)
+    assert re.search(r"group_size: 16 +# 2\.5\d* bits per weight; 32: 2\.2\d+\n", file.read_text(encoding="utf-8"))
     assert recipe.model.dtype == ("bfloat16" if machine.has_gpu else "float32")
     assert (recipe.distill.channel_cap, recipe.act_calib.channel_cap) == ((10, 10) if "Gemma-3" in name else (None, None))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lbllm_cli.cli.draft_text import BASE_MIXTURE, CHAT_MIXTURE, Settings, header_text, recipe_text
+from lbllm_cli.cli.draft_text import BASE_MIXTURE, CHAT_MIXTURE, GROUP_SIZE, LEVEL_BITS, Settings, header_text, recipe_text
 from lbllm_cli.cli.machine import Machine, PlacedModel
 from lbllm_cli.core.console import GIB
 from lbllm_cli.core.errors import UsageError
@@ -20,7 +20,7 @@ from lbllm_cli.format.weights import expected_bits
 from lbllm_cli.pipeline.forecast import Need, checkpoint_bytes
 from lbllm_cli.pipeline.plan import Plan
 from lbllm_cli.pipeline.work import work_of
-from lbllm_cli.recipe.schema import Ptq, Recipe
+from lbllm_cli.recipe.schema import Recipe
 from lbllm_cli.recipe.stages import EXPORT, STAGES
 
 Resource = Literal["device", "ram", "disk"]
@@ -30,12 +30,8 @@ SHARES: dict[Resource, float] = {"device": 0.85, "ram": 0.9, "disk": 0.95}
 # Segments of 2,048 tokens that an evaluation text has, for those that are measured whole: with LLaMA-2's tokenizer, which makes
 # the most of them.
 _WHOLE = {"wikitext2": 170, "c4": 256}
-# A model of fewer parameters loses more to each coarse group, and its levels are few beside its embedding.
+# A model of fewer parameters is trained on a CPU in hours.
 SMALL = 1e9
-# What the drafted recipe does not say.
-_LEVEL_BITS = Ptq().level_bits
-# Groups of 128 take 2.375 bits a weight where widths are multiples of it; where much is padding, groups of 64 are the better use.
-_RAGGED = 2.5
 # Settings that are lowered where something is short, those first that change no result, then those that cost the least.
 _RELIEF: dict[Resource, tuple[str, ...]] = {
     "device": ("streams", "own_text", "batch", "micro", "phases", "asymmetric", "length"),
@@ -75,7 +71,7 @@ class _Search:
     """What is known while settings are lowered. reasons: setting -> why it is lower than the most generous one."""
 
     model: PlacedModel
-    _export: dict[int, Need] = field(default_factory=dict)
+    _export: Need | None = None
     reasons: dict[str, str] = field(default_factory=dict)
 
     def recipe(self, settings: Settings) -> Recipe:
@@ -88,13 +84,13 @@ class _Search:
         plan = Plan(recipe, Path(recipe.output.dir), model, None)
         stages = sorted(recipe.stages, key=lambda spec: spec.end_to_end)
         segments = {name: -(-count * 2048 // settings.measured) for name, count in _WHOLE.items()}
-        if settings.group_size not in self._export:
-            # Nothing else that is chosen changes it.
-            self._export[settings.group_size] = export_need(recipe, model)
+        if self._export is None:
+            # Nothing that is chosen changes it.
+            self._export = export_need(recipe, model)
         return [
             *(work_of(spec).need(plan, spec, None) for spec in stages),
             eval_need(recipe, model, segments, 1 + len(recipe.stages)),
-            self._export[settings.group_size],
+            self._export,
         ]
 
     def takes(self, settings: Settings) -> dict[tuple[str, Resource], float]:
@@ -108,7 +104,7 @@ class _Search:
                 taken[need.stage, "device"] = need.device
             taken[need.stage, "ram"] = need.ram
             taken[need.stage, "disk"] = before + need.disk + need.teacher
-            before += checkpoint_bytes(model, settings.group_size, _LEVEL_BITS) if need.stage in STAGES else 0
+            before += checkpoint_bytes(model, GROUP_SIZE, LEVEL_BITS) if need.stage in STAGES else 0
         return taken
 
     def shortages(self, settings: Settings) -> list[Shortage]:
@@ -166,9 +162,9 @@ def generous(model: PlacedModel, path: str, name: str, chat: bool) -> Settings:
     small = model.count(list(model.shapes)) < SMALL
     limit = int(getattr(model.config, "max_position_embeddings", 0) or 0) or 2048
     common = Settings(
-        path=path, name=name, dtype=str(model.dtype).removeprefix("torch."), group_size=group_size(model),
-        length=min(2048, limit), measured=min(2048, limit), mixture=CHAT_MIXTURE if chat else BASE_MIXTURE,
-        bos=model.family.begins, family=(model.family.drafted, model.family.measured),
+        path=path, name=name, dtype=str(model.dtype).removeprefix("torch."), length=min(2048, limit), measured=min(2048, limit),
+        mixture=CHAT_MIXTURE if chat else BASE_MIXTURE, bos=model.family.begins,
+        family=(model.family.drafted, model.family.measured),
         head_bits=16 if model.config.model_type in DENSE_ROWS else 8,
     )  # fmt: skip
     if model.machine.has_gpu:
@@ -179,14 +175,9 @@ def generous(model: PlacedModel, path: str, name: str, chat: bool) -> Settings:
     )  # fmt: skip
 
 
-def _bits(model: PlacedModel, size: int) -> float:
+def _bits(model: PlacedModel, size: int) -> str:
     """Bits per weight in groups of a size."""
-    return expected_bits(model.binarized_shapes, size, _LEVEL_BITS)
-
-
-def group_size(model: PlacedModel) -> int:
-    """128; 64 for a small model, or one whose widths are far from multiples of 128."""
-    return 64 if _bits(model, 128) > _RAGGED or model.count(list(model.shapes)) < SMALL else 128
+    return f"{expected_bits(model.binarized_shapes, size, LEVEL_BITS):.4g}"
 
 
 def draft(model: PlacedModel, path: str, target: str, chat: bool) -> Draft:
@@ -205,19 +196,20 @@ def draft(model: PlacedModel, path: str, target: str, chat: bool) -> Draft:
     needs = search.needs(settings)
     phases = ", with an end-to-end phase after each stage that trains" if settings.phases else ""
     titles = [
-        f"{Path(path).name}, group {settings.group_size}: W(1+1)A4KV4{phases}.",
+        f"{Path(path).name}, groups of {GROUP_SIZE}: W(1+1)A4KV4{phases}.",
         f"Written by `lbllm init {path}` for a machine with",
         f"{model.machine}.",
     ]
     header = header_text(titles, target, settings.name, _needs_in_words(model, settings, needs))
-    search.reasons["group_size"] = f"{_bits(model, settings.group_size):.4g} bits per weight"
+    smaller = 2 * GROUP_SIZE
+    search.reasons["group_size"] = f"{_bits(model, GROUP_SIZE)} bits per weight; {smaller}: {_bits(model, smaller)}"
     text = header + recipe_text(settings, search.reasons)
     return Draft(text, Recipe.model_validate(parse_yaml(text, target)), needs)
 
 
 def _needs_in_words(model: PlacedModel, settings: Settings, needs: list[Need]) -> list[str]:
     disk = max(need.disk + need.teacher for need in needs)
-    kept = checkpoint_bytes(model, settings.group_size, _LEVEL_BITS)
+    kept = checkpoint_bytes(model, GROUP_SIZE, LEVEL_BITS)
     export = next(need.disk for need in needs if need.stage == EXPORT)
     words = [f"{need.stage} {need.device / GIB:.1f}" for need in needs if need.device]
     device = [f"GPU memory in GiB: {', '.join(words)};"] if model.machine.has_gpu else []

@@ -20,6 +20,8 @@ _SOURCE_WORDS = {
     CHAT: "conversations, with the model's chat template",
 }
 EVALUATION = ("wikitext2", "c4")
+# The form with the least perplexity at its size, and at most sizes: docs/measurements.md, "Groups of 16".
+GROUP_SIZE, LEVEL_BITS = 16, 2
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,6 @@ class Settings:
     path: str
     name: str
     dtype: str
-    group_size: int
     length: int
     measured: int
     mixture: dict[str, int]
@@ -105,7 +106,8 @@ def _data(settings: Settings, reasons: dict[str, str]) -> list[str]:
 
 
 def _stages(settings: Settings, reasons: dict[str, str]) -> list[str]:
-    lines = ["ptq:", _line(f"  group_size: {settings.group_size}", reasons.get("group_size", ""))]
+    lines = ["ptq:", _line(f"  group_size: {GROUP_SIZE}", reasons.get("group_size", ""))]
+    lines.append(_line(f"  level_bits: {LEVEL_BITS}", "out of a table, a byte for a group; one scale for a row"))
     if settings.asymmetric != "auto":
         lines.append(_line(f"  asymmetric: {settings.asymmetric}", reasons.get("asymmetric", "")))
     lines.append("distill:")

@@ -60,7 +60,9 @@ def end_to_end_need(recipe: Recipe, model: SourceModel, settings: EndToEnd, reco
     latents, owned = weights if "weights" in settings.trained else 0, owned_share(model, settings.trained, world, model.blocks)
     # Masters are at their owners, weights and their gradients everywhere.
     held = owned * (12 + (0 if model.backend.kernels is not None else 1)) + 2 * itemsize
-    resident = (held * latents or weights / 4) + owned * (4 * levels + 12 * trained)
+    # Where a row's scale alone is trained, levels stay int8.
+    each = 1 if per_row(recipe.ptq.level_bits) and "scales" in settings.trained else 4
+    resident = (held * latents or weights / 4) + owned * (each * levels + 12 * trained)
     resident += model.count(model.outer_names()) * itemsize
     loss = 4.0 * 4 * max(LOGITS, model.config.vocab_size)
     teaching = outer_bytes(model) + 2 * block_bytes(model) + activation_bytes(model, recipe.runtime.batch_size, length)
