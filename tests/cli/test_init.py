@@ -129,7 +129,7 @@ def test_a_shortage_that_one_stage_cannot_mend_does_not_hide_the_others(tmp_path
 
 
 def test_values_below_a_setting_come_nearest_first():
-    settings = Settings("m", "m", "float32", 64, 2048, 2048, {WEB: 1})
+    settings = Settings("m", "m", "float32", 2048, 2048, {WEB: 1})
     assert list(lower(settings, "streams")) == ["ram", "disk"]
     assert list(lower(settings, "batch")) == [2, 1]
     assert list(lower(settings, "phases")) == [256, 128, 64, 0]
@@ -139,7 +139,7 @@ def test_values_below_a_setting_come_nearest_first():
 
 @pytest.mark.parametrize("path", ["a b/c: d #1", "12e4567", "on", "./x", "~/models/é", 'quo"te'])
 def test_paths_are_written_so_that_they_are_read_as_they_are(path):
-    settings = Settings(path, "name", "float32", 64, 512, 512, {WEB: 1, OWN: 1})
+    settings = Settings(path, "name", "float32", 512, 512, {WEB: 1, OWN: 1})
     assert Recipe.model_validate(parse_yaml(recipe_text(settings, {}), "r")).model.path == path
 
 
