@@ -152,11 +152,13 @@ def test_levels_out_of_a_table_have_defaults_of_their_own(load):
     assert (found.ptq.rounds, found.step_group) == (6, 32)
     assert found.distill.end_to_end.train == ["scales", "norms"]
     assert found.act_calib.end_to_end.train == ["scales", "norms", "clip_factors"]
+    assert (found.distill.end_to_end.lr_levels, found.act_calib.end_to_end.lr_levels) == (0.006, 0.004)
     # What is said counts.
     said = ("ptq.rounds=1", "distill.end_to_end.train=[levels]", "act_calib.group_size=32")
     other = load(phases, "ptq.level_bits=2", *said)
     assert (other.ptq.rounds, other.step_group) == (1, 32)
     assert other.distill.end_to_end.train == ["levels"]
+    assert other.distill.end_to_end.lr_levels == 0.001
     assert other.act_calib.end_to_end.train == ["scales", "norms", "clip_factors"]
     assert load("", "ptq.level_bits=2").distill.end_to_end is None
 
