@@ -76,18 +76,29 @@ def compensate(
     scale = torch.empty(out_features, groups, dtype=torch.float16, device=weight.device)
     kernels = backend_of(weight.device).kernels
     columns = _columns if kernels is None else kernels.compensate_columns
-    # Looking at each group's levels waits for the device; what does not fit is found when the whole is packed.
-    grid = project_levels if kernels is None else stored_grid
     for group in range(groups):
         start, end = group * group_size, min((group + 1) * group_size, in_features)
         block = remaining[start:end]
         fitted = fit(block.T.contiguous(), importance[start:end])[:, None]
-        levels[:, group : group + 1], scale[:, group : group + 1] = grid(fitted, level_bits, row_scale)
+        levels[:, group : group + 1], scale[:, group : group + 1] = _rounded(fitted, level_bits, row_scale)
         values = level_values(levels[:, group], scale[:, group])
         ranks[start:end], error = columns(block, factor[start:end, start:end], values, push)
         if push:
             remaining[end:].addmm_(factor[start:end, end:].T, error, alpha=-1)
     return RankFit(ranks.T.contiguous(), levels, scale, level_bits)
+
+
+def _rounded(fitted: Tensor, level_bits: int, row_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Levels [out, 1, 4] on the stored grid: int8, and the scale [out, 1]."""
+    kernels = backend_of(fitted.device).kernels
+    if kernels is None:
+        return project_levels(fitted, level_bits, row_scale)
+    # Looking at each group's levels waits for the device; what does not fit is found when the whole is packed.
+    if row_scale is None:
+        return stored_grid(fitted, level_bits)
+    values = kernels.table_levels(fitted, row_scale, True)
+    scale = torch.where(torch.isfinite(values).all(-1), row_scale, torch.nan)
+    return (values / row_scale.float().unsqueeze(-1)).round_().to(torch.int8), scale
 
 
 def _columns(block: Tensor, factor: Tensor, levels: Tensor, push: bool) -> tuple[Tensor, Tensor]:

@@ -119,7 +119,7 @@ def work(plan: Plan, spec: StageSpec) -> list[Part]:
 def _launches_of_group(settings: Ptq) -> float:
     """Of a GPU, for a group of columns: as counted of LLaMA-2-7B's shape in groups of 128, and in groups of 16 with levels of 2
     bits (scripts/bench/device_counts.py)."""
-    return 140.0 if per_row(settings.level_bits) else 60.0
+    return 70.0 if per_row(settings.level_bits) else 60.0
 
 
 def _fit_flops(model: SourceModel, units: Pass, settings: Ptq, size: int) -> float:

@@ -67,6 +67,11 @@ class StageKernels(Protocol):
     def stored_levels(self, levels: Tensor, level_bits: int) -> Tensor:
         """`training.ste.StoredLevels`, without the check for infinities: [..., groups, 4] -> the same shape."""
 
+    def table_levels(self, levels: Tensor, scale: Tensor, ascending: bool) -> Tensor:
+        """The same of levels of 2 bits, rounded to values of their table in units of their row's scale: [out, groups, 4], float16
+        [out, 1]. ascending: as they are ordered, else in code order.
+        """
+
     def sort_levels(self, levels: Tensor) -> None:
         """Sorts the four levels of each group, [..., 4], in place."""
 

@@ -122,7 +122,9 @@ class StoredLevels(Function):
     @staticmethod
     def forward(ctx: Any, levels: Tensor, level_bits: int, scale: Tensor | None, ascending: bool) -> Tensor:
         backend = backend_of(levels.device)
-        if backend.kernels is not None and scale is None:
+        if backend.kernels is not None:
+            if scale is not None:
+                return backend.kernels.table_levels(levels, scale, ascending)
             return backend.kernels.stored_levels(levels, level_bits)
         # Whether all are finite is not looked at where that means to wait: the loss tells.
         grid = project_levels if backend.shares_ram else stored_grid

@@ -39,6 +39,24 @@ def test_levels_are_stored_as_the_format_has_them(device, bits):
     assert torch.equal(stored_levels(levels[50:60], bits, None, True), found[50:60])
 
 
+@pytest.mark.parametrize("ascending", [True, False])
+def test_levels_of_two_bits_are_those_of_the_table(device, ascending):
+    random = torch.Generator().manual_seed(2)
+    scale = (torch.rand(30, 1, generator=random) * 0.01 + 1e-3).half()
+    signs = torch.tensor([-1.0, -1, 1, 1] if ascending else [-1.0, 1, -1, 1])
+    levels = torch.rand(30, 20, 4, generator=random) * signs
+    levels[3] = level_values(*stored_grid(levels[3:4], 2, scale[3:4], ascending))[0]  # on the table already
+    levels[4, 1] = scale[4].float() * torch.tensor([49.5, 8.5, 17.5, 104.0])[[0, 1, 2, 3]] * signs  # halfway: the smaller one
+    levels[5, 2, 1], levels[6, 3] = torch.nan, torch.inf
+    found = KERNELS.table_levels(levels.to(device), scale.to(device), ascending).cpu()
+    expected = level_values(*stored_grid(levels, 2, scale, ascending))
+    good = expected.isfinite().all(-1)
+    assert good.sum() == 598
+    assert torch.equal(found[good], expected[good])
+    assert not found[~good].isfinite().all(-1).any()
+    assert torch.equal(stored_levels(levels[7:9], 2, scale[7:9], ascending), found[7:9])
+
+
 @pytest.mark.parametrize(("out", "width", "size"), SHAPES)
 def test_a_latent_takes_its_nearest_level(device, out, width, size):
     latent, levels = masters(out, width, size)

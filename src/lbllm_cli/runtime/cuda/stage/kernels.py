@@ -78,6 +78,12 @@ class TritonKernels:
         latents.store(levels, found, level_bits)
         return found
 
+    def table_levels(self, levels: Tensor, scale: Tensor, ascending: bool) -> Tensor:
+        levels = levels.contiguous()
+        found = torch.empty_like(levels)
+        latents.store_on_table(levels, scale.contiguous(), found, ascending)
+        return found
+
     def sort_levels(self, levels: Tensor) -> None:
         order.sort_levels(levels)
 

@@ -14,7 +14,7 @@ from lbllm_cli.format.levels import level_max
 from lbllm_cli.runtime.cuda.instructions import nearest_integer, rounded_to
 from lbllm_cli.runtime.cuda.operators import operator
 from lbllm_cli.runtime.cuda.stage.groups import group_places, tiling
-from lbllm_cli.runtime.cuda.stage.levels import level_at, load_levels, nearest_rank, store_levels, sums_at
+from lbllm_cli.runtime.cuda.stage.levels import level_at, load_levels, nearest_rank, nearest_value, store_levels, sums_at
 
 # Groups of a program that rounds levels.
 _GROUPS = 256
@@ -80,6 +80,26 @@ def stored_levels(levels, found, total, MOST: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
+def _on_table(level, unit, RANK: tl.constexpr):
+    # A level that is not finite stays so.
+    return nearest_value(level, unit, RANK) * unit + (level - level)
+
+
+@triton.jit
+def table_levels(levels, scale, found, groups, total, ASCENDING: tl.constexpr, BLOCK: tl.constexpr):
+    """A program: BLOCK of `total` groups, `groups` to a row. `format.level_table.table_levels`, times the row's scale."""
+    group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = group < total
+    a, b, c, d = load_levels(levels, group.to(tl.int64) * 4, here)
+    unit = tl.load(scale + group // groups, mask=here, other=1.0).to(tl.float32)
+    if ASCENDING:
+        a, b, c, d = _on_table(a, unit, 0), _on_table(b, unit, 1), _on_table(c, unit, 2), _on_table(d, unit, 3)
+    else:
+        a, b, c, d = _on_table(a, unit, 1), _on_table(b, unit, 2), _on_table(c, unit, 0), _on_table(d, unit, 3)
+    store_levels(found, group.to(tl.int64) * 4, here, a, b, c, d)
+
+
+@triton.jit
 def _ranks(latent, a, b, c, d):
     return nearest_rank(latent, a[:, None], b[:, None], c[:, None], d[:, None])
 
@@ -138,6 +158,14 @@ def store(levels: Tensor, found: Tensor, level_bits: int) -> None:
     """See `StageKernels.stored_levels`."""
     total = levels.numel() // 4
     stored_levels[(triton.cdiv(total, _GROUPS),)](levels, found, total, MOST=level_max(level_bits), BLOCK=_GROUPS)
+
+
+@operator("table_levels(Tensor levels, Tensor scale, Tensor(a!) found, bool ascending)")
+def store_on_table(levels: Tensor, scale: Tensor, found: Tensor, ascending: bool) -> None:
+    """See `StageKernels.table_levels`."""
+    total, groups = levels.numel() // 4, levels.shape[-2]
+    grid = (triton.cdiv(total, _GROUPS),)
+    table_levels[grid](levels, scale, found, groups, total, ASCENDING=ascending, BLOCK=_GROUPS)
 
 
 @operator("nearest_levels(Tensor latent, Tensor levels, Tensor(a!) weight)")
