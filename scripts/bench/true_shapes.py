@@ -1,5 +1,6 @@
 """What stages and loaded models do with models of true shapes, on a simulated GPU whose large tensors have no values."""
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from lbllm_cli.pipeline.plan import Plan
 from lbllm_cli.pipeline.reporter import Reporter
 from lbllm_cli.pipeline.work import StageRun, work_of
 from lbllm_cli.recipe.load import load_recipe
+from lbllm_cli.recipe.schema import Ptq
 from lbllm_cli.recipe.stages import STAGES
 from lbllm_cli.runtime.backend import in_ram
 from lbllm_cli.training.knees import tables_of
@@ -114,7 +116,8 @@ def _stage(device: Device, thing: str, config: Any, folder: Path, changes: list[
     _prepare(device, spec.end_to_end, times)
     if thing in ("act-calib", "act-calib-end-to-end"):
         replace("lbllm_cli.act_calib.fit", "fit_knees", lambda _: lambda samples: [KNEES[: its.tables] for its in samples])
-    parent = _Parent(model, FORMAT if name == "act-calib-e2e" else None) if spec.parents else None
+    quantized = dataclasses.replace(FORMAT, group_size=plan.recipe.step_group) if name == "act-calib-e2e" else None
+    parent = _Parent(model, quantized, plan.recipe.ptq) if spec.parents else None
     work = work_of(spec)
     need = work.need(plan, spec, None)
     tokens = torch.zeros(WHOLE_ROWS if spec.end_to_end else ROWS, LENGTH, dtype=torch.int64)
@@ -199,19 +202,19 @@ class _Writer:
 
 
 class _Parent:
-    """A checkpoint whose codes are all 0. activations: how it quantizes them."""
+    """A checkpoint whose codes are all 0. activations: how it quantizes them. form: of its weights."""
 
-    def __init__(self, model: SourceModel, activations: ActivationFormat | None):
-        self.model, self.activations = model, activations
+    def __init__(self, model: SourceModel, activations: ActivationFormat | None, form: Ptq):
+        self.model, self.activations, self.form = model, activations, form
 
     def read_block(self, index: int) -> dict[str, Tensor]:
-        prefix, found = block_prefix(index), {}
+        prefix, found, size, bits = block_prefix(index), {}, self.form.group_size, self.form.level_bits
         for name in self.model.linears:
             out, width = self.model.shapes[f"{prefix}{name}.weight"]
-            groups = group_count(width, GROUP)
-            codes = torch.zeros(out, groups, GROUP // 4, dtype=torch.uint8)
-            levels = torch.zeros(out, groups, 4, dtype=torch.int8)
-            packed = PackedWeight(codes, levels, torch.ones(out, groups, dtype=torch.float16), width)
+            groups = group_count(width, size)
+            codes = torch.zeros(out, groups, size // 4, dtype=torch.uint8)
+            levels = torch.tensor([-4, 4, -41, 41], dtype=torch.int8).repeat(out, groups, 1)
+            packed = PackedWeight(codes, levels, torch.ones(out, groups, dtype=torch.float16), width, bits)
             found |= packed.to_tensors(prefix + name)
         return found if self.activations is None else found | self._quantizers(prefix)
 
