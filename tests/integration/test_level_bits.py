@@ -33,7 +33,9 @@ def run(once, bits) -> Path:
 
     def make(folder: Path) -> Path:
         toy = save_toy(folder / "model", "qwen2-biases")
-        sections = {"ptq": {"level_bits": bits}, "distill": {"epochs": 1}, "act_calib": {"epochs": 0}}
+        # With a scale for each row, groups of inputs may be larger than those of weights.
+        act = {"epochs": 0, "group_size": 64 if bits == 2 else None}
+        sections = {"ptq": {"level_bits": bits}, "distill": {"epochs": 1}, "act_calib": act}
         recipe = write_recipe(folder / "r.yaml", toy, folder / "run", **sections)
         for command in ("ptq", "distill", "act-calib", "export"):
             result = CliRunner().invoke(app, [command, "--recipe", str(recipe)], catch_exceptions=False)
