@@ -109,6 +109,7 @@ def test_bits_are_counted(run, bits, ok):
 
 
 def test_another_number_of_bits_is_refused(run, lbllm):
-    result = lbllm("distill", "--recipe", run.parent / "r.yaml", "ptq.level_bits=8", "--force")
+    keys = ("ptq.level_bits=8", "act_calib.group_size=null")
+    result = lbllm("distill", "--recipe", run.parent / "r.yaml", *keys, "--force")
     assert result.exit_code == 2
     assert "ptq.level_bits" in result.stderr
