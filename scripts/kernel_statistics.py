@@ -106,6 +106,7 @@ CASES = [
     _linear("gemv, 1 row, groups of 64", gemv.gemv_places, 1, 64, 4, STEPS=1),
     _linear("gemv, 1 row, groups of 16, a step of four", gemv.gemv_places, 1, 64, 4, FOLD, STEPS=1),
     _linear("gemv, 1 row, groups of 16, a step of two", gemv.gemv_places, 1, 64, 4, FOLD, STEPS=1, PARTS=2),
+    _linear("gemv, 1 row, groups of 16 as they are, a step of three", gemv.gemv_places, 1, 256, 1, 1, STEPS=3),
     _linear("gemv, 1 row, groups of 64 with levels of 2 bits", gemv.gemv_places, 1, 64, 4, 1, STEPS=1),
     _linear("gemv, 4 rows", gemv.gemv_places, 4, 32, 8, STEPS=1),
     _linear("gemv, 8 rows", gemv.gemv_places, 8, 32, 8, STEPS=1),

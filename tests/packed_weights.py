@@ -1,10 +1,22 @@
 """What tests of kernels share: packed weights and quantized rows with random contents, and the error of a product in float64."""
 
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
 import torch
 
 from lbllm_cli.format.level_table import unpack_places
 from lbllm_cli.format.names import LEVELS
 from lbllm_cli.format.weights import PackedWeight, group_count, pack_codes
+from lbllm_cli.runtime.cuda.weights import CudaWeights
+
+Product: TypeAlias = Callable[..., Any]
+# in_features, group_size, inputs of a step (0: all of a row), and whether groups are folded
+TABLE_SHAPES = [(200, 16, 64, False), (96, 32, 64, False), (72, 16, 48, False), (64, 16, 32, False), (700, 16, 256, False),
+                (300, 128, 256, False), (96, 48, 48, False), (200, 16, 64, True), (600, 32, 128, True), (700, 16, 256, True),
+                (1100, 32, 512, True), (200, 16, 32, True), (220, 32, 32, True), (300, 32, 64, True), (200, 16, 0, False),
+                (330, 32, 0, False), (300, 128, 0, False), (130, 48, 0, False), (9, 16, 0, False), (200, 16, 0, True),
+                (330, 32, 0, True)]  # fmt: skip
 
 
 def random_weights(in_features: int, outs: tuple[int, ...], group_size: int, seed: int = 0, bits: int = 8) -> list[PackedWeight]:
@@ -39,19 +51,24 @@ def quantized_rows(
     return places, step, (places.double() * each)[:, :width]
 
 
-def sharing_rows(
-    rows: int, in_features: int, group_size: int, step: int
-) -> tuple[list[PackedWeight], torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Linears with levels of 2 bits, and rows as `quantized_rows` gives them, of which `step` inputs share a step: places as wide
-    as the weights."""
-    linears = random_weights(in_features, (5, 2), group_size, bits=2)
-    places, steps, x = quantized_rows(rows, in_features, step, "group")
-    return linears, places[:, : group_count(in_features, group_size) * group_size].contiguous(), steps, x
+def step_error(product: Product, device: torch.device, rows: int, inn: int, size: int, step: int, fold: bool) -> float:
+    """`off` of a product of levels of 2 bits with inputs of which `step` share a step, 0 for all of a row."""
+    linears = random_weights(inn, (5, 2), size, bits=2)
+    places, steps, x = quantized_rows(rows, inn, step or size, "group" if step else "token")
+    weights = CudaWeights.of(moved(linears, device), fold)
+    # As wide as the layout: what is cut off are zeros as well.
+    places = torch.nn.functional.pad(places, (0, weights.padded_width - places.shape[1])).contiguous()
+    out = torch.full((rows, 7), torch.nan, device=device)
+    product(weights, places.to(device), steps.to(device), step // size, out)
+    return off(out, x, linears, None)
 
 
-def filled_up(places: torch.Tensor, width: int) -> torch.Tensor:
-    """Rows as wide as the layout of weights, zeros behind them."""
-    return torch.nn.functional.pad(places, (0, width - places.shape[1]))
+def value_error(product: Product, device: torch.device, rows: int, inn: int, size: int, fold: bool) -> float:
+    """The same of a product with inputs in full precision."""
+    linears, x = random_weights(inn, (5, 2), size, bits=2), torch.randn(rows, inn, generator=torch.Generator().manual_seed(1))
+    out = torch.full((rows, 7), torch.nan, device=device)
+    product(CudaWeights.of(moved(linears, device), fold), x.to(device), out)
+    return off(out, x.double(), linears, None)
 
 
 def off(found: torch.Tensor, x: torch.Tensor, linears: list[PackedWeight], bias: torch.Tensor | None) -> float:

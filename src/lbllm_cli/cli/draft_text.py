@@ -20,7 +20,7 @@ _SOURCE_WORDS = {
     CHAT: "conversations, with the model's chat template",
 }
 EVALUATION = ("wikitext2", "c4")
-# The form with the least perplexity at its size, and at most sizes: docs/measurements.md, "Groups of 16".
+# On SmolLM2-135M and Gemma 3 270M the form that stage 1 loses least with at 2.5 bits: docs/measurements.md.
 GROUP_SIZE, LEVEL_BITS = 16, 2
 
 

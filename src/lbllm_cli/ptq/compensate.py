@@ -96,9 +96,8 @@ def _rounded(fitted: Tensor, level_bits: int, row_scale: Tensor | None) -> tuple
     # Looking at each group's levels waits for the device; what does not fit is found when the whole is packed.
     if row_scale is None:
         return stored_grid(fitted, level_bits)
-    values = kernels.table_levels(fitted, row_scale, True)
-    scale = torch.where(torch.isfinite(values).all(-1), row_scale, torch.nan)
-    return (values / row_scale.float().unsqueeze(-1)).round_().to(torch.int8), scale
+    scale = torch.where(torch.isfinite(fitted).all(-1), row_scale, torch.nan)
+    return kernels.table_levels(fitted, row_scale, True, torch.int8), scale
 
 
 def _columns(block: Tensor, factor: Tensor, levels: Tensor, push: bool) -> tuple[Tensor, Tensor]:

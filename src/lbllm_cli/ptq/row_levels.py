@@ -63,7 +63,7 @@ def descend_levels(weight: Tensor, hessian: Tensor, fit: RankFit, group_size: in
     gradient = hessian @ (weight - values_of(fit, group_size)).T
     levels, ranks = fit.levels.clone(), fit.ranks.T.contiguous()
     kernels = backend_of(weight.device).kernels
-    # A group of more columns than a program holds has a byte for as many weights as nothing is gained from.
+    # Larger groups gain too little from levels of 2 bits to have a kernel.
     one_group = _descend if kernels is None or group_size > COLUMNS_MAX else kernels.descend_levels
     for group in range(levels.shape[1]):
         part = slice(group * group_size, min((group + 1) * group_size, weight.shape[1]))

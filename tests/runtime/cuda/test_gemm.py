@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from packed_weights import filled_up, moved, off, quantized_rows, random_weights, sharing_rows
+from packed_weights import TABLE_SHAPES, moved, off, quantized_rows, random_weights, step_error, value_error
 
 from lbllm_cli.runtime.cuda.gemm import gemm, gemm_quantized, tile
 from lbllm_cli.runtime.cuda.weights import CudaWeights
@@ -28,47 +28,12 @@ def test_quantized_rows_times_weights(device, per):
     assert worst < TOLERANCE  # measured 6.7e-8
 
 
-@pytest.mark.parametrize(
-    ("inn", "size", "step"), [(200, 16, 64), (96, 32, 64), (72, 16, 48), (700, 16, 256), (300, 128, 256), (96, 48, 48)]
-)
-def test_groups_that_share_a_step(device, inn, size, step):
-    """Levels of 2 bits, whose groups are smaller than those of inputs."""
-    linears, places, steps, x = sharing_rows(9, inn, size, step)
-    out = torch.full((9, 7), torch.nan, device=device)
-    gemm_quantized(CudaWeights.of(moved(linears, device)), places.to(device), steps.to(device), step // size, out)
-    assert off(out, x, linears, None) < TOLERANCE  # measured 4.0e-8
-
-
-@pytest.mark.parametrize(
-    ("inn", "size", "step"),
-    [(200, 16, 64), (600, 32, 128), (700, 16, 256), (1100, 32, 512), (200, 16, 32), (220, 32, 32), (300, 32, 64)],
-)
-def test_folded_groups(device, inn, size, step):
-    linears, places, steps, x = sharing_rows(9, inn, size, step)
-    weights = CudaWeights.of(moved(linears, device), fold=True)
-    out = torch.full((9, 7), torch.nan, device=device)
-    places = filled_up(places, weights.padded_width)
-    gemm_quantized(weights, places.to(device), steps.to(device), step // size, out)
-    assert off(out, x, linears, None) < TOLERANCE  # measured 2.7e-8
-
-
-@pytest.mark.parametrize(
-    ("inn", "size", "fold"),
-    [(200, 16, False), (330, 32, False), (300, 128, False), (130, 48, False), (9, 16, False), (200, 16, True), (330, 32, True)],
-)
-def test_levels_of_two_bits_with_one_step_and_with_values(device, inn, size, fold):
-    """All of a row is one unit: slices go across groups, the last one past its end."""
-    linears = random_weights(inn, (5, 2), size, bits=2)
-    weights = CudaWeights.of(moved(linears, device), fold)
-    places, steps, x = quantized_rows(3, inn, size, "token")
-    places = filled_up(places, weights.padded_width)
-    out = torch.full((3, 7), torch.nan, device=device)
-    gemm_quantized(weights, places.to(device), steps.to(device), 0, out)
-    assert off(out, x, linears, None) < TOLERANCE  # measured 4.2e-8
-    x = torch.randn(3, inn, generator=torch.Generator().manual_seed(1))
-    out = torch.full((3, 7), torch.nan, device=device)
-    gemm(weights, x.to(device), out)
-    assert off(out, x.double(), linears, None) < TOLERANCE  # measured 6.1e-8
+@pytest.mark.parametrize(("inn", "size", "step", "fold"), TABLE_SHAPES)
+def test_levels_of_two_bits(device, inn, size, step, fold):
+    """Groups that are smaller than those of inputs; with one step slices go across all groups, the last one past its end."""
+    assert step_error(gemm_quantized, device, 9, inn, size, step, fold) < TOLERANCE  # measured 3.6e-8
+    if not step:
+        assert value_error(gemm, device, 3, inn, size, fold) < TOLERANCE  # measured 6.1e-8
 
 
 def test_values_times_weights_in_full(device):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from packed_weights import filled_up, moved, off, quantized_rows, random_weights, sharing_rows
+from packed_weights import TABLE_SHAPES, moved, off, quantized_rows, random_weights, step_error, value_error
 
 import lbllm_cli.runtime.cuda.gemv as module
 from lbllm_cli.format.level_table import unpack_places
@@ -82,43 +82,12 @@ def test_quantized_rows_times_weights(device, large, per):
     assert worst < TOLERANCE  # measured 3.7e-8
 
 
-@pytest.mark.parametrize(("inn", "size", "step"), [(200, 16, 64), (96, 32, 64), (72, 16, 48), (64, 16, 32)])
-def test_groups_that_share_a_step(device, large, inn, size, step):
-    """Levels of 2 bits, whose groups are smaller than those of inputs."""
-    linears, places, steps, x = sharing_rows(2, inn, size, step)
-    out = torch.full((2, 7), torch.nan, device=device)
-    gemv_quantized(CudaWeights.of(moved(linears, device)), places.to(device), steps.to(device), step // size, out)
-    assert off(out, x, linears, None) < TOLERANCE  # measured 2.2e-8
-
-
-@pytest.mark.parametrize(
-    ("inn", "size", "step"), [(200, 16, 64), (600, 32, 128), (700, 16, 256), (200, 16, 32), (220, 32, 32), (300, 32, 64)]
-)
-def test_folded_groups(device, large, inn, size, step):
-    linears, places, steps, x = sharing_rows(2, inn, size, step)
-    weights = CudaWeights.of(moved(linears, device), fold=True)
-    out = torch.full((2, 7), torch.nan, device=device)
-    places = filled_up(places, weights.padded_width)
-    gemv_quantized(weights, places.to(device), steps.to(device), step // size, out)
-    assert off(out, x, linears, None) < TOLERANCE  # measured 2.6e-8
-
-
-@pytest.mark.parametrize(
-    ("inn", "size", "fold"),
-    [(200, 16, False), (96, 32, False), (300, 128, False), (130, 48, False), (200, 16, True), (330, 32, True)],
-)
-def test_levels_of_two_bits_with_one_step_and_with_values(device, large, inn, size, fold):
-    linears = random_weights(inn, (5, 2), size, bits=2)
-    weights = CudaWeights.of(moved(linears, device), fold)
-    places, steps, x = quantized_rows(2, inn, size, "token")
-    places = filled_up(places, weights.padded_width)
-    out = torch.full((2, 7), torch.nan, device=device)
-    gemv_quantized(weights, places.to(device), steps.to(device), 0, out)
-    assert off(out, x, linears, None) < TOLERANCE  # measured 2.3e-8
-    x = torch.randn(2, inn, generator=torch.Generator().manual_seed(1))
-    out = torch.full((2, 7), torch.nan, device=device)
-    gemv(weights, x.to(device), out)
-    assert off(out, x.double(), linears, None) < TOLERANCE  # measured 2.4e-8
+@pytest.mark.parametrize(("inn", "size", "step", "fold"), TABLE_SHAPES)
+def test_levels_of_two_bits(device, large, inn, size, step, fold):
+    """Groups that are smaller than those of inputs."""
+    assert step_error(gemv_quantized, device, 2, inn, size, step, fold) < TOLERANCE  # measured 5.0e-8
+    if not step:
+        assert value_error(gemv, device, 2, inn, size, fold) < TOLERANCE  # measured 9.1e-8
 
 
 def test_every_byte_of_levels(device):

@@ -54,6 +54,9 @@ def test_levels_of_two_bits_are_those_of_the_table(device, ascending):
     assert good.sum() == 598
     assert torch.equal(found[good], expected[good])
     assert not found[~good].isfinite().all(-1).any()
+    scale[0] = 0  # a row of zeros: its levels are of the table as well
+    stored = KERNELS.table_levels(levels.to(device), scale.to(device), ascending, torch.int8).cpu()
+    assert torch.equal(stored[good], stored_grid(levels, 2, scale, ascending)[0][good])
     assert torch.equal(stored_levels(levels[7:9], 2, scale[7:9], ascending), found[7:9])
 
 

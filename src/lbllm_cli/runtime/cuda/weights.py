@@ -26,9 +26,8 @@ from lbllm_cli.format.weights import PackedWeight, group_count
 CODES_OF_WORD = 16
 # Where in a word the four selectors begin; their codes are 4 bits apart.
 SELECTOR_BITS = (0, 2, 16, 18)
-# Groups that are folded, and up to which size: with larger ones a selector would be that of two.
-FOLD, _FOLDED_MAX = 4, 32
-_COLUMNS_MIN = 32
+# Groups that are folded, and their sizes: of larger ones a group would have several selectors. What tensor cores take.
+FOLD, _FOLDED, _COLUMNS_MIN = 4, (16, 32), 32
 
 
 def span(group_size: int) -> int:
@@ -70,10 +69,9 @@ def codes_of(words: Tensor) -> Tensor:
 
 def foldable(linear: PackedWeight, sharing: int) -> bool:
     """Whether four groups can be folded, of which `sharing` share a step of their input, 0 for all of a row."""
-    small = linear.group_size <= _FOLDED_MAX and linear.group_size % CODES_OF_WORD == 0
     # Else a matrix product of what shares a step has fewer columns than tensor cores take.
     whole = sharing % FOLD == 0 or (FOLD % sharing == 0 and sharing * linear.group_size >= _COLUMNS_MIN)
-    return per_row(linear.level_bits) and small and whole
+    return per_row(linear.level_bits) and linear.group_size in _FOLDED and whole
 
 
 def _parts(linear: PackedWeight, fold: int) -> tuple[Tensor, Tensor, Tensor]:

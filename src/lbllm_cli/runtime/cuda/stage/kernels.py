@@ -78,9 +78,9 @@ class TritonKernels:
         latents.store(levels, found, level_bits)
         return found
 
-    def table_levels(self, levels: Tensor, scale: Tensor, ascending: bool) -> Tensor:
+    def table_levels(self, levels: Tensor, scale: Tensor, ascending: bool, dtype: torch.dtype = torch.float32) -> Tensor:
         levels = levels.contiguous()
-        found = torch.empty_like(levels)
+        found = torch.empty_like(levels, dtype=dtype)
         latents.store_on_table(levels, scale.contiguous(), found, ascending)
         return found
 

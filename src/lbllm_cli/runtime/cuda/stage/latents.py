@@ -80,22 +80,26 @@ def stored_levels(levels, found, total, MOST: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def _on_table(level, unit, RANK: tl.constexpr):
-    # A level that is not finite stays so.
-    return nearest_value(level, unit, RANK) * unit + (level - level)
+def _on_table(level, unit, RANK: tl.constexpr, TYPE: tl.constexpr):
+    found = nearest_value(level, unit, RANK)
+    # As a float, a level that is not finite stays so.
+    return found.to(TYPE) if tl.int8 == TYPE else found * unit + (level - level)
 
 
 @triton.jit
 def table_levels(levels, scale, found, groups, total, ASCENDING: tl.constexpr, BLOCK: tl.constexpr):
-    """A program: BLOCK of `total` groups, `groups` to a row. `format.level_table.table_levels`, times the row's scale."""
+    """A program: BLOCK of `total` groups, `groups` to a row. `format.level_table.table_levels`; floats are times the scale."""
     group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = group < total
     a, b, c, d = load_levels(levels, group.to(tl.int64) * 4, here)
     unit = tl.load(scale + group // groups, mask=here, other=1.0).to(tl.float32)
+    TYPE: tl.constexpr = found.dtype.element_ty
     if ASCENDING:
-        a, b, c, d = _on_table(a, unit, 0), _on_table(b, unit, 1), _on_table(c, unit, 2), _on_table(d, unit, 3)
+        a, b = _on_table(a, unit, 0, TYPE), _on_table(b, unit, 1, TYPE)
+        c, d = _on_table(c, unit, 2, TYPE), _on_table(d, unit, 3, TYPE)
     else:
-        a, b, c, d = _on_table(a, unit, 1), _on_table(b, unit, 2), _on_table(c, unit, 0), _on_table(d, unit, 3)
+        a, b = _on_table(a, unit, 1, TYPE), _on_table(b, unit, 2, TYPE)
+        c, d = _on_table(c, unit, 0, TYPE), _on_table(d, unit, 3, TYPE)
     store_levels(found, group.to(tl.int64) * 4, here, a, b, c, d)
 
 
