@@ -12,7 +12,7 @@ from torch.nn.functional import linear as dense_linear
 import lbllm_cli.hf  # noqa: F401  registers the packed format
 from lbllm_cli.engine.abi import Weights
 from lbllm_cli.format.levels import level_max, per_row
-from lbllm_cli.format.names import LEVELS, TABLE_LEVELS
+from lbllm_cli.format.names import LEVELS
 from lbllm_cli.format.weights import group_count
 from lbllm_cli.runtime.cpu.library import DTYPES, pointer, quantizer_struct
 from lbllm_cli.runtime.cpu.unit import Unit, aligned
@@ -29,7 +29,7 @@ def random_packed(inputs: int, outputs: int, group_size: int, level_bits: int = 
     weight = torch.randint(256, (outputs, groups, group_size // 4), dtype=torch.uint8)
     if per_row(level_bits):
         places = torch.randint(256, (outputs, groups, 1), dtype=torch.uint8)
-        scale = torch.full((outputs, 1), 2 * WEIGHT_RMS / TABLE_LEVELS[-1][-1], dtype=torch.float16)
+        scale = torch.full((outputs, 1), 4 * WEIGHT_RMS / level_max(2), dtype=torch.float16)
         return {"weight": weight, "levels": places, "scale": scale}
     return {
         "weight": weight,

@@ -70,7 +70,7 @@ class Case:
         return {f"{self.name}, sm_{architecture}": architecture for architecture in wanted}
 
 
-_WEIGHTS = {"words": "*i32", "levels": "*i32", "scale": "*fp16"}
+_WEIGHTS = {"words": "*i32", "levels": "*i32", "table": "*i32", "scale": "*fp16"}
 _OUTPUTS = {"bias": "*fp32", "residual": "*bf16", "out": "*bf16"}
 
 

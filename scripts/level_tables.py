@@ -7,6 +7,9 @@ out of a table of 2 to 16 values for each level with a scale for each row. Table
 the last row of a size is `lbllm`'s own table, with levels that know it and the best of some scales for each row. "Free" levels
 are not rounded, and fitted from `lbllm`'s starts or from quantiles alone. Squared errors are relative to groups of 64 with levels
 of 4 bits.
+
+Below it are 16 means and 16 half-widths of pairs by Lloyd's iteration over groups of 16 of all models, in 24ths of a row's root
+mean square: about what `lbllm`'s table is, which is rounded and held to levels in order that int8 has.
 """
 
 import argparse
@@ -19,14 +22,15 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from lbllm_cli.format.level_table import RANK_TO_CODE
 from lbllm_cli.format.levels import level_values, project_levels
-from lbllm_cli.format.names import LEVELS, TABLE_LEVELS
+from lbllm_cli.format.names import HALF_WIDTHS, LEVELS, MEANS
 from lbllm_cli.format.weights import grouped
 from lbllm_cli.ptq.em import fit_levels, nearest_rank, quantile_levels
 from lbllm_cli.ptq.row_levels import fit_row_scale
 
 SIZES, TABLE_BITS, EVERY = (16, 32, 64), (1, 2, 3, 4), 9
+# Groups of a linear that a table of pairs is found for, and what its unit is of a row's root mean square.
+_SAMPLE, _UNIT = 1000, 24
 
 
 def linears(folder: Path) -> list[Tensor]:
@@ -74,6 +78,47 @@ def lloyd(values: Tensor, count: int) -> Tensor:
     return table
 
 
+def bytes_of(groups: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Which entry is best for each group, and the rank of each weight in it: groups [n, size], table [256, 4] ascending."""
+    found = []
+    for part in groups.split(2048):
+        costs = torch.zeros(len(part), len(table))
+        for weight in part.T:
+            costs += (weight[:, None, None] - table).square().amin(-1)
+        found.append(costs.argmin(1))
+    chosen = torch.cat(found)
+    return chosen, nearest_rank(groups, table[chosen])
+
+
+def pairs_table(means: Tensor, halves: Tensor) -> Tensor:
+    """Ascending levels of each byte: means and half-widths of the inner and the outer pair, [16, 2] -> [256, 4]."""
+    inner, outer = (means[None, :, pair] for pair in (0, 1))
+    near, far = (halves[:, None, pair] for pair in (0, 1))
+    return torch.stack([outer - far, inner - near, inner + near, outer + far], -1).flatten(0, 1)
+
+
+def lloyd_pairs(groups: Tensor, means: Tensor, halves: Tensor, iterations: int = 12) -> tuple[Tensor, Tensor]:
+    """Means and half-widths [16, 2] that stand for groups [n, size] and their negatives: by turns the best byte of each group,
+    and the best entries for these bytes, by least squares.
+    """
+    groups, count = torch.cat([groups, -groups]), len(means)
+    for _ in range(iterations):
+        chosen, ranks = bytes_of(groups, pairs_table(means, halves))
+        outer, sign = (ranks % 3 == 0).long(), torch.where(ranks > 1, 1.0, -1.0)
+        for pair in (0, 1):
+            here = outer == pair
+            weight, way = groups[here], sign[here]
+            mean, half = ((part[:, None].expand_as(ranks))[here] for part in (chosen % count, chosen // count))
+            equations, right = torch.zeros(2 * count, 2 * count), torch.zeros(2 * count)
+            for a, of_a in ((mean, torch.ones_like(way)), (half + count, way)):
+                right.index_add_(0, a, of_a * weight)
+                for b, of_b in ((mean, torch.ones_like(way)), (half + count, way)):
+                    equations.index_put_((a, b), of_a * of_b, accumulate=True)
+            solved = torch.linalg.lstsq(equations, right[:, None], driver="gelsd").solution[:, 0]
+            means[:, pair], halves[:, pair] = solved[:count], solved[count:]
+    return means, halves
+
+
 def rounded(levels: Tensor, table: Tensor) -> Tensor:
     """To the nearest values of a table."""
     return table[torch.bucketize(levels.contiguous(), (table[1:] + table[:-1]) / 2)]
@@ -86,8 +131,12 @@ def main() -> None:
     models: list[Path] = parser.parse_args().model
     torch.manual_seed(0)
     rows: dict[tuple[str, float], list[float]] = {}
+    samples: list[Tensor] = []
     for folder in models:
         weights = linears(folder)
+        for weight in weights:
+            relative_ = (weight / weight.square().mean(1, keepdim=True).sqrt()).view(-1, SIZES[0])
+            samples.append(relative_[torch.randperm(len(relative_))[:_SAMPLE]])
         each = {size: [fitted(weight, size) for weight in weights] for size in SIZES}
         base = sum(error(groups, level_values(*project_levels(levels, 4))) for groups, levels in each[64])
         for size, found in each.items():
@@ -119,7 +168,11 @@ def main() -> None:
         shown.add_row(name, f"{bits_:.3f}" if bits_ < torch.inf else "", *(f"{value:.3f}" for value in found_))
     console = Console()
     console.print(shown)
-    console.print("lbllm's table, ascending:", [TABLE_LEVELS[code // 2] for code in RANK_TO_CODE])
+    means, halves = (torch.tensor(entries) / _UNIT for entries in (MEANS, HALF_WIDTHS))
+    found_pairs = lloyd_pairs(torch.cat(samples), means, halves)
+    for name, own, entries in zip(("means", "half-widths"), (MEANS, HALF_WIDTHS), found_pairs, strict=True):
+        console.print(f"{name}: {[tuple(round(value * _UNIT, 1) for value in pair) for pair in entries.tolist()]}")
+        console.print(f"lbllm's: {list(own)}")
 
 
 if __name__ == "__main__":

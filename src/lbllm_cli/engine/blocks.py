@@ -17,8 +17,6 @@ from lbllm_cli.format.names import (
     CLIP_UNIT,
     KEYS,
     LEVEL_BITS,
-    LEVELS,
-    SHIFTS,
     TABLE_LEVELS,
     TENSORS,
     VALUES,
@@ -98,9 +96,7 @@ class Blocks:
         if self.config.level_bits == 8:
             return self.tensors.array(f"{owner}.levels", "I8", out, groups, 4)
         if self.config.level_bits == LEVEL_BITS[2]:
-            places = self.tensors.array(f"{owner}.levels", "U8", out, groups, 1) >> np.array(SHIFTS, np.uint8) & 3
-            tables = np.array([[sign * np.array(row) for sign in (-1, 1)] for row in TABLE_LEVELS], np.int8).reshape(LEVELS, -1)
-            return tables[np.arange(LEVELS), places]
+            return np.array(TABLE_LEVELS, np.int8)[self.tensors.array(f"{owner}.levels", "U8", out, groups, 1)[..., 0]]
         pairs = self.tensors.array(f"{owner}.levels", "U8", out, groups, 2)
         nibbles = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(out, groups, 4).astype(np.int8)
         return (nibbles ^ 8) - 8

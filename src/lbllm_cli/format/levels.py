@@ -1,10 +1,10 @@
-"""Levels as they are stored: integers of 8 or 4 bits and a scale for each group, or values of a table and one for each row."""
+"""Levels as they are stored: integers of 8 or 4 bits and a scale for each group, or out of a table and a scale for each row."""
 
 import torch
 from torch import Tensor
 
 from lbllm_cli.format.level_table import table_levels
-from lbllm_cli.format.names import LEVEL_BITS, LEVELS, TABLE_LEVELS
+from lbllm_cli.format.names import LEVEL_BITS, LEVELS
 
 # Where the largest level of a group lies on the grid of 4 bits, before it is rounded: the best of these is taken, 7.2 first. On
 # levels about those of a normal distribution that makes 0.6 of the squared error that 7 alone does.
@@ -13,7 +13,7 @@ _TOPS = tuple(whole + beside for whole in (7.0, 6.0, 5.0) for beside in (0.2, 0.
 
 def level_max(level_bits: int) -> int:
     """Largest stored level: 8 -> 127, 4 -> 7, 2 -> 127, of the table."""
-    return TABLE_LEVELS[-1][-1] if per_row(level_bits) else (1 << (level_bits - 1)) - 1
+    return 127 if per_row(level_bits) else (1 << (level_bits - 1)) - 1
 
 
 def per_row(level_bits: int) -> bool:

@@ -7,10 +7,19 @@ LATTICE_MAX = 127
 # Levels of a group of weights, and bits that a file may have of each.
 LEVELS = 4
 LEVEL_BITS = (8, 4, 2)
-# What levels of 2 bits can be, in units of their row's scale and with the sign of the code: those of the inner pair, and of the
-# outer one. About what Lloyd's iteration gives for groups of 16 and 32 of two models (scripts/level_tables.py), and no matter of
-# hundredths: of five tables the worst had 2 % more squared error than the best.
-TABLE_LEVELS = ((4, 13, 22, 33), (41, 58, 81, 127))
+# Levels of 2 bits are two pairs, in units of their row's scale: means of the inner and the outer pair, and half-widths of both. A
+# byte has the place of the means in its low half. About what Lloyd's iteration gives for groups of 16 of two models
+# (scripts/level_tables.py). Every inner level lies between the outer ones, and none reaches beyond 127.
+_MEANS = ((-1, 3), (5, 2), (3, 9), (9, 8), (7, 17), (13, 14), (13, 28), (19, 23))
+MEANS = (*_MEANS, *((-inner, -outer) for inner, outer in _MEANS))
+HALF_WIDTHS = (
+    (7, 23), (7, 26), (10, 29), (8, 31), (12, 33), (9, 35), (12, 38), (9, 41),
+    (15, 41), (11, 45), (15, 48), (11, 51), (17, 55), (13, 60), (17, 72), (15, 99),
+)  # fmt: skip
+# The levels of each byte, in code order.
+TABLE_LEVELS = tuple(
+    (mean[0] - half[0], mean[0] + half[0], mean[1] - half[1], mean[1] + half[1]) for half in HALF_WIDTHS for mean in MEANS
+)
 # Of four codes in a byte, the first one lowest.
 SHIFTS = (0, 2, 4, 6)
 # Integers of an embedding's or head's row in 8 bits, and what they are called beside its weight.

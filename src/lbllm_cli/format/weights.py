@@ -7,8 +7,8 @@ levels; a weight is a 2-bit code, sign + 2 x bitmap, that picks one of them (LBL
     bitmap 1: mu1 - alpha1 (code 2), mu1 + alpha1 (code 3)      the outer pair
 
 Stored: codes packed four to a byte, levels as integers of 8 or 4 bits, one float16 scale per (row, group); weight = scale *
-level. Storing levels as integers is this project's choice, not the paper's: it makes integer kernels exact. Levels of 2 bits are
-values of a table, and a row has one scale (`format.level_table`). Whatever a file has, a `PackedWeight` has int8 levels and
+level. Storing levels as integers is this project's choice, not the paper's: it makes integer kernels exact. Levels of 2 bits come
+out of a table, and a row has one scale (`format.level_table`). Whatever a file has, a `PackedWeight` has int8 levels and
 a scale for every group.
 
 Fitting works on ranks: rank k is the k-th smallest of the group's four levels.
@@ -16,12 +16,12 @@ Fitting works on ranks: rank k is the k-th smallest of the group's four levels.
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from math import ceil
 
 import torch
 from torch import Tensor
 
+from lbllm_cli.format.kept import kept
 from lbllm_cli.format.level_table import RANK_TO_CODE, pack_places, unpack_places
 from lbllm_cli.format.levels import level_values, pack_levels, per_row, unpack_levels
 from lbllm_cli.format.names import LEVEL_BITS, LEVELS, SHIFTS
@@ -30,16 +30,7 @@ _CODE_TO_RANK = (1, 2, 0, 3)
 
 
 def _table(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """uint8 values on a device, made once: each time they are put on a GPU, it is waited for."""
-    # What is made while a graph is traced has no values.
-    return _new_table(values, device) if torch.compiler.is_compiling() else _kept_table(values, device)
-
-
-def _new_table(values: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.uint8, device=device)
-
-
-_kept_table = cache(_new_table)
+    return kept(values, torch.uint8, device)
 
 
 def group_count(in_features: int, group_size: int) -> int:

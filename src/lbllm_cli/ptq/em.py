@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lbllm_cli.format.level_table import table_levels
 from lbllm_cli.format.names import LEVELS
+from lbllm_cli.ptq.table_choice import best_of_table
 from lbllm_cli.runtime.backend import backend_of
 from lbllm_cli.runtime.stage_kernels import (
     HIGH_QUANTILES,
@@ -95,8 +95,8 @@ def fit_levels(weight: Tensor, importance: Tensor, iterations: int, scale: Tenso
     """EM: E-step nearest level, M-step importance-weighted mean of each level's members. The best of four starts.
 
     weight: float [rows, n], one group per row. importance: float [n] or [rows, n], > 0: the cost of a squared error in
-    that input (LBLLM stage 1). scale: float16 [rows], of levels of 2 bits: they end as values of the table, and the best of
-    four is the best of these. A level without members stays where it is. Before that the weighted error never rises from one
+    that input (LBLLM stage 1). scale: float16 [rows], of levels of 2 bits: they end in the table, and the best of four is the
+    best of these. A level without members stays where it is. Before that the weighted error never rises from one
     iteration to the next. Returns levels, float [rows, 4], ascending. rows=576, n=64 -> [576, 4].
     """
     if (kernels := backend_of(weight.device).kernels) is not None:
@@ -121,8 +121,7 @@ def _climbed(levels: Tensor, row: _Row, iterations: int, scale: Tensor | None) -
         levels = moved
     if scale is None:
         return levels
-    unit = scale.float().unsqueeze(1)
-    levels = table_levels(levels, scale, ascending=True) * unit
     for _ in range(TABLE_ITERATIONS):
-        levels = table_levels(row.means(levels), scale, ascending=True) * unit
+        mass, moment = row.members(levels)
+        levels = best_of_table(moment, mass.diag_embed(), scale) * scale.float().unsqueeze(1)
     return levels

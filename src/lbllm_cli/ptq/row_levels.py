@@ -1,26 +1,26 @@
-"""Levels of 2 bits: values of one table, in units of the scale of their row.
+"""Levels of 2 bits: out of one table, in units of the scale of their row.
 
-Least squares, as `refine` has it for finer levels, leave them between two values; where a massive input decides, rounding loses
-what they gained. So each level is moved to the best of its four values in turn: in groups of 32 that halved the output error of
-such a linear, 0.024 instead of 0.047, and with a scale that fits it is 0.008 (`down_proj` of SmolLM2-135M's third block).
+Least squares, as `refine` has it for finer levels, leave them between two entries; where a massive input decides, rounding loses
+what they gained. So the levels of one group after the other become the best entry under the whole H: all are tried.
 """
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from lbllm_cli.format.levels import level_values, stored_grid
-from lbllm_cli.format.names import LEVEL_BITS, LEVELS, TABLE_LEVELS
+from lbllm_cli.format.levels import level_max, level_values, stored_grid
+from lbllm_cli.format.names import LEVEL_BITS, LEVELS
 from lbllm_cli.format.weights import grouped
 from lbllm_cli.ptq.compensate import LevelFit, RankFit
 from lbllm_cli.ptq.em import nearest_rank
 from lbllm_cli.ptq.refine import values_of
+from lbllm_cli.ptq.table_choice import best_of_table
 from lbllm_cli.runtime.backend import backend_of
 from lbllm_cli.runtime.stage_kernels import COLUMNS_MAX
 
-# What the largest value of the table is, over the root mean square of the row: the best of these is taken. Steps are small: in
+# What the largest level of the table is, over the root mean square of the row: the best of these is taken. Steps are small: in
 # some rows nearly all depends on one weight, behind a massive input, which a fitting scale represents exactly.
-_REACHES = tuple(2.0 * 1.05**step for step in range(20))
+_REACHES = tuple(3.2 * 1.06**step for step in range(20))
 
 
 def fit_row_scale(weight: Tensor, importance: Tensor, group_size: int, fit: LevelFit) -> Tensor:
@@ -35,7 +35,7 @@ def fit_row_scale(weight: Tensor, importance: Tensor, group_size: int, fit: Leve
     levels, rms = torch.stack(fitted, dim=1), weight.square().mean(1, keepdim=True).sqrt()
     found, smallest = torch.zeros_like(rms, dtype=torch.float16), torch.full_like(rms, torch.inf)
     for reach in _REACHES:
-        scale = (rms * (reach / TABLE_LEVELS[-1][-1])).half()
+        scale = (rms * (reach / level_max(LEVEL_BITS[2]))).half()
         values = level_values(*stored_grid(levels, LEVEL_BITS[2], scale)).flatten(0, 1)
         nearest = values.gather(1, nearest_rank(groups.flatten(0, 1), values)).view_as(groups)
         error = ((nearest - groups).square() * costs).sum((1, 2))[:, None]
@@ -56,8 +56,8 @@ def refit_scale(weight: Tensor, hessian: Tensor, fit: RankFit, group_size: int) 
 
 
 def descend_levels(weight: Tensor, hessian: Tensor, fit: RankFit, group_size: int) -> RankFit:
-    """The scale refitted, then one pass over the groups: each level becomes the value of its table that is nearest to its optimum
-    given all others. Codes are unchanged, the output error never rises. Arguments as for `refit_scale`.
+    """The scale refitted, then one pass over the groups: the levels of each become the best of the table given all others. Codes
+    are unchanged, the output error never rises. Arguments as for `refit_scale`.
     """
     fit = refit_scale(weight, hessian, fit, group_size)
     gradient = hessian @ (weight - values_of(fit, group_size)).T
@@ -73,7 +73,7 @@ def descend_levels(weight: Tensor, hessian: Tensor, fit: RankFit, group_size: in
 
 
 def _descend(gradient: Tensor, hessian: Tensor, levels: Tensor, scale: Tensor, ranks: Tensor) -> Tensor:
-    """The levels of one group in turn.
+    """The levels of one group.
 
     gradient: [size, rows]. hessian: [size, size]. levels: int8 [rows, 4], ascending, replaced. scale: [rows]. ranks: uint8 [size,
     rows]. Returns by how much each weight moved, [size, rows].
@@ -81,16 +81,6 @@ def _descend(gradient: Tensor, hessian: Tensor, levels: Tensor, scale: Tensor, r
     used = one_hot(ranks.long(), LEVELS).to(hessian.dtype)
     slope = (used * gradient.unsqueeze(-1)).sum(0)
     curve = torch.einsum("jra,jrb->rab", used, (hessian @ used.flatten(1)).view_as(used))
-    before = levels.float() * scale[:, None].float()
-    values, found = before.clone(), levels.clone()
-    for rank in range(LEVELS):
-        cost = curve[:, rank, rank]
-        wanted = values.clone()
-        wanted[:, rank] += slope[:, rank] / cost.clamp_min(1e-30)
-        nearest = stored_grid(wanted, LEVEL_BITS[2], scale)[0][:, rank]
-        # A level that no weight has stays.
-        found[:, rank] = torch.where(cost > 0, nearest, levels[:, rank])
-        values[:, rank] = found[:, rank].float() * scale.float()
-        slope -= curve[:, rank] * (values[:, rank] - before[:, rank]).unsqueeze(1)
-    levels.copy_(found)
-    return (used * (values - before)).sum(-1)
+    before = level_values(levels, scale)
+    levels.copy_(best_of_table(slope + (curve @ before.unsqueeze(-1)).squeeze(-1), curve, scale))
+    return (used * (level_values(levels, scale) - before)).sum(-1)

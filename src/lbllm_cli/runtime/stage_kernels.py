@@ -16,8 +16,8 @@ from lbllm_cli.format.activations import Tables
 LOW_QUANTILES, HIGH_QUANTILES = (0.0, 0.15, 0.5, 0.85), (0.15, 0.5, 0.85, 1.0)
 RANGE_PARTS = (0.125, 0.375, 0.625, 0.875)
 NORMAL_LEVELS = (-1.51, -0.453, 0.453, 1.51)
-# And how often levels out of a table are rounded to it anew after that.
-TABLE_ITERATIONS = 4
+# And how often levels are chosen out of their table after that, each time for the members that they have by then.
+TABLE_ITERATIONS = 5
 # Columns of a group that a kernel may hold at once.
 COLUMNS_MAX = 128
 

@@ -46,7 +46,8 @@ def test_levels_of_two_bits_are_those_of_the_table(device, ascending):
     signs = torch.tensor([-1.0, -1, 1, 1] if ascending else [-1.0, 1, -1, 1])
     levels = torch.rand(30, 20, 4, generator=random) * signs
     levels[3] = level_values(*stored_grid(levels[3:4], 2, scale[3:4], ascending))[0]  # on the table already
-    levels[4, 1] = scale[4].float() * torch.tensor([49.5, 8.5, 17.5, 104.0])[[0, 1, 2, 3]] * signs  # halfway: the smaller one
+    # Half-widths that are as near as two others: the first.
+    levels[4, 1] = scale[4].float() * torch.tensor([-38.0, -13, 11, 44] if ascending else [-13.0, 11, -38, 44])
     levels[5, 2, 1], levels[6, 3] = torch.nan, torch.inf
     found = KERNELS.table_levels(levels.to(device), scale.to(device), ascending).cpu()
     expected = level_values(*stored_grid(levels, 2, scale, ascending))

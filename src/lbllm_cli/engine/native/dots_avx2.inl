@@ -12,15 +12,25 @@ inline __m256i both_lanes(const uint8_t* x) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
 }
 
-// Places of a chunk to levels: [4][8] -> int8 [4][8][4]. A byte is spread over four, two bits to each, and the table looked up at
-// four times the code and these.
+// Places of a chunk to levels: [4][8] -> int8 [4][8][4]. A byte is spread over four; by its halves means and half-widths of the inner
+// pair are looked up for two of them, of the outer pair for the others.
 inline void spread(const uint8_t* places, int8_t* levels) {
-    const __m256i table = both_lanes(reinterpret_cast<const uint8_t*>(lbllm::kTable));
+    const __m256i low = _mm256_set1_epi8(15), sign = _mm256_set1_epi16(0x01ff);
+    const __m256i each = _mm256_set_epi32(0x07070707, 0x06060606, 0x05050505, 0x04040404, 0x03030303, 0x02020202, 0x01010101, 0);
+    __m256i table[4];
+    for (int pair = 0; pair < lbllm::kPairs; pair++) {
+        table[pair] = both_lanes(reinterpret_cast<const uint8_t*>(lbllm::kMeans[pair]));
+        table[2 + pair] = both_lanes(reinterpret_cast<const uint8_t*>(lbllm::kHalfWidths[pair]));
+    }
     for (int unit = 0; unit < lbllm::kUnits; unit++) {
-        const __m256i byte = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(places + unit * lbllm::kRows)));
-        const __m256i two = _mm256_or_si256(byte, _mm256_slli_epi32(byte, 6)), four = _mm256_or_si256(two, _mm256_slli_epi32(two, 12));
-        const __m256i at = _mm256_or_si256(_mm256_and_si256(four, _mm256_set1_epi32(0x03030303)), _mm256_set1_epi32(0x0c080400));
-        _mm256_store_si256(reinterpret_cast<__m256i*>(levels + unit * lbllm::kRows * lbllm::kLevels), _mm256_shuffle_epi8(table, at));
+        const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(places + unit * lbllm::kRows));
+        const __m256i byte = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(eight), each);
+        const __m256i of_mean = _mm256_and_si256(byte, low), of_half = _mm256_and_si256(_mm256_srli_epi16(byte, 4), low);
+        const __m256i inner = _mm256_shuffle_epi8(table[0], of_mean), outer = _mm256_shuffle_epi8(table[1], of_mean);
+        const __m256i near = _mm256_shuffle_epi8(table[2], of_half), far = _mm256_shuffle_epi8(table[3], of_half);
+        const __m256i half = _mm256_sign_epi8(_mm256_blend_epi16(near, far, 0xAA), sign);
+        const __m256i found = _mm256_add_epi8(_mm256_blend_epi16(inner, outer, 0xAA), half);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(levels + unit * lbllm::kRows * lbllm::kLevels), found);
     }
 }
 

@@ -8,14 +8,21 @@ inline __m512i four_lanes(const uint8_t* x) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
 }
 
-// Places of two units of 16 columns to levels: [2][8] -> int8 [2][8][4]. A byte is spread over four, two bits to each, and the table
-// looked up at four times the code and these.
+inline __m512i table_lanes(const int8_t* x) { return four_lanes(reinterpret_cast<const uint8_t*>(x)); }
+
+// Places of two units of 16 columns to levels: [2][8] -> int8 [2][8][4]. A byte is spread over four; by its halves means and
+// half-widths of the inner pair are looked up for two of them, of the outer pair for the others.
 inline __m512i spread(const uint8_t* places) {
-    const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(places)));
-    const __m512i two = _mm512_or_si512(byte, _mm512_slli_epi32(byte, 6)), four = _mm512_or_si512(two, _mm512_slli_epi32(two, 12));
-    const __m512i low = _mm512_set1_epi32(0x03030303), code = _mm512_set1_epi32(0x0c080400);
-    const __m512i table = four_lanes(reinterpret_cast<const uint8_t*>(lbllm::kTable));
-    return _mm512_shuffle_epi8(table, _mm512_ternarylogic_epi32(four, low, code, 0xEA));  // four & low | code
+    const __m512i each = _mm512_set_epi32(0x0f0f0f0f, 0x0e0e0e0e, 0x0d0d0d0d, 0x0c0c0c0c, 0x0b0b0b0b, 0x0a0a0a0a, 0x09090909, 0x08080808,
+                                          0x07070707, 0x06060606, 0x05050505, 0x04040404, 0x03030303, 0x02020202, 0x01010101, 0);
+    constexpr __mmask64 kOuter = 0xCCCCCCCCCCCCCCCC, kLower = 0x5555555555555555;
+    const __m512i byte = _mm512_shuffle_epi8(four_lanes(places), each), low = _mm512_set1_epi8(15);
+    const __m512i of_mean = _mm512_and_si512(byte, low), of_half = _mm512_and_si512(_mm512_srli_epi16(byte, 4), low);
+    const __m512i inner = _mm512_shuffle_epi8(table_lanes(lbllm::kMeans[0]), of_mean);
+    const __m512i near = _mm512_shuffle_epi8(table_lanes(lbllm::kHalfWidths[0]), of_half);
+    const __m512i mean = _mm512_mask_shuffle_epi8(inner, kOuter, table_lanes(lbllm::kMeans[1]), of_mean);
+    const __m512i half = _mm512_mask_shuffle_epi8(near, kOuter, table_lanes(lbllm::kHalfWidths[1]), of_half);
+    return _mm512_mask_sub_epi8(_mm512_add_epi8(mean, half), kLower, mean, half);
 }
 
 // Level tables of four rows: by the lower code of a nibble, and by the upper one (dots_avx2.inl).

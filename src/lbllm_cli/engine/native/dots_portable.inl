@@ -9,8 +9,7 @@ struct Placed {
     int8_t of[256][lbllm::kLevels];
 
     constexpr Placed() : of() {
-        for (int byte = 0; byte < 256; byte++)
-            for (int code = 0; code < lbllm::kLevels; code++) of[byte][code] = lbllm::kTable[code][byte >> (2 * code) & 3];
+        for (int byte = 0; byte < 256; byte++) lbllm::levels_of_place(static_cast<uint8_t>(byte), of[byte]);
     }
 };
 constexpr Placed kPlacedLevels;

@@ -2,7 +2,7 @@
 //
 // record: scale float16 [8], sum of levels int16 [8], levels int8 [8][4], codes [chunks][8][16]
 //
-// or, of levels that are values of a table (format/level_table.py), whose groups are smaller than those that share a step:
+// or, of levels out of a table (format/level_table.py), whose groups are smaller than those that share a step:
 //
 // record: scale float16 [8], sum of levels int16 [8], places [chunks][4][8], codes [chunks][8][16]
 //
@@ -37,8 +37,20 @@ constexpr int kChunkLevels = kUnits * kRows * kLevels;
 constexpr int kMostChunks = 4;  // of a group
 constexpr int kMostParts = 4;
 
-// Values that a level of each code can take.
-constexpr int8_t kTable[kLevels][4] = {{-4, -13, -22, -33}, {4, 13, 22, 33}, {-41, -58, -81, -127}, {41, 58, 81, 127}};
+// Of levels out of a table, the inner pair and the outer one: means by the low half of a byte, half-widths by the high half.
+constexpr int kPairs = 2, kEntries = 16;
+alignas(16) constexpr int8_t kMeans[kPairs][kEntries] = {{-1, 5, 3, 9, 7, 13, 13, 19, 1, -5, -3, -9, -7, -13, -13, -19},
+                                                         {3, 2, 9, 8, 17, 14, 28, 23, -3, -2, -9, -8, -17, -14, -28, -23}};
+alignas(16) constexpr int8_t kHalfWidths[kPairs][kEntries] = {{7, 7, 10, 8, 12, 9, 12, 9, 15, 11, 15, 11, 17, 13, 17, 15},
+                                                              {23, 26, 29, 31, 33, 35, 38, 41, 41, 45, 48, 51, 55, 60, 72, 99}};
+
+// The levels that a byte says, in code order: below and above the mean of each pair in turn.
+constexpr void levels_of_place(uint8_t place, int8_t levels[kLevels]) {
+    for (int code = 0; code < kLevels; code++) {
+        const int mean = kMeans[code / 2][place & 15], half = kHalfWidths[code / 2][place >> 4];
+        levels[code] = static_cast<int8_t>(code % 2 ? mean + half : mean - half);
+    }
+}
 
 // Place of a row among the scales and sums of its tile.
 inline int place_of(int row) { return row % 2 * 4 + row / 2; }
@@ -47,7 +59,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Layout {
     int in, out;
-    bool placed;      // levels are places in kTable
+    bool placed;      // levels come out of a table
     int parts, step;  // of a group, and columns of each
     int group;
     // Worked out once: divisions in the loop over groups cost more than the products of a group of 64.

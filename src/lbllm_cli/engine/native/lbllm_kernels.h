@@ -27,7 +27,7 @@ typedef struct {
     const uint8_t* tiles;  // lbllm_tiles_bytes() of them, aligned to 64
     const float* bias;     // [out_features], or NULL
     int32_t in_features, out_features, group_size;
-    // 0: a group has its levels and its scale. Else how many inputs share levels, which are values of the table of
+    // 0: a group has its levels and its scale. Else how many inputs share levels, which come out of the table of
     // format/level_table.py; a row has one scale, and group_size is of the inputs that share a step. Both are multiples of 16 then.
     int32_t level_group;
 } lbllm_weights;

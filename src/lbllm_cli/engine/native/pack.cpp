@@ -22,21 +22,22 @@ struct Spread {
 };
 constexpr Spread kSpread;
 
-// Where a level of a size lies in the table of its pair: 0 to 3.
-struct PlaceOfSize {
-    uint8_t of[128];
+// Where pairs lie in their tables. Outer means are all different, and so are outer half-widths plus twice the inner ones.
+struct Places {
+    uint8_t mean[128], half[128];
 
-    constexpr PlaceOfSize() : of() {
-        for (int code = 1; code < kLevels; code += 2)
-            for (uint8_t place = 0; place < 4; place++) of[kTable[code][place]] = place;
+    constexpr Places() : mean(), half() {
+        for (uint8_t i = 0; i < kEntries; i++) {
+            mean[kMeans[1][i] & 127] = i;
+            half[(kHalfWidths[1][i] + 2 * kHalfWidths[0][i]) & 127] = i;
+        }
     }
 };
-constexpr PlaceOfSize kPlaceOfSize;
+constexpr Places kPlaces;
 
-// The byte of four levels, in code order: below and above zero in turn.
-inline uint8_t places_of(const int8_t* levels) {
-    const uint8_t* of = kPlaceOfSize.of;
-    return static_cast<uint8_t>(of[-levels[0] & 127] | of[levels[1] & 127] << 2 | of[-levels[2] & 127] << 4 | of[levels[3] & 127] << 6);
+// The byte of four levels, in code order: below and above the mean of each pair in turn.
+inline uint8_t place_of_levels(const int8_t* l) {
+    return static_cast<uint8_t>(kPlaces.mean[(l[2] + l[3]) / 2 & 127] | kPlaces.half[((l[3] - l[2]) / 2 + l[1] - l[0]) & 127] << 4);
 }
 
 // What a row of a linear is made of, as a checkpoint has it, in groups of `size`.
@@ -78,7 +79,7 @@ void pack_row(const Layout& l, int g, int row, const Row& from, uint8_t* record)
     memcpy(record + place_of(row) * 2, from.scale + first / from.size, 2);
     if (l.placed) {
         for (int c = 0; c < l.columns(g); c += kLane)
-            record[kLevelTable + c / kLane * kRows + row] = places_of(from.levels_at(first + c));
+            record[kLevelTable + c / kLane * kRows + row] = place_of_levels(from.levels_at(first + c));
     } else {
         memcpy(record + kLevelTable + row * kLevels, from.levels_at(first), kLevels);
     }
@@ -143,9 +144,10 @@ LBLLM_EXPORT int32_t lbllm_unpack(const lbllm_weights* weights, int32_t first, i
             memcpy(scale + r * groups + at, record + place_of(row) * 2, 2);
             int8_t* to = levels + (r * groups + at) * kLevels;
             const int unit = column % l.group / kLane;
-            for (int code = 0; code < kLevels; code++)
-                to[code] = l.placed ? kTable[code][record[kLevelTable + unit * kRows + row] >> (2 * code) & 3]
-                                    : static_cast<int8_t>(record[kLevelTable + row * kLevels + code]);
+            if (l.placed)
+                levels_of_place(record[kLevelTable + unit * kRows + row], to);
+            else
+                memcpy(to, record + kLevelTable + row * kLevels, kLevels);
         }
         for (int c = 0; c < l.in; c++) {
             const int g = c / l.group, inside = c % l.group, place = inside % kChunk;

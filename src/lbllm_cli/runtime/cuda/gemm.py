@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lbllm_cli.runtime.cuda.gemv import form_of, store_outputs
 from lbllm_cli.runtime.cuda.instructions import look_up, multiply_add, rounded_to
-from lbllm_cli.runtime.cuda.level_bytes import levels_of, scaled
+from lbllm_cli.runtime.cuda.level_bytes import scaled, table_for
 from lbllm_cli.runtime.cuda.operators import operator
 from lbllm_cli.runtime.cuda.weights import CODES_OF_WORD, CudaWeights, span
 
@@ -39,7 +39,7 @@ def _selectors(words, n, outs, width, first, end, part, V: tl.constexpr, SLICE: 
 
 @triton.jit
 def _levels_of_words(
-    levels, n, outs, groups, first, part, W: tl.constexpr, V: tl.constexpr, SLICE: tl.constexpr, BYTES: tl.constexpr,
+    levels, table, n, outs, groups, first, part, W: tl.constexpr, V: tl.constexpr, SLICE: tl.constexpr, BYTES: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
     """Levels of the groups of these words, for their selectors: [outs, 1, 1, 1], in bytes [outs, SLICE / V, 1 or 4, 1]; of folded
@@ -52,7 +52,7 @@ def _levels_of_words(
         group = (first + tl.arange(0, SLICE // V) * V)[None, :, None, None] // W
         byte = group * BYTES + (part * (BYTES // PARTS) + tl.arange(0, BYTES // PARTS))[None, None, :, None]
         found = tl.load(levels + n * (groups * BYTES) + byte, mask=(n < outs) & (group < groups), other=0)
-        return levels_of(found.to(tl.int32))
+        return tl.load(table + found.to(tl.int32))
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def _joined(a, b, c, d, OUTS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def gemm_places(
-    words, levels, scale, places, step, bias, residual, out, rows, outs, groups, steps,
+    words, levels, table, scale, places, step, bias, residual, out, rows, outs, groups, steps,
     W: tl.constexpr, V: tl.constexpr, UNIT: tl.constexpr, SLICE: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr,
     BYTES: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
@@ -99,7 +99,7 @@ def gemm_places(
         part = at % PARTS
         column = first * 16 + part * (SLICE * 16 // PARTS) + tl.arange(0, SLICE * 16 // PARTS)[None, :]
         x = tl.load(own + column, mask=(m < rows)[:, None] & (column < end * 16), other=0)
-        level = _levels_of_words(levels, n, outs, groups, first, part, W, V, SLICE, BYTES, PARTS)
+        level = _levels_of_words(levels, table, n, outs, groups, first, part, W, V, SLICE, BYTES, PARTS)
         four = look_up(_selectors(words, n, outs, width, first, end, part, V, SLICE, PARTS) & 0x33333333, level)
         # Cut to bytes behind the join: where it comes before, Triton 3.9 finds no layout on sm_100 for words of several groups.
         weight = _joined(four, four >> 8, four >> 16, four >> 24, OUTS, SLICE * 16 // PARTS).to(tl.int8)
@@ -132,7 +132,7 @@ def _picked(selector, a, b, c, d):
 
 @triton.jit
 def gemm_values(
-    words, levels, scale, x, bias, residual, out, rows, outs, groups, inputs,
+    words, levels, table, scale, x, bias, residual, out, rows, outs, groups, inputs,
     W: tl.constexpr, V: tl.constexpr, UNIT: tl.constexpr, SLICE: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr,
     BYTES: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
@@ -147,7 +147,7 @@ def gemm_values(
         unit, first, end = _slice(at, width, UNIT, SLICE)
         column = first * 16 + tl.arange(0, SLICE * 16)[None, :]
         tile = tl.load(own + column, mask=(m < rows)[:, None] & (column < end * 16) & (column < inputs), other=0.0)
-        level = _levels_of_words(levels, n, outs, groups, first, 0, W, V, SLICE, BYTES, 1)
+        level = _levels_of_words(levels, table, n, outs, groups, first, 0, W, V, SLICE, BYTES, 1)
         factor = tl.load(scale + (n if BYTES else n * groups + unit), mask=n < outs, other=0.0).to(tl.float32)
         factor = factor[:, None, None, None]
         a, b = _level(level, factor, 0, TYPE), _level(level, factor, 1, TYPE)
@@ -195,8 +195,9 @@ def _gemm_places(
     # With one scale a row, what has one step has one factor.
     constants = {**tile(rows, each, form["STEPS"] * each if form["BYTES"] else None), **form}
     gemm_places[(-(-outs // constants["OUTS"]), -(-rows // constants["ROWS"]))](
-        words, levels, scale, places, step, out if bias is None else bias, out if residual is None else residual, out, rows, outs,
-        groups, step.shape[1], BIAS=bias is not None, RESIDUAL=residual is not None, **constants,
+        words, levels, table_for(levels), scale, places, step, out if bias is None else bias,
+        out if residual is None else residual, out, rows, outs, groups, step.shape[1], BIAS=bias is not None,
+        RESIDUAL=residual is not None, **constants,
     )  # fmt: skip
 
 
@@ -208,8 +209,8 @@ def _gemm_values(
     of_group = form_of(levels, groups)["BYTES"]
     constants = tile(rows, each, 0 if of_group else None, values=True)
     gemm_values[(-(-outs // constants["OUTS"]), -(-rows // constants["ROWS"]))](
-        words, levels, scale, x, out if bias is None else bias, out if residual is None else residual, out, rows, outs, groups,
-        x.shape[1], BYTES=of_group, BIAS=bias is not None, RESIDUAL=residual is not None, **constants,
+        words, levels, table_for(levels), scale, x, out if bias is None else bias, out if residual is None else residual, out,
+        rows, outs, groups, x.shape[1], BYTES=of_group, BIAS=bias is not None, RESIDUAL=residual is not None, **constants,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lbllm_cli.runtime.cuda.instructions import dot4, look_up, rounded_to
-from lbllm_cli.runtime.cuda.level_bytes import levels_of_selectors, scaled
+from lbllm_cli.runtime.cuda.level_bytes import levels_of_selectors, scaled, table_for
 from lbllm_cli.runtime.cuda.operators import operator
 from lbllm_cli.runtime.cuda.weights import CODES_OF_WORD, FOLD, CudaWeights, span
 
@@ -86,7 +86,7 @@ def _add_share(total, dots, factor, step, m, place, rows, steps, STEPS: tl.const
 
 @triton.jit
 def gemv_places(
-    words, levels, scale, places, step, bias, residual, out, rows, outs, groups, steps,
+    words, levels, table, scale, places, step, bias, residual, out, rows, outs, groups, steps,
     W: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
     BYTES: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
@@ -99,7 +99,7 @@ def gemv_places(
     for start in range(0, groups, GROUPS):
         group = start + tl.arange(0, GROUPS)[None, None, :, None]
         even, odd, stored = _codes(words, levels, group, outs, groups, W, OUTS, WORDS)
-        a, b, c, d = levels_of_selectors(stored, BYTES)
+        a, b, c, d = levels_of_selectors(stored, table, BYTES)
         x = places + (m * groups + group) * (4 * W) + w // V * (4 * V) + w % V
         there = (m < rows) & (group < groups) & (w < W)
         factor = 1.0 if BYTES else _of_rows(scale, group, outs, groups, OUTS).to(tl.float32)
@@ -139,7 +139,7 @@ def deal_columns(x, planes, width, words, V: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def gemv_values(
-    words, levels, scale, planes, bias, residual, out, rows, outs, groups,
+    words, levels, table, scale, planes, bias, residual, out, rows, outs, groups,
     W: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
     BYTES: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
@@ -149,7 +149,7 @@ def gemv_values(
     for start in range(0, groups, GROUPS):
         group = start + tl.arange(0, GROUPS)[None, None, :, None]
         even, odd, stored = _codes(words, levels, group, outs, groups, W, OUTS, WORDS)
-        a, b, c, d = levels_of_selectors(stored, BYTES)
+        a, b, c, d = levels_of_selectors(stored, table, BYTES)
         x, there = planes + (m * (16 * groups) + group) * W + w, (m < rows) & (group < groups) & (w < W)
         sums = tl.zeros([ROWS, OUTS, GROUPS, WORDS], tl.float32)
         for code in tl.static_range(16):
@@ -191,7 +191,7 @@ def _gemv_places(
     rows, (outs, groups, each) = len(out), words.shape
     constants = {**tile(rows, outs, groups, each), **form_of(levels, groups, sharing)}
     gemv_places[(-(-outs // constants["OUTS"]),)](
-        words, _loaded(levels, groups), scale, places.view(torch.int32), step, out if bias is None else bias,
+        words, _loaded(levels, groups), table_for(levels), scale, places.view(torch.int32), step, out if bias is None else bias,
         out if residual is None else residual, out, rows, outs, groups,
         step.shape[1], BIAS=bias is not None, RESIDUAL=residual is not None, **constants,
     )  # fmt: skip
@@ -224,8 +224,9 @@ def _gemv_values(
     rows, (outs, groups, each) = len(out), words.shape
     constants, of_group = tile(rows, outs, groups, each, values=True), form_of(levels, groups)["BYTES"]
     gemv_values[(-(-outs // constants["OUTS"]),)](
-        words, _loaded(levels, groups), scale, planes, out if bias is None else bias, out if residual is None else residual,
-        out, rows, outs, groups, BYTES=of_group, BIAS=bias is not None, RESIDUAL=residual is not None, **constants,
+        words, _loaded(levels, groups), table_for(levels), scale, planes, out if bias is None else bias,
+        out if residual is None else residual, out, rows, outs, groups,
+        BYTES=of_group, BIAS=bias is not None, RESIDUAL=residual is not None, **constants,
     )  # fmt: skip
 
 

@@ -7,39 +7,36 @@ where levels of a byte and a scale for each group would be 5.
 # Kernels have the types of the compiler, which mypy does not know.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from lbllm_cli.format.names import TABLE_LEVELS
-from lbllm_cli.runtime.cuda.instructions import look_up
-
-INNER, OUTER = (tl.constexpr(sum(value << 8 * place for place, value in enumerate(table))) for table in TABLE_LEVELS)
+from lbllm_cli.format.level_table import table_of
 
 
-@triton.jit
-def levels_of(places):
-    """A group's four levels, int32, that of code 0 in the lowest byte, out of its byte: int32 0..255.
-
-    0b00_11_01_00 -> -4, 13, -127, 41.
+def table_for(levels: Tensor) -> Tensor:
+    """The four levels of each byte as kernels look them up, that of code 0 in the lowest byte: int32 [256]; of other forms, whose
+    levels are no bytes, nothing that is read.
     """
-    places = (places | (places << 4)) & 0x0F0F
-    places = (places | (places << 2)) & 0x3333
-    sizes = (look_up(places, INNER) & 0xFFFF) | (look_up(places, OUTER) & -65536)
-    # Codes 0 and 2 are negative. No value of a table is 0, so adding 1 to a byte's complement never carries into the next.
-    return (sizes ^ 0x00FF00FF) + 0x00010001
+    if levels.dtype != torch.uint8:
+        return levels
+    return table_of(levels.device, ascending=False).view(torch.int32)[:, 0]
 
 
 @triton.jit
-def levels_of_selectors(stored, BYTES: tl.constexpr):
-    """Levels for each of the four selectors of a word. BYTES: that levels have, 0 where they are no bytes, 4 of folded groups."""
+def levels_of_selectors(stored, table, BYTES: tl.constexpr):
+    """Levels for each of the four selectors of a word. table: see `table_for`. BYTES: that levels have, 0 where they are no
+    bytes, 4 of folded groups.
+    """
     if BYTES == 0:
         return stored, stored, stored, stored
     elif BYTES == 1:
-        level = levels_of(stored.to(tl.int32))
+        level = tl.load(table + stored.to(tl.int32))
         return level, level, level, level
     else:
-        a, b = levels_of(stored & 255), levels_of((stored >> 8) & 255)
-        return a, b, levels_of((stored >> 16) & 255), levels_of((stored >> 24) & 255)
+        a, b = tl.load(table + (stored & 255)), tl.load(table + ((stored >> 8) & 255))
+        return a, b, tl.load(table + ((stored >> 16) & 255)), tl.load(table + ((stored >> 24) & 255))
 
 
 @triton.jit

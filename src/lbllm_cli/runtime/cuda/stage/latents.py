@@ -14,7 +14,7 @@ from lbllm_cli.format.levels import level_max
 from lbllm_cli.runtime.cuda.instructions import nearest_integer, rounded_to
 from lbllm_cli.runtime.cuda.operators import operator
 from lbllm_cli.runtime.cuda.stage.groups import group_places, tiling
-from lbllm_cli.runtime.cuda.stage.levels import level_at, load_levels, nearest_rank, nearest_value, store_levels, sums_at
+from lbllm_cli.runtime.cuda.stage.levels import level_at, load_levels, nearest_of_table, nearest_rank, store_levels, sums_at
 
 # Groups of a program that rounds levels.
 _GROUPS = 256
@@ -80,10 +80,9 @@ def stored_levels(levels, found, total, MOST: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def _on_table(level, unit, RANK: tl.constexpr, TYPE: tl.constexpr):
-    found = nearest_value(level, unit, RANK)
+def _of_unit(place, level, unit, TYPE: tl.constexpr):
     # As a float, a level that is not finite stays so.
-    return found.to(TYPE) if tl.int8 == TYPE else found * unit + (level - level)
+    return place.to(TYPE) if tl.int8 == TYPE else place * unit + (level - level)
 
 
 @triton.jit
@@ -95,11 +94,11 @@ def table_levels(levels, scale, found, groups, total, ASCENDING: tl.constexpr, B
     unit = tl.load(scale + group // groups, mask=here, other=1.0).to(tl.float32)
     TYPE: tl.constexpr = found.dtype.element_ty
     if ASCENDING:
-        a, b = _on_table(a, unit, 0, TYPE), _on_table(b, unit, 1, TYPE)
-        c, d = _on_table(c, unit, 2, TYPE), _on_table(d, unit, 3, TYPE)
+        w, x, y, z = nearest_of_table(a, b, c, d, unit)
     else:
-        a, b = _on_table(a, unit, 1, TYPE), _on_table(b, unit, 2, TYPE)
-        c, d = _on_table(c, unit, 0, TYPE), _on_table(d, unit, 3, TYPE)
+        y, w, x, z = nearest_of_table(c, a, b, d, unit)
+    a, b = _of_unit(w, a, unit, TYPE), _of_unit(x, b, unit, TYPE)
+    c, d = _of_unit(y, c, unit, TYPE), _of_unit(z, d, unit, TYPE)
     store_levels(found, group.to(tl.int64) * 4, here, a, b, c, d)
 
 

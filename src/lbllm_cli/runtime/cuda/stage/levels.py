@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from lbllm_cli.format.names import TABLE_LEVELS
+from lbllm_cli.format.names import HALF_WIDTHS, MEANS
 
-_INNER, _OUTER = (tl.constexpr(row) for row in TABLE_LEVELS)
+_MEANS, _HALF_WIDTHS = tl.constexpr(MEANS), tl.constexpr(HALF_WIDTHS)
 
 
 @triton.jit
@@ -38,15 +38,52 @@ def level_at(index, a, b, c, d):
 
 
 @triton.jit
-def nearest_value(level, unit, RANK: tl.constexpr):
-    """The value of a rank's table that is nearest to a level, as a float: `format.level_table.table_levels`."""
-    sign: tl.constexpr = -1 if RANK < 2 else 1
-    table: tl.constexpr = _INNER if RANK == 1 or RANK == 2 else _OUTER
-    size = level * sign
-    value = tl.full(level.shape, table[0], tl.float32)
-    for place in tl.static_range(1, 4):
-        value += tl.where(size > unit * ((table[place - 1] + table[place]) / 2), table[place] - table[place - 1], 0.0)
-    return value * sign
+def _nearest_pair(first, second, ENTRIES: tl.constexpr):
+    """The entry that is nearest to each pair, the first one on a tie: floats of the shape of both."""
+    x, y = tl.zeros(first.shape, tl.float32) + ENTRIES[0][0], tl.zeros(first.shape, tl.float32) + ENTRIES[0][1]
+    least = (first - x) * (first - x) + (second - y) * (second - y)
+    for place in tl.static_range(1, 16):
+        off = first - ENTRIES[place][0], second - ENTRIES[place][1]
+        distance = off[0] * off[0] + off[1] * off[1]
+        x, y = tl.where(distance < least, ENTRIES[place][0], x), tl.where(distance < least, ENTRIES[place][1], y)
+        least = tl.minimum(least, distance)
+    return x, y
+
+
+@triton.jit
+def nearest_of_table(a, b, c, d, unit):
+    """The four of the table that are nearest to ascending levels, in units of `unit`: `format.level_table.table_levels`."""
+    a, b, c, d = tl.div_rn(a, unit), tl.div_rn(b, unit), tl.div_rn(c, unit), tl.div_rn(d, unit)
+    inner, outer = _nearest_pair((b + c) * 0.5, (a + d) * 0.5, _MEANS)
+    near, far = _nearest_pair((c - b) * 0.5, (d - a) * 0.5, _HALF_WIDTHS)
+    return outer - far, inner - near, inner + near, outer + far
+
+
+@triton.jit
+def best_of_table(table, unit, b, c, known, ROWS: tl.constexpr):
+    """`ptq.table_choice.best_of_table` about present levels: the four with the least  v C v - 2 b v  of the steps v to them, in
+    units of `unit`.
+
+    table: of levels by rank, float32 [256, 4]. known: present levels, four of [ROWS], in weight units. b: four of [ROWS]. c: ten,
+    C[0, 0], C[0, 1] and so on row by row, without what lies below the diagonal.
+    """
+    mean, best = tl.arange(0, 16)[None, :], tl.full([ROWS, 16], float("inf"), tl.float32)
+    at = tl.zeros([ROWS, 16], tl.int32)
+    for half in range(16):
+        place = table + (half * 16 + mean) * 4
+        w = tl.load(place) * unit[:, None] - known[0][:, None]
+        x = tl.load(place + 1) * unit[:, None] - known[1][:, None]
+        y = tl.load(place + 2) * unit[:, None] - known[2][:, None]
+        z = tl.load(place + 3) * unit[:, None] - known[3][:, None]
+        cost = w * (w * c[0][:, None] + 2 * (x * c[1][:, None] + y * c[2][:, None] + z * c[3][:, None] - b[0][:, None]))
+        cost += x * (x * c[4][:, None] + 2 * (y * c[5][:, None] + z * c[6][:, None] - b[1][:, None]))
+        cost += y * (y * c[7][:, None] + 2 * (z * c[8][:, None] - b[2][:, None])) + z * (z * c[9][:, None] - 2 * b[3][:, None])
+        at = tl.where(cost < best, half, at)
+        best = tl.minimum(best, cost)
+    # Of equally good ones the first, as in torch: with levels that no weight has there are some.
+    least = tl.min(best, 1)
+    place = table + tl.min(tl.where(best == least[:, None], at * 16 + mean, 255), 1) * 4
+    return tl.load(place), tl.load(place + 1), tl.load(place + 2), tl.load(place + 3)
 
 
 @triton.jit
