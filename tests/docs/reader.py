@@ -5,6 +5,8 @@ import json
 import numpy as np
 
 DTYPES = {"U8": "<u1", "I8": "<i1", "I32": "<i4", "F16": "<f2", "F32": "<f4", "BF16": "<u2"}
+MEANS = np.reshape([-1, 3, 5, 2, 3, 9, 9, 8, 7, 17, 13, 14, 13, 28, 19, 23], (8, 2)).astype("i1")
+HALVES = "7 23 7 26 10 29 8 31 12 33 9 35 12 38 9 41 15 41 11 45 15 48 11 51 17 55 13 60 17 72 15 99"
 
 
 def bfloat16(bits):
@@ -33,8 +35,8 @@ def weight(tensors, linear: str, inputs: int) -> np.ndarray:
     """Float32 [out, in] of a packed linear."""
     packed, levels, scale = (tensors[f"{linear}.{part}"] for part in ("weight", "levels", "scale"))
     if levels.dtype == "u1" and levels.shape[2] == 1:  # two bits of each, out of a table
-        tables = np.array([[-4, -13, -22, -33], [4, 13, 22, 33], [-41, -58, -81, -127], [41, 58, 81, 127]], "i1")
-        levels = tables[np.arange(4), levels >> np.array([0, 2, 4, 6], "u1") & 3]
+        mean, half = np.concatenate([MEANS, -MEANS])[levels & 15], np.array(HALVES.split(), "i1").reshape(16, 2)[levels >> 4]
+        levels = np.stack([mean - half, mean + half], -1).reshape(*levels.shape[:2], 4)
     if levels.dtype == "u1":  # two to a byte, as two's complement
         levels = ((np.stack((levels & 15, levels >> 4), -1) ^ 8).astype("i1") - 8).reshape(*levels.shape[:2], 4)
     codes = (packed[..., None] >> np.array([0, 2, 4, 6], "u1") & 3).reshape(*packed.shape[:2], -1)

@@ -31,7 +31,8 @@ def test_nearest_levels_against_brute_force(ascending, table):
 
 def test_the_first_of_equally_near_ones():
     # Means -1 and 3, half-widths 12 and 41: (12, 38), (9, 41) and (15, 41) are as near.
-    assert table_levels(torch.tensor([[-38.0, -13.0, 11.0, 44.0]]), torch.ones(1), ascending=True).tolist() == [[-35, -13, 11, 41]]
+    found = table_levels(torch.tensor([[-38.0, -13.0, 11.0, 44.0]]), torch.ones(1), ascending=True)
+    assert found.tolist() == [[-35, -13, 11, 41]]
 
 
 def test_inner_levels_lie_between_outer_ones_and_fit_in_a_byte():
