@@ -198,7 +198,8 @@ class Recipe(Section):
         """Where levels have 2 bits and nothing is said, stage 1 goes on for longer, and phases train scales in place of levels,
         at a higher rate.
 
-        Out of a table levels are moved one after another, which one round does not end; trained end to end they gain little.
+        Out of a table the levels of one group after another are chosen, which one round does not end; trained end to end they
+        gain little.
         """
         ptq = values.get("ptq") if isinstance(values, dict) else None
         if not isinstance(ptq, dict) or ptq.get("level_bits") != 2:

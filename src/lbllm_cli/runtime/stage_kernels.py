@@ -68,7 +68,7 @@ class StageKernels(Protocol):
         """`training.ste.StoredLevels`, without the check for infinities: [..., groups, 4] -> the same shape."""
 
     def table_levels(self, levels: Tensor, scale: Tensor, ascending: bool, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The same of levels of 2 bits, rounded to values of their table in units of their row's scale: [out, groups, 4], float16
+        """The same of levels of 2 bits, the nearest of the table in units of their row's scale: [out, groups, 4], float16
         [out, 1]. ascending: as they are ordered, else in code order. dtype: int8 for the levels as they are stored.
         """
 
