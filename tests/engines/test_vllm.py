@@ -156,7 +156,8 @@ def test_pages_of_codes_are_smaller(toy_export):
 @pytest.mark.parametrize("bits", [8, 2])
 def test_two_processes_share_the_heads(toy_export, tmp_path, bits):
     """Tensor parallel: weights are cut by heads and groups, quantizers and scales of whole rows are whole on both sides."""
-    ptq, act = {"rounds": 0, "level_bits": bits}, {"group_size": 32}
+    # A sum in another order may flip a code of 4 bits, and with it all that looks back at it; of these fits it flips none.
+    ptq, act = {"rounds": 1, "level_bits": bits}, {"group_size": 32}
     toy = save_toy(tmp_path / "model", "qwen2-biases", **WIDTHS, intermediate_size=192)
     folder = exported(tmp_path, toy, act=act, ptq=ptq)
     rows, written = wanted(folder)
