@@ -57,7 +57,7 @@ def test_every_stage_stores_them(run, bits, stage):
         weight = PackedWeight.from_tensors(stored, owner, stored[f"{owner}.weight"].shape[1] * 32)
         assert weight.level_bits == bits
         largest = int(weight.levels.abs().max())
-        assert 5 <= largest <= 7 if bits == 4 else largest == 127
+        assert 5 <= largest <= 7 if bits == 4 else 60 <= largest <= 127
 
 
 def test_an_export_runs_with_what_the_specification_says(run, bits, tmp_path, ok):
