@@ -134,8 +134,15 @@ struct Linear {
         for (int8_t& level : levels) level = static_cast<int8_t>(below(4) ? below(255) - 127 : below(2) ? 127 : -127);
         // 2^-7 times 1 .. 2, a subnormal among them.
         for (uint16_t& s : scale) s = below(30) ? static_cast<uint16_t>((8 + static_cast<int>(log2(size))) << 10 | below(1024)) : 3;
-        const int table[4][4] = {{-4, -13, -22, -33}, {4, 13, 22, 33}, {-41, -58, -81, -127}, {41, 58, 81, 127}};
-        for (size_t i = 0; level_group && i < levels.size(); i++) levels[i] = static_cast<int8_t>(table[i % 4][below(4)]);
+        // Means and half-widths of the inner and of the outer pair; those of negative means as well.
+        const int mean[8][2] = {{-1, 3}, {5, 2}, {3, 9}, {9, 8}, {7, 17}, {13, 14}, {13, 28}, {19, 23}};
+        const int half[16][2] = {{7, 23},  {7, 26},  {10, 29}, {8, 31},  {12, 33}, {9, 35},  {12, 38}, {9, 41},
+                                 {15, 41}, {11, 45}, {15, 48}, {11, 51}, {17, 55}, {13, 60}, {17, 72}, {15, 99}};
+        for (size_t i = 0; level_group && i < levels.size(); i += 4) {
+            const int means = below(8), halves = below(16), sign = below(2) ? 1 : -1;
+            for (size_t k = 0; k < 4; k++)
+                levels[i + k] = static_cast<int8_t>(sign * mean[means][k / 2] + (k % 2 ? 1 : -1) * half[halves][k / 2]);
+        }
         for (size_t i = 0; level_group && i < scale.size(); i++) scale[i] = scale[i / static_cast<size_t>(groups) * static_cast<size_t>(groups)];
         if (biased) bias = normals(static_cast<size_t>(out));
         lbllm_pack(weight.data(), levels.data(), scale.data(), in, out, step, level_group, tiles.data, 2);
