@@ -5,8 +5,8 @@ import json
 import numpy as np
 
 DTYPES = {"U8": "<u1", "I8": "<i1", "I32": "<i4", "F16": "<f2", "F32": "<f4", "BF16": "<u2"}
-MEANS = np.reshape([-1, 3, 5, 2, 3, 9, 9, 8, 7, 17, 13, 14, 13, 28, 19, 23], (8, 2)).astype("i1")
-HALVES = "7 23 7 26 10 29 8 31 12 33 9 35 12 38 9 41 15 41 11 45 15 48 11 51 17 55 13 60 17 72 15 99"
+MEANS = [-1, 3, 5, 2, 3, 9, 9, 8, 7, 17, 13, 14, 13, 28, 19, 23]  # and the negative ones
+HALF = [7, 23, 7, 26, 10, 29, 8, 31, 12, 33, 9, 35, 12, 38, 9, 41, 15, 41, 11, 45, 15, 48, 11, 51, 17, 55, 13, 60, 17, 72, 15, 99]
 
 
 def bfloat16(bits):
@@ -35,7 +35,8 @@ def weight(tensors, linear: str, inputs: int) -> np.ndarray:
     """Float32 [out, in] of a packed linear."""
     packed, levels, scale = (tensors[f"{linear}.{part}"] for part in ("weight", "levels", "scale"))
     if levels.dtype == "u1" and levels.shape[2] == 1:  # two bits of each, out of a table
-        mean, half = np.concatenate([MEANS, -MEANS])[levels & 15], np.array(HALVES.split(), "i1").reshape(16, 2)[levels >> 4]
+        each = (MEANS + [-mean for mean in MEANS], levels & 15), (HALF, levels >> 4)
+        mean, half = (np.reshape(pairs, (16, 2)).astype("i1")[place] for pairs, place in each)
         levels = np.stack([mean - half, mean + half], -1).reshape(*levels.shape[:2], 4)
     if levels.dtype == "u1":  # two to a byte, as two's complement
         levels = ((np.stack((levels & 15, levels >> 4), -1) ^ 8).astype("i1") - 8).reshape(*levels.shape[:2], 4)
@@ -71,18 +72,15 @@ def quantize(x: np.ndarray, levels, zero, clip):
             sides = zip((high, low), factor, np.array([t[-1] - z, z], "f4"), strict=True)
             reach = share * max(extreme * (c / places) if places else 0 for extreme, c, places in sides)
             inverse = 1 / reach if reach > 1e-30 else np.float32(0)
-            place = np.clip(np.rint(x * inverse) + np.float32(z), 0, t[-1])
-            codes = np.abs(place[:, None] - t).argmin(1)
-            lattice = (t[codes] - z).astype("f4")
-            step = refit(x, lattice)
+            codes = np.abs(np.clip(np.rint(x * inverse) + np.float32(z), 0, t[-1])[:, None] - t).argmin(1)
+            step = refit(x, lattice := (t[codes] - z).astype("f4"))
             found.append((np.square(step * lattice - x).sum(), codes.astype("u1"), step, int(z), table))
     return min(found, key=lambda candidate: candidate[0])[1:]
 
 
 def cached(records: np.ndarray, levels, zero, bits: int, size: int) -> np.ndarray:
     """Float32 [..., size] of records uint8 [..., record]."""
-    whole = 8 // np.gcd(bits, 8)
-    packed = -(-size // whole) * whole
+    packed = -(-size // (whole := 8 // np.gcd(bits, 8))) * whole
     stream = np.unpackbits(records[..., : packed * bits // 8], axis=-1, bitorder="little")
     codes = (stream.reshape(*stream.shape[:-1], packed, bits) << np.arange(bits)).sum(-1)[..., :size]
     step = bfloat16(records[..., -3:-1].copy().view("<u2"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lbllm_cli.format.level_table import pack_places, table_levels, unpack_places
-from lbllm_cli.format.levels import level_values, project_levels, stored_grid
+from lbllm_cli.format.levels import level_max, level_values, project_levels, stored_grid
 from lbllm_cli.format.names import HALF_WIDTHS, MEANS, TABLE_LEVELS
 from lbllm_cli.format.weights import PackedWeight, expected_bits, pack_codes, ranks_from_codes
 
@@ -38,7 +38,7 @@ def test_the_first_of_equally_near_ones():
 def test_inner_levels_lie_between_outer_ones_and_fit_in_a_byte():
     assert (len(MEANS), len(HALF_WIDTHS), len(TABLE_LEVELS), len(set(TABLE_LEVELS))) == (16, 16, 256, 256)
     assert all(row == sorted(row) and len(set(row)) == 4 for row in BY_RANK)
-    assert max(abs(value) for row in BY_RANK for value in row) == 127
+    assert max(abs(value) for row in BY_RANK for value in row) == level_max(2) == 127
     # Neither side is preferred.
     assert {tuple(-value for value in reversed(row)) for row in BY_RANK} == set(map(tuple, BY_RANK))
 

@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 
 import lbllm_cli.hf
 from docs import reader
+from lbllm_cli.format.settings import check_settings
 from lbllm_cli.format.weights import PackedWeight
 
 # Versions of a stage's manifest and of an export.
-VERSIONS = {4: (2, 3), 2: (4, 6)}
+VERSIONS = {4: (2, 3), 2: (5, 7)}
 
 
 @pytest.fixture(scope="module", params=VERSIONS)
@@ -52,12 +53,30 @@ def test_every_stage_stores_them(run, bits, stage):
     stored = load_file(run / stage / "block_001.safetensors")
     owners = PackedWeight.owners(stored)
     assert len(owners) == 7
+    used: set[int] = set()
     for owner in owners:
         assert stored[f"{owner}.levels"].dtype == torch.uint8
         weight = PackedWeight.from_tensors(stored, owner, stored[f"{owner}.weight"].shape[1] * 32)
         assert weight.level_bits == bits
         largest = int(weight.levels.abs().max())
         assert 5 <= largest <= 7 if bits == 4 else 60 <= largest <= 127
+        used |= set(stored[f"{owner}.levels"].flatten().tolist())
+    # Of 256 bytes.
+    assert len(used) > (60 if bits == 4 else 190)  # measured 73 and 213
+
+
+def test_levels_under_an_earlier_version_are_refused(run, bits, tmp_path, lbllm):
+    """Their bytes would be read as others: of 2 bits they named another table."""
+    of_stage, of_export = (version - 1 for version in VERSIONS[bits])
+    manifest = _copied(run, tmp_path) / "ptq" / "lbllm_stage.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format_version": of_stage}))
+    result = lbllm("distill", "--recipe", run.parent / "r.yaml", f"output.dir={tmp_path / 'run'}", "--force")
+    assert result.exit_code == 2
+    assert "format_version" in result.stderr
+    settings = {"format_version": of_export, "group_size": 32, "linears": ["a"], "level_bits": bits}
+    with pytest.raises(ValueError, match=f"format_version: expected {of_export + 1} or more where levels have {bits} bits"):
+        check_settings(settings)
+    check_settings(settings | {"format_version": of_export + 1})
 
 
 def test_an_export_runs_with_what_the_specification_says(run, bits, tmp_path, ok):

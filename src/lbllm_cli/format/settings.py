@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
 METHOD = "lbllm"
 # 1: weights alone. 2: with quantizers of activations, which a reader of 1 would leave out without a word. 3: levels of 4 bits,
-# with quantizers or without. 4: centred keys. 5: embedding and head of 8 bits. 6: levels of 2 bits, with a scale for each row.
-FORMAT_VERSION = 6
+# with quantizers or without. 4: centred keys. 5: embedding and head of 8 bits. 7: levels of 2 bits, with a scale for each row;
+# under 6 their bytes named another table.
+FORMAT_VERSION = 7
 # Families of which vLLM makes the embedding without asking how it is quantized: 8 bits of it are none that it can read.
 DENSE_ROWS = ("gemma2", "mixtral", "gpt_oss", "granitemoe")
 
@@ -58,7 +59,7 @@ def quantization_config(
 def format_version(level_bits: int, activations: "ActivationFormat | None", head_bits: int = 16) -> int:
     """Of a packed model: the smallest whose readers know all of it."""
     if level_bits == LEVEL_BITS[2]:
-        return 6
+        return 7
     if head_bits != 16:
         return 5
     if activations is not None and activations.key_centre:

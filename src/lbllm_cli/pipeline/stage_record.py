@@ -15,8 +15,9 @@ from lbllm_cli.format.names import LEVEL_BITS
 from lbllm_cli.format.settings import Activations
 from lbllm_cli.recipe.stages import STAGES, StageName
 
-# 1: levels of 8 bits. 2: `level_bits` says how many they have. 3: keys are centred. 4: levels of 2 bits, a scale for each row.
-FORMAT_VERSION = 4
+# 1: levels of 8 bits. 2: `level_bits` says how many they have. 3: keys are centred. 5: levels of 2 bits, a scale for each row;
+# under 4 their bytes named another table.
+FORMAT_VERSION = 5
 # Tensors outside the blocks that a stage has changed; a stage that changes none has no such file.
 OUTER = "outer.safetensors"
 # Of the parent in the inputs of a stage: see `lineage.stage_inputs`.
@@ -73,14 +74,14 @@ class Parent(BaseModel):
 def format_version(level_bits: int, centred: bool) -> int:
     """Of a stage's manifest: the smallest whose readers know all of it. centred: whether it has centred keys."""
     if level_bits == LEVEL_BITS[2]:
-        return 4
+        return 5
     return 3 if centred else 1 if level_bits == LEVEL_BITS[0] else 2
 
 
 class Manifest(_Record):
     """Of a finished stage. tokens: that it read."""
 
-    format_version: Literal[1, 2, 3, 4]
+    format_version: Literal[1, 2, 3, 5]
     stage: StageName
     parent: Parent | None
     blocks: Count
