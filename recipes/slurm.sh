@@ -1,9 +1,10 @@
 #!/bin/bash
 # The stages of a recipe on several machines of a Slurm cluster, one torchrun on each and one process for each GPU.
 #
-#     sbatch recipes/slurm.sh recipes/llama2-7b.yaml
+#     sbatch recipes/slurm.sh recipes/llama2-7b.yaml distill.batch_size=16 act_calib.batch_size=16
 #
-# recipe.yaml: its output.dir has to be on a disk that all machines share. What is done already is not done again: a job that was
+# The recipe's output.dir has to be on a disk that all machines share. Keys behind it go to every command; a step has a sequence for
+# each rank at least, which are 16 here. What is done already is not done again: a job that was
 # stopped, by its time or by a failure, goes on where it was when it is submitted again.
 #SBATCH --job-name=lbllm
 #SBATCH --nodes=2
@@ -15,7 +16,9 @@
 #SBATCH --signal=TERM@120
 #SBATCH --output=lbllm-%j.log
 set -euo pipefail
-recipe=${1:?"recipe.yaml is missing: sbatch recipes/slurm.sh recipe.yaml"}
+recipe=${1:?"recipe.yaml is missing: sbatch recipes/slurm.sh recipe.yaml [KEY=VALUE ...]"}
+shift
+keys=("$@")
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 ranks() {
@@ -23,12 +26,12 @@ ranks() {
     srun --kill-on-bad-exit=1 torchrun \
         --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-8}" --max-restarts 3 \
         --rdzv-backend c10d --rdzv-endpoint "$head:29500" --rdzv-id "$SLURM_JOB_ID" \
-        -m lbllm_cli "$@" --recipe "$recipe"
+        -m lbllm_cli "$@" --recipe "$recipe" "${keys[@]}"
 }
 
 ranks ptq
 ranks distill
 ranks act-calib
 ranks eval
-lbllm report --recipe "$recipe"
-lbllm export --recipe "$recipe"
+lbllm report --recipe "$recipe" "${keys[@]}"
+lbllm export --recipe "$recipe" "${keys[@]}"

@@ -53,7 +53,8 @@ def test_links_lead_to_files_and_headings(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_of_lbllm_can_be_given(page):
-    for _, name, *arguments in commands(page, "lbllm [a-z]"):
+    for _, name, *words in commands(page, "lbllm [a-z]"):
+        arguments = list(takewhile(">".__ne__, words))  # what follows is the shell's
         if name == "init":
             arguments = arguments or ["model"]
         elif "--model" not in arguments and "--recipe" not in arguments:  # the name of a command, perhaps with an option

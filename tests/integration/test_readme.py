@@ -74,8 +74,16 @@ def test_recipe_headers_name_commands_that_exist(ok):
         assert any("Needs:" in line for line in recipe.read_text(encoding="utf-8").splitlines()), recipe
 
 
-def make_says(recipe: Path, run: Path) -> str:
-    command = ["make", "--dry-run", "-f", str(ROOT / "recipes" / "batch.mk"), f"RECIPE={recipe}", f"RUN={run}"]
+def test_recipes_of_the_readme_are_valid(checkout, ok, monkeypatch):
+    monkeypatch.chdir(checkout)
+    for number, text in enumerate(blocks("yaml")):
+        recipe = checkout / f"readme-{number}.yaml"
+        recipe.write_text(text, encoding="utf-8")
+        ok("config", "--recipe", recipe)
+
+
+def make_says(recipe: Path, run: Path, *words: str) -> str:
+    command = ["make", "--dry-run", "-f", str(ROOT / "recipes" / "batch.mk"), f"RECIPE={recipe}", f"RUN={run}", *words]
     command.append(f"LBLLM={sys.executable} -m lbllm_cli")
     # Without the level of the `make test` around it: a make below another announces its directories.
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
@@ -113,3 +121,27 @@ def test_a_batch_job_makes_every_stage_of_its_recipe_once(tmp_path):
     said = arguments_of(make_says(recipe, tmp_path / "run"))
     stages = [f"{command} --only {phase}" for command in ("distill", "act-calib") for phase in ("blocks", "end-to-end")]
     assert said == ["ptq", *stages, "eval", "report", "export"]
+
+
+def test_keys_of_a_batch_job_go_to_every_command_and_decide_its_stages(tmp_path):
+    recipe = write_recipe(tmp_path / "r.yaml", tmp_path, tmp_path / "run")
+    keys = "distill.batch_size=8 distill.end_to_end.sequences=4"
+    said = make_says(recipe, tmp_path / "run", f"KEYS={keys}").splitlines()
+    assert all(line.endswith(keys) for line in said)
+    assert any("distill --only end-to-end" in line for line in said)
+
+
+def test_no_file_of_a_batch_job_is_deleted_where_a_command_fails_after_it_was_written(tmp_path):
+    """Make would take the manifest of a finished stage with it, and days of work."""
+    recipe = write_recipe(tmp_path / "r.yaml", tmp_path, tmp_path / "run")
+    late = tmp_path / "late"
+    late.write_text(
+        f'#!/bin/sh\ncase "$1" in config) exec {sys.executable} -m lbllm_cli "$@";; esac\n'
+        f'mkdir -p {tmp_path}/run/ptq; echo done > {tmp_path}/run/ptq/lbllm_stage.json; exit 1\n',
+        encoding="utf-8",
+    )
+    late.chmod(0o755)
+    command = ["make", "-f", str(ROOT / "recipes" / "batch.mk"), f"RECIPE={recipe}", f"RUN={tmp_path}/run", f"LBLLM={late}"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+    assert subprocess.run(command, capture_output=True, env=environment, check=False).returncode == 2
+    assert (tmp_path / "run" / "ptq" / "lbllm_stage.json").exists()

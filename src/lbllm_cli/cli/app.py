@@ -89,7 +89,7 @@ def _stage_command(command: str) -> Callable[..., None]:
 
 
 for _name, _command in COMMANDS.items():
-    _example = f"Example: `lbllm {_name} --recipe smollm2-135m.yaml {_command.example}`"
+    _example = f"Example: `lbllm {_name} --recipe llama3.1-8b {_command.example}`"
     app.command(_name, help=_command.text, epilog=_example)(_stage_command(_name))
 
 
@@ -111,7 +111,7 @@ def init(
         write(model, output, force)
 
 
-@app.command("eval", epilog="Example: `lbllm eval --recipe smollm2-135m.yaml 'eval.tasks=[builtin:continuation]' --json`")
+@app.command("eval", epilog="Example: `lbllm eval --recipe llama3.1-8b 'eval.tasks=[builtin:continuation]' --json`")
 def evaluate(
     recipe: RecipeOption,
     overrides: Overrides = None,
@@ -128,7 +128,7 @@ def evaluate(
     run_ranks(measure, recipe, overrides, dry_run=dry_run, as_json=json, force=force)
 
 
-@app.command(epilog="Example: `lbllm report --recipe smollm2-135m.yaml`")
+@app.command(epilog="Example: `lbllm report --recipe llama3.1-8b`")
 def report(recipe: RecipeOption, overrides: Overrides = None) -> None:
     """Write <output.dir>/report.html and report.md: results, stages, training and distributions, from what the run has left.
 
@@ -140,8 +140,8 @@ def report(recipe: RecipeOption, overrides: Overrides = None) -> None:
 
 
 @app.command(
-    epilog="Example: `lbllm export --recipe smollm2-135m.yaml export.format=gguf`, or "
-    "`lbllm export --recipe smollm2-135m.yaml --push my-name/SmolLM2-135M-W2A4 --private`"
+    epilog="Example: `lbllm export --recipe llama3.1-8b export.format=gguf`, or "
+    "`lbllm export --recipe llama3.1-8b --push my-name/Llama-3.1-8B-W2A4 --private`"
 )
 def export(
     recipe: RecipeOption,
@@ -264,7 +264,7 @@ def validate(
         typer.Option("--per-node", min=1, max=2**16, help="ranks of each machine; default all, 8 at most", show_default=False),
     ] = None,
 ) -> None:
-    """Check recipe, model, text and disk, and forecast memory; a folder with only config.json gives the forecast alone.
+    """Check recipe, model, text and disk, forecast memory and time; a folder with only config.json gives the forecast alone.
 
     With `--world-size` the forecast is of each rank, with what ranks hand over and which link between them holds a stage up. It
     is made in one process, without torchrun.
@@ -274,7 +274,7 @@ def validate(
     run(check, recipe, overrides, as_json=json, world_size=world_size, per_node=per_node)
 
 
-@app.command(epilog="Example: `lbllm config --recipe smollm2-135m.yaml ptq.group_size=64 > resolved.yaml`")
+@app.command(epilog="Example: `lbllm config --recipe llama3.1-8b ptq.group_size=64 > resolved.yaml`")
 def config(
     recipe: OptionalRecipe = None,
     overrides: Overrides = None,

@@ -1,1 +1,1 @@
-"""Stage 2: weights, bitmaps and levels trained block by block."""
+"""Stage 2: weights, their codes and levels trained block by block."""

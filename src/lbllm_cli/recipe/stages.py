@@ -113,10 +113,10 @@ COMMANDS = {
         "ptq.group_size=64",
     ),
     "distill": Command(
-        """Stage 2: train weights, bitmaps and levels block by block against the full-precision model.
+        """Stage 2: train weights, their codes and levels block by block against the full-precision model.
 
-        Goes on from the ptq checkpoint. With distill.end_to_end in the recipe an end-to-end phase trains levels and norms of the
-        whole model against the full-precision model's predictions, into <output.dir>/distill-e2e/. Interrupted runs resume, in
+        Goes on from the ptq checkpoint. With distill.end_to_end in the recipe an end-to-end phase trains levels, or scales of rows
+        where levels have 2 bits, and norms of the whole model against the full-precision model's predictions, into <output.dir>/distill-e2e/. Interrupted runs resume, in
         the middle of a block too; a finished one says "up to date".""",
         "data.training.sequences=64",
     ),
@@ -125,8 +125,8 @@ COMMANDS = {
         block.
 
         Goes on from the last stage of distill, or from ptq's checkpoint with act_calib.parent=ptq. With act_calib.end_to_end in
-        the recipe an end-to-end phase trains levels, norms and quantizers of the whole model, into <output.dir>/act-calib-e2e/.
-        Interrupted runs resume, in the middle of a block too; a finished one says "up to date".""",
+        the recipe an end-to-end phase trains levels or scales, norms and quantizers of the whole model, into
+        <output.dir>/act-calib-e2e/. Interrupted runs resume, in the middle of a block too; a finished one says "up to date".""",
         "act_calib.granularity=token",
     ),
 }
