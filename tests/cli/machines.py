@@ -1,11 +1,13 @@
 """Machines that tests pretend to run on."""
 
 from collections import namedtuple
+from pathlib import Path
 
 import psutil
 import pytest
 
 from lbllm_cli.cli.machine import Machine
+from lbllm_cli.core import ram
 from lbllm_cli.runtime import backend
 
 GIB = 1 << 30
@@ -29,4 +31,5 @@ def pretend(patch: pytest.MonkeyPatch, machine: Machine) -> None:
     machine.backend  # noqa: B018 - made of the backends that are there
     patch.setattr(backend, "_made", made)
     patch.setattr(psutil, "virtual_memory", lambda: memory(machine.ram, machine.ram))
+    patch.setattr(ram, "_SELF", Path("/nowhere"))  # no limit of the job that the tests are
     patch.setattr("shutil.disk_usage", lambda _: usage(machine.disk, 0, machine.disk))

@@ -9,6 +9,18 @@ from lbllm_cli.core import interrupt
 from lbllm_cli.core.errors import Interrupted
 
 
+def test_a_signal_that_is_ignored_stays_ignored():
+    """As of a stage that a shell has put into the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interrupt.graceful():
+            os.kill(os.getpid(), signal.SIGINT)
+            interrupt.check()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_waits_for_a_good_moment(number):
     before = signal.getsignal(number)

@@ -1,5 +1,7 @@
 """One process per output folder."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 from pathlib import Path
@@ -51,6 +53,17 @@ def test_one_process_per_output_folder(tmp_path):
         assert (output / ".lock").read_text(encoding="utf-8") == str(os.getpid())
     with locked(output):
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_not_somebody_who_holds_one(tmp_path, monkeypatch, number):
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / ".lock").write_text("4242", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"cannot be locked: .*file system has no locks"), locked(tmp_path):
+        pytest.fail("locked")
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

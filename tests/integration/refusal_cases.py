@@ -917,6 +917,7 @@ def _unfinished() -> list[Case]:
         "an interrupt in a library": replacing(block, fail(KeyboardInterrupt())),
         "a full disk": replacing(block, fail(OSError(28, "No space left on device", f"run/ptq.partial/{block}"))),
         "a full disk in safetensors": replacing(block, fail(SafetensorError("I/O error: No space left on device (os error 28)"))),
+        "a quota in safetensors": replacing(block, fail(SafetensorError("I/O error: Disk quota exceeded (os error 122)"))),
         "a folder that is a file by now": replacing(block, fail(NotADirectoryError(20, "Not a directory", "run/ptq.partial"))),
         "an error without a name": replacing(block, fail(OSError(5, "Input/output error"))),
         "no memory": replacing(block, fail(torch.OutOfMemoryError("out of memory"))),

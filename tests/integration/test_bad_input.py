@@ -155,9 +155,9 @@ def test_disk_too_small(lbllm, tmp_path, recipe, monkeypatch):
 
 
 def test_full_disk_in_the_middle_is_resumable(lbllm, ok, tmp_path, recipe, monkeypatch):
-    from lbllm_cli.pipeline import checkpoint
+    from lbllm_cli.pipeline import stage_writer
 
-    real, calls = checkpoint.save_file, []
+    real, calls = stage_writer.save_file, []
 
     def full(*arguments, **options):
         calls.append(1)
@@ -165,7 +165,7 @@ def test_full_disk_in_the_middle_is_resumable(lbllm, ok, tmp_path, recipe, monke
             raise OSError(28, "No space left on device", "block")
         real(*arguments, **options)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(stage_writer, "save_file", full)
     result = lbllm("ptq", "--recipe", recipe)
     assert result.exit_code == 1
     assert "No space left on device" in result.stderr

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -10,10 +11,10 @@ import torch
 from conftest import write_recipe
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from stages import hashes
+from stages import hashes, promised
 
 from lbllm_cli.pipeline import block_loop as stream
-from lbllm_cli.pipeline.checkpoint import StageWriter
+from lbllm_cli.pipeline.stage_writer import StageWriter
 from lbllm_cli.pipeline.training_state import TrainingState
 
 
@@ -37,6 +38,19 @@ def die_in(where: str, block: int) -> None:
         os.rename = lambda folder, place: kill()
     elif where == "after publishing":
         StageWriter.finish = lambda self, facts: (finish(self, facts), kill())
+    elif where == "half a student pass":
+        put = stream.Sink.put
+
+        def putting(sink, rows, hidden) -> None:
+            put(sink, rows, hidden)
+            if re.search(rf"quantized_{block + 1:03d}\b", str(sink.stream.path)):
+                kill()
+
+        stream.Sink.put = putting
+    elif where == "before the second manifest":
+        StageWriter.finish = lambda self, facts: kill() if self.stage == "distill-e2e" else finish(self, facts)
+    elif where == "SIGTERM while finishing":
+        StageWriter.finish = lambda self, facts: (finish(self, facts), os.kill(os.getpid(), signal.SIGTERM))
     elif where == "while restoring":
         move = stream.HiddenStream.move
         stream.HiddenStream.move = lambda self, path: (move(self, path), kill())
@@ -114,6 +128,51 @@ def test_killed_twice_the_second_time_while_restoring_on_disk(setting, tmp_path)
     assert run_in_child(on_disk) == 0
     found = {k: v for k, v in hashes(tmp_path / "run" / "ptq").items() if k != "recipe.resolved.yaml"}
     assert found == expected["ram"]
+
+
+def test_half_a_stream_on_disk_is_not_gone_on_from_after_a_run_in_ram(setting, tmp_path):
+    """What was killed in the middle of a pass has a file of the right size; a run in memory commits the block anew."""
+    toy, expected = setting
+    recipe = write_recipe(tmp_path / "r.yaml", toy, tmp_path / "run", runtime={"streams": "disk"})
+    on_disk = ["ptq", "--recipe", str(recipe)]
+    assert run_in_child(on_disk, "half a student pass", 0) == -signal.SIGKILL
+    assert run_in_child([*on_disk, "runtime.streams=ram"], "after commit", 0) == -signal.SIGKILL
+    assert run_in_child(on_disk) == 0
+    found = {k: v for k, v in hashes(tmp_path / "run" / "ptq").items() if k != "recipe.resolved.yaml"}
+    assert found == expected["ram"]
+
+
+def test_a_signal_while_a_phase_is_finished_does_not_begin_the_next(setting, tmp_path):
+    toy, _ = setting
+    phase = {"epochs": 1, "end_to_end": {"sequences": 4, "epochs": 1}}
+    recipe = write_recipe(tmp_path / "r.yaml", toy, tmp_path / "run", distill=phase)
+    assert run_in_child(["ptq", "--recipe", str(recipe)]) == 0
+    assert run_in_child(["distill", "--recipe", str(recipe)], "SIGTERM while finishing") == 130
+    assert (tmp_path / "run" / "distill" / "lbllm_stage.json").exists()
+    assert not list((tmp_path / "run").glob("distill-e2e*"))
+
+
+def test_a_command_with_force_that_was_stopped_goes_on_when_it_is_given_again(setting, tmp_path, lbllm):
+    """As batch jobs come back. A finished phase is not made a third time, an unfinished one goes on."""
+    toy, _ = setting
+    phase = {"epochs": 1, "end_to_end": {"sequences": 4, "epochs": 1}}
+    recipe = write_recipe(tmp_path / "r.yaml", toy, tmp_path / "run", distill=phase)
+    for command in ("ptq", "distill"):
+        assert run_in_child([command, "--recipe", str(recipe)]) == 0
+    expected = {name: promised(tmp_path / "run" / name) for name in ("distill", "distill-e2e")}
+    forced = ["distill", "--recipe", str(recipe), "--force"]
+    assert run_in_child(forced, "after commit", 1) == -signal.SIGKILL
+    assert run_in_child(forced, "before manifest") == -signal.SIGKILL  # of the first phase
+    told = lbllm(*forced)
+    assert told.exit_code == 0
+    assert "going on with the run that --force began; to begin it again delete" in told.stderr
+    assert {name: promised(tmp_path / "run" / name) for name in expected} == expected
+
+    assert run_in_child(forced, "before the second manifest") == -signal.SIGKILL
+    told = lbllm(*forced)
+    assert told.exit_code == 0
+    assert "distill: up to date" in told.stderr
+    assert {name: promised(tmp_path / "run" / name) for name in expected} == expected
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

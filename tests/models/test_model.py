@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lbllm_cli.core.errors import RunError, UsageError
+from lbllm_cli.core.model_folder import resolve
 from lbllm_cli.models.model import EMBEDDING, FINAL_NORM, HEAD, SourceModel, open_model
 from lbllm_cli.recipe.load import load_recipe
 from lbllm_cli.recipe.schema import Model
@@ -161,6 +162,17 @@ def test_a_model_that_is_not_here_yet(lbllm, recipe, monkeypatch, tmp_path):
     assert result.exit_code == 2
     assert "model.path nobody/nothing-here: no such folder, and it cannot be fetched from the Hugging Face hub" in result.stderr
     assert "there is no such user" in lbllm("ptq", "--recipe", recipe, "model.path=~nosuchuser").stderr
+
+
+def test_a_download_that_breaks_is_one_message(monkeypatch):
+    """Its connection's errors are of the library below, and no OSError."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("peer closed connection without sending complete message body")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", broken)
+    with pytest.raises(UsageError, match=r"cannot be fetched from the Hugging Face hub .*peer closed connection"):
+        resolve("nobody/nothing-here", None, weights=False)
 
 
 def test_an_odd_tokenizer(lbllm, toy, recipe):

@@ -10,9 +10,10 @@ import torch
 from lbllm_cli.core import files, own_folders
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.core.fingerprint import fingerprint
-from lbllm_cli.pipeline import checkpoint
-from lbllm_cli.pipeline.checkpoint import MANIFEST, PROGRESS, Checkpoint, StageWriter
+from lbllm_cli.pipeline import checkpoint, stage_writer
+from lbllm_cli.pipeline.checkpoint import MANIFEST, PROGRESS, Checkpoint
 from lbllm_cli.pipeline.stage_record import block_file
+from lbllm_cli.pipeline.stage_writer import StageWriter
 
 INPUTS = {"stage": "ptq", "runtime.seed": 0, "ptq.group_size": 128}
 OTHER = {"stage": "ptq", "runtime.seed": 1, "ptq.rounds": 2, "ptq.group_size": 128}
@@ -152,6 +153,22 @@ def test_force_discards_an_unfinished_stage(tmp_path):
     assert sorted(_content(writer.path)) == [PROGRESS]
 
 
+def test_force_goes_on_with_what_force_began(tmp_path):
+    _finished(tmp_path)
+    first = _open(tmp_path, force=True)
+    assert not first.resumes
+    _write(first, 2)
+    again = _open(tmp_path, force=True)
+    assert (again.blocks_done, again.resumes) == (2, True)
+    _write(again, 3)  # still of force: whoever comes third goes on as well
+    assert _open(tmp_path, force=True).blocks_done == 3
+    file = tmp_path / "ptq.partial" / block_file(1)
+    file.write_bytes(b"damaged")
+    assert _open(tmp_path, force=True).blocks_done == 0
+    _write(_open(tmp_path, force=True), 1)
+    assert _open(tmp_path, OTHER, force=True).blocks_done == 0
+
+
 def test_force_keeps_a_finished_stage_until_it_is_replaced(tmp_path):
     _finished(tmp_path, INPUTS, seed=0)
     writer = _open(tmp_path, OTHER, force=True)
@@ -193,7 +210,7 @@ def _crash_at(monkeypatch, step: str, number: int) -> None:
             raise Crash
         unlink(path, missing_ok)
 
-    monkeypatch.setattr(checkpoint.os, "rename", renaming)
+    monkeypatch.setattr(stage_writer.os, "rename", renaming)
     monkeypatch.setattr(Path, "unlink", unlinking)
 
 

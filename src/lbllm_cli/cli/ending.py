@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,9 @@ from lbllm_cli.core.errors import LbllmError
 from lbllm_cli.parallel.launch import started
 
 # Ends of a run: what happens to disks and folders while it runs, a file that is deleted under it among them.
-_MACHINES = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOENT}
+_MACHINES = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOENT
+}  # fmt: skip
 # Names and folders as somebody has made them.
 _USERS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENOTEMPTY}
 
@@ -59,8 +62,11 @@ def exit_codes() -> Iterator[None]:
                 "begin the stage again (--force)"
             )
             raise typer.Exit(1) from None
-        if type(error).__name__ == "SafetensorError" and "No space left" in str(error):
-            tell("no space left on the disk; free some and run the same command again to resume")
+        # safetensors says what the system said inside an error of its own: "I/O error: ... (os error 28)".
+        # safetensors says what the system said in an error of its own: "I/O error: ... (os error 28)".
+        said = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+        if said is not None and int(said[1]) in _MACHINES:
+            tell(f"{os.strerror(int(said[1]))}; mend it and run the same command again to resume")
             raise typer.Exit(1) from None
         raise
 

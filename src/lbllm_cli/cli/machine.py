@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-import psutil
 import torch
 
 from lbllm_cli.core.console import GIB
+from lbllm_cli.core.ram import available_ram
 from lbllm_cli.models.model import SourceModel, open_model
 from lbllm_cli.recipe.schema import Model
 from lbllm_cli.runtime.backend import Backend, backend_of, choose_device
@@ -39,7 +39,7 @@ class Machine:
             kind="cpu" if backend.shares_ram else "cuda",
             name=backend.describe(device),
             memory=backend.free_memory(device),
-            ram=psutil.virtual_memory().available,
+            ram=available_ram(),
             disk=shutil.disk_usage(Path.cwd()).free,
             cores=os.cpu_count() or 1,
         )

@@ -16,10 +16,11 @@ from lbllm_cli.core.errors import UsageError
 from lbllm_cli.evaluation.forecast import eval_need, whole_model_need
 from lbllm_cli.evaluation.tasks import Task, plan_tasks
 from lbllm_cli.export.forecast import export_need
-from lbllm_cli.pipeline.checkpoint import check_stage, complete_stages
+from lbllm_cli.pipeline.checkpoint import complete_stages
 from lbllm_cli.pipeline.forecast import Need, check_device, check_disk, memory_warnings
 from lbllm_cli.pipeline.plan import Plan, prepare
 from lbllm_cli.pipeline.routing import routing_of
+from lbllm_cli.pipeline.stage_writer import check_stage
 from lbllm_cli.pipeline.work import work_of
 from lbllm_cli.pipeline.world import World
 from lbllm_cli.recipe.schema import Recipe

@@ -47,7 +47,8 @@ def graceful() -> Iterator[None]:
         signal.signal(signum, before[signal.Signals(signum)])
 
     _received.clear()
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: handler for signum, handler in handlers.items() if handler is not signal.SIG_IGN}  # as in `end_at_once`
     for signum in before:
         signal.signal(signum, note)
     try:

@@ -1,5 +1,6 @@
 """One process per folder."""
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -9,6 +10,9 @@ from typing import IO
 
 from lbllm_cli.core import files
 from lbllm_cli.core.errors import UsageError
+
+# What a lock says that somebody else holds; everything else is a file system without locks.
+_HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 
 
 @contextmanager
@@ -31,7 +35,12 @@ def locked(output: Path, key: str = "output.dir") -> Iterator[None]:
         owner = handle.read(100).strip()
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in _HELD:
+                raise UsageError(
+                    f"{key} {output} cannot be locked: {error.strerror}; its file system has no locks as it is mounted (Lustre "
+                    "has them with -o flock, NFS with its lock service): have that changed, or choose another folder"
+                ) from None
             raise UsageError(
                 f"{key} {output} is in use by process {owner or 'unknown'}; wait for it or choose another folder"
             ) from None

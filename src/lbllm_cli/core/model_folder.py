@@ -128,7 +128,7 @@ def resolve(path: str, revision: str | None, weights: bool, key: str = "model.pa
     if local.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith("."):
         raise UsageError(f"{key} {path} is not a folder; give a folder with config.json or a Hugging Face id")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     patterns = [*_METADATA_FILES, "README.md", *(["*.safetensors", INDEX] if weights else [])]
     try:
@@ -140,7 +140,7 @@ def resolve(path: str, revision: str | None, weights: bool, key: str = "model.pa
         ) from None
     except (RepositoryNotFoundError, HFValidationError):
         raise UsageError(f"{key} {path}: no such folder here and no such model on the Hugging Face hub") from None
-    except (LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # a connection that breaks is the HTTP library's own error, or that of its transfer protocol
         raise UsageError(
             f"{key} {path}: no such folder, and it cannot be fetched from the Hugging Face hub ({reason(error)}). "
             "Give a local folder, or run once with a network"

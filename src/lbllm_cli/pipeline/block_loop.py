@@ -99,7 +99,8 @@ class BlockLoop:
         self.stage, self.model, self.writer, self.group = run, run.plan.model, run.writer, run.plan.group
         self.share = self.group.share(len(run.tokens))
         self.batch_size = run.plan.recipe.runtime.batch_size
-        self.folder = run.writer.path / "streams" if run.need.place == "disk" else None
+        self._files = run.writer.path / "streams"
+        self.folder = self._files if run.need.place == "disk" else None
         self.place = self.model.device if run.need.place == "device" else None
         self._spare: list[HiddenStream] = []
         self.keeper = TrainingState(run.writer.path, run.plan.recipe.runtime.save_minutes, self.group)
@@ -195,7 +196,8 @@ class BlockLoop:
         teacher: the next block's, which turns the targets into `ahead` in the same pass: they are read once. Raises RunError
         where an output is not finite.
         """
-        outputs = quantized if self.folder is None else self._room(quantized, self._path("quantized", index + 1))
+        # Half of it must not be under the name that a resumed run looks for, whichever places its streams had in between.
+        outputs = quantized if self.folder is None else self._room(quantized, self._path("unfinished_quantized", index + 1))
         device, error = self.model.device, BlockError()
         pieces = row_slices(quantized.rows, self.batch_size)
         with ExitStack() as sinks:
@@ -212,7 +214,8 @@ class BlockLoop:
         if not error.finite:
             raise RunError(f"block {index}: an output holds NaN or infinity; try model.dtype: float32")
         targets.sync()
-        outputs.sync()
+        if outputs is not quantized:
+            outputs.move(self._path("quantized", index + 1))
         return outputs, error
 
     def _restore(self, first: int) -> tuple[HiddenStream, HiddenStream, bool]:
@@ -231,7 +234,8 @@ class BlockLoop:
             return full, quantized, paths[0] == taught
         if self.folder is not None:
             self.folder.mkdir(exist_ok=True)
-            self._clear(set())
+        # In memory too: what an attempt on disk left is of blocks that this one commits anew, and no later one may go on from it.
+        self._clear(set())
         # Under other names until they are whole: a run that is killed while it derives them must not resume on half of them.
         unfinished = [self._path(f"unfinished_{name}", first) for name in ("full", "quantized")]
         full, quantized = (embed_stream(self.model, tokens, path, self.batch_size, self.place) for path in unfinished)
@@ -246,7 +250,6 @@ class BlockLoop:
 
     def _clear(self, used: Collection[Path | None]) -> None:
         """Deletes streams of the run before that nobody goes on from."""
-        if self.folder is not None:
-            own = {path for path in self.folder.glob("*.bin") if path.name.partition(".")[2] == self._tail[1:]}
-            for path in own - set(used):
-                path.unlink()
+        own = {path for path in self._files.glob("*.bin") if path.name.partition(".")[2] == self._tail[1:]}
+        for path in own - set(used):
+            path.unlink()

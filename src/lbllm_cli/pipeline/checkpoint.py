@@ -1,37 +1,23 @@
-"""The only reader and writer of a stage folder: blocks, progress, manifest, resume and lineage.
+"""A finished stage as later ones read it; `stage_writer.py` has one at work."""
 
-A stage works in <output.dir>/<stage>.partial/, whose progress.json is its one commit point, and is renamed to
-<output.dir>/<stage>/ when done. lbllm_stage.json, written last, lists the hash of every weight file; it holds no clock, so
-that equal runs give equal bytes.
-"""
-
-import os
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lbllm_cli.core import files
-from lbllm_cli.core.errors import RunError, UsageError
-from lbllm_cli.core.fingerprint import changes, fingerprint
+from lbllm_cli.core.errors import UsageError
+from lbllm_cli.core.fingerprint import fingerprint
 from lbllm_cli.core.headers import TensorEntry, read_header
-from lbllm_cli.core.own_folders import check_own, remove_own
 from lbllm_cli.format.activations import ActivationFormat, format_of
-from lbllm_cli.parallel.group import ALONE, Group
-from lbllm_cli.pipeline.folders import STAGE, STREAMS, UNFINISHED_STAGE
 from lbllm_cli.pipeline.stage_record import (
     OUTER,
-    RANKS,
     Manifest,
     block_file,
-    format_version,
     read_manifest,
-    read_progress,
 )
-from lbllm_cli.pipeline.training_state import digest_of
 from lbllm_cli.recipe.stages import STAGES
-from lbllm_cli.runtime.backend import in_ram
 
 MANIFEST = "lbllm_stage.json"
 PROGRESS = "progress.json"
@@ -48,8 +34,7 @@ class Checkpoint:
         self.stage, self.spec = stage, STAGES[stage]
         file = self.path / MANIFEST
         if not file.exists():
-            partial = (output / f"{stage}.partial" / PROGRESS).exists()
-            state = "interrupted" if partial else "not there"
+            state = "interrupted" if unfinished(output, stage).exists() else "not there"
             raise UsageError(f"the {stage} checkpoint in {output} is {state}; run: lbllm {self.spec.command} --recipe ...")
         self.record: Manifest
         self.manifest: dict[str, Any]
@@ -119,184 +104,6 @@ def complete_stages(output: Path) -> list[str]:
     return [stage for stage in STAGES if (output / stage / MANIFEST).exists()]
 
 
-def check_stage(output: Path, stage: str, force: bool) -> None:
-    """Whether the folders that a stage is about to write, replace or delete are lbllm's.
-
-    force: a finished stage is replaced. Raises UsageError naming the folder and what does not belong in it.
-    """
-    final, partial = output / stage, output / f"{stage}.partial"
-    check_own(partial, UNFINISHED_STAGE)
-    check_own(output / f"{stage}.replaced", STAGE)
-    if force or partial.exists() or not (final / MANIFEST).exists():
-        check_own(final, STAGE)
-    else:
-        check_own(final / "streams", STREAMS)
-
-
-class StageWriter:
-    """Work on one stage: the .partial folder until `finish`.
-
-    `blocks_done` blocks are committed; the stage goes on from there. group: of ranks that do it together, of which the first
-    writes and the others wait for it.
-    """
-
-    def __init__(self, output: Path, stage: str, inputs: dict[str, Any], group: Group = ALONE):
-        self.final = output / stage
-        self.path = output / f"{stage}.partial"
-        self.stage, self.spec = stage, STAGES[stage]
-        self.inputs = inputs
-        self.hashes: dict[str, str] = {}
-        self.group = group
-
-    @property
-    def blocks_done(self) -> int:
-        """Committed blocks, always the first ones."""
-        return len(self.hashes.keys() - {OUTER})
-
-    def open(self, force: bool) -> bool:
-        """Starts, resumes or recognises the stage; returns False when it is already complete with the same inputs.
-
-        force: start again, discarding an unfinished run; a finished one is replaced at the end, not before.
-        Raises UsageError listing the changed inputs when the folder holds another run, and as `check_stage`.
-        """
-        begun, self.hashes = self.group.told(lambda: (self._open(force), self.hashes))
-        return begun
-
-    def _open(self, force: bool) -> bool:
-        check_stage(self.final.parent, self.stage, force)
-        remove_own(self._replaced, STAGE)
-        manifest, progress = self.path / MANIFEST, self.path / PROGRESS
-        if not force and manifest.exists() and self._as_made(self._inputs_of(manifest)) == self._as_made(self.inputs):
-            # Killed between the manifest and the rename.
-            self.hashes = dict(read_manifest(manifest, self.stage, f"run: {self.spec.remake}")[0].files)
-            self.verify(len(self.hashes))
-            self._publish()
-            return False
-        if not force and progress.exists():
-            if self._inputs_of(progress) != self.inputs:
-                self._refuse(progress, "holds an unfinished run with other inputs")
-            self.hashes = dict(read_progress(progress, f"run: {self.spec.remake}").files)
-            return True
-        if (self.final / MANIFEST).exists() and not force:
-            if self._as_made(self._inputs_of(self.final / MANIFEST)) != self._as_made(self.inputs):
-                self._refuse(self.final / MANIFEST, "was made from other inputs")
-            Checkpoint(self.final.parent, self.stage).verify()
-            (self.final / PROGRESS).unlink(missing_ok=True)
-            return False
-        remove_own(self.path, UNFINISHED_STAGE)
-        self.path.mkdir(parents=True)
-        self._write_progress()
-        return True
-
-    def _inputs_of(self, file: Path) -> dict[str, Any]:
-        """What a run in the folder was made from. Raises UsageError where its record is damaged."""
-        remedy = f"run: {self.spec.remake}"
-        if file.name == MANIFEST:
-            return read_manifest(file, self.stage, remedy)[0].inputs
-        return read_progress(file, remedy).inputs
-
-    @staticmethod
-    def _as_made(inputs: dict[str, Any]) -> dict[str, Any]:
-        """What a finished stage is asked for: how many ranks made it changes last bits, and makes no other stage of it."""
-        return {key: value for key, value in inputs.items() if key != RANKS}
-
-    def _refuse(self, file: Path, what: str) -> None:
-        listed = changes(self._inputs_of(file), self.inputs)
-        raise UsageError(f"{file.parent} {what}:\n{listed}\nUse another output.dir, or replace it: {self.spec.remake}")
-
-    def write_block(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Writes a block's tensors and reads them back; not committed before `commit`.
-
-        Every rank has them. Raises RunError where one of them has others than were written.
-        """
-        if self.group.first:
-            self._write(block_file(index), tensors)
-            stored = self.read_block(index)
-        else:
-            stored = in_ram(tensors)
-        digests = self.group.facts(digest_of(stored))
-        if other := next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None):
-            raise RunError(
-                f"block {index}: rank {other} computed other tensors than rank 0, which must not be; are their devices alike?"
-            )
-        return stored
-
-    def write_outer(self, tensors: dict[str, Tensor]) -> None:
-        """Writes and commits tensors outside the blocks."""
-        if self.group.first:
-            self._write(OUTER, tensors)
-        self._commit(OUTER)
-
-    def _write(self, file: str, tensors: dict[str, Tensor]) -> None:
-        contiguous = in_ram(tensors)
-        files.write_atomic(self.path / file, lambda temporary: save_file(contiguous, temporary, metadata={"format": "pt"}))
-
-    def read_block(self, index: int) -> dict[str, Tensor]:
-        """Tensors of a block of this unfinished stage."""
-        return load_file(self.path / block_file(index))
-
-    def commit(self, index: int) -> None:
-        """The one commit point of a block: everything it needs is on disk already.
-
-        The hash is of the file as it lies on disk, read again.
-        """
-        self._commit(block_file(index))
-
-    def _commit(self, file: str) -> None:
-        def commit() -> str:
-            self.hashes[file] = files.sha256(self.path / file)
-            self._write_progress()
-            return self.hashes[file]
-
-        # What it goes on from may be deleted by any rank once all know that it is committed.
-        self.group.meet()
-        self.hashes[file] = self.group.told(commit)
-
-    def verify(self, blocks: int) -> None:
-        """Compares committed blocks with their hashes before resuming on them. blocks: of the model.
-
-        Raises UsageError naming the file.
-        """
-        if self.blocks_done > blocks:
-            reason = f"it has {self.blocks_done} blocks, the model {blocks}"
-            raise UsageError(f"{self.path / PROGRESS} is damaged; run: {self.spec.remake} ({reason})")
-        for name, expected in self.hashes.items():
-            if not (self.path / name).exists() or files.sha256(self.path / name) != expected:
-                raise UsageError(f"{self.path / name} was changed since it was written; start again: {self.spec.remake}")
-
-    def _write_progress(self) -> None:
-        files.write_json(self.path / PROGRESS, {"inputs": self.inputs, "files": self.hashes})
-
-    def finish(self, facts: dict[str, Any]) -> None:
-        """Writes the manifest and renames the folder. facts: what readers need, reproducible values only."""
-        manifest = {
-            # What an earlier lbllm can read has the number that it knows.
-            "format_version": format_version(facts.get("level_bits", 8), facts.get("activations", {}).get("key_centre", False)),
-            "stage": self.stage,
-            "fingerprint": fingerprint(self.inputs),
-            **facts,
-            "inputs": self.inputs,
-            "files": self.hashes,
-        }
-
-        def finish() -> None:
-            files.write_json(self.path / MANIFEST, manifest)
-            self._publish()
-
-        self.group.told(finish)
-
-    def _publish(self) -> None:
-        """Puts the finished folder in place; a replaced one is removed only afterwards."""
-        if self.final.exists():
-            check_own(self.final, STAGE)
-            remove_own(self._replaced, STAGE)
-            os.rename(self.final, self._replaced)
-        os.rename(self.path, self.final)
-        # Only now: a .partial folder without it would look like one that was never begun.
-        (self.final / PROGRESS).unlink(missing_ok=True)
-        files.sync_folder(self.final.parent)
-        remove_own(self._replaced, STAGE)
-
-    @property
-    def _replaced(self) -> Path:
-        return self.final.with_name(f"{self.stage}.replaced")
+def unfinished(output: Path, stage: str) -> Path:
+    """The progress file of a stage that was begun and not finished; it may not be there."""
+    return output / f"{stage}.partial" / PROGRESS

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import psutil
-
 from lbllm_cli.core.console import GIB, say
 from lbllm_cli.core.errors import UsageError
+from lbllm_cli.core.ram import available_ram
 from lbllm_cli.format.weights import expected_bits
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.models.sampling import ROWS_AT_ONCE
@@ -167,7 +166,7 @@ def streams_place(recipe: Recipe, model: SourceModel, device: float, alive: floa
         return "device"
     if wanted != "auto":
         return wanted
-    return "disk" if ranks * alive > psutil.virtual_memory().available / 2 else "ram"
+    return "disk" if ranks * alive > available_ram() / 2 else "ram"
 
 
 def host_bytes(model: SourceModel, device: float) -> float:
@@ -209,7 +208,7 @@ def stage_need(
 def memory_warnings(need: Need, model: SourceModel) -> list[str]:
     """Memory that is likely to run out, each with the keys that lower it."""
     warnings = []
-    available, ranks = psutil.virtual_memory().available, need.world.node
+    available, ranks = available_ram(), need.world.node
     if ranks * need.ram > available:
         # Streams that are on disk already are not what takes the RAM: on a CPU that is what a GPU would hold.
         streams = "set runtime.streams: disk, or lower runtime.batch_size or the number of sequences"

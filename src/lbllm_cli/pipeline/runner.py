@@ -11,7 +11,7 @@ from lbllm_cli.core.own_folders import remove_own
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.parallel.group import ALONE, Group
 from lbllm_cli.parallel.join import check_alike
-from lbllm_cli.pipeline.checkpoint import MANIFEST, Checkpoint, StageWriter, check_stage, complete_stages
+from lbllm_cli.pipeline.checkpoint import MANIFEST, Checkpoint, complete_stages, unfinished
 from lbllm_cli.pipeline.environment import environment
 from lbllm_cli.pipeline.folders import STREAMS
 from lbllm_cli.pipeline.forecast import announce
@@ -19,6 +19,7 @@ from lbllm_cli.pipeline.lineage import open_parent, stage_inputs
 from lbllm_cli.pipeline.plan import Plan, prepare
 from lbllm_cli.pipeline.ranks import check_shares, held
 from lbllm_cli.pipeline.reporter import Reporter
+from lbllm_cli.pipeline.stage_writer import StageWriter, check_stage, made_by_force
 from lbllm_cli.pipeline.training_state import TrainingState
 from lbllm_cli.pipeline.work import StageRun, work_of
 from lbllm_cli.recipe.load import dump_recipe
@@ -40,9 +41,12 @@ def run_command(
             _check_end_to_end(plan, spec, asked=only is not None)
     if lost := plan.without_bos(own[:1]):
         say(f"{command}: warning: {lost}")
-    for spec in own:
-        if spec in plan.recipe.stages and only in (None, spec.phase):
-            run_stage(plan, spec, dry_run, force)
+    chosen = [spec for spec in own if spec in plan.recipe.stages and only in (None, spec.phase)]
+    kept = group.told(lambda: [spec.name for spec in chosen if force and made_by_force(plan.output, spec, chosen)])
+    for number, spec in enumerate(chosen):
+        if number and not dry_run:
+            interrupt.check()  # a signal that came while the stage before it was being finished
+        run_stage(plan, spec, dry_run, force and spec.name not in kept)
 
 
 def _check_end_to_end(plan: Plan, spec: StageSpec, asked: bool) -> None:
@@ -67,7 +71,8 @@ def run_stage(plan: Plan, spec: StageSpec, dry_run: bool, force: bool) -> None:
     sampled = plan.generates(spec)
     tokens = None if sampled else plan.stage_tokens(spec)
     need = work.need(plan, spec, tokens)
-    announce(need, plan.output, plan.model, done=spec.name in complete_stages(plan.output) and not force)
+    finished = spec.name in complete_stages(plan.output) and not unfinished(plan.output, spec.name).exists()
+    announce(need, plan.output, plan.model, done=finished and not force)
     if sampled:
         say(f"{spec}: {spec.text} text is sampled from the model, which is whole in memory meanwhile")
     if dry_run:
@@ -101,6 +106,8 @@ def _write(run: StageRun, force: bool) -> None:
     if writer.group.first:
         files.write_text(writer.path / "recipe.resolved.yaml", dump_recipe(run.plan.recipe))
         files.write_json(writer.path / "environment.json", places[0] | ({"ranks": places} if len(places) > 1 else {}))
+    if writer.resumes and force:
+        reporter.note(f"going on with the run that --force began; to begin it again delete {writer.path}")
     if writer.blocks_done and not run.spec.end_to_end:
         reporter.note(f"resuming after block {writer.blocks_done} of {model.blocks}")
     work_of(run.spec).run(run)

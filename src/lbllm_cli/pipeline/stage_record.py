@@ -59,7 +59,9 @@ _R = TypeVar("_R", bound=_Record)
 
 
 class Progress(_Record):
-    """Of an unfinished stage: its first blocks, as far as they are committed."""
+    """Of an unfinished stage: its first blocks, as far as they are committed. forced: `--force` began it."""
+
+    forced: bool = False
 
 
 class Parent(BaseModel):

@@ -7,11 +7,12 @@ from typing import Any, Protocol, cast
 from torch import Tensor
 
 from lbllm_cli.format.activations import ActivationFormat
-from lbllm_cli.pipeline.checkpoint import Checkpoint, StageWriter
+from lbllm_cli.pipeline.checkpoint import Checkpoint
 from lbllm_cli.pipeline.duration import Part
 from lbllm_cli.pipeline.forecast import Need
 from lbllm_cli.pipeline.plan import Plan
 from lbllm_cli.pipeline.reporter import Reporter
+from lbllm_cli.pipeline.stage_writer import StageWriter
 from lbllm_cli.pipeline.traffic import Exchanged
 from lbllm_cli.recipe.stages import StageSpec
 

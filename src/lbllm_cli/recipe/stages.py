@@ -115,9 +115,9 @@ COMMANDS = {
     "distill": Command(
         """Stage 2: train weights, their codes and levels block by block against the full-precision model.
 
-        Goes on from the ptq checkpoint. With distill.end_to_end in the recipe an end-to-end phase trains levels, or scales of rows
-        where levels have 2 bits, and norms of the whole model against the full-precision model's predictions, into <output.dir>/distill-e2e/. Interrupted runs resume, in
-        the middle of a block too; a finished one says "up to date".""",
+        Goes on from the ptq checkpoint. With distill.end_to_end in the recipe an end-to-end phase trains levels, or scales where
+        levels have 2 bits, and norms of the whole model against the full-precision model's predictions, into
+        <output.dir>/distill-e2e/. Interrupted runs resume, in the middle of a block too; a finished one says "up to date".""",
         "data.training.sequences=64",
     ),
     "act-calib": Command(

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lbllm_cli.core.ram import available_ram
 from lbllm_cli.engine.abi import library
 from lbllm_cli.format import kv_record
 from lbllm_cli.format.activations import Quantized, Tables
@@ -56,9 +57,7 @@ class CpuBackend:
 
     def free_memory(self, device: torch.device) -> int:
         """What can be had without swapping."""
-        import psutil  # here alone: a training step is measured where it is not installed
-
-        return int(psutil.virtual_memory().available)
+        return available_ram()
 
     def peak_memory(self, device: torch.device) -> int | None:
         """None: it is the process's."""
