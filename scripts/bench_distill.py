@@ -45,7 +45,7 @@ from lbllm_cli.format.levels import level_values, project_levels
 from lbllm_cli.models.block import Block, block_prefix
 from lbllm_cli.parallel.group import ALONE
 from lbllm_cli.pipeline.block_loop import BlockTask
-from lbllm_cli.pipeline.streams import HiddenStream
+from lbllm_cli.pipeline.streams import HiddenStream, row_slices
 from lbllm_cli.ptq.em import quantile_levels
 from lbllm_cli.runtime.backend import choose_device
 from lbllm_cli.training.block import block_loop
@@ -215,10 +215,8 @@ class Runner:
         inputs, targets = data.streams
         start = {} if name == DENSE else case.start(teacher)
         nobody: Any = None
-        share = ALONE.share(inputs.rows)
-        task = BlockTask(
-            0, teacher, inputs, inputs, targets, case.device, case.rows, start, nobody, nobody, ALONE, share
-        )  # fmt: skip
+        share, pieces = ALONE.share(inputs.rows), row_slices(inputs.rows, case.rows)
+        task = BlockTask(0, teacher, inputs, inputs, targets, case.device, pieces, start, nobody, nobody, ALONE, share)
         student: Any = DenseStudent(teacher, settings) if name == DENSE else BinarizedStudent(teacher, start, settings)
         self.task, self.device = task, case.device
         self.trainer = block_loop(task, student, settings, "distill", 0)  # type: ignore[arg-type]

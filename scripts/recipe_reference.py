@@ -29,8 +29,9 @@ wrong types and values out of range are errors, all reported at once. `null` mea
 - `lbllm init MODEL` writes one that fits the machine that it is run on; see [below](#a-recipe-for-a-model).
 - `--recipe` takes a file, or the name of a recipe that comes with lbllm: `--recipe llama2-7b`; `lbllm config --list` has them.
 - `lbllm config --recipe FILE` prints a recipe with all defaults; `lbllm config --schema` the JSON schema, for editors.
-- Behind any command, `key.sub=value` overrides a key: `ptq.group_size=64`. A list is replaced whole. Every command of a run needs the
-  same keys: a stage goes on only from one that was made with them. `lbllm config --recipe FILE KEY=VALUE > mine.yaml` writes them down.
+- Behind any command, `key.sub=value` overrides a key: `ptq.group_size=64`. A list is replaced whole. Every command of a run
+  needs the same keys, since a stage goes on only from one that was made with them; `lbllm config --recipe FILE KEY=VALUE >
+  mine.yaml` writes them down.
 - `${env:NAME}`, `${env:NAME:-default}` and `${recipe_dir}`, the folder of the recipe, are replaced in values.
 """
 _INIT = """
@@ -44,9 +45,10 @@ lbllm init ./my-model -o recipes/mine.yaml    # of a folder, into a file of anot
 `init` reads the model's configuration and tokenizer, asks what is free (device memory, RAM, disk) and begins with generous
 settings: 1,024 sequences of 2,048 tokens and both end-to-end phases on a GPU, less text of 512 tokens on a CPU. Where a forecast
 does not fit, it lowers what costs least: hidden states go to RAM, then to disk; text that the model samples is left out; fewer
-sequences pass at once; phases, the asymmetric target, sequences and their length follow. Every value that was lowered has the reason
-behind it. What fits with no settings is refused, stage by stage, and no file is written. Groups are of 16 weights with levels of 2 bits, about 2.5 bits a weight;
-with `ptq.group_size=32` it is about 2.25. Keys that a recipe leaves out are the paper's, groups of 128 with levels of 8 bits, 2.375.
+sequences pass at once; phases, the asymmetric target, sequences and their length follow. Every value that was lowered has the
+reason behind it. What fits with no settings is refused, stage by stage, and no file is written. Groups are of 16 weights with
+levels of 2 bits, about 2.5 bits a weight; with `ptq.group_size=32` it is about 2.25. Keys that a recipe leaves out are the
+paper's: groups of 128 with levels of 8 bits, 2.375.
 
 Text is `fineweb-edu`, samples of the model, and `ultrachat` where the tokenizer has a chat template. On a CPU only models below a
 billion parameters sample text. A file that is there already is replaced with `--force` alone.

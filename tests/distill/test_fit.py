@@ -155,10 +155,7 @@ def test_interrupted_between_any_two_steps_and_resumed_equals_uninterrupted(ok, 
 @pytest.mark.parametrize(
     ("parametrisation", "train", "rate"), [("nearest", ["levels"], 0.1), ("bitmap", ["levels", "bitmap"], 0.01)]
 )
-def test_frozen_latents_are_where_they_were_when_a_run_is_resumed(
-    ok, lbllm, run, tmp_path, monkeypatch, parametrisation, train, rate
-):
-    """They follow their levels, which move: at their start again they would mean other codes."""
+def test_a_run_with_frozen_latents_is_resumed(ok, lbllm, run, tmp_path, monkeypatch, parametrisation, train, rate):
     settings = {"parametrisation": parametrisation, "train": train, "lr_levels": rate, "epochs": 1}
     command, folder = ("distill", "--recipe", run(**settings), MORE), tmp_path / "run" / "distill"
     ok(*command)
@@ -166,6 +163,27 @@ def test_frozen_latents_are_where_they_were_when_a_run_is_resumed(
     shutil.rmtree(folder)
     assert run_in_pieces(lbllm, monkeypatch, folder, *command, calls=60)
     assert promised(folder) == expected
+
+
+@pytest.mark.slow
+def test_a_linear_of_zeros_stays_one(ok, tmp_path, toy):
+    """Models that were expanded by blocks that do nothing have them, and norms of zeros."""
+    folder = tmp_path / "model"
+    shutil.copytree(toy, folder)
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    for name in ("mlp.down_proj.weight", "input_layernorm.weight"):
+        tensors[f"model.layers.1.{name}"].zero_()
+    save_file(tensors, file, metadata={"format": "pt"})
+    phase = {"end_to_end": {"sequences": 4, "epochs": 1}}
+    for level_bits in (8, 2):
+        run, levels = tmp_path / f"run{level_bits}", {"level_bits": level_bits}
+        recipe = write_recipe(tmp_path / "r.yaml", folder, run, ptq=levels, distill=phase, act_calib=phase)
+        for command in ("ptq", "distill", "act-calib"):
+            ok(command, "--recipe", recipe)
+        name = "model.layers.1.mlp.down_proj"
+        packed = PackedWeight.from_tensors(load_file(run / "act-calib-e2e" / BLOCKS[1]), name, tensors[f"{name}.weight"].shape[1])
+        assert not packed.values().any()
 
 
 def test_streams_micro_batches_of_one_step_and_disk_agree(ok, run, tmp_path):
@@ -217,10 +235,7 @@ def test_only_what_is_named_is_trained(ok, run, tmp_path, train):
     before, after = (load_file(tmp_path / "run" / stage / BLOCKS[1]) for stage in ("ptq", "distill"))
     changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
     if train == ["levels"]:
-        assert {"levels", "scale"} <= changed
-        # Two levels that cross exchange their codes; nothing else may change one. Measured 0.0016 of the bytes.
-        codes = [torch.cat([t.flatten() for n, t in stored.items() if n.endswith("weight")]) for stored in (before, after)]
-        assert (codes[0] != codes[1]).float().mean() < 0.005
+        assert changed == {"levels", "scale"}
     else:
         assert changed == {"weight"}
 

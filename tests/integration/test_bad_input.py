@@ -172,6 +172,17 @@ def test_full_disk_in_the_middle_is_resumable(lbllm, ok, tmp_path, recipe, monke
     assert "resuming after block 1 of 3" in ok("ptq", "--recipe", recipe).stderr
 
 
+def test_a_full_precision_stream_that_is_not_finite_is_named(lbllm, tmp_path, recipe, monkeypatch):
+    from lbllm_cli.ptq.moments import InputMoments
+
+    real = InputMoments.mean_drift
+    monkeypatch.setattr(InputMoments, "mean_drift", lambda self: real(self) * float("nan"))
+    result = lbllm("ptq", "--recipe", recipe)
+    assert result.exit_code == 1
+    assert "block 0, self_attn.q_proj and self_attn.k_proj and self_attn.v_proj: inputs of the full-precision block" in result.stderr
+    assert not list((tmp_path / "run" / "ptq.partial").glob("block_*"))
+
+
 def test_changed_stage_files(lbllm, ok, tmp_path, recipe):
     ok("ptq", "--recipe", recipe)
     file = tmp_path / "run" / "ptq" / "block_001.safetensors"

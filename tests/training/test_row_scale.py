@@ -95,3 +95,25 @@ def test_levels_of_fixed_codes_stay_with_their_code():
     assert torch.equal(now.codes, packed.codes)
     # Inner levels lie between the outer ones, wherever training took them.
     assert bool((now.levels[..., [2, 0, 1, 3]].short().diff(dim=-1) > 0).all())
+
+
+def test_a_scale_is_never_negative():
+    """Where a row's best factor is below 0 training stops there: -0 and less are in no checkpoint."""
+    weight, packed = _case(5, 64, 16)
+    linear = Fixed(weight, packed, {SCALES})
+    optimizer = torch.optim.AdamW(linear.parameters(), lr=0.3, weight_decay=0.0)
+    for _ in range(20):
+        (linear() + packed.values()).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        linear.constrain(0)
+    now = linear.packed()
+    assert torch.equal(now.row_scale, torch.zeros(5, 1, dtype=torch.float16))
+    assert not bool(now.row_scale.signbit().any())
+    assert torch.equal(now.values(), linear())
+    for _ in range(20):  # and it comes back
+        (linear() - packed.values()).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        linear.constrain(0)
+    assert bool((linear.packed().row_scale > 0).all())

@@ -83,6 +83,16 @@ def test_start_is_the_packed_weight(name, out, inn, size, margin):
             assert torch.equal(now, before)
 
 
+def test_latents_start_from_levels_that_crossed():
+    """As training with fixed codes may leave them."""
+    weight, packed = _case(7, 72, 32)
+    crossed = PackedWeight(packed.codes, packed.levels.flip(-1).contiguous(), packed.scale, 72)
+    linear = Nearest(weight, crossed, {WEIGHTS, LEVELS}, 0.1)
+    assert torch.equal(linear(), crossed.values())
+    assert torch.equal(linear.packed().values(), crossed.values())
+    _assert_contract(linear.packed())
+
+
 def test_case_has_codes_that_are_not_the_nearest():
     weight, packed = _case(7, 72, 32)
     values = level_values(packed.levels, packed.scale)
@@ -151,18 +161,14 @@ def test_rms(name):
     assert linear.rms == pytest.approx(float(weight.double().square().mean().sqrt()), abs=5e-7)
 
 
-@pytest.mark.parametrize("name", PARAMETRISATIONS)
-def test_margin_of_what_is_not_trained_is_the_whole_way(name):
+def test_a_bitmap_that_is_not_trained_is_whole():
     weight, packed = _case(5, 64, 16)
-    frozen, whole = (PARAMETRISATIONS[name](weight, packed, train, m) for train, m in (({LEVELS}, 0), (KINDS[name], 1)))
-    assert torch.equal(frozen.latent, whole.latent)
-    assert not torch.equal(frozen.latent, PARAMETRISATIONS[name](weight, packed, KINDS[name], 0).latent)
-    if isinstance(frozen, Bitmap):
-        assert torch.equal(frozen.bitmap, whole.bitmap)
-        # Each kind has its own: the latent's stays where only the bitmap is frozen.
-        mixed = Bitmap(weight, packed, {WEIGHTS, LEVELS}, 0.1)
-        assert torch.equal(mixed.bitmap, whole.bitmap)
-        assert torch.equal(mixed.latent, Bitmap(weight, packed, KINDS[name], 0.1).latent)
+    whole = Bitmap(weight, packed, KINDS["bitmap"], 1)
+    assert torch.equal(Bitmap(weight, packed, {LEVELS}, 0).bitmap, whole.bitmap)
+    # Each kind has its own margin: the latent's stays where only the bitmap is frozen.
+    mixed = Bitmap(weight, packed, {WEIGHTS, LEVELS}, 0.1)
+    assert torch.equal(mixed.bitmap, whole.bitmap)
+    assert torch.equal(mixed.latent, Bitmap(weight, packed, KINDS["bitmap"], 0.1).latent)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -258,7 +264,7 @@ def test_packed_of_levels_that_crossed_by_hand():
 @pytest.mark.parametrize(
     ("name", "train"),
     [
-        ("nearest", {WEIGHTS}), ("nearest", {LEVELS}), ("nearest", {WEIGHTS, LEVELS}),
+        ("nearest", {WEIGHTS}), ("nearest", {WEIGHTS, LEVELS}),
         ("bitmap", {WEIGHTS}), ("bitmap", {LEVELS}), ("bitmap", {BITMAP}), ("bitmap", {WEIGHTS, BITMAP}),
         ("bitmap", {WEIGHTS, LEVELS, BITMAP}),
     ],
@@ -303,12 +309,10 @@ def test_gradients_of_a_linear(name):
 
 
 @pytest.mark.parametrize(("out", "inn", "size"), SHAPES)
-@pytest.mark.parametrize("name", PARAMETRISATIONS)
-def test_levels_alone_keep_the_codes(name, out, inn, size):
+def test_frozen_latents_keep_their_signs_wherever_levels_go(out, inn, size):
     for seed in range(5):
         weight, packed = _case(out, inn, size, seed)
-        linear = PARAMETRISATIONS[name](weight, packed, {LEVELS}, 0)
-        free = PARAMETRISATIONS[name](weight, packed, KINDS[name], 0)
+        linear, free = (Bitmap(weight, packed, train, 0) for train in ({LEVELS, BITMAP}, KINDS["bitmap"]))
         moved = _moved_levels(packed, seed)
         for one in (linear, free):
             one()
@@ -318,6 +322,28 @@ def test_levels_alone_keep_the_codes(name, out, inn, size):
         assert not torch.equal(linear.packed().levels, packed.levels)
         # With the weights free, and no margin, the same step changes codes.
         assert not torch.equal(free.packed().codes, packed.codes)
+
+
+@pytest.mark.parametrize("name", PARAMETRISATIONS)
+def test_what_no_token_was_sent_to_stays_where_it_is(name):
+    """An expert: its weights were put into the block, and no gradient came back."""
+    weight, packed = _case(5, 64, 16)
+    linear = PARAMETRISATIONS[name](weight, packed, KINDS[name], 0.1)
+    before = linear.latent.detach().clone()
+    for _ in range(3):
+        linear.put(torch.empty(5, 64))
+        linear.skip()
+        linear.constrain(0.25)
+    assert torch.equal(linear.latent, before)
+    linear.put(torch.empty(5, 64))
+    linear.take(torch.ones(5, 64))
+    linear.constrain(0.25)
+    assert not torch.equal(linear.latent, before)
+    linear.put(torch.empty(5, 64))
+    linear.skip()
+    before = linear.latent.detach().clone()
+    linear.constrain(0.25)
+    assert torch.equal(linear.latent, before)
 
 
 def _moved_levels(packed, seed):
@@ -416,21 +442,21 @@ def test_bitmap_constrain_keeps_ranges(out, inn, size):
 @pytest.mark.parametrize("name", PARAMETRISATIONS)
 def test_constrain_pulls_latents_towards_their_level(name, out, inn, size, share):
     weight, packed = _case(out, inn, size)
-    for train in (KINDS[name], {LEVELS}):
-        linear = PARAMETRISATIONS[name](weight, packed, train, 0.1)
-        _perturb(linear, 11)
-        before = linear.latent.detach().clone().double()
-        if name == "nearest":
-            # The forward pass was that of the start, not of the moved levels.
-            goal = packed.values().double()
-        else:
-            mean, reach = linear.mu[..., :1].double(), linear.alpha[..., :1].double()
-            goal = torch.where(linear.latent > linear.mu[..., :1], mean + reach, mean - reach).flatten(1)[:, :inn]
-        linear.constrain(share)
-        # Frozen latents follow all the way, so that their codes stay.
-        wanted = torch.lerp(before.flatten(1)[:, :inn], goal, share if WEIGHTS in train else 1.0)
-        # Measured: 1.6e-7.
-        torch.testing.assert_close(linear.latent.detach().flatten(1)[:, :inn].double(), wanted, atol=2e-6, rtol=0)
+    linear = PARAMETRISATIONS[name](weight, packed, KINDS[name], 0.1)
+    linear.put(torch.empty(out, inn))
+    linear.take(torch.zeros(out, inn))
+    _perturb(linear, 11)
+    before = linear.latent.detach().clone().double()
+    if name == "nearest":
+        # The forward pass was that of the start, not of the moved levels.
+        goal = packed.values().double()
+    else:
+        mean, reach = linear.mu[..., :1].double(), linear.alpha[..., :1].double()
+        goal = torch.where(linear.latent > linear.mu[..., :1], mean + reach, mean - reach).flatten(1)[:, :inn]
+    linear.constrain(share)
+    wanted = torch.lerp(before.flatten(1)[:, :inn], goal, share)
+    # Measured: 1.6e-7.
+    torch.testing.assert_close(linear.latent.detach().flatten(1)[:, :inn].double(), wanted, atol=2e-6, rtol=0)
 
 
 def test_dampening_alone_changes_no_sign():

@@ -183,10 +183,6 @@ class ActivationStudent:
         for quantizer in self.quantizers.values():
             quantizer.constrain()
 
-    def followers(self) -> list[Tensor]:
-        """Frozen latents."""
-        return self.weights.followers()
-
     def resumed(self) -> None:
         """After the parameters were replaced by saved ones."""
         for quantizer in self.quantizers.values():

@@ -15,6 +15,7 @@ from lbllm_cli.pipeline.block_loop import BlockResult, BlockTask
 from lbllm_cli.runtime.backend import weight_on
 from lbllm_cli.training.block import block_loop, train_block
 from lbllm_cli.training.block_linears import BlockLinears
+from lbllm_cli.training.fixed import Fixed
 from lbllm_cli.training.interfaces import OwnStep, ParameterGroup
 from lbllm_cli.training.master import BITMAP, LEVELS, WEIGHTS
 from lbllm_cli.training.spread import Spread
@@ -41,7 +42,12 @@ class BinarizedStudent:
         for name in spread.add(teacher.prefix, {name: teacher.linear(name) for name in teacher.linears}):
             weight = teacher.linear(name).weight
             packed = weight_on(PackedWeight.from_tensors(start, teacher.prefix + name, weight.shape[1]), weight.device)
-            linears[name] = kind(weight, packed, settings.trained, settings.latent_margin)
+            # Levels that are stored in few bits jump, and latents that rest on them would take others: codes that stay are kept.
+            linears[name] = (
+                kind(weight, packed, settings.trained, settings.latent_margin)
+                if {WEIGHTS, BITMAP} & set(settings.trained)
+                else Fixed(weight, packed, settings.trained)
+            )
             self.codes[name] = packed
         self.weights = BlockLinears(teacher, start, linears, settings.trained, spread)
         self.block = self.weights.block
@@ -90,10 +96,6 @@ class BinarizedStudent:
         """After a step."""
         for linear in self.weights.linears.values():
             linear.constrain(self.settings.dampening)
-
-    def followers(self) -> list[Tensor]:
-        """Frozen latents."""
-        return self.weights.followers()
 
     def resumed(self) -> None:
         """Nothing is derived from the parameters before the next `begin`."""

@@ -250,10 +250,6 @@ class WholeStudent:
         for quantizer in self._quantizers():
             quantizer.constrain()
 
-    def followers(self) -> list[Tensor]:
-        """Codes are fixed, and all that moves is trained."""
-        return []
-
     def resumed(self) -> None:
         """After the parameters were replaced by saved ones."""
         for quantizer in self._quantizers():

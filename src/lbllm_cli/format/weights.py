@@ -78,7 +78,7 @@ def ordered(ranks: Tensor, levels: Tensor, group_size: int) -> tuple[Tensor, Ten
 
     ranks: uint8 [out, in]. levels: float [out, groups, 4] in any order. Same shapes back.
     """
-    ascending, order = levels.sort(dim=2)
+    ascending, order = levels.sort(dim=2, stable=True)
     renamed = order.argsort(dim=2).to(torch.uint8)
     return renamed.gather(2, grouped(ranks, group_size).long()).flatten(1)[:, : ranks.shape[1]].contiguous(), ascending
 

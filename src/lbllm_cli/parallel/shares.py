@@ -29,6 +29,10 @@ class Share:
         low, high = (min(max(row, self.start), self.stop) - self.start for row in (first, end))
         return low, high
 
+    def parted(self, last: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """What this part has of all rows but the `last` ones, and of these: 4..8 of 8, the last 2 -> (0, 2), (2, 4)."""
+        return self.within(0, self.rows - last), self.within(self.rows - last, self.rows)
+
 
 def share_of(rows: int, rank: int, size: int) -> Share:
     """The part of rank `rank` of `size`; no two differ by more than one row. 5 rows, two ranks -> 0..2 and 2..5."""

@@ -22,7 +22,7 @@ from lbllm_cli.parallel.group import Group, stacked
 from lbllm_cli.parallel.shares import Share
 from lbllm_cli.pipeline.interfaces import Monitor, StateKeeper
 from lbllm_cli.pipeline.metrics import BlockError
-from lbllm_cli.pipeline.streams import HiddenStream, Sink, advance, embed_stream, fetched, row_slices, sink
+from lbllm_cli.pipeline.streams import HiddenStream, Sink, advance, batches, embed_stream, fetched, row_slices, sink
 from lbllm_cli.pipeline.training_state import TrainingState
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class BlockTask:
     teacher: the full-precision block. quantized: its inputs as the blocks before it give them. targets: the teacher's outputs.
     start: the parent's tensors of the block, none where a stage starts from the source model: then `targets` is filled row by row
     by `run_teacher` out of `full`, the full-precision inputs. Otherwise the targets are complete, and `full` is the same stream.
+    pieces: rows that pass through a block at once; in others last bits differ, and a resumed run has to give the same ones.
     keeper: for unfinished training. monitor: told how it goes. group: of ranks that do the block together. share: of the stage's
     sequences, that the streams of this rank hold.
     """
@@ -46,7 +47,7 @@ class BlockTask:
     quantized: HiddenStream
     targets: HiddenStream
     device: torch.device
-    batch_size: int
+    pieces: list[slice]
     start: dict[str, Tensor]
     keeper: StateKeeper
     monitor: Monitor
@@ -70,8 +71,7 @@ class BlockTask:
         """Teacher outputs of the rows that the fit did not ask for, where targets were not complete from the start."""
         if self.targets is self.full:
             return
-        every = row_slices(self.full.rows, self.batch_size)
-        pieces = [rows for rows in every if not self._filled.issuperset(range(rows.start, rows.stop))]
+        pieces = [rows for rows in self.pieces if not self._filled.issuperset(range(rows.start, rows.stop))]
         with sink(self.targets, self.device) as out:
             for rows, (hidden,) in zip(pieces, fetched((self.full,), pieces, self.device), strict=True):
                 interrupt.check()
@@ -92,13 +92,15 @@ Fit = Callable[[BlockTask], BlockResult]
 class BlockLoop:
     """Runs a stage over all blocks of a model, from the last committed one on.
 
-    A stage that goes on from another one finds the targets complete, and the full-precision inputs are gone by then.
+    A stage that goes on from another one finds the targets complete, and the full-precision inputs are gone by then. held_out:
+    of the sequences, how many of the last ones a fit looks at apart.
     """
 
-    def __init__(self, run: "StageRun"):
+    def __init__(self, run: "StageRun", held_out: int = 0):
         self.stage, self.model, self.writer, self.group = run, run.plan.model, run.writer, run.plan.group
         self.share = self.group.share(len(run.tokens))
         self.batch_size = run.plan.recipe.runtime.batch_size
+        self.pieces = [rows for part in self.share.parted(held_out) for rows in batches(*part, self.batch_size)]
         self._files = run.writer.path / "streams"
         self.folder = self._files if run.need.place == "disk" else None
         self.place = self.model.device if run.need.place == "device" else None
@@ -125,7 +127,7 @@ class BlockLoop:
                 targets = full = full if taught else self._teach(index, teacher, full)
                 start = parent.read_block(index)
             task = BlockTask(
-                index, teacher, full, quantized, targets, model.device, self.batch_size, start, self.keeper, reporter, self.group,
+                index, teacher, full, quantized, targets, model.device, self.pieces, start, self.keeper, reporter, self.group,
                 self.share,
             )  # fmt: skip
             result = fit(task)
@@ -242,7 +244,7 @@ class BlockLoop:
         for index in range(first):
             reporter.note(f"advancing the streams through finished block {index + 1} of {first}")
             student = stored_block(self.model, index, self.writer.read_block(index), self.stage.activations)
-            advance(self.model.block(index), full, full, self.model.device, self.batch_size)
+            advance(self.model.block(index), full, full, self.model.device, self.batch_size, pieces=self.pieces)
             advance(student, quantized, quantized, self.model.device, self.batch_size)
         for stream, path in zip((full, quantized), (self._path("full", first), self._path("quantized", first)), strict=True):
             stream.move(path)

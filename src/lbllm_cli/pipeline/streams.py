@@ -242,10 +242,14 @@ def advance(
     device: torch.device,
     batch_size: int,
     targets: HiddenStream | None = None,
+    pieces: Sequence[slice] | None = None,
 ) -> BlockError:
-    """outputs = block(inputs); the two may be the same stream. Returns their error beside `targets`, where these are given."""
+    """outputs = block(inputs); the two may be the same stream. Returns their error beside `targets`, where these are given.
+
+    pieces: that the rows pass in, default `row_slices`.
+    """
     error = BlockError()
-    pieces = row_slices(inputs.rows, batch_size)
+    pieces = row_slices(inputs.rows, batch_size) if pieces is None else pieces
     streams = (inputs,) if targets is None else (inputs, targets)
     with sink(outputs, device) as out:
         for rows, (hidden, *wanted) in zip(pieces, fetched(streams, pieces, device), strict=True):

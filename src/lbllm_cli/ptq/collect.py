@@ -12,7 +12,7 @@ from lbllm_cli.core import interrupt
 from lbllm_cli.core.splits import held_out_rows
 from lbllm_cli.models.block import Block
 from lbllm_cli.pipeline.block_loop import BlockTask
-from lbllm_cli.pipeline.streams import HiddenStream, Sink, batches, fetched, sink
+from lbllm_cli.pipeline.streams import HiddenStream, Sink, fetched, sink
 from lbllm_cli.ptq.moments import InputMoments
 from lbllm_cli.ptq.passes import Pass, is_down
 from lbllm_cli.ptq.routed import StopForward, add_routed, down_inputs, sent_in, shrunk
@@ -73,6 +73,11 @@ class Moments:
         return self.fitted.tokens + (self.held_out.tokens if self.held_out is not None else 0)
 
 
+def held_out(settings: Ptq, rows: int) -> int:
+    """Of `rows` sequences, how many choose the strength of the target; they are the last ones."""
+    return held_out_rows(rows, settings.held_out) if settings.asymmetric == "auto" else 0
+
+
 class Collector:
     """Runs both streams through a block and sums the moments of what its linears read.
 
@@ -85,9 +90,8 @@ class Collector:
         self.task = task
         self.student = student
         self.asymmetric = settings.asymmetric != 0
-        rows = task.share.rows
-        self.held = held_out_rows(rows, settings.held_out) if settings.asymmetric == "auto" else 0
-        self.parts = task.share.within(0, rows - self.held), task.share.within(rows - self.held, rows)
+        self.held = held_out(settings, task.share.rows)
+        self.parts = task.share.parted(self.held)
         self.keep = settings.sequential and task.quantized.path is None
         # What o_proj reads in the student, and in the teacher.
         self.known: dict[Block, HiddenStream] = {}
@@ -168,7 +172,7 @@ class Collector:
     def _pieces(self, attention: list[Block]) -> Iterator[tuple[slice, Tensor, Tensor | None, tuple[Tensor, ...]]]:
         """Rows, their quantized and full-precision inputs, and what is known of their heads in some blocks."""
         task = self.task
-        pieces = [rows for first, end in self.parts for rows in batches(first, end, task.batch_size)]
+        pieces = task.pieces
         streams = [task.quantized, *([task.full] if self.asymmetric else []), *(self.known[block] for block in attention)]
         for rows, (hidden, *others) in zip(pieces, fetched(tuple(streams), pieces, task.device), strict=True):
             interrupt.check()

@@ -105,6 +105,9 @@ def _fit_unit(task: BlockTask, unit: Unit, moments: Moments, team: Team, setting
         targets = sources
         if everything.drift is not None:
             drift = everything.mean_drift()
+            if not bool(torch.isfinite(drift).all()):
+                # Kernels would fit levels of 0 to it, and torch name them with no linear.
+                raise FloatingPointError("inputs of the full-precision block hold NaN or infinity; try model.dtype: float32")
             targets = [
                 torch.where(strength > 0, weight + strength * target_step(weight, drift, factor), weight)
                 for weight, strength in zip(sources, strengths, strict=True)

@@ -17,6 +17,7 @@ from lbllm_cli.pipeline.forecast import Need, activation_bytes, block_bytes, sta
 from lbllm_cli.pipeline.plan import Plan
 from lbllm_cli.pipeline.traffic import Exchanged
 from lbllm_cli.pipeline.work import StageRun, parents_activations
+from lbllm_cli.ptq.collect import held_out
 from lbllm_cli.ptq.fit import fit_block
 from lbllm_cli.ptq.passes import Pass, experts_at_once, is_down, matrices, passes_of
 from lbllm_cli.ptq.teams import owners_of
@@ -153,4 +154,5 @@ def exchanged(plan: Plan, spec: StageSpec) -> Exchanged:
 
 def run(run: StageRun) -> None:
     """Fits block after block."""
-    BlockLoop(run).run(partial(fit_block, settings=run.plan.recipe.ptq))
+    settings = run.plan.recipe.ptq
+    BlockLoop(run, held_out(settings, len(run.tokens))).run(partial(fit_block, settings=settings))

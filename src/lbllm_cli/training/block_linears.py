@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from lbllm_cli.models.block import Block
 from lbllm_cli.models.stored import whole_tensors
 from lbllm_cli.parallel.group import merged
-from lbllm_cli.training.fixed import Fixed
 from lbllm_cli.training.interfaces import OwnStep, ParameterGroup
 from lbllm_cli.training.master import LEVELS, WEIGHTS
 from lbllm_cli.training.spread import Spread
@@ -67,11 +66,6 @@ class BlockLinears:
     def own_steps(self, dampening: float) -> list[OwnStep]:
         """Parameters that move themselves."""
         return [one for linear in self.linears.values() for one in linear.own_steps(dampening)]
-
-    def followers(self) -> list[Tensor]:
-        """Frozen latents: they stay on their levels, which move."""
-        latents = [linear.latent for linear in self.linears.values() if not isinstance(linear, Fixed)]
-        return [latent for latent in latents if not latent.requires_grad]
 
     def packed(self) -> dict[str, Tensor]:
         """The packed tensors of the block, under their full names, on every rank."""

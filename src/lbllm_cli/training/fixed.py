@@ -83,7 +83,9 @@ class Fixed(Master):
             torch.autograd.backward(levels, kernels.code_sums(gradient, self.codes))
 
     def constrain(self, dampening: float) -> None:
-        """Nothing to keep in order: a level belongs to its code wherever it goes."""
+        """A level belongs to its code wherever it goes; a scale is not negative, in a checkpoint neither."""
+        if self.factor is not None:
+            self.factor.data.clamp_(min=0)
 
     @torch.no_grad()
     def packed(self) -> PackedWeight:

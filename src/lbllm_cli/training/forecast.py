@@ -28,10 +28,11 @@ def masters(model: SourceModel, settings: Distill | ActCalib, group_size: int) -
     """Masters of a block's linears, how many are trained and how many are not; quantizers are too small to count."""
     weights = model.binarized_parameters / model.blocks
     sizes = {"levels": weights * 4 / group_size}
-    if isinstance(settings, Distill) or "weights" in settings.trained:
+    # Codes that stay are packed.
+    if is_large(settings.trained):
         sizes["weights"] = weights
-    if isinstance(settings, Distill) and settings.parametrisation == "bitmap":
-        sizes["bitmap"] = weights
+        if isinstance(settings, Distill) and settings.parametrisation == "bitmap":
+            sizes["bitmap"] = weights
     trained = sum(size for kind, size in sizes.items() if kind in settings.trained)
     return trained, sum(sizes.values()) - trained
 
@@ -58,7 +59,7 @@ def _fused_device(model: SourceModel, settings: Distill | ActCalib, group_size: 
     (scripts/bench/device_counts.py).
     """
     config, weights, itemsize = model.config, model.binarized_parameters / model.blocks, model.dtype.itemsize
-    latents = 4.0 * weights * (3 if isinstance(settings, Distill) or "weights" in settings.trained else 0)
+    latents = 4.0 * weights * (3 if is_large(settings.trained) else 0)
     levels = 20.0 * weights * 4 / group_size
     resident = block_bytes(model) + 2 * weights * itemsize + owned * (latents + levels + weights * 0.3)
     passing = fused_activations(model, min(settings.micro_batch_size, settings.batch_size), length)

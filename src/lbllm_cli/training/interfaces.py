@@ -65,9 +65,6 @@ class Trained(Protocol):
     def snapshot(self) -> dict[str, Tensor]:
         """The tensors of a checkpoint."""
 
-    def followers(self) -> list[Tensor]:
-        """What a step moves without training it: kept and replaced with the parameters."""
-
     def resumed(self) -> None:
         """After the parameters were replaced by saved ones."""
 

@@ -263,7 +263,7 @@ class TrainingLoop:
                 "held_out": held,
                 **self.trained.facts(),
                 "lr": {
-                    group.kind: own["lr"] / group.unit
+                    group.kind: own["lr"] / (group.unit or 1.0)  # a linear of zeros is trained at a rate of 0
                     for own, group in zip(self.update.optimizer.param_groups, self.update.groups, strict=True)
                 },
                 "gradient_norm": progress.norm_sum / taken,
@@ -287,7 +287,6 @@ class TrainingLoop:
         for name, parameter in self._parameters().items():
             tensors[f"{name}/value"] = parameter.detach()
             tensors |= {f"{name}/{key}": moment for key, moment in self.update.optimizer.state[parameter].items()}
-        tensors |= {f"follower.{index}/value": tensor for index, tensor in enumerate(self.trained.followers())}
         kept = {name: tensor for name, tensor in tensors.items() if self.group.first or not name.startswith(ALIKE)}
         self.keeper.save(kept, asdict(self.progress))
 
@@ -302,7 +301,7 @@ class TrainingLoop:
             found.setdefault(owner, {})[name] = tensor.to(self.job.device)
         try:
             self.progress = kept_progress(facts, self.settings.epochs, self.steps, self.objective.errors)
-            check_kept(found, self._parameters(), self.trained.followers(), self.trained.snapshot())
+            check_kept(found, self._parameters(), self.trained.snapshot())
         except ValueError as error:
             self.keeper.refuse(str(error))
         self.best = found.get("best")
@@ -310,7 +309,4 @@ class TrainingLoop:
             with torch.no_grad():
                 parameter.copy_(found[name].pop("value"))
             self.update.optimizer.state[parameter].update(found[name])
-        for index, tensor in enumerate(self.trained.followers()):
-            with torch.no_grad():
-                tensor.copy_(found[f"follower.{index}"]["value"])
         self.trained.resumed()

@@ -16,7 +16,8 @@ class Master(nn.Module):
     """A linear: its weights as a checkpoint would hold them, made of parameters in float32.
 
     weight: source weight [out, in]; rms: its root mean square. row_scale: see `PackedWeight.row_scale`. factor: what the levels
-    of a group, or of a row where that has one scale, are multiplied by: [out, groups or 1, 1], or None.
+    of a group, or of a row where that has one scale, are multiplied by: [out, groups or 1, 1], or None. used: whether the last
+    step had a gradient for it.
     """
 
     row_scale: Tensor | None
@@ -29,6 +30,7 @@ class Master(nn.Module):
         self.rms = float(weight.float().square().mean().sqrt())
         self.register_buffer("row_scale", packed.row_scale)
         self.factor = None
+        self.used = False
 
     def forward(self) -> Tensor:
         """float32 [out, in]."""
@@ -42,7 +44,7 @@ class Master(nn.Module):
 
     def take(self, gradient: Tensor) -> None:
         """Carries the gradient of what was put, [out, in], to the parameters."""
-        present = self.__dict__.pop("_present")
+        present, self.used = self.__dict__.pop("_present"), True
         if present.requires_grad:
             present.backward(gradient.float())
 
@@ -65,7 +67,8 @@ class Master(nn.Module):
         return project_levels(self._scaled(levels), self.level_bits, self._scale(), ascending)
 
     def skip(self) -> None:
-        """Instead of `take`, where what was put was not used."""
+        """Instead of `take`, where what was put was not used: the linear stays where it is."""
+        self.used = False
         for name in ("_present", "_gradient"):
             self.__dict__.pop(name, None)
 

@@ -59,16 +59,13 @@ def kept_progress(facts: dict[str, Any], epochs: int, steps: int, errors: Collec
     return found
 
 
-def check_kept(
-    found: dict[str, dict[str, Tensor]], parameters: dict[str, Tensor], followers: list[Tensor], whole: dict[str, Tensor]
-) -> None:
+def check_kept(found: dict[str, dict[str, Tensor]], parameters: dict[str, Tensor], whole: dict[str, Tensor]) -> None:
     """Whether the tensors that were kept are those of a training.
 
-    found: by owner and name. parameters: in training, by owner. followers: see `Trained`. whole: what a best epoch has. Raises
-    ValueError naming the first that is absent, of another shape, or nobody's.
+    found: by owner and name. parameters: in training, by owner. whole: what a best epoch has. Raises ValueError naming
+    the first that is absent, of another shape, or nobody's.
     """
     expected = {f"{name}/value": parameter for name, parameter in parameters.items()}
-    expected |= {f"follower.{index}/value": follower for index, follower in enumerate(followers)}
     if "best" in found:
         expected |= {f"best/{name}": tensor for name, tensor in whole.items()}
     for name, parameter in parameters.items():

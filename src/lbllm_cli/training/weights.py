@@ -35,29 +35,28 @@ from lbllm_cli.training.tally import Scale
 
 
 def _follow(latent: nn.Parameter, values: Tensor, dampening: float) -> None:
-    """Pulls latents a share of the way to the levels they chose; frozen ones all the way, so that no code ever changes.
+    """Pulls latents a share of the way to the levels they chose.
 
     Without it latents chatter about the edges of their cells, and the state in which a run ends is a random one: on the first
     block of the tests' toy (64 x 256 tokens, 4 epochs) the loss ended at 1.17, with a pull of 0.5 % a step at 0.93.
     """
-    if share := dampening if latent.requires_grad else 1.0:
-        latent.lerp_(values, share)
+    if dampening:
+        latent.lerp_(values, dampening)
 
 
 class Nearest(Master):
     """Latent weight [out, groups, size] and levels [out, groups, 4], ascending.
 
     weight: source weight [out, in]. packed: where to start, its forward pass gives exactly its values. train: kinds
-    of parameters that get gradients; what does not starts where moving levels change no code. margin: see `training.latent`.
+    of parameters that get gradients, latents in any case: codes that stay are `Fixed`. margin: see `training.latent`.
     """
 
     def __init__(self, weight: Tensor, packed: PackedWeight, train: Collection[str], margin: float):
         super().__init__(weight, packed)
-        ranks, levels = binarize.ranks_from_codes(packed.unpacked(), starting_levels(packed))
+        # Where codes were fixed levels may have crossed.
+        ranks, levels = ordered(*binarize.ranks_from_codes(packed.unpacked(), starting_levels(packed)), self.group_size)
         source = binarize.grouped(weight.float(), self.group_size)
-        margin = margin if WEIGHTS in train else 1.0
-        latent = nearest_latents(source, levels, binarize.grouped(ranks, self.group_size), margin)
-        self.latent = nn.Parameter(latent, requires_grad=WEIGHTS in train)
+        self.latent = nn.Parameter(nearest_latents(source, levels, binarize.grouped(ranks, self.group_size), margin))
         self.levels = nn.Parameter(levels.clone(), requires_grad=LEVELS in train)
 
     def kinds(self) -> dict[str, list[nn.Parameter]]:
@@ -66,8 +65,7 @@ class Nearest(Master):
 
     @property
     def _kernels(self) -> StageKernels | None:
-        # Frozen latents are no bulk of work: they move with their levels.
-        return backend_of(self.latent.device).kernels if self.latent.requires_grad else None
+        return backend_of(self.latent.device).kernels
 
     def forward(self) -> Tensor:
         grouped = nearest_level(self.latent, self._stored(self.levels, ascending=True))
@@ -96,14 +94,15 @@ class Nearest(Master):
 
     @torch.no_grad()
     def constrain(self, dampening: float) -> None:
-        """After a step that followed a forward pass: levels that crossed are put in order again. dampening: see `_follow`.
+        """After a step: levels that crossed are put in order again. dampening: see `_follow`.
 
         What moved with the step itself is not pulled again.
         """
         if (kernels := self._kernels) is not None:
             kernels.sort_levels(self.levels)
             return
-        _follow(self.latent, self.values, dampening)
+        if self.used:
+            _follow(self.latent, self.values, dampening)
         self.levels.copy_(self.levels.sort(dim=-1).values)
 
     @torch.no_grad()
@@ -137,7 +136,7 @@ class _LatentStep:
 class Bitmap(Master):
     """Latent weight and bitmap, both [out, groups, size]; alpha and mu, both [out, groups, 2], inner and outer pair.
 
-    Arguments as for `Nearest`.
+    Arguments as for `Nearest`, but latents may be frozen.
     """
 
     def __init__(self, weight: Tensor, packed: PackedWeight, train: Collection[str], margin: float):
@@ -146,6 +145,9 @@ class Bitmap(Master):
         source = binarize.grouped(weight.float(), self.group_size)
         margins = (margin if kind in train else 1.0 for kind in (WEIGHTS, BITMAP))
         latent, bitmap = bitmap_latents(source, levels, binarize.grouped(codes, self.group_size), *margins)
+        if WEIGHTS not in train:
+            # All that they are asked for is a sign, whatever becomes of the levels: as these are stored they jump.
+            latent = torch.where(latent > (levels[..., 0:1] + levels[..., 1:2]) / 2, torch.inf, -torch.inf)
         low, high = levels[..., 0::2], levels[..., 1::2]
         self.latent = nn.Parameter(latent, requires_grad=WEIGHTS in train)
         self.bitmap = nn.Parameter(bitmap, requires_grad=BITMAP in train)
@@ -180,7 +182,8 @@ class Bitmap(Master):
         """After a step: G stays in [0, 1], alpha at or above 0. dampening: see `_follow`."""
         # Towards the inner level of its sign, which always lies on the latent's side of mu0; an outer one may not.
         inner, mean = self.mu[..., :1] - self.alpha[..., :1], self.mu[..., :1]
-        _follow(self.latent, torch.where(self.latent > mean, 2 * mean - inner, inner), dampening)
+        if self.latent.requires_grad and self.used:
+            _follow(self.latent, torch.where(self.latent > mean, 2 * mean - inner, inner), dampening)
         self.bitmap.clamp_(0, 1)
         self.alpha.clamp_(min=0)
 

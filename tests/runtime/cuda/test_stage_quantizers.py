@@ -7,7 +7,7 @@ from torch import Tensor
 from lbllm_cli.act_calib.search import _errors, grid
 from lbllm_cli.format.activations import Tables, join_groups, split_groups, uniform_levels
 from lbllm_cli.runtime.cuda.activations import QuantizerTables
-from lbllm_cli.runtime.cuda.stage.kernels import TritonKernels
+from lbllm_cli.runtime.cuda.stage.kernels import TritonKernels, long_rows
 from lbllm_cli.runtime.cuda.stage.quantizers import prepared
 from lbllm_cli.runtime.torch.quantizer import quantized
 from lbllm_cli.training.act_ste import fake_quantize, soft_quantize
@@ -54,6 +54,21 @@ def compare(found: Tensor, expected: Tensor, limit: float) -> None:
     assert found.dtype == expected.dtype
     rounding = 0 if expected.dtype == torch.float32 else torch.finfo(expected.dtype).eps
     torch.testing.assert_close(found.cpu(), expected, rtol=rounding, atol=limit * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "expected"),
+    [(1, 64, 1), (512, 576, 1), (80_000, 28_672, 2), (7, 2**30, 7), (4, 2**30, 4), (6, 2**30 - 2**15, 3), (6, 2**30 - 64, 6)],
+)
+def test_places_in_a_long_row_have_32_bits(rows, width, expected):
+    """19 sequences of 4,096 tokens with 28,672 inputs are more than 2^31 values: beyond these a place would be negative."""
+    assert long_rows(rows, width) == expected
+    assert rows * width // expected < 2**31 - 4096
+
+
+def test_an_input_without_tokens_has_no_values(device):
+    tables = on(device, TABLES["two tables"])
+    assert KERNELS.fake_quantize(torch.empty(2, 0, 64, device=device), tables, 32, torch.float32).shape == (2, 0, 64)
 
 
 @pytest.mark.parametrize("form", TABLES)

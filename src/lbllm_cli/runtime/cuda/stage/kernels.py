@@ -14,6 +14,14 @@ from lbllm_cli.runtime.cuda.stage import tables as knees
 from lbllm_cli.runtime.stage_kernels import COLUMNS_MAX
 
 
+def long_rows(rows: int, width: int) -> int:
+    """The fewest rows that so many values can be cut into, of whole ones, in which a place has 32 bits, behind the end too, where
+    a program's last groups are: 80,000 rows of 28,672 are two of 40,000.
+    """
+    parts = -(-rows * width // (2**31 - 2**16))
+    return next(count for count in range(max(1, parts), rows + 1) if rows % count == 0)
+
+
 def _rows(x: Tensor) -> Tensor:
     """[..., width] -> [rows, width], contiguous."""
     return x.reshape(-1, x.shape[-1]).contiguous()
@@ -118,10 +126,12 @@ class TritonKernels:
         return sums
 
     def fake_quantize(self, x: Tensor, tables: Tables, size: int, step_dtype: torch.dtype) -> Tensor:
+        if not x.numel():
+            return torch.empty_like(x)
         rows = _rows(x)
         if x.shape[-1] % size == 0:
             # Heads are narrow: groups of many of them fill a program.
-            rows = rows.view(1, -1)
+            rows = rows.view(long_rows(*rows.shape), -1)
         found = torch.empty_like(rows)
         quantize_values(rows, quantizers.prepared(tables), size, found, step_dtype)
         return found.view(x.shape)
