@@ -91,6 +91,21 @@ def test_the_oldest_messages_are_forgotten_where_there_is_no_room(talk):
     assert result.stderr.count("chat: the message has") == 0
 
 
+def test_a_message_that_cannot_be_answered_costs_no_earlier_one(talk, monkeypatch):
+    kept = []
+    render = chat.templates.render
+    monkeypatch.setattr(chat.templates, "render", lambda tokenizer, messages, *rest, **options: (
+        kept.append([message["content"] for message in messages]) or render(tokenizer, messages, *rest, **options)
+    ))  # fmt: skip
+    result = talk("the sea\nthe sky\n" + "the sea " * 200 + "\nonce\n")
+    assert result.exit_code == 0
+    assert "shorten it" in result.stderr
+    assert "forgotten" not in result.stderr
+    assert kept[-1][0] == "the sea"
+    assert kept[-1][2] == "the sky"
+    assert kept[-1][4] == "once"
+
+
 def test_a_message_without_room_is_refused_and_the_conversation_goes_on(talk):
     result = talk("the sea " * 200 + "\nthe sea\n")
     assert result.exit_code == 0

@@ -1,5 +1,6 @@
 """`lbllm serve` through the openai client: it answers what `lbllm generate` writes, and ends when it is told to."""
 
+import json
 import os
 import re
 import shutil
@@ -8,22 +9,26 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, write_recipe
+from conftest import ROOT, TOY, write_recipe
 from safetensors.torch import load_file, save_file
 
 from lbllm_cli.cli import serve, serve_vllm
 from lbllm_cli.core.errors import RunError
 
 openai = pytest.importorskip("openai")
+fastapi = pytest.importorskip("fastapi")
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 SECONDS = 120
 pytestmark = pytest.mark.heavy
@@ -153,6 +158,37 @@ def test_another_model_is_refused(server):
     with pytest.raises(openai.BadRequestError) as refused:
         server.client.completions.create(model="gpt-2", prompt="x", max_tokens=1)
     assert refused.value.response.json()["detail"] == f"Server is pinned to '{server.folder}'; requested 'gpt-2'."
+
+
+@pytest.mark.parametrize("path", ["/reset", "/load_model", "/v1/audio/transcriptions"])
+def test_a_client_can_neither_unload_the_model_nor_load_another(server, path):
+    body = json.dumps({"model": str(TOY)}).encode()
+    address = f"http://127.0.0.1:{server.port}"
+    request = urllib.request.Request(address + path, body, {"Content-Type": "application/json"}, method="POST")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=SECONDS)
+    assert refused.value.code == 404
+    body = json.dumps({"model": str(TOY), "prompt": "x", "decisions": ["a", "b"]}).encode()
+    request = urllib.request.Request(f"{address}/v1/systemone", body, {"Content-Type": "application/json"}, method="POST")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=SECONDS)
+    assert 400 <= refused.value.code < 500
+
+
+def test_another_model_is_loaded_for_nobody():
+    """Whichever part of the server asks."""
+    asked = []
+    manager = SimpleNamespace(loaded_models={"/m@main": 1}, load_model_and_processor=lambda *a, **k: asked.append((a, k)))
+    app = SimpleNamespace(router=SimpleNamespace(routes=[SimpleNamespace(path="/reset"), SimpleNamespace(path="/health")]))
+    server = SimpleNamespace(_model_manager=manager, server=SimpleNamespace(config=SimpleNamespace(app=app)))
+    serve._keep_to(server, Path("/m"))
+    assert [route.path for route in app.router.routes] == ["/health"]
+    manager.load_model_and_processor("/m@main", progress_callback=None)
+    assert asked == [(("/m@main",), {"progress_callback": None})]
+    for arguments, options in ((("/other@main",), {}), (("/m@main",), {"gguf_file": "x.gguf"})):
+        with pytest.raises(fastapi.HTTPException, match="this server has the model /m and no other"):
+            manager.load_model_and_processor(*arguments, **options)
+    assert len(asked) == 1
 
 
 def test_a_port_in_use_is_refused_before_the_model_is_read(server, lbllm):

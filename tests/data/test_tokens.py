@@ -280,6 +280,19 @@ def test_a_mixture_counts_by_largest_remainders(tmp_path, tokenizer, weights, to
             assert abs(which[:prefix].count(i) - prefix * count / total) <= 1, "every prefix is mixed"
 
 
+def test_a_text_that_is_named_twice_gives_no_window_twice(tmp_path, tokenizer):
+    """Also where other sets of the same mixture have theirs, and where one of the two repeats passages."""
+    ids = numbered(tmp_path, "ids", 0, 400)
+    sources = [ids.model_copy(update={"weight": weight}) for weight in (3, 1)] + [numbered(tmp_path, "more", 1000, 400)]
+    first = calibrate(sources, tokenizer, 20, 8)
+    fresh = calibrate(sources, tokenizer, 12, 8, taken=[(20,)])
+    begins = [row[0] for row in (*first.tolist(), *fresh.tolist())]
+    assert len(set(begins)) == len(begins) == 32
+    assert sum(begin < 1000 for begin in begins[:20]) == 16
+    # What is named once is drawn as it always was.
+    assert torch.equal(calibrate([ids], tokenizer, 5, 8), calibrate([ids.model_copy(update={"weight": 3})], tokenizer, 5, 8))
+
+
 def test_generated_text_is_asked_for_its_share(tmp_path, tokenizer):
     asked = []
 

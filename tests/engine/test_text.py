@@ -1,7 +1,10 @@
 """Text of tokens as they come, and what a session need not compute again."""
 
+from types import SimpleNamespace
+
 import pytest
 from conftest import TOY
+from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer
 
 from lbllm_cli.core.errors import RunError
@@ -34,6 +37,26 @@ def test_a_text_that_ends_within_a_character_ends_with_what_can_be_read(tokenize
     decoder = Decoder(tokenizer)
     said = "".join(decoder.add(token) for token in tokens)
     assert said + decoder.rest() == tokenizer.decode(tokens)
+
+
+def of_bytes() -> SimpleNamespace:
+    """A tokenizer whose unknown characters are bytes, as Llama 2's is: a line break is <0x0A>."""
+    vocab = {"<unk>": 0, **{f"<0x{byte:02X}>": 1 + byte for byte in range(256)}, "a": 257, "\u2581b": 258}
+    backend = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return SimpleNamespace(backend_tokenizer=backend)
+
+
+def test_a_byte_of_no_character_ends_no_text():
+    line, stray, word, other = 1 + 0x0A, 1 + 0xF0, 257, 258
+    smile = [1 + byte for byte in "\U0001f30a".encode()]
+    for tokens, expected in {
+        (word, line, stray, word, other, *smile, word): "a\n\ufffda b\U0001f30aa",
+        (word, line, stray, word, line, stray, other): "a\n\ufffda\n\ufffd b",
+        (word, line, *smile, line): "a\n\U0001f30a\n",
+    }.items():
+        decoder = Decoder(of_bytes())
+        assert "".join(decoder.add(token) for token in tokens) + decoder.rest() == expected
 
 
 def test_special_tokens_are_no_text(tokenizer):

@@ -189,6 +189,24 @@ def test_a_space_that_a_text_is_given_to_begin_with(tmp_path, normalizer, rule, 
     assert Vocabulary(tmp_path, 4).prepends == prepends
 
 
+def test_named_chat_templates_are_in_the_file(ok, tmp_path):
+    source = save_toy(tmp_path / "model", **WHOLE)
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    templates = {"default": "{{ messages[0].content }}", "tool_use": "tools {{ messages[0].content }}"}
+    settings["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    recipe = write_recipe(tmp_path / "recipe.yaml", source, tmp_path / "run", ptq={"rounds": 0})
+    for command in ("ptq", "export"):
+        ok(command, "--recipe", recipe, FORM)
+    found = fields(tmp_path / "run" / "export")
+    assert found["tokenizer.chat_template"] == templates["default"]
+    assert found["tokenizer.chat_template.tool_use"] == templates["tool_use"]
+    assert "up to date" in ok("export", "--recipe", recipe, FORM).stderr
+    (source / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": "{{ messages[0].content }}!"}))
+    assert "up to date" not in ok("export", "--recipe", recipe, FORM).stderr
+    assert fields(tmp_path / "run" / "export")["tokenizer.chat_template"].endswith("!")
+
+
 def test_what_an_end_to_end_phase_has_trained_is_in_the_file(ok, tmp_path):
     """Its norms, in blocks and behind them, as the dense export of the same checkpoint has them."""
     source = save_toy(tmp_path / "model", "gemma3", head_dim=256, query_pre_attn_scalar=256, num_hidden_layers=6,

@@ -36,6 +36,44 @@ def test_export_stands_alone_and_keeps_the_source_files(tmp_path, ok, toy, recip
     assert ok(*command).stdout != ok(*command, "--raw").stdout  # with and without the chat template
 
 
+def test_an_export_is_up_to_date_with_its_tokenizer_too(tmp_path, ok, toy, recipe):
+    (toy / "generation_config.json").write_text('{"eos_token_id": 1}')
+    ok("ptq", "--recipe", recipe)
+    command = ("export", "--recipe", recipe)
+    ok(*command)
+    assert "up to date" in ok(*command).stderr
+    (toy / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert "up to date" not in ok(*command).stderr
+    assert "up to date" in ok(*command).stderr
+    export = tmp_path / "run" / "export"
+    # The record of a version that did not say which tokenizer it was.
+    record = json.loads((export / "lbllm_export.json").read_text())
+    del record["metadata"]
+    (export / "lbllm_export.json").write_text(json.dumps(record))
+    assert "up to date" in ok(*command).stderr
+    (export / "tokenizer.json").unlink()
+    assert "up to date" not in ok(*command).stderr
+    assert (export / "tokenizer.json").exists()
+
+
+def test_a_tokenizer_with_code_of_its_own_goes_into_the_export(tmp_path, ok, lbllm, toy, recipe, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    settings = json.loads((toy / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": [None, "tokenization_mine.MineTokenizer"]}, "tokenizer_class": "MineTokenizer"}
+    (toy / "tokenizer_config.json").write_text(json.dumps(settings))
+    (toy / "tokenization_mine.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n\n\nclass MineTokenizer(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    trusted = "model.trust_remote_code=true"
+    ok("ptq", "--recipe", recipe, trusted)
+    ok("export", "--recipe", recipe, trusted)
+    shutil.rmtree(tmp_path / "modules")
+    command = ("generate", "--model", tmp_path / "run" / "export", "--prompt", "the sea", "--max-new-tokens", "2")
+    assert lbllm(*command).exit_code == 2
+    assert lbllm(*command, "--trust-remote-code").exit_code == 0
+    ok("export", "--recipe", recipe, trusted, "--force")  # the folder is still lbllm's
+
+
 def test_loading_without_the_plugin_fails_loudly(tmp_path, ok, recipe):
     ok("ptq", "--recipe", recipe)
     ok("export", "--recipe", recipe)

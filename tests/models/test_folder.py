@@ -211,16 +211,21 @@ def test_metadata_is_copied_byte_for_byte(single, tmp_path):
     generator = torch.Generator().manual_seed(1)
     kept = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "merges.txt", "vocab.json", "generation_config.json")
     kept += ("chat_template.jinja", "LICENSE", "LICENSE.txt", "NOTICE", "special_tokens_map.json", "USE_POLICY.md")
+    kept += ("tokenization_mine.py", "additional_chat_templates/tools.jinja")
+    (single / "additional_chat_templates").mkdir()
     for name in (*kept, "README.md", "pytorch_model.bin", "modeling_x.py"):
         (single / name).write_bytes(bytes(torch.randint(0, 256, (64,), generator=generator).tolist()) + b"\r\n")
     (single / "LICENSES").mkdir()
     target = tmp_path / "target"
     target.mkdir()
     model_folder.copy_metadata(single, target)
-    assert sorted(path.name for path in target.iterdir()) == sorted(kept)
+    assert sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()) == sorted(kept)
     for name in kept:
         assert (target / name).read_bytes() == (single / name).read_bytes()
     assert single / "config.json" in set(model_folder.metadata_files(single))
+    assert model_folder.metadata_hash(target) == model_folder.metadata_hash(single)
+    (target / "additional_chat_templates" / "tools.jinja").write_text("")
+    assert model_folder.metadata_hash(target) != model_folder.metadata_hash(single)
 
 
 def test_a_folder_resolves_to_itself(single, monkeypatch):

@@ -127,23 +127,25 @@ class Conversation:
             self.speed = speed(times, len(prompt)) if len(times) > 1 else ""
 
     def _fitting(self) -> list[int]:
-        """Tokens of the conversation, its oldest messages left out until there is room for an answer."""
-        room = min(self.most, self.answers.limit // 4)
+        """Tokens of the conversation, its oldest messages forgotten until there is room for an answer; or none at all."""
+        room, kept = min(self.most, self.answers.limit // 4), list(self.messages)
         while True:
-            prompt = self._tokens()
+            prompt = self._tokens(kept)
             if len(prompt) + room <= self.answers.limit:
+                for _ in range((len(self.messages) - len(kept)) // 2):
+                    say("chat: the oldest message and its answer are forgotten, the model has no more positions")
+                self.messages[:] = kept
                 return prompt
-            first = 1 if self.messages[0]["role"] == "system" else 0
-            if len(self.messages) - first < 3:
+            first = 1 if kept[0]["role"] == "system" else 0
+            if len(kept) - first < 3:
                 raise UsageError(
                     f"the message has {len(prompt)} tokens with all that goes before it, the model {self.answers.limit} "
                     "positions; shorten it"
                 )
-            del self.messages[first : first + 2]
-            say("chat: the oldest message and its answer are forgotten, the model has no more positions")
+            del kept[first : first + 2]
 
-    def _tokens(self) -> list[int]:
-        text = templates.render(self.answers.tokenizer, self.messages, "the conversation", add_generation_prompt=True)
+    def _tokens(self, messages: list[Message]) -> list[int]:
+        text = templates.render(self.answers.tokenizer, messages, "the conversation", add_generation_prompt=True)
         tokens = tokens_of(self.answers.tokenizer, text, "the conversation", add_special_tokens=False)
         check_tokens(tokens, self.answers.vocab, "the conversation")
         return tokens

@@ -42,7 +42,7 @@ def export(recipe: Recipe, repository: str | None, private: bool, dry_run: bool,
     by.check(plan.model, scale_group(*checkpoint.record.weights))
     target = plan.output / EXPORT
     form = Form.of(recipe)
-    done = not force and writer.up_to_date(target, writer.export_inputs(checkpoint, form))
+    done = not force and writer.up_to_date(target, writer.export_inputs(plan.model, checkpoint, form))
     if not done:
         writer.check_target(target)
     about = _described(recipe, plan.output, checkpoint, repository)

@@ -22,6 +22,8 @@ from lbllm_cli.runtime.checks import refusing
 
 # How often a signal is looked for.
 _POLL = 0.2
+# Of transformers' server: what loads and unloads models, and what none of ours can answer.
+_CLOSED = {"/load_model", "/reset", "/v1/audio/transcriptions"}
 
 
 def serve(wanted: Service) -> None:
@@ -93,6 +95,7 @@ def _start(folder: Path, config: Any, wanted: Service, device: torch.device) -> 
             non_blocking=True,
         )  # fmt: skip
     manager = server._model_manager
+    _keep_to(server, folder)
     # Before transformers 5.24 it lists what lies in the hub's cache, whichever model it was given.
     served = {"id": str(folder), "object": "model", "created": int(folder.stat().st_mtime), "owned_by": "lbllm"}
     manager.get_gen_models = lambda: [served]
@@ -104,6 +107,24 @@ def _start(folder: Path, config: Any, wanted: Service, device: torch.device) -> 
         server.kill_server()
         raise
     return server
+
+
+def _keep_to(server: Any, folder: Path) -> None:
+    """Lets a server have the model that it has, and no other: any client could have it load a folder of this machine or of the
+    hub, whose code might run, or unload its own, which would come back as it is stored and not as it was asked for.
+    """
+    from fastapi import HTTPException
+
+    manager, app = server._model_manager, server.server.config.app
+    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") not in _CLOSED]
+    own, real = set(manager.loaded_models), manager.load_model_and_processor
+
+    def loaded(name: str, *arguments: Any, gguf_file: str | None = None, **options: Any) -> Any:
+        if name not in own or gguf_file is not None:
+            raise HTTPException(status_code=404, detail=f"this server has the model {folder} and no other")
+        return real(name, *arguments, **options)
+
+    manager.load_model_and_processor = loaded
 
 
 def _wait(server: Any, folder: Path, host: str, port: int) -> None:

@@ -16,7 +16,7 @@ SINGLE = "model.safetensors"
 _METADATA_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template*",
-    "LICENSE*", "NOTICE*", "USE_POLICY*",
+    "additional_chat_templates/*.jinja", "tokenization_*.py", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def identity(folder: Path, entries: dict[str, TensorEntry]) -> str:
 
 
 def metadata_files(folder: Path) -> Iterator[Path]:
-    """Everything beside the weights that a copy of the model needs: configs, tokenizer, chat template, licence."""
+    """Everything beside the weights that a copy of the model needs: configs, tokenizer, its code, chat templates, licence."""
     found = {path for pattern in _METADATA_FILES for path in folder.glob(pattern) if path.is_file()}
     yield from sorted(found)
 
@@ -105,7 +105,18 @@ def copy_metadata(folder: Path, target: Path) -> None:
     """
     for path in metadata_files(folder):
         if path.name != "config.json":
-            shutil.copyfile(path, target / path.name)
+            place = target / path.relative_to(folder)
+            place.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, place)
+
+
+def metadata_hash(folder: Path) -> str:
+    """Of everything that `copy_metadata` copies, by name and bytes."""
+    digest = hashlib.sha256()
+    for path in metadata_files(folder):
+        if path.name != "config.json":
+            digest.update(f"{path.relative_to(folder).as_posix()} {files.sha256(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def check_folder(folder: Path) -> None:

@@ -50,22 +50,37 @@ def training_tokens(spec: TokenSet, tokenizer: Any, vocab: int, draw: Draw) -> T
     replacement by `draw.seed`, and sources are interleaved, so that any prefix is mixed too.
     Raises UsageError when a source holds too few tokens, with the count found and needed.
     """
-    length = spec.length - int(spec.bos)
     sources = text_sources.expand(spec.source)
-    parts = []
-    for index, (item, count) in enumerate(zip(sources, _shares(sources, spec.sequences), strict=True)):
-        # By each set's own shares: those of a sum are not the sum of the shares.
-        others = [[_shares(sources, size)[index] for size in sizes] for sizes in draw.taken]
-        if not count:
-            continue
-        if item.sampled:
-            found = draw.sampler(item, count, length)
-        else:
-            found = windows(item, Wanted(count, length, others, draw.seed + index, draw.key), tokenizer)
-        parts.append(with_repeats(found, item.repeats, draw.seed + index) if item.repeats else found)
+    drawn = _drawn(sources, spec.sequences, spec.length - int(spec.bos), tokenizer, draw)
+    parts = [
+        with_repeats(drawn[index], item.repeats, draw.seed + index) if item.repeats else drawn[index]
+        for index, item in enumerate(sources)
+        if index in drawn
+    ]
     order = sorted((row / part.shape[0], which, row) for which, part in enumerate(parts) for row in range(part.shape[0]))
     rows = torch.stack([parts[which][row] for _, which, row in order])
     return _finish(rows, spec.bos, tokenizer, vocab, draw.key)
+
+
+def _drawn(sources: list[Source], sequences: int, length: int, tokenizer: Any, draw: Draw) -> dict[int, Tensor]:
+    """Sequences of each source that has any, by its number. Of a text that is named twice, or beside a mixture that has it, all
+    are drawn at once: no two are the same windows.
+    """
+    shares = _shares(sources, sequences)
+    texts: dict[Source, list[int]] = {}
+    for index, item in enumerate(sources):
+        texts.setdefault(item.model_copy(update={"weight": 1.0, "repeats": 0.0}), []).append(index)
+    found: dict[int, Tensor] = {}
+    for item, own in texts.items():
+        counts = {index: shares[index] for index in own if shares[index]}
+        if item.sampled:
+            found |= {index: draw.sampler(sources[index], count, length) for index, count in counts.items()}
+        elif counts:
+            # By each set's own shares: those of a sum are not the sum of the shares.
+            others = [[sum(_shares(sources, size)[index] for index in own) for size in sizes] for sizes in draw.taken]
+            wanted = Wanted(sum(counts.values()), length, others, draw.seed + own[0], draw.key)
+            found |= dict(zip(counts, windows(item, wanted, tokenizer).split(list(counts.values())), strict=True))
+    return found
 
 
 def evaluation_tokens(spec: EvaluationSet, tokenizer: Any, vocab: int) -> Tensor:

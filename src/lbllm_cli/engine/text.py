@@ -55,10 +55,22 @@ class Decoder:
 
     def add(self, token: int) -> str:
         """What of the text is certain now."""
+        lost = ""
+        try:
+            piece = self._step(token)
+        except Exception as error:
+            # Of tokens that are bytes one that belongs to no character spoils those beside it, a line break that was given among
+            # them: what the stream has given does not begin what it has now, and it goes no further. A new one does.
+            if not str(error).startswith("Invalid prefix"):
+                raise
+            self._stream, self._tokens, self._given = DecodeStream(skip_special_tokens=True), [], ""
+            lost, piece = "\ufffd", self._step(token)
         self._tokens.append(token)
-        piece = self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
         self._given += piece
-        return piece
+        return lost + piece
+
+    def _step(self, token: int) -> str:
+        return self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
 
     def rest(self) -> str:
         """What was held back, of a text that ends within a character."""

@@ -35,11 +35,12 @@ class Form:
 
 
 class Exporter(ABC):
-    """A format. quantizes: whether a model that is loaded from it quantizes activations, where its stage does. library: that
-    loads it, as the Hub calls it.
+    """A format. quantizes: whether a model that is loaded from it quantizes activations, where its stage does. copies: whether
+    tokenizer and settings lie in it as the source's folder has them. library: that loads it, as the Hub calls it.
     """
 
     quantizes = False
+    copies = False
     library = "transformers"
 
     def check(self, model: SourceModel, shared: int) -> None:  # noqa: B027 - most formats hold everything
@@ -67,6 +68,8 @@ class Exporter(ABC):
 
 class FolderExporter(Exporter):
     """A format that is a folder as transformers has them: configuration, tokenizer, and safetensors."""
+
+    copies = True
 
     @abstractmethod
     def settings(self, model: SourceModel, checkpoint: Checkpoint, form: Form) -> dict[str, Any]:

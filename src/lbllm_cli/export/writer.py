@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from lbllm_cli.core import files
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.core.fingerprint import fingerprint
+from lbllm_cli.core.model_folder import metadata_hash
 from lbllm_cli.core.own_folders import check_own, remove_own
 from lbllm_cli.core.validation import describe
 from lbllm_cli.export.base import Form
@@ -21,6 +22,8 @@ from lbllm_cli.pipeline.stage_record import Sha256
 
 RECORD = "lbllm_export.json"
 WEIGHTS = ("*.safetensors", "*.gguf")
+# In a record: tokenizer, generation settings and all else that comes from the source's folder as it is.
+_METADATA = "metadata"
 
 
 def export(model: SourceModel, checkpoint: Checkpoint, target: Path, form: Form, about: Described) -> None:
@@ -33,7 +36,7 @@ def export(model: SourceModel, checkpoint: Checkpoint, target: Path, form: Form,
     partial, replaced = (target.with_name(target.name + tail) for tail in (".partial", ".replaced"))
     remove_own(partial, EXPORT_FOLDER)
     partial.mkdir(parents=True)
-    inputs = export_inputs(checkpoint, form)
+    inputs = export_inputs(model, checkpoint, form)
     # An unfinished export must be known for one as well, or nobody could delete it.
     files.write_json(partial / RECORD, inputs)
     exporter(form.format).write(model, checkpoint, partial, form)
@@ -64,7 +67,7 @@ def check_target(target: Path) -> None:
         check_own(target.with_name(target.name + tail), EXPORT_FOLDER)
 
 
-def export_inputs(checkpoint: Checkpoint, form: Form) -> dict[str, Any]:
+def export_inputs(model: SourceModel, checkpoint: Checkpoint, form: Form) -> dict[str, Any]:
     """What an export depends on; equal inputs mean that it is up to date."""
     # By its bytes: another processor makes other ones of equal inputs.
     inputs: dict[str, Any] = {"checkpoint": checkpoint.content, "format": form.format, "shard_bytes": form.shard_bytes}
@@ -72,15 +75,19 @@ def export_inputs(checkpoint: Checkpoint, form: Form) -> dict[str, Any]:
         inputs["head_bits"] = form.head_bits
     # An export that an earlier version wrote is up to date still: its own number for all of them was 2.
     version = max(2, format_version(checkpoint.record.level_bits, checkpoint.activations, form.head_bits))
-    return {"format_version": version, "fingerprint": fingerprint(inputs), **inputs}
+    return {"format_version": version, "fingerprint": fingerprint(inputs), **inputs, _METADATA: metadata_hash(model.folder)}
 
 
 def up_to_date(target: Path, inputs: dict[str, Any]) -> bool:
     """Whether `target` is a finished and unchanged export of the same inputs."""
     try:
         record = files.read_json(target / RECORD)
-        same = isinstance(record, dict) and {key: record.get(key) for key in inputs} == inputs
-        return same and not _changed(target, _hashes(target))
+        if not isinstance(record, dict):
+            return False
+        # Of an earlier version's record nothing says which tokenizer it was: what lies there does.
+        same = {_METADATA: inputs[_METADATA], **{key: record[key] for key in inputs if key in record}} == inputs
+        copied = not exporter(inputs["format"]).copies or metadata_hash(target) == inputs[_METADATA]
+        return same and copied and not _changed(target, _hashes(target))
     except (UsageError, FileNotFoundError):
         return False
 

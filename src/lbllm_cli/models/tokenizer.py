@@ -5,17 +5,18 @@ from typing import TYPE_CHECKING, Any
 
 from lbllm_cli.core import files
 from lbllm_cli.core.errors import UsageError, reason
-from lbllm_cli.core.model_folder import code_hint
+from lbllm_cli.core.model_folder import code_hint, read_config
 
 if TYPE_CHECKING:
     from lbllm_cli.recipe.schema import Model
 
 # One of these is a tokenizer's vocabulary.
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt")
-# Classes that AutoTokenizer takes as they are named, and that are imported without torch: of 3.8 seconds that leaves 0.6.
-_LIGHT = {"PreTrainedTokenizerFast", "TokenizersBackend"} | {
-    f"{name}Tokenizer{tail}" for name in ("GPT2", "Qwen2") for tail in ("", "Fast")
-}
+# Classes that are imported without torch: of 3.8 seconds that leaves 0.6.
+_QWEN2 = frozenset({"Qwen2Tokenizer", "Qwen2TokenizerFast"})
+_LIGHT = _QWEN2 | {"PreTrainedTokenizerFast", "TokenizersBackend", "GPT2Tokenizer", "GPT2TokenizerFast"}
+# By model type, those of them that AutoTokenizer takes as they are named. Of others it knows better, and they cut text otherwise.
+_AS_NAMED = {"llama": _LIGHT, "qwen3": _LIGHT, "seed_oss": _LIGHT, "qwen2": _QWEN2}
 
 
 def open_tokenizer(recipe: "Model", folder: Path) -> Any:
@@ -49,11 +50,12 @@ def read_tokenizer(folder: Path, trust_remote_code: bool, light: bool = False) -
 
 
 def _light_class(folder: Path, values: Any) -> Any | None:
-    """The class that a tokenizer_config.json names, where it is one of _LIGHT and the folder brings no code."""
+    """The class that a tokenizer_config.json names, where AutoTokenizer would take it and the folder brings no code."""
     if not isinstance(values, dict) or values.get("auto_map") or not (folder / "tokenizer.json").exists():
         return None
     name = values.get("tokenizer_class")
-    if not isinstance(name, str) or name not in _LIGHT:
+    kind = str(read_config(folder).get("model_type")) if (folder / "config.json").exists() else ""
+    if not isinstance(name, str) or name not in _AS_NAMED.get(kind, ()):
         return None
     import transformers
 

@@ -20,7 +20,8 @@ UNFINISHED_STAGE = Kind("an unfinished stage", _STAGE_FILES, f"{STAGE.telling}|p
 _EXPORT_FILES = (
     r"lbllm_export\.json|README\.md|model(-\d{5,}-of-\d{5,})?\.safetensors|part-\d{5,}|model\.safetensors\.index\.json"
     r"|(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|vocab\.txt|merges\.txt"
-    r"|model\.gguf|[^/]*\.model|(chat_template|LICENSE|NOTICE|USE_POLICY)[^/]*"
+    r"|model\.gguf|[^/]*\.model|tokenization_[^/]*\.py|(chat_template|LICENSE|NOTICE|USE_POLICY)[^/]*"
 )
-EXPORT_FOLDER = Kind("an export", _EXPORT_FILES, r"lbllm_export\.json")
+_TEMPLATES = Kind("chat templates", r"[^/]*\.jinja")
+EXPORT_FOLDER = Kind("an export", _EXPORT_FILES, r"lbllm_export\.json", {"additional_chat_templates": _TEMPLATES})
 EVAL_STREAMS = Kind("hidden states", rf"[A-Za-z0-9._-]+\.({'|'.join((BASE, *STAGES))})(\.rank\d{{3,}})?\.bin")

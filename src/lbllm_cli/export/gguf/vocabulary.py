@@ -95,7 +95,9 @@ class Vocabulary:
             writer.add_token_scores(self.scores(texts))
             writer.add_add_space_prefix(self.prepends)
         special = SpecialVocab(self.folder, load_merges=self.kind == "gpt2", n_vocab=self.rows)
-        special.chat_template = tokenizer.chat_template
+        template = tokenizer.chat_template
+        named = [{"name": name, "template": text} for name, text in template.items()] if isinstance(template, dict) else None
+        special.chat_template = named or template
         ids = tokenizer("a")["input_ids"]
         special.add_special_token = {"bos": bool(ids) and ids[0] == tokenizer.bos_token_id}
         special.add_to_gguf(writer, quiet=True)
