@@ -85,10 +85,10 @@ def load(folder: Path, library: Path | None) -> Any:
     from transformers import AutoModelForCausalLM
 
     import lbllm_cli.hf  # noqa: F401 - registers the packed format
-    from lbllm_cli.runtime.cpu import library as loading
+    from lbllm_cli.engine import abi
 
-    loading.library.cache_clear()
-    loading.library_path = lambda: library  # type: ignore[assignment]
+    abi.library.cache_clear()
+    abi.library_path = lambda: library  # type: ignore[assignment]
     os.environ["LBLLM_KERNELS"] = "off" if library is None else os.environ.get("HOSTILE_TIER", "auto")
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -102,7 +102,10 @@ def main(library: Path, export: Path) -> None:
     from lbllm_cli.engine.abi import library as loaded
     from lbllm_cli.engine.abi import tier
 
-    print(f"tier {tier(loaded())}")
+    found = loaded()
+    print(f"tier {tier(found)}")
+    if Path(found._name) != library:
+        raise SystemExit(f"{found._name} was loaded, not {library}")
     for name, function in hostile_models.MODEL.items():
         isolated(name, function, model, reference, compare)
     for name, function in hostile_models.MODEL_NUMBERS.items():

@@ -12,12 +12,13 @@ import pytest
 from conftest import ROOT, save_toy, write_recipe
 
 HOSTILE = Path(__file__).parent / "hostile.py"
-SOURCES = ROOT / "src" / "lbllm_cli" / "runtime" / "cpu" / "native"
+SOURCES = ROOT / "src" / "lbllm_cli" / "engine" / "native"
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 TIERS = {
     "portable": (),
     "avx2": AVX2,
+    "avxvnni": (*AVX2, "-mavxvnni"),
     "avx512": (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
 }
 # gcc 12 finds fault with its own AVX-512 headers.
@@ -55,7 +56,8 @@ def sanitized(tmp_path_factory) -> Path:
     tiers = {name: own for name, own in TIERS.items() if name == "portable" or x86}
     known = [f"-DLBLLM_HAVE_{name.upper()}" for name in tiers if name != "portable"]
     jobs = [(SOURCES / f"tier_{name}.cpp", own) for name, own in tiers.items()]
-    jobs += [(SOURCES / name, tuple(known)) for name in ("dispatch.cpp", "pack.cpp")]
+    # Whatever else there is: a file that is added is in it.
+    jobs += [(file, tuple(known)) for file in sorted(SOURCES.glob("*.cpp")) if not file.name.startswith("tier_")]
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda job: _compiled(job[0], folder, *job[1]), jobs))
     library = folder / "liblbllm_kernels.so"
@@ -64,9 +66,9 @@ def sanitized(tmp_path_factory) -> Path:
     return library
 
 
-@pytest.fixture(scope="module")
-def export(tmp_path_factory) -> Path:
-    """A packed model with fewer key than query heads, and biases."""
+@pytest.fixture(scope="module", params=[8, 2])
+def export(tmp_path_factory, request) -> Path:
+    """A packed model with fewer key than query heads, and biases; by bits of its levels."""
     from typer.testing import CliRunner
 
     from lbllm_cli.cli.app import app
@@ -74,7 +76,8 @@ def export(tmp_path_factory) -> Path:
     base = tmp_path_factory.mktemp("export")
     sizes = {"hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
     toy = save_toy(base / "model", "qwen2-biases", num_key_value_heads=2, **sizes)
-    recipe = write_recipe(base / "r.yaml", toy, base / "run", ptq={"rounds": 0}, act_calib={"parent": "ptq", "epochs": 0})
+    weights = {"rounds": 0, "level_bits": request.param, "group_size": 16 if request.param == 2 else 32}
+    recipe = write_recipe(base / "r.yaml", toy, base / "run", ptq=weights, act_calib={"parent": "ptq", "epochs": 0})
     for command in ("ptq", "act-calib", "export"):
         result = CliRunner().invoke(app, [command, "--recipe", str(recipe)], catch_exceptions=False)
         assert result.exit_code == 0, result.stderr
@@ -101,3 +104,4 @@ def test_hostile_inputs_are_computed_or_refused(tier, sanitized, export):
     assert not wrong, shown
     assert not reports, shown
     assert len(lines) > 200, done.stdout
+    assert lines[0].startswith("tier portable" if tier == "portable" else "tier ")
