@@ -30,9 +30,12 @@ def ids_of(tokenizer: Any, text: str) -> list[int]:
 
 
 def calibrate(sources: list[Source], tokenizer: Any, sequences: int, length: int, seed: int = 0, **more: Any) -> Tensor:
+    """taken: sizes of other sets of the same sources, that follow each other in a tuple."""
     spec = TokenSet(source=sources, sequences=sequences, length=length, bos=more.pop("bos", False))
+    taken = [[(sources, size) for size in sizes] for sizes in more.pop("taken", ())]
     sampler = more.pop("sampler", lambda *_: pytest.fail("nothing is to be sampled"))
-    return data.training_tokens(spec, tokenizer, more.pop("vocab", VOCAB), data.Draw(seed, sampler, "data.calibration", **more))
+    draw = data.Draw(seed, sampler, "data.calibration", taken, sources)
+    return data.training_tokens(spec, tokenizer, more.pop("vocab", VOCAB), draw, **more)
 
 
 def evaluate(sources: list[Source], tokenizer: Any, length: int = 8, segments: int | None = None, **more: Any) -> Tensor:

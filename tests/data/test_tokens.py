@@ -309,6 +309,20 @@ def test_generated_text_is_asked_for_its_share(tmp_path, tokenizer):
     calibrate([generated.model_copy(update={"weight": 0.001}), counting], tokenizer, 8, 16)
 
 
+def test_sampled_text_that_is_named_twice_is_sampled_once(tmp_path, tokenizer):
+    """Asked for twice with one seed the model would write the same again."""
+    asked = []
+
+    def sample(item: Source, rows: int, length: int) -> Tensor:
+        asked.append(rows)
+        return torch.arange(rows * length).view(rows, length)
+
+    twice = [Source(source="generate:"), Source(source="generate:", weight=3)]
+    rows = calibrate(twice, tokenizer, 8, 16, sampler=sample)
+    assert asked == [8]
+    assert len({tuple(row) for row in rows.tolist()}) == 8
+
+
 def test_the_bundled_calibration_text_is_its_styles_in_equal_shares(tokenizer, monkeypatch):
     monkeypatch.setattr(text_sources, "builtin_records", lambda *of: islice(builtin_records(*of), 12))
     rows = calibrate([Source(source="builtin:calibration")], tokenizer, 9, 64)

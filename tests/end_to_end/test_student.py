@@ -124,6 +124,20 @@ def test_blocks_run_with_the_norms_of_their_parent(made):
         assert torch.equal(student.packed()[name], start[name])
 
 
+def test_latents_start_from_the_source_as_in_a_block(made):
+    """As close to the source's weights as their codes allow, and by the margin that the recipe says inside of these."""
+    latents = []
+    for margin in (0.0, 0.5):
+        student = student_of(made, "distill", train=["weights", "levels"], latent_margin=margin)
+        linear, values = student.blocks[1].linears["mlp.down_proj"], student.blocks[1].linears["mlp.down_proj"]()
+        source = load_file(made[0] / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+        latents.append(linear.latent.flatten(1)[:, : linear.in_features].detach())
+        off = (latents[-1] - source).abs().mean()
+        # Measured: 0.11 and 0.32 of what the levels are off.
+        assert float(off) < 0.5 * float((values - source).abs().mean())
+    assert not torch.equal(*latents)
+
+
 def test_trained_codes_start_as_the_parents_and_move(made):
     """With latents: what a student begins with is the checkpoint's, bit for bit, and a step changes codes."""
     parent = Checkpoint(made[1], "distill")

@@ -1,6 +1,7 @@
 """The folder that keeps the teacher's last hidden states."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -97,6 +98,27 @@ def test_one_process_writes_it(lbllm, run, tmp_path):
         result = lbllm("distill", "--recipe", run(distill={"teacher": str(folder)}))
     assert result.exit_code == 2
     assert f"end_to_end.teacher {folder} is in use by process" in result.stderr
+
+
+def test_states_of_several_ranks_may_lie_beside_those_of_one(ok, run, tmp_path):
+    folder = tmp_path / "teacher"
+    recipe = run(distill={"teacher": str(folder), "epochs": 0})
+    ok("distill", "--recipe", recipe)
+    shutil.copytree(folder, folder / "rank000of002", ignore=shutil.ignore_patterns("rank*"))
+    for name in ("states.bin", "lbllm_teacher.json", ".lock"):
+        (folder / name).unlink()
+    again = ok("distill", "--recipe", recipe, "--only", "end-to-end", "--force")
+    assert "the teacher's last hidden states are in" in again.stderr
+
+
+def test_what_is_wrong_with_them_is_found_before_the_blocks(lbllm, run, tmp_path):
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    result = lbllm("distill", "--recipe", run(distill={"teacher": str(folder)}), "--force")
+    assert result.exit_code == 2
+    assert "holds other files (it holds notes.txt" in result.stderr
+    assert "distill   1/" not in result.stderr
 
 
 def test_of_another_model(ok, lbllm, run, tmp_path):

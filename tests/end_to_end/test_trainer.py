@@ -233,12 +233,31 @@ def test_default_text_is_fresh(run, little_text, source, skip):
 
 
 def test_another_source_has_its_own_text(run, little_text):
-    last = {"distill": {"sequences": 24}, "act_calib": {"sequences": 24, "source": ["builtin:calibration/novels"]}}
+    last = {"distill": {"sequences": 24}, "act_calib": {"sequences": 24, "source": ["builtin:evaluation/novels"]}}
     sets = {"source": ["builtin:calibration"], "sequences": 24, "length": 32}
     plan = prepare(load_recipe(run(**last, data={"training": sets, "calibration": sets}), []), stages=TABLE)
     alone = plan.token_set(STAGE_SPECS["act-calib-e2e"]).model_copy(update={"sequences": 24})
     expected = training_tokens(alone, plan.tokenizer, plan.vocab, Draw(0, lambda *_: pytest.fail("sampled"), "data.training"))
     assert torch.equal(plan.stage_tokens(STAGE_SPECS["act-calib-e2e"]), expected)
+
+
+@pytest.mark.parametrize(
+    ("training", "phase"),
+    [
+        (["builtin:calibration"], ["builtin:calibration/technical"]),
+        (["builtin:calibration/novels", "builtin:calibration/modern"], ["builtin:calibration/modern"]),
+        (["builtin:calibration/novels"], [{"source": "builtin:calibration/novels", "weight": 2}]),
+        ([{"source": "builtin:calibration/novels", "weight": 2}, "builtin:calibration/modern"], ["builtin:calibration"]),
+    ],
+)
+def test_text_is_fresh_where_mixtures_differ(run, little_text, training, phase):
+    """By text, and not by list: a part of a mixture, or one with other weights, has windows of its own too."""
+    last = {"distill": {"sequences": 9, "source": phase}, "act_calib": {"sequences": 7, "source": training}}
+    sets = {"source": training, "sequences": 10, "length": 32}
+    plan = prepare(load_recipe(run(**last, data={"training": sets, "calibration": sets}), []), stages=TABLE)
+    windows = [rows_of(plan.stage_tokens(STAGE_SPECS[stage])) for stage in ("distill", "distill-e2e", "act-calib-e2e")]
+    assert [len(rows) for rows in windows] == [10, 9, 7]
+    assert len(set.union(*windows)) == 26
 
 
 def test_the_next_stage_goes_on_from_it(ok, run, given_tables, tmp_path):

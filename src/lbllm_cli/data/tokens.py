@@ -33,14 +33,16 @@ class Draw:
     """How the sequences of a set are chosen.
 
     key: of the recipe, for messages. sampler(source, rows, length): text sampled from the model, for `generate:`. taken: what
-    other sets of the same sources and length have, and is left out; of each the sequences of sets that follow each other:
-    (256, 224) are the 224 after the 256.
+    other sets of that length have of the same texts, and is left out: of each the sets that follow each other, with their sources
+    and sequences; [(a, 256), (b, 224)] are the 224 of b behind what the 256 of a have. first: sources of the first of all these
+    sets: the order of a text's windows is that which it had there.
     """
 
     seed: int
     sampler: Sampler
     key: str
-    taken: Sequence[tuple[int, ...]] = ()
+    taken: Sequence[Sequence[tuple[list[Source], int]]] = ()
+    first: Sequence[Source] = ()
 
 
 def training_tokens(spec: TokenSet, tokenizer: Any, vocab: int, draw: Draw) -> Tensor:
@@ -67,20 +69,37 @@ def _drawn(sources: list[Source], sequences: int, length: int, tokenizer: Any, d
     are drawn at once: no two are the same windows.
     """
     shares = _shares(sources, sequences)
+    numbers = {text: own[0] for text, own in _texts(text_sources.expand(list(draw.first))).items()}
+    found: dict[int, Tensor] = {}
+    for item, own in _texts(sources).items():
+        counts = {index: shares[index] for index in own if shares[index]}
+        if not counts:
+            continue
+        if item.sampled:
+            rows = draw.sampler(sources[own[0]], sum(counts.values()), length)
+        else:
+            # By each set's own shares: those of a sum are not the sum of the shares.
+            counted = ([_count(item, others, size) for others, size in sets] for sets in draw.taken)
+            others = [taken for sizes in counted if (taken := [size for size in sizes if size])]
+            seed = draw.seed + numbers.get(item, own[0])
+            rows = windows(item, Wanted(sum(counts.values()), length, others, seed, draw.key), tokenizer)
+        found |= dict(zip(counts, rows.split(list(counts.values())), strict=True))
+    return found
+
+
+def _texts(sources: list[Source]) -> dict[Source, list[int]]:
+    """The texts that sources name, and by which of them: what is done to windows afterwards makes no other text."""
     texts: dict[Source, list[int]] = {}
     for index, item in enumerate(sources):
         texts.setdefault(item.model_copy(update={"weight": 1.0, "repeats": 0.0}), []).append(index)
-    found: dict[int, Tensor] = {}
-    for item, own in texts.items():
-        counts = {index: shares[index] for index in own if shares[index]}
-        if item.sampled:
-            found |= {index: draw.sampler(sources[index], count, length) for index, count in counts.items()}
-        elif counts:
-            # By each set's own shares: those of a sum are not the sum of the shares.
-            others = [[sum(_shares(sources, size)[index] for index in own) for size in sizes] for sizes in draw.taken]
-            wanted = Wanted(sum(counts.values()), length, others, draw.seed + own[0], draw.key)
-            found |= dict(zip(counts, windows(item, wanted, tokenizer).split(list(counts.values())), strict=True))
-    return found
+    return texts
+
+
+def _count(text: Source, sources: list[Source], total: int) -> int:
+    """Sequences of a text in a set of `total` of some sources."""
+    expanded = text_sources.expand(sources)
+    shares = _shares(expanded, total)
+    return sum(shares[index] for index in _texts(expanded).get(text, ()))
 
 
 def evaluation_tokens(spec: EvaluationSet, tokenizer: Any, vocab: int) -> Tensor:

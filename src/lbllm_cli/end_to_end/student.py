@@ -79,6 +79,9 @@ class ResidentBlock:
         self.fixed: dict[str, Fixed] = {}
         self.moving: dict[str, Nearest] = {}
         own = spread.add(block.prefix, {name: block.linear(name) for name in block.linears})
+        # Latents start from the source's weights as in the other stages: from the decoded ones every code is as far from another
+        # as it can be.
+        source = model.block(index) if WEIGHTS in train else block
         for name in block.linears:
             spread.expect(block.prefix + name, block.linear(name))
             weight = block.linear(name).weight
@@ -87,7 +90,7 @@ class ResidentBlock:
                 continue
             packed = weight_on(PackedWeight.from_tensors(stored, block.prefix + name, weight.shape[1]), model.device)
             if WEIGHTS in train:
-                self.moving[name] = Nearest(weight, packed, train, settings.latent_margin)
+                self.moving[name] = Nearest(source.linear(name).weight, packed, train, settings.latent_margin)
                 block.linear(name).weight = nn.Parameter(torch.empty_like(weight))
             else:
                 self.fixed[name] = Fixed(weight, packed, train)

@@ -18,7 +18,7 @@ from lbllm_cli.core.own_folders import foreign
 from lbllm_cli.data.tokens import tokens_hash
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.parallel.group import Group
-from lbllm_cli.pipeline.folders import TEACHER
+from lbllm_cli.pipeline.folders import NAMED_TEACHER
 from lbllm_cli.pipeline.streams import HiddenStream, advance, embed_stream
 from lbllm_cli.recipe.training import EndToEnd
 
@@ -59,7 +59,7 @@ def check_states(folder: Path, model: SourceModel, tokens: Tensor) -> bool:
     record = _record(folder / RECORD)
     if record is None:
         # Links to folders on larger disks are what this key is for.
-        if reason := foreign(folder.resolve(), TEACHER):
+        if reason := foreign(folder.resolve(), NAMED_TEACHER):
             raise UsageError(f"{KEY}: {folder} holds other files (it {reason}); give an empty folder, or one that lbllm made")
         return False
     if changed := changes(record, states_inputs(model, tokens)):

@@ -6,10 +6,13 @@ from lbllm_cli.recipe.stages import BASE, STAGES
 _TEACHER_FILES = r"(states|writing|entering_\d+)\.bin|(unfinished|lbllm_teacher)\.json|\.lock"
 # What lbllm keeps of a teacher: in a folder that the recipe names, or among a stage's streams.
 TEACHER = Kind("a teacher's states", _TEACHER_FILES, r"(unfinished|lbllm_teacher)\.json|writing\.bin")
+_RANKS = {r"rank\d{3,}of\d{3,}": TEACHER}
+# That a recipe names: runs of one process and of several keep states side by side there.
+NAMED_TEACHER = Kind(TEACHER.name, _TEACHER_FILES, rf"{TEACHER.telling}|rank\d{{3,}}of\d{{3,}}", _RANKS)
 # Of several ranks each has streams, states and unfinished training of its own.
 STREAMS = Kind(
     "hidden states", rf"(unfinished_)?(full|quantized)_\d+(\.rank\d{{3,}})?\.bin|{_TEACHER_FILES}",
-    folders={r"rank\d{3,}of\d{3,}": TEACHER},
+    folders=_RANKS,
 )  # fmt: skip
 _STAGE_FILES = (
     r"block_\d{3,}\.safetensors|outer\.safetensors|training(\.\d{3,})?(\.next)?\.safetensors|lbllm_stage\.json|progress\.json"

@@ -24,6 +24,9 @@ from lbllm_cli.recipe.stages import TABLE, StageSpec
 from lbllm_cli.recipe.training import EndToEnd, Schedule
 from lbllm_cli.runtime.backend import choose_device
 
+# Sets of text that follow each other: sources, sequences.
+_Sets = list[tuple[list[Source], int]]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -65,23 +68,23 @@ class Plan:
         found: TokenSet = self.recipe.section(spec.text)
         return found
 
-    def _taken(self, spec: StageSpec) -> list[tuple[int, ...]]:
-        """What other sets of the same sources have, where a stage takes fresh sequences; see `data.tokens.training_tokens`."""
-        phases = self.recipe.end_to_end
+    def _taken(self, spec: StageSpec) -> list[_Sets]:
+        """What other sets have of the texts of a stage that takes fresh sequences; see `data.tokens.Draw`."""
+        phases, training = self.recipe.end_to_end, self.recipe.data.training
         if spec not in phases:
             return []
-        source = _windows_of(self.token_set(spec).source)
-        taken: list[tuple[int, ...]] = []
-        if _windows_of(self.recipe.data.training.source) == source:
-            taken.append((self.recipe.data.training.sequences,))
+        taken: list[_Sets] = [[(training.source, training.sequences)]]
         for earlier, settings in phases.items():
-            if earlier.fresh < spec.fresh and _windows_of(self.token_set(earlier).source) == source:
+            if earlier.fresh < spec.fresh:
                 # The first one that it reads follows what it passes over itself.
-                taken += [(*passed, settings.sequences) for passed in self._taken(earlier) or [()]]
+                read = (self.token_set(earlier).source, settings.sequences)
+                taken += [[*passed, read] for passed in self._taken(earlier) or [[]]]
         if (skip := phases[spec].skip) is None:
             return taken
         # A number that covers other sets passes over each as that set was read: of a stream, to the end of a batch.
-        return [_divided(skip, sets) for sets in taken or [()]]
+        own = self.token_set(spec).source
+        alike = [sets for sets in taken if all(_windows_of(source) == _windows_of(own) for source, _ in sets)]
+        return [[(own, size) for size in _divided(skip, tuple(size for _, size in sets))] for sets in alike or [[]]]
 
     def without_bos(self, stages: Iterable[StageSpec], evaluate: bool = False) -> str | None:
         """What to say of sets of text without BOS, where the family is lost on them; None where nothing is to be said."""
@@ -115,7 +118,8 @@ class Plan:
             assert isinstance(found, Tensor)
             return found
 
-        draw = tokens.Draw(seed, sample, spec.text, taken)
+        first = self.recipe.data.training.source if spec in self.recipe.end_to_end else []
+        draw = tokens.Draw(seed, sample, spec.text, taken, first)
         found = tokens.training_tokens(self.token_set(spec), self.tokenizer, self.vocab, draw)
         subset = self.settings(spec).subset
         # Spread, for the sequences may be ordered by source.

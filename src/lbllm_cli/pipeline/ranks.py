@@ -58,6 +58,17 @@ def held(output: Path, group: Group) -> Iterator[None]:
         group.meet()
 
 
+def await_file(file: Path, group: Group) -> None:
+    """Until a file that the first rank sees is shown to this one: a network file system remembers for a while that it was not
+    there, as when the command began.
+    """
+    if not group.told(file.exists) or group.first:
+        return
+    until = time.monotonic() + _SHOWN
+    while not file.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+
+
 def _check_shared(output: Path, group: Group, seen: bool, place: str) -> None:
     for rank, (other, its) in enumerate(group.facts((seen, platform.node()))):
         if not other:

@@ -17,7 +17,7 @@ from lbllm_cli.pipeline.folders import STREAMS
 from lbllm_cli.pipeline.forecast import announce
 from lbllm_cli.pipeline.lineage import open_parent, stage_inputs
 from lbllm_cli.pipeline.plan import Plan, prepare
-from lbllm_cli.pipeline.ranks import check_shares, held
+from lbllm_cli.pipeline.ranks import await_file, check_shares, held
 from lbllm_cli.pipeline.reporter import Reporter
 from lbllm_cli.pipeline.stage_writer import StageWriter, check_stage, made_by_force
 from lbllm_cli.pipeline.training_state import TrainingState
@@ -50,10 +50,12 @@ def run_command(
 
 
 def _check_end_to_end(plan: Plan, spec: StageSpec, asked: bool) -> None:
-    """Reads the text of an end-to-end phase now: too little is not found after all blocks. asked: whether `--only` names it."""
+    """Reads the text of an end-to-end phase now, and looks at the states that are kept of its teacher: what is wrong with them is
+    not found after all blocks. asked: whether `--only` names it.
+    """
     if spec in plan.recipe.stages:
         if not plan.generates(spec):
-            plan.stage_tokens(spec)
+            work_of(spec).need(plan, spec, plan.stage_tokens(spec))
     elif asked:
         raise UsageError(f"--only {spec.phase}: the recipe has no {spec.section}; add it, for example sequences: 128")
 
@@ -67,6 +69,8 @@ def run_stage(plan: Plan, spec: StageSpec, dry_run: bool, force: bool) -> None:
     work = work_of(spec)
     work.check(plan)
     check_stage(plan.output, spec.name, force)
+    if before is not None:
+        await_file(plan.output / before.name / MANIFEST, plan.group)
     parent = open_parent(plan, spec)
     sampled = plan.generates(spec)
     tokens = None if sampled else plan.stage_tokens(spec)

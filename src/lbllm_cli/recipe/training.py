@@ -73,7 +73,7 @@ class EndToEnd(Schedule):
     skip: Annotated[int, Field(ge=0, le=COUNT)] | None = Field(
         None,
         description="sequences of the sources to leave out, sampled text aside; default those that data.training and a phase "
-        "before it hold of the same sources",
+        "before it hold of the same texts",
     )
     epochs: int = Field(1, ge=0, le=100, description="passes over the sequences; fresh text is worth more than a second pass")
     micro_batch_size: Positive = Field(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lbllm_cli.core import interrupt
 from lbllm_cli.core.errors import Interrupted, RunError
-from lbllm_cli.core.splits import data_seed, held_out_rows
+from lbllm_cli.core.splits import data_seed, held_out_rows, spread_rows
 from lbllm_cli.parallel.group import ALONE, Group
 from lbllm_cli.parallel.shares import Share, share_of, step_rows
 from lbllm_cli.pipeline.interfaces import Monitor, StateKeeper
@@ -78,8 +78,7 @@ class TrainingLoop:
         rows, self.group = job.share.rows, job.group
         self.seed = data_seed(job.seed, job.index)
         held = held_out_rows(rows, settings.held_out)
-        # Spread over the data, which may be ordered by source.
-        looked = [round((i + 0.5) * rows / held - 0.5) for i in range(held)]
+        looked = spread_rows(rows, held)
         trained = sorted(set(range(rows)) - set(looked))
         self.every = len(trained)
         self.held, self.rows = job.share.own(looked), job.share.own(trained)

@@ -149,8 +149,10 @@ def whole_exchanged(plan: Plan, settings: EndToEnd) -> Exchanged:
     acts = isinstance(settings, ActEndToEnd)
     if is_large(trained):
         calls = _weight_calls(shapes, world, model.dtype.itemsize, count, 1 + settings.epochs, blocks)
-        # Beside the weights norms in 16 bits, and tables, zeros and factors of quantizers.
+        # Beside the weights norms in 16 bits, and of quantizers tables, zeros, factors and the centres of keys.
         tables = [size for knee, n, levels in _quantizers(model, plan.recipe.act_calib) for size in (n * levels, n * knee, 8 * n)]
+        if plan.recipe.act_calib.key_centre == "mean" and model.family.plain_softmax:
+            tables.append(4 * model.kv_width)
         size = sum(
             gathered_bytes(shapes, owners, plan.recipe.ptq, [*(2 * norm for norm in own), *(tables if acts else ())])
             for owners, own in zip(owners_of(shapes, world.node, blocks), norms, strict=True)

@@ -9,6 +9,8 @@ from lbllm_cli.training.interfaces import OwnStep, ParameterGroup, Trained
 from lbllm_cli.training.tally import Scale, Tally
 
 _BETAS = (0.9, 0.95)
+# Sets of parameters whose units are kept on the device.
+_KINDS = 8
 
 
 class Update:
@@ -50,8 +52,10 @@ class Update:
         return torch.stack([part for part, _ in found]) * self._on_device(tuple(unit for _, unit in found))
 
     def _on_device(self, units: tuple[float, ...]) -> Tensor:
-        """Units of some parameters; there are as many of these tuples as kinds of steps."""
+        """Units of some parameters: those of the last few sets that steps have moved. Of experts it is another one every time."""
         if units not in self._units:
+            if len(self._units) >= _KINDS:
+                self._units.clear()
             transfers, values = self.backend.transfers(self.device), torch.tensor(units)
             self._units[units] = values if transfers is None else transfers.small(values)
         return self._units[units]
