@@ -62,15 +62,15 @@ def together(tmp_path_factory, request) -> Path:
 @pytest.mark.heavy
 def test_several_ranks_end_where_one_process_does(alone, together):
     """Measured, two and four ranks: at most 2.2 % of perplexity between `ptq` of one process and of several, which take other
-    turns at a tie; what is trained after it moves that by at most 0.6 %."""
+    turns at a tie; what is trained after it moves that by at most 0.8 %, quantizers of 4 bits, which are noise of 1 %, by 1.7 %."""
     mine, its = (json.loads((folder / "run" / "eval" / "results.json").read_text()) for folder in (together, alone))
     assert mine.keys() == its.keys() == {"base", "ptq", "distill", "distill-e2e", "act-calib"}
     apart = {stage: found["perplexity"]["novels"] / its[stage]["perplexity"]["novels"] for stage, found in mine.items()}
     # Nothing was made of the base model: segments are added up in another order, and no more.
     assert apart["base"] == pytest.approx(1, rel=1e-9)
     assert apart["ptq"] == pytest.approx(1, rel=0.03)
-    for stage in ("distill", "distill-e2e", "act-calib"):
-        assert apart[stage] == pytest.approx(apart["ptq"], rel=0.015), stage
+    for stage, most in {"distill": 0.015, "distill-e2e": 0.015, "act-calib": 0.03}.items():
+        assert apart[stage] == pytest.approx(apart["ptq"], rel=most), stage
     assert mine["base"].keys() == its["base"].keys()
     for stage in ("ptq", "distill", "distill-e2e", "act-calib"):
         inputs = [manifest(folder / "run" / stage)["inputs"] for folder in (together, alone)]
