@@ -32,6 +32,9 @@ from lbllm_cli.runtime.units import Units, find_units
 
 __all__ = ["LbllmConfig", "LbllmQuantizer", "QuantizedKVCache", "check_packed", "quantize_activations"]
 
+# Mixtures whose folders have experts as modules have them here: a linear each.
+_SAVED_AS_HERE = {"qwen3_moe", "olmoe"}
+
 
 class LbllmConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """`quantization_config` of a packed model.
@@ -129,6 +132,9 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
                 if module.bias is not None:
                     dense.bias = module.bias
                 model.set_submodule(name, dense)
+        config: Any = model.config
+        if self._has_experts and config.model_type not in _SAVED_AS_HERE:
+            model.save_pretrained = _save_experts  # type: ignore[assignment]
         return model
 
     def is_serializable(self, **others: Any) -> bool:
@@ -137,6 +143,15 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _save_experts(*_: Any, **__: Any) -> None:
+    """Of a mixture that was dequantized. Raises ValueError: its experts are linears each, transformers looks for them put
+    together, and fills what it does not find with chance.
+    """
+    raise ValueError(
+        "a dequantized mixture of this family cannot be saved so that it loads again; take lbllm export with export.format=dense"
+    )
 
 
 def _packed_like(linear: Any, settings: Any) -> PackedLinear:

@@ -74,6 +74,20 @@ def test_a_tokenizer_with_code_of_its_own_goes_into_the_export(tmp_path, ok, lbl
     ok("export", "--recipe", recipe, trusted, "--force")  # the folder is still lbllm's
 
 
+@pytest.mark.parametrize("family", ["qwen3-moe", "mixtral"])
+def test_a_dequantized_mixture_is_saved_so_that_it_loads_or_not_at_all(export_of, tmp_path, family):
+    model = AutoModelForCausalLM.from_pretrained(export_of(family), dtype=torch.float32)
+    model.dequantize()
+    if family == "mixtral":
+        with pytest.raises(ValueError, match=r"export\.format=dense"):
+            model.save_pretrained(tmp_path / "again")
+        assert not (tmp_path / "again").exists()
+        return
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    torch.testing.assert_close(logits_of(again), logits_of(model), atol=1e-5, rtol=0)
+
+
 def test_loading_without_the_plugin_fails_loudly(tmp_path, ok, recipe):
     ok("ptq", "--recipe", recipe)
     ok("export", "--recipe", recipe)

@@ -62,7 +62,7 @@ def together(tmp_path_factory, request) -> Path:
 @pytest.mark.heavy
 def test_several_ranks_end_where_one_process_does(alone, together):
     """Measured, two and four ranks: at most 2.2 % of perplexity between `ptq` of one process and of several, which take other
-    turns at a tie; what is trained after it moves that by at most 0.8 %, quantizers of 4 bits, which are noise of 1 %, by 1.7 %."""
+    turns at a tie; what is trained after it moves that by at most 0.8 %, quantizers of 4 bits by 1.7 %."""
     mine, its = (json.loads((folder / "run" / "eval" / "results.json").read_text()) for folder in (together, alone))
     assert mine.keys() == its.keys() == {"base", "ptq", "distill", "distill-e2e", "act-calib"}
     apart = {stage: found["perplexity"]["novels"] / its[stage]["perplexity"]["novels"] for stage, found in mine.items()}

@@ -10,16 +10,24 @@ GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_toke
 TEXT = "The sea was calm, and the sea was"
 
 
+@pytest.fixture(scope="module", params=["llama-tied", "gemma3"])
+def family(request):
+    """With full attention, and with windows that a text slides out of."""
+    return request.param
+
+
 @pytest.fixture(scope="module", params=["A4KV4", "A16"])
-def model(request, export_of):
-    found = AutoModelForCausalLM.from_pretrained(export_of("llama-tied")).eval()
+def model(request, export_of, family):
+    found = AutoModelForCausalLM.from_pretrained(export_of(family)).eval()
     lbllm_cli.hf.quantize_activations(found, request.param == "A4KV4")
     return found
 
 
 @pytest.fixture(scope="module")
-def prompt(export_of):
-    return AutoTokenizer.from_pretrained(export_of("llama-tied"))(TEXT, return_tensors="pt")["input_ids"]
+def prompt(export_of, family):
+    tokens = AutoTokenizer.from_pretrained(export_of(family))(f"{TEXT} {TEXT} {TEXT}", return_tensors="pt")["input_ids"]
+    assert tokens.shape[1] > 20  # past the windows of the toy
+    return tokens
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +36,9 @@ def wanted(model, prompt):
 
 
 @pytest.fixture(scope="module")
-def source(export_of):
+def source(export_of, family):
     """The full-precision model, which guesses otherwise."""
-    return AutoModelForCausalLM.from_pretrained(export_of("llama-tied").parents[1] / "model").eval()
+    return AutoModelForCausalLM.from_pretrained(export_of(family).parents[1] / "model").eval()
 
 
 @pytest.mark.parametrize("where", ["cpu", {"": "cpu"}, "auto"])

@@ -19,6 +19,8 @@ from lbllm_cli.runtime.units import Units
 # What transformers has called the cache that a forward takes: up to 5.23, and since.
 CACHE_ARGUMENTS = ("past_key_values", "cache")
 _MET = "_met_by"
+# Names that transformers has for ways to compute one and the same attention.
+_PLAIN = (None, "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 
 
 def meet(quantizer: nn.Module) -> None:
@@ -137,6 +139,13 @@ class Proof:
                 f"out. lbllm-cli was not tested with transformers {version('transformers')}, or the block was changed: see "
                 "docs/compatibility.md for versions, or switch quantization of activations off"
             )
+
+
+def plain_attention(config: Any) -> bool:
+    """Whether attention is the softmax of scores that every implementation of transformers' own computes; one that somebody has
+    registered may be anything. config: a model's, as it is now.
+    """
+    return getattr(config, "_attn_implementation", None) in _PLAIN
 
 
 def taken_proof(layer: nn.Module) -> Proof | None:

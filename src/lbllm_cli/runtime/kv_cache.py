@@ -224,5 +224,9 @@ class _Exchange:
         if cache is None:
             return self.arguments.with_cache(QuantizedKVCache(model), args, kwargs)
         # The caller's own object gets the layers: it would go on with it, and find it empty at every pass.
+        past = any(getattr(layer, "record_past", False) for layer in cache.layers)
         cache.layers[:] = _record_layers(model)
+        if past:
+            # Who is going to take tokens back has said so to the layers that these stand for.
+            cache.activate_past_recording()
         return args, kwargs

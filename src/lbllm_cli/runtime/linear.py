@@ -1,6 +1,6 @@
 """The packed linear: thin, all arithmetic is in `format` and in the backends."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -72,6 +72,17 @@ class PackedLinear(nn.Module):
         packed = self.packed()
         destination |= {prefix + part: tensor for part, tensor in zip(PARTS, packed.stored, strict=True)}
 
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
+        """Other weights go where these were, and stay there: the linear then runs in torch."""
+        if self.unit is not None and any(prefix + part in state_dict for part in PARTS):
+            self._unpack()
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def _unpack(self) -> None:
+        """Takes the weights back from their holder."""
+        self.weight, self.levels, self.scale = self.packed().stored
+        self.unit = None
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Moves the scale but never casts it: `model.bfloat16()` would round every weight a second time.
 
@@ -81,9 +92,7 @@ class PackedLinear(nn.Module):
             # A cast leaves it where it is: `model.bfloat16()` on a GPU is no move.
             if self.unit.runs_on(fn(torch.empty(0, dtype=torch.uint8, device=self.unit.device)).device):
                 return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            packed = self.packed()
-            self.weight, self.levels, self.scale = packed.stored
-            self.unit = None
+            self._unpack()
         scale = self.scale
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.scale.dtype != torch.float16:

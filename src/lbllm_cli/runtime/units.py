@@ -1,6 +1,7 @@
 """Which linears of a decoder layer read the same tensor: found by running it once, without values."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,24 @@ Units = tuple[Unit, ...]
 
 class _Found(Exception):
     """Ends a pass: the layer has run."""
+
+
+@contextmanager
+def _looking_at_no_values(decoder: Any) -> Iterator[None]:
+    """Meanwhile attention is the plain one, and angles do not depend on how long a text is: on the meta device there is nothing
+    to look at, and some kernels do not run.
+    """
+    config, rotary = decoder.config, getattr(decoder, "rotary_emb", None)
+    attention, kind = config._attn_implementation, getattr(rotary, "rope_type", None)
+    config._attn_implementation = "eager"
+    if kind == "dynamic":
+        rotary.rope_type = "default"  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        config._attn_implementation = attention
+        if kind == "dynamic":
+            rotary.rope_type = kind  # type: ignore[union-attr]
 
 
 def find_units(decoder: Any, names: Collection[str]) -> Units:
@@ -41,7 +60,7 @@ def find_units(decoder: Any, names: Collection[str]) -> Units:
     # A mask of four axes is taken as it is; to make one, values are looked at.
     mask = torch.empty(1, 1, 2, 2, dtype=weight.dtype, device="meta")
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _looking_at_no_values(decoder):
             decoder(inputs_embeds=hidden, attention_mask=mask, use_cache=False)
     except _Found:
         pass

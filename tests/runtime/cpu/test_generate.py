@@ -7,7 +7,8 @@ import pytest
 import torch
 from packed_models import ROUNDING, TIPPED, difference, ids, load
 from torch import nn
-from transformers import AutoTokenizer, GenerationConfig, LogitsProcessorList
+from transformers import AttentionInterface, AutoTokenizer, GenerationConfig, LogitsProcessorList
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 import lbllm_cli.hf
 from lbllm_cli.engine.location import library_path
@@ -174,6 +175,16 @@ def _stride(model) -> None:
     model.model.norm.weight = nn.Parameter(torch.linspace(0.5, 2, 160)[::2], requires_grad=False)
 
 
+def _halved(module, query, key, value, attention_mask, scaling=None, **others):
+    return eager_attention_forward(module, query, key, value, attention_mask, scaling=scaling / 2, **others)
+
+
+def _halve(model) -> None:
+    """Of an implementation that somebody has registered nobody knows what it computes."""
+    AttentionInterface.register("halved", _halved)
+    model.set_attn_implementation("halved")
+
+
 EDITS = {
     "wrapped": _wrap,
     "overridden": _override,
@@ -184,6 +195,7 @@ EDITS = {
     "training": lambda model: model.train(),
     "full activations": lambda model: lbllm_cli.hf.quantize_activations(model, False),
     "a strided norm": _stride,
+    "another attention": _halve,
 }
 
 

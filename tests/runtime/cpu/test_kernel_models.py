@@ -290,3 +290,34 @@ def test_perplexity_of_the_trained_toy(tmp_path):
     ]
     assert found[0] == pytest.approx(found[1], rel=1e-3)  # measured 8e-4; 1e-4 to 2e-3 on others: an input at an edge
     assert found[1] < 60
+
+
+@torch.no_grad()
+def test_a_mask_of_its_own_for_every_head_is_torchs(llama):
+    mine, theirs = both(llama)
+    found = []
+    for each in (mine, theirs):
+        cache = each(ids(1, 11)).past_key_values
+        mask = torch.zeros(1, 4, 1, 12)
+        mask[:, 1:, :, :8] = torch.finfo(torch.float32).min
+        found.append(each(ids(1, 1, 3), past_key_values=cache, attention_mask=mask, position_ids=torch.tensor([[11]])).logits)
+    assert difference(*found) < ROUNDING
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@torch.no_grad()
+def test_weights_of_another_model_are_loaded_as_a_whole(export_of, strict):
+    """Those that the library holds as well; the linears run in torch from then on."""
+    folder = export_of("llama-tied")
+    first, second = (load(folder, "auto") for _ in range(2))
+    state = {name: tensor.clone() for name, tensor in first.state_dict().items()}
+    name = "model.layers.0.mlp.down_proj.weight"
+    state[name] = 255 - state[name]
+    missing, unexpected = second.load_state_dict(state, strict=strict)
+    assert not missing
+    assert not unexpected
+    assert torch.equal(second.state_dict()[name], state[name])
+    plain = load(folder, "off")
+    plain.load_state_dict(state)
+    assert difference(second(ids(1, 9)).logits, plain(ids(1, 9)).logits) < ROUNDING
+    assert difference(first(ids(1, 9)).logits, plain(ids(1, 9)).logits) > ROUNDING

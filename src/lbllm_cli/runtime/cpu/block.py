@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lbllm_cli.core.errors import RunError
 from lbllm_cli.engine.abi import HEAD_MAX, Block, CacheView, library
 from lbllm_cli.format.names import KEYS, VALUES
-from lbllm_cli.runtime.attachments import Arguments, taken_proof
+from lbllm_cli.runtime.attachments import Arguments, plain_attention, taken_proof
 from lbllm_cli.runtime.cpu.captured import CapturedModules, CapturedQuantizers
 from lbllm_cli.runtime.cpu.library import DTYPES, pointer, quantizer_struct, supported
 from lbllm_cli.runtime.cpu.unit import Unit
@@ -132,14 +132,15 @@ class BlockStep:
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         cache = None if args else self._cache_of(self.arguments.cache(args, kwargs))
         angles = kwargs.get("position_embeddings")
-        runs = cache is not None and angles is not None and self._runs(hidden_states)
+        mask = kwargs.get("attention_mask")
+        runs = cache is not None and angles is not None and self._runs(hidden_states, mask)
         known = self._known() if runs else None
         if known is None or cache is None or angles is None:
             output = type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)
             if self.proof is not None:
                 self.proof(self.layer, hidden_states, output)
             return output
-        return self._step(known, hidden_states, kwargs.get("attention_mask"), cache, angles)
+        return self._step(known, hidden_states, mask, cache, angles)
 
     def _cache_of(self, cache: Any) -> RecordLayer | None:
         """This layer's part of a 4-bit cache that holds tokens already."""
@@ -149,8 +150,13 @@ class BlockStep:
         layer = cache.layers[attention.layer_idx]
         return layer if isinstance(layer, RecordLayer) and layer.get_seq_length() and layer.holds_records else None
 
-    def _runs(self, x: Tensor) -> bool:
-        """One token per row, nothing switched off, nothing edited, nobody listening to what goes on inside."""
+    def _runs(self, x: Tensor, mask: Tensor | None) -> bool:
+        """One token per row, nothing switched off, nothing edited, nobody listening to what goes on inside; attention as it is
+        everywhere, with one mask for all heads.
+        """
+        config: Any = self.attention.config
+        if not plain_attention(config) or (mask is not None and mask.dim() == 4 and mask.shape[1] != 1):
+            return False
         fits = x.dim() == 3 and x.shape[1] == 1 and x.dtype in DTYPES and x.device.type == "cpu" and not torch.is_grad_enabled()
         return fits and self.modules.hold() and self._alike()
 

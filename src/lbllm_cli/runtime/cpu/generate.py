@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 from lbllm_cli.engine import abi
 from lbllm_cli.engine.model import Session
 from lbllm_cli.engine.rope import KINDS
+from lbllm_cli.runtime.attachments import plain_attention
 from lbllm_cli.runtime.cpu.block import BlockStep
 from lbllm_cli.runtime.cpu.captured import CapturedModules
 from lbllm_cli.runtime.cpu.head import HeadLinear
@@ -100,7 +101,7 @@ class NativeGenerate:
         """The model as the library reads it, None where it cannot as it is now."""
         model: Any = self.model
         decoder, head = model.get_decoder(), model.get_output_embeddings()
-        if model.training or torch.compiler.is_compiling() or not self._holds():
+        if model.training or torch.compiler.is_compiling() or not plain_attention(decoder.config) or not self._holds():
             return None
         rows, norm, angles = [decoder.embed_tokens.weight, head.weight], decoder.norm.weight, decoder.rotary_emb.inv_freq
         shape = rows[0].shape

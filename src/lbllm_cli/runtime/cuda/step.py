@@ -11,7 +11,7 @@ from torch.nn.functional import embedding
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from lbllm_cli.runtime.attachments import CACHE_ARGUMENTS, Arguments
+from lbllm_cli.runtime.attachments import CACHE_ARGUMENTS, Arguments, plain_attention
 from lbllm_cli.runtime.cpu.captured import CapturedModules
 from lbllm_cli.runtime.cuda.activations import TYPES
 from lbllm_cli.runtime.cuda.fused import norm
@@ -122,6 +122,8 @@ class DecodeStep:
         """Whether a call wants what the step has not."""
         config, used = self.decoder.config, given.get("use_cache")
         if given.get("return_dict") is False or not (config.use_cache if used is None else used):
+            return True
+        if not plain_attention(config):
             return True
         if getattr(config, "output_attentions", False) or getattr(config, "output_hidden_states", False):
             return True
