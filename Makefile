@@ -91,7 +91,7 @@ rivals: .venv-rivals/.installed $(MODEL)/config.json
 # llama.cpp, compiled for this machine, and exports of two shapes beside it.
 .venv-llama/.installed:
 	$(PYTHON) -m venv .venv-llama
-	.venv-llama/bin/python -m pip install --quiet 'llama-cpp-python>=0.3.36' gguf
+	.venv-llama/bin/python -m pip install --quiet $(shell grep '^llama-cpp-python==' constraints.txt) gguf
 	touch $@
 
 LLAMA := runs/llama

@@ -89,12 +89,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     out = options.out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
     model = first_blocks(options.model, out / "model", options.blocks)
     files = {}
     for count in (options.sequences, options.sequences // 2):
         files[count] = out / f"recipe-{count}.yaml"
         files[count].write_text(recipe(model, count, options.length, options.batch))
-    table = out / "rounds.jsonl"
+    settings = {name: str(getattr(options, name)) for name in ("model", "blocks", "sequences", "length", "batch")}
+    record, table = out / "settings.json", out / "rounds.jsonl"
+    if record.exists() and json.loads(record.read_text()) != settings:
+        sys.exit(f"{out} holds rounds of other options; choose another --out")
+    record.write_text(json.dumps(settings))
     done = len(table.read_text().splitlines()) if table.exists() else 0
     full, half = files[options.sequences], files[options.sequences // 2]
     for _ in range(done, options.rounds):
@@ -113,8 +118,11 @@ def main() -> None:
     rounds = [json.loads(line) for line in table.read_text().splitlines()]
     print("| stage | one process, s | two ranks | two processes with half each |\n|---|---:|---:|---:|")
     for stage in options.stages:
-        one = statistics.median(row[stage]["one"] for row in rounds)
-        ratios = (statistics.median(row[stage]["one"] / row[stage][kind] for row in rounds) for kind in ("ranks", "halves"))
+        if not (measured := [row[stage] for row in rounds if stage in row]):
+            print(f"| {stage} | not in these rounds: choose another --out | | |")
+            continue
+        one = statistics.median(row["one"] for row in measured)
+        ratios = (statistics.median(row["one"] / row[kind] for row in measured) for kind in ("ranks", "halves"))
         print(f"| {stage} | {one:.1f} | " + " | ".join(f"{ratio:.2f}x" for ratio in ratios) + " |")
 
 

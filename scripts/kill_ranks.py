@@ -28,6 +28,8 @@ KEYS = [
 ]  # fmt: skip
 STAGES = ("ptq", "distill", "act-calib")
 TICK = 0.01
+# Seconds that the ranks which are left may take to end.
+LONGEST = 60
 PROMISED = re.compile(r"block_\d+\.safetensors|outer\.safetensors|lbllm_stage\.json")
 
 
@@ -129,10 +131,16 @@ def main() -> None:
             handle.write(json.dumps(record) + "\n")
         print(json.dumps(record), flush=True)
     records = [json.loads(line) for line in table.read_text().splitlines()]
-    equal = sum(record["equal"] for record in records)
-    slowest = max((record.get("ended_after", 0) for record in records), default=0)
-    print(f"{equal} of {len(records)} resumed runs equal the undisturbed one; the others ended within {slowest} s")
-    if equal < len(records):
+    killed = [record for record in records if "rank" in record]
+    equal = sum(record["equal"] for record in killed)
+    slowest = max((record["ended_after"] for record in killed), default=0)
+    silent = [record["kill"] for record in killed if len(record["messages"]) != 1]
+    print(f"{equal} of {len(killed)} resumed runs equal the undisturbed one; the others ended within {slowest} s")
+    if silent:
+        print(f"kills {silent}: not one message of the ranks that were left")
+    if len(killed) < len(records):
+        print(f"{len(records) - len(killed)} runs ended before their moment: nobody was killed, and they count for nothing")
+    if equal < len(killed) or not killed or silent or slowest > LONGEST:
         sys.exit(1)
 
 

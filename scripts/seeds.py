@@ -4,8 +4,8 @@
     python scripts/seeds.py --recipe recipes/smollm2-135m-2.5-bits.yaml --out runs/seeds --seeds 0 1 2 [KEY=VALUE ...]
 
 A seed chooses the calibration windows and the order of the training text. Every seed is a run folder of its own, OUT/SEED, whose
-stages go on where they were; a seed with all of its rows measured is not run again. Stages run with the keys given;
-`eval` in float32.
+stages go on where they were; a seed with all of its rows measured is not run again. OUT/settings.yaml has what they share:
+another recipe, or other keys, need another OUT. Stages run with the keys given; `eval` in float32.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lbllm_cli.recipe.load import load_recipe
+from lbllm_cli.recipe.load import dump_recipe, load_recipe
 
 # Two-sided 95 % quantiles of Student's t, by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}
@@ -52,6 +52,16 @@ def run_seed(recipe: str, folder: Path, keys: list[str]) -> dict[str, Any]:
     return measured
 
 
+def check_settings(recipe: str, keys: list[str], out: Path) -> None:
+    """Ends the script where `out` holds seeds of another recipe or of other keys."""
+    found = dump_recipe(load_recipe(Path(recipe), [*keys, f"output.dir={out.resolve()}", "runtime.seed=0"]))
+    record = out / "settings.yaml"
+    if record.exists() and record.read_text(encoding="utf-8") != found:
+        sys.exit(f"{out} holds seeds of another recipe or of other keys; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    record.write_text(found, encoding="utf-8")
+
+
 def table(seeds: dict[int, dict[str, Any]]) -> str:
     """A row per stage that all seeds have, a column per text."""
     first = next(iter(seeds.values()))
@@ -81,6 +91,7 @@ def main() -> None:
     chosen = [int(word) for word in arguments.seeds if "=" not in word]
     if len(chosen) > len(STUDENT) + 1:
         parser.error(f"at most {len(STUDENT) + 1} seeds; got {len(chosen)}")
+    check_settings(arguments.recipe, keys, arguments.out)
     seeds: dict[int, dict[str, Any]] = {}
     for seed in chosen:
         folder = arguments.out / str(seed)

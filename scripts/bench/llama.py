@@ -19,13 +19,16 @@ hand there is random_export.py.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
+import re
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +129,11 @@ def work(args: argparse.Namespace) -> None:
 def make_files(source: Path, out: Path, python: str, kinds: list[str]) -> dict[str, Path]:
     """llama.cpp's files by kind, made once."""
     found = {}
+    with source.open("rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()[:12]
     for kind in kinds:
-        path = found[kind] = out / f"{kind}.gguf"
+        # By its source: of another one it is another file.
+        path = found[kind] = out / f"{kind}-{digest}.gguf"
         if path.exists():
             continue
         code = (
@@ -235,9 +241,9 @@ def compare(args: argparse.Namespace) -> None:
         for name, found in values.items():
             rows[name][what] = figure(found, values["lbllm"])
 
+    if not args.cpu_time:
+        check_load(max(args.threads))
     for threads in args.threads:
-        if not args.cpu_time:
-            check_load(threads)
         running = {name: Process(python[name], path, threads, args.cpu_time) for name, path in paths.items()}
         rounds = take_rounds(args, running, threads)
         for what in dict.fromkeys(found["what"] for found in rounds):
@@ -245,12 +251,28 @@ def compare(args: argparse.Namespace) -> None:
         put(f"memory, {threads}", {name: [process.memory()] for name, process in running.items()})
         for process in running.values():
             process.end()
+        write_table(rows, args)
     files = {name: [path] if path.is_file() else list(path.glob("*.safetensors")) for name, path in paths.items()}
     put("bytes", {name: [sum(file.stat().st_size for file in found)] for name, found in files.items()})
     put("start", {name: [start_seconds(python[name], path, 1) for _ in range(3)] for name, path in paths.items()})
-    (args.out / "table.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    (args.out / "table.md").write_text(table(rows), encoding="utf-8")
+    write_table(rows, args)
     print(table(rows))
+
+
+def machine(python: str) -> str:
+    """What was compared, and on what. python: that has llama.cpp."""
+    code = "import llama_cpp; print(llama_cpp.__version__)"
+    said = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    processor = names[0] if names else "an unknown processor"
+    return f"lbllm {version('lbllm-cli')}, llama-cpp-python {said.stdout.split()[-1]}, {processor}"
+
+
+def write_table(rows: dict[str, dict[str, dict[str, float]]], args: argparse.Namespace) -> None:
+    """What is measured so far."""
+    on = machine(args.python)
+    (args.out / "table.json").write_text(json.dumps({"machine": on, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    (args.out / "table.md").write_text(f"{table(rows)}\n{on}\n", encoding="utf-8")
 
 
 def shown(what: str, value: float) -> str:

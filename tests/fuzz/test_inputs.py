@@ -24,8 +24,8 @@ CLASSES: dict[str, ModuleType] = {
     "stages": stage_cases,
     "exports": export_cases,
 }
-# Cases of a class in every run of the tests, and where slow ones run too.
-NORMAL, ALL = 15, 220
+# Cases of a class in every run of the tests, each of its kinds among them, and where slow ones run too.
+NORMAL, ALL = max(len(module.KINDS) for module in CLASSES.values()), 220
 
 
 def folder_of(server: Server, name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -32,6 +32,14 @@ def test_the_table_has_ratios_of_stages_that_all_seeds_have():
     assert lines[2:] == ["| ptq | 1.300x ± 1.271 | 0.300 ± 1.271 |"]
 
 
+def test_a_folder_has_seeds_of_one_recipe_and_its_keys(tmp_path):
+    recipe = str(ROOT / "recipes" / "toy.yaml")
+    seeds.check_settings(recipe, ["distill.epochs=1"], tmp_path / "out")
+    seeds.check_settings(recipe, ["distill.epochs=1"], tmp_path / "out")
+    with pytest.raises(SystemExit, match="another recipe or of other keys; choose another --out"):
+        seeds.check_settings(recipe, ["distill.epochs=2"], tmp_path / "out")
+
+
 def test_a_seed_that_is_measured_is_not_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr(seeds.subprocess, "run", lambda *_, **__: pytest.fail("nothing is to be run"))
     recipe = str(ROOT / "recipes" / "toy.yaml")
