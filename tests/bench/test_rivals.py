@@ -14,9 +14,15 @@ import torch
 from conftest import ROOT, save_toy, write_recipe
 from safetensors.torch import load_file
 from torch.nn.functional import mse_loss
+from torch.nn.utils import parametrize
+from transformers import AutoModelForCausalLM
 
 from lbllm_cli.core.errors import UsageError
+from lbllm_cli.format.weights import PackedWeight
+from lbllm_cli.models.model import open_model
+from lbllm_cli.pipeline.checkpoint import Checkpoint
 from lbllm_cli.recipe.load import load_recipe
+from lbllm_cli.recipe.schema import Model
 
 # Its modules import each other by name, as scripts in one folder do.
 FOLDER = ROOT / "scripts" / "bench" / "rivals"
@@ -164,6 +170,53 @@ def test_rows_are_measured_once_and_written(toy, monkeypatch):
     row |= {"kl": dict.fromkeys(row["kl"], 0.5)}
     plot.draw([plot.point("a row", row, base, ours=False)], list(base["perplexity"]), toy.out / "pareto.svg")
     assert "a row" in (toy.out / "pareto.svg").read_text()
+
+
+def test_a_rival_is_measured_as_eval_measures_a_checkpoint(toy, ok, tmp_path):
+    """The weights of a `ptq` stage, as those of a rival: perplexity, divergence in its direction, likeliest tokens."""
+    recipe = tmp_path / "r.yaml"
+    ok("ptq", "--recipe", recipe, "model.dtype=float32", "ptq.rounds=0")
+    ok("eval", "--recipe", recipe, "model.dtype=float32")
+    expected = json.loads((tmp_path / "run" / "eval" / "results.json").read_text())["ptq"]
+    checkpoint, weights = Checkpoint(tmp_path / "run", "ptq"), {}
+    for index in range(toy.model.blocks):
+        stored = checkpoint.read_block(index)
+        for name in (name for name in toy.model.binarized_names if name.startswith(f"model.layers.{index}.")):
+            packed = PackedWeight.from_tensors(stored, name.removesuffix(".weight"), toy.model.shapes[name][1])
+            weights[name] = packed.values()
+    ground.write_folder(toy.model, weights, toy.out / "rival")
+    found = measure.measure(toy, open_model(Model(path=str(toy.out / "rival"), dtype="float32"), torch.device("cpu")))
+    for kind in ("perplexity", "kl", "top1"):
+        assert found[kind] == pytest.approx(expected[kind], rel=1e-4, abs=1e-5), kind  # measured 0
+    assert all(value > 0.01 for value in found["kl"].values())
+
+
+def test_the_importance_of_a_channel_is_its_mean_square(toy):
+    found = ggml.importance_matrix(toy)
+    embedded = toy.model.embed()(toy.calibration)
+    layer = toy.model.block(0).layer
+    expected = layer.input_layernorm(embedded).double().square().mean((0, 1)).float()
+    for name in ("q_proj", "k_proj", "v_proj"):
+        torch.testing.assert_close(found[f"model.layers.0.self_attn.{name}.weight"], expected, rtol=1e-5, atol=0)
+    assert set(found) == set(toy.model.binarized_names)
+
+
+def test_scales_trained_end_to_end_lower_the_loss(toy, monkeypatch):
+    monkeypatch.setattr(e2e_qp, "RATE", 3e-3)
+    model = AutoModelForCausalLM.from_pretrained(toy.model.folder, dtype=torch.float32).requires_grad_(False)
+    scaled = {}
+    for name in toy.model.binarized_names:
+        weight = toy.model.read([name])[name].float()
+        grouped = weight.view(len(weight), -1, 16)
+        scale = grouped.abs().amax(-1, keepdim=True).half()
+        steps = (grouped / scale.float()).round() + 1
+        codes = uniform.Codes(steps.to(torch.uint8), scale, torch.ones_like(scale, dtype=torch.uint8))
+        scaled[name] = e2e_qp.Scaled(codes)
+        parametrize.register_parametrization(model.get_submodule(name.removesuffix(".weight")), "weight", scaled[name])
+    before = {name: one.scale.detach().clone() for name, one in scaled.items()}
+    first, last = e2e_qp.train(model, scaled, toy.training[:16].repeat(8, 1), seed=0)
+    assert last < first
+    assert all(not torch.equal(before[name], one.scale) for name, one in scaled.items())
 
 
 def test_tasks_are_scored_on_a_rivals_folder(toy, ok, tmp_path):
