@@ -1,5 +1,6 @@
 """Stage 1: Hessian-weighted EM with error compensation, block by block (LBLLM stage 1; refinement and target are ours)."""
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -52,7 +53,20 @@ def fit_block(task: BlockTask, settings: Ptq) -> BlockResult:
             tensors |= packed.to_tensors(block_prefix(task.index) + name)
             student.set_weight(name, packed.values())
     facts = {name: fact for one in task.group.facts(_facts(fits)) for name, fact in one.items()}
+    _check_finite(task.index, facts)
     return BlockResult(tensors, {"linears": {name: facts[name] for name in student.linears}, **_starved(facts)})
+
+
+def _check_finite(index: int, facts: dict[str, dict[str, Any]]) -> None:
+    """Raises RunError naming the first linear whose target was not finite: levels fit it all the same, and are 0. Looked at
+    where the device is waited for anyway.
+    """
+    for name, fact in facts.items():
+        if not math.isfinite(fact["error"] + fact["asymmetric"]):
+            raise RunError(
+                f"block {index}, {name}: inputs of the full-precision block hold NaN or infinity; try model.dtype: float32; "
+                "the block was not written"
+            )
 
 
 def _shape(block: Block, name: str) -> tuple[int, int]:
@@ -105,9 +119,6 @@ def _fit_unit(task: BlockTask, unit: Unit, moments: Moments, team: Team, setting
         targets = sources
         if everything.drift is not None:
             drift = everything.mean_drift()
-            if not bool(torch.isfinite(drift).all()):
-                # Kernels would fit levels of 0 to it, and torch name them with no linear.
-                raise FloatingPointError("inputs of the full-precision block hold NaN or infinity; try model.dtype: float32")
             targets = [
                 torch.where(strength > 0, weight + strength * target_step(weight, drift, factor), weight)
                 for weight, strength in zip(sources, strengths, strict=True)

@@ -32,4 +32,5 @@ def parabola(weight: Tensor, step: Tensor, held_out: InputMoments) -> Tensor:
 def step_length(parabolas: Tensor) -> Tensor:
     """The length in [0, 1] that minimises |W Y - (W + length * step) X|^2: `parabola` [..., 2], summed over rows -> [...]."""
     along, curvature = parabolas.unbind(-1)
-    return torch.where(curvature > 0, (along / curvature).clamp(0, 1), 0.0)
+    # What is no number stays none: see `fit._check_finite`.
+    return torch.where(curvature <= 0, 0.0, (along / curvature).clamp(0, 1))
