@@ -1,5 +1,6 @@
 """One command from its recipe to the manifests of its stages: checks, resume, records, facts. The same for every stage."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,22 +47,22 @@ def run_command(
     for number, spec in enumerate(chosen):
         if number and not dry_run:
             interrupt.check()  # a signal that came while the stage before it was being finished
-        run_stage(plan, spec, dry_run, force and spec.name not in kept)
+        run_stage(plan, spec, dry_run, force and spec.name not in kept, chosen[number + 1 :])
 
 
 def _check_end_to_end(plan: Plan, spec: StageSpec, asked: bool) -> None:
-    """Reads the text of an end-to-end phase now, and looks at the states that are kept of its teacher: what is wrong with them is
-    not found after all blocks. asked: whether `--only` names it.
-    """
+    """Reads the text of an end-to-end phase now: too little is not found after all blocks. asked: whether `--only` names it."""
     if spec in plan.recipe.stages:
         if not plan.generates(spec):
-            work_of(spec).need(plan, spec, plan.stage_tokens(spec))
+            plan.stage_tokens(spec)
     elif asked:
         raise UsageError(f"--only {spec.phase}: the recipe has no {spec.section}; add it, for example sequences: 128")
 
 
-def run_stage(plan: Plan, spec: StageSpec, dry_run: bool, force: bool) -> None:
-    """Checks what a stage goes on from, reads its text, says what it needs, and runs it."""
+def run_stage(plan: Plan, spec: StageSpec, dry_run: bool, force: bool, ahead: Sequence[StageSpec] = ()) -> None:
+    """Checks what a stage goes on from, reads its text, says what it needs, and runs it. ahead: stages that the command goes on
+    with, of which what can be checked is checked as well: kept states of a teacher are not found wrong after all blocks.
+    """
     before = plan.recipe.parent(spec)
     if dry_run and spec.end_to_end and before is not None and before.name not in complete_stages(plan.output):
         say(f"{spec}: would go on from {before}, which is not there yet")
@@ -72,6 +73,9 @@ def run_stage(plan: Plan, spec: StageSpec, dry_run: bool, force: bool) -> None:
     if before is not None:
         await_file(plan.output / before.name / MANIFEST, plan.group)
     parent = open_parent(plan, spec)
+    for later in ahead:
+        if not plan.generates(later):
+            work_of(later).need(plan, later, plan.stage_tokens(later))
     sampled = plan.generates(spec)
     tokens = None if sampled else plan.stage_tokens(spec)
     need = work.need(plan, spec, tokens)
