@@ -43,7 +43,9 @@ class Training(Schedule):
     """What the stages that train a block have in common."""
 
     lr_weights: float = Field(2e-2, gt=0, le=1, description="AdamW rate of latents, relative to the RMS of the linear's weights")
-    lr_levels: float = Field(1e-2, gt=0, le=1, description="AdamW rate of levels, relative to the same RMS")
+    lr_levels: float = Field(
+        1e-2, gt=0, le=1, description="AdamW rate of levels, relative to the same RMS; in distill 2.5e-3 where ptq.level_bits is 2"
+    )
     loss: Literal["robust", "plain", "mixed"] = Field(
         "robust",
         description="plain: squared error over all tokens; robust: of tokens far off, beyond 100 times the usual squared error, "
