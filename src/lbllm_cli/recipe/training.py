@@ -44,7 +44,7 @@ class Training(Schedule):
 
     lr_weights: float = Field(2e-2, gt=0, le=1, description="AdamW rate of latents, relative to the RMS of the linear's weights")
     lr_levels: float = Field(
-        1e-2, gt=0, le=1, description="AdamW rate of levels, relative to the same RMS; in distill 2.5e-3 where ptq.level_bits is 2"
+        1e-2, gt=0, le=1, description="AdamW rate of levels, relative to the same RMS; in distill 2.5e-3 with ptq.level_bits 2"
     )
     loss: Literal["robust", "plain", "mixed"] = Field(
         "robust",
