@@ -146,17 +146,17 @@ def test_asymmetric_is_auto_or_a_share(load, value, expected):
 def test_levels_out_of_a_table_have_defaults_of_their_own(load):
     phases = "distill: {end_to_end: {}}\nact_calib: {end_to_end: {}}\n"
     four = load(phases, "ptq.level_bits=4")
-    assert (four.ptq.rounds, four.step_group, four.distill.lr_levels) == (1, 128, 0.01)
+    assert (four.ptq.rounds, four.step_group) == (1, 128)
     assert four.distill.end_to_end.train == ["levels", "norms"]
     found = load(phases, "ptq.level_bits=2", "ptq.group_size=16")
-    assert (found.ptq.rounds, found.step_group, found.distill.lr_levels) == (6, 32, 0.0025)
+    assert (found.ptq.rounds, found.step_group) == (6, 32)
     assert found.distill.end_to_end.train == ["scales", "norms"]
     assert found.act_calib.end_to_end.train == ["scales", "norms", "clip_factors"]
     assert (found.distill.end_to_end.lr_levels, found.act_calib.end_to_end.lr_levels) == (0.006, 0.004)
     # What is said counts.
-    said = ("ptq.rounds=1", "distill.lr_levels=0.02", "distill.end_to_end.train=[levels]", "act_calib.group_size=32")
+    said = ("ptq.rounds=1", "distill.end_to_end.train=[levels]", "act_calib.group_size=32")
     other = load(phases, "ptq.level_bits=2", *said)
-    assert (other.ptq.rounds, other.step_group, other.distill.lr_levels) == (1, 32, 0.02)
+    assert (other.ptq.rounds, other.step_group) == (1, 32)
     assert other.distill.end_to_end.train == ["levels"]
     assert other.distill.end_to_end.lr_levels == 0.001
     assert other.act_calib.end_to_end.train == ["scales", "norms", "clip_factors"]

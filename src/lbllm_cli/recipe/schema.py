@@ -11,8 +11,6 @@ from lbllm_cli.recipe.training import ActCalib, ActEndToEnd, Distill, DistillEnd
 
 # Rounds of stage 1 where levels have 2 bits: of one, three and six the last left the least error.
 _TABLE_ROUNDS = 6
-# And the rate of their levels in blocks: of SmolLM2-135M's first four it left 2 to 6 % less error than the usual one.
-_TABLE_RATE = 2.5e-3
 # And rates at which their phases train scales of rows, as on SmolLM2-135M: after distill half and twice as much were worse.
 _SCALE_RATES = {"distill": 6e-3, "act_calib": 4e-3}
 
@@ -197,20 +195,18 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_table_levels(cls, values: Any) -> Any:
-        """Where levels have 2 bits and nothing is said, stage 1 goes on for longer, levels move more slowly in blocks, and phases
-        train scales in their place, at a higher rate.
+        """Where levels have 2 bits and nothing is said, stage 1 goes on for longer, and phases train scales in place of levels,
+        at a higher rate.
 
-        Out of a table the levels of one group after another are chosen, which one round does not end. In training a level moves
-        from one entry of the table to the next: at the usual rate it goes back and forth. Trained end to end levels gain little.
+        Out of a table the levels of one group after another are chosen, which one round does not end; trained end to end they
+        gain little.
         """
         ptq = values.get("ptq") if isinstance(values, dict) else None
         if not isinstance(ptq, dict) or ptq.get("level_bits") != 2:
             return values
         found = {**values, "ptq": {"rounds": _TABLE_ROUNDS, **ptq}}
-        if isinstance(blocks := values.get("distill") or {}, dict):
-            found["distill"] = {"lr_levels": _TABLE_RATE, **blocks}
         for name, phase in (("distill", DistillEndToEnd), ("act_calib", ActEndToEnd)):
-            section = found.get(name)
+            section = values.get(name)
             if isinstance(section, dict) and isinstance(section.get("end_to_end"), dict):
                 train = ["scales" if kind == "levels" else kind for kind in phase.model_fields["train"].default]
                 said = {"train": train, **section["end_to_end"]}

@@ -43,9 +43,7 @@ class Training(Schedule):
     """What the stages that train a block have in common."""
 
     lr_weights: float = Field(2e-2, gt=0, le=1, description="AdamW rate of latents, relative to the RMS of the linear's weights")
-    lr_levels: float = Field(
-        1e-2, gt=0, le=1, description="AdamW rate of levels, relative to the same RMS; in distill 2.5e-3 with ptq.level_bits 2"
-    )
+    lr_levels: float = Field(1e-2, gt=0, le=1, description="AdamW rate of levels, relative to the same RMS")
     loss: Literal["robust", "plain", "mixed"] = Field(
         "robust",
         description="plain: squared error over all tokens; robust: of tokens far off, beyond 100 times the usual squared error, "
