@@ -86,6 +86,71 @@ def test_a_busy_machine_is_refused(monkeypatch):
     llama.check_load(2)
 
 
+class Stub:
+    """An engine that takes no time: files of llama.cpp are slower by half."""
+
+    def __init__(self, python, path, threads, cpu):
+        self.each = 0.002 if path.is_dir() else 0.003
+
+    def ask(self, what, count):
+        return self.each * count
+
+    def memory(self):
+        return 1e3 * self.each
+
+    def end(self):
+        pass
+
+
+def comparison(tmp_path, monkeypatch, busy) -> list[str]:
+    """What `llama.py` is asked for with two numbers of threads, and with cores that are as busy as `busy` says, one by one."""
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "model.safetensors").write_bytes(bytes(60))
+    monkeypatch.setattr(llama, "Process", Stub)
+    monkeypatch.setattr(llama, "make_files", lambda source, out, python, kinds: {kind: tmp_path / kind for kind in kinds})
+    monkeypatch.setattr(llama, "start_seconds", lambda *_: 1.0)
+    monkeypatch.setattr(llama, "machine", lambda python: "this machine")
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(llama, "busy_cores", iter(busy).__next__)
+    (tmp_path / "Q2_K").write_bytes(bytes(80))
+    return [
+        "llama.py", "--packed", str(tmp_path / "export"), "--gguf", str(tmp_path / "source.gguf"), "--out", str(tmp_path / "out"),
+        "--kinds", "Q2_K", "--rounds", "2", "--threads", "1", "2",
+    ]  # fmt: skip
+
+
+def test_a_comparison_leaves_its_table(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", comparison(tmp_path, monkeypatch, [0.0]))
+    llama.main()
+    found = (tmp_path / "out" / "table.md").read_text()
+    assert "| token 512, 2 | 1024.00 ms | 1536.00 ms (0.67x) |" in found
+    assert "| bytes | 0.0 MB | 0.0 MB (0.75x) |" in found
+    assert found.endswith("\n\nthis machine\n")
+    assert json.loads((tmp_path / "out" / "table.json").read_text())["machine"] == "this machine"
+    assert len((tmp_path / "out" / "rounds.jsonl").read_text().splitlines()) == 2 * 2 * (len(llama.CONTEXTS) + len(llama.PROMPTS))
+
+
+def test_cores_that_are_too_few_for_the_last_threads_are_found_before_the_first_round(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", comparison(tmp_path, monkeypatch, [1.0, 1.0]))
+    with pytest.raises(SystemExit, match="with 2 threads times mean nothing"):
+        llama.main()
+    assert not (tmp_path / "out" / "rounds.jsonl").exists()
+
+
+def test_files_are_made_once_for_each_source(tmp_path, monkeypatch):
+    made = []
+
+    def run(command, **_):
+        made.append(command[-1])
+        llama.Path(command[-1]).write_bytes(b"x")
+
+    monkeypatch.setattr(llama.subprocess, "run", run)
+    for content in (b"one", b"one", b"another"):
+        (tmp_path / "source.gguf").write_bytes(content)
+        assert llama.make_files(tmp_path / "source.gguf", tmp_path, "python", ["F16"])["F16"].exists()
+    assert len(made) == len(set(made)) == 2
+
+
 def test_the_work_process_answers_line_by_line(tmp_path):
     random_export.write_export({**SMALL, "vocab_size": llama.VOCABULARY + 7}, tmp_path / "export")
     process = llama.Process(llama.sys.executable, tmp_path / "export", 1, cpu=True)

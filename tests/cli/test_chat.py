@@ -53,17 +53,25 @@ def test_each_line_is_answered(talk):
     assert "128 positions" in result.stderr
 
 
-def test_a_conversation_goes_on_until_it_is_forgotten(talk, monkeypatch):
-    asked = []
-    render = chat.templates.render
-    monkeypatch.setattr(chat.templates, "render", lambda tokenizer, messages, *rest, **options: (
-        asked.append([message["role"] for message in messages]) or render(tokenizer, messages, *rest, **options)
-    ))  # fmt: skip
+@pytest.fixture
+def asked(monkeypatch):
+    """Conversations that are rendered, each as pairs of role and content."""
+    found, render = [], chat.templates.render
+
+    def look(tokenizer, messages, *rest, **options):
+        found.append([(message["role"], message["content"]) for message in messages])
+        return render(tokenizer, messages, *rest, **options)
+
+    monkeypatch.setattr(chat.templates, "render", look)
+    return found
+
+
+def test_a_conversation_goes_on_until_it_is_forgotten(talk, asked):
     talk("the sea\nthe sky\n/reset\nthe sea\n")
-    assert asked == [["user"], ["user", "assistant", "user"], ["user"]]
+    assert [[role for role, _ in one] for one in asked] == [["user"], ["user", "assistant", "user"], ["user"]]
     asked.clear()
     talk("the sea\n/reset\nthe sky\n", "--system", "Be short.")
-    assert asked == [["system", "user"]] * 2
+    assert [[role for role, _ in one] for one in asked] == [["system", "user"]] * 2
 
 
 def test_what_was_said_is_not_computed_again(talk, monkeypatch):
@@ -91,19 +99,12 @@ def test_the_oldest_messages_are_forgotten_where_there_is_no_room(talk):
     assert result.stderr.count("chat: the message has") == 0
 
 
-def test_a_message_that_cannot_be_answered_costs_no_earlier_one(talk, monkeypatch):
-    kept = []
-    render = chat.templates.render
-    monkeypatch.setattr(chat.templates, "render", lambda tokenizer, messages, *rest, **options: (
-        kept.append([message["content"] for message in messages]) or render(tokenizer, messages, *rest, **options)
-    ))  # fmt: skip
+def test_a_message_that_cannot_be_answered_costs_no_earlier_one(talk, asked):
     result = talk("the sea\nthe sky\n" + "the sea " * 200 + "\nonce\n")
     assert result.exit_code == 0
     assert "shorten it" in result.stderr
     assert "forgotten" not in result.stderr
-    assert kept[-1][0] == "the sea"
-    assert kept[-1][2] == "the sky"
-    assert kept[-1][4] == "once"
+    assert [content for role, content in asked[-1] if role == "user"] == ["the sea", "the sky", "once"]
 
 
 def test_a_message_without_room_is_refused_and_the_conversation_goes_on(talk):

@@ -1,9 +1,8 @@
 """Several ranks in one output folder, as one of them sees it."""
 
 import threading
+import time
 from types import SimpleNamespace
-
-import pytest
 
 from lbllm_cli.pipeline import ranks
 from lbllm_cli.pipeline.ranks import await_file
@@ -24,7 +23,12 @@ def test_a_file_that_the_first_rank_sees_is_waited_for(tmp_path):
     shown.join()
 
 
-@pytest.mark.parametrize("there", [False, True])
-def test_nothing_is_waited_for_that_nobody_sees_and_not_for_ever(tmp_path, monkeypatch, there):
-    monkeypatch.setattr(ranks, "_SHOWN", 0.2)
-    await_file(tmp_path / "manifest", other(there))
+def test_nothing_is_waited_for_that_nobody_sees_and_not_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(ranks, "_SHOWN", 0.3)
+    waited = {}
+    for there in (False, True):
+        began = time.monotonic()
+        await_file(tmp_path / "manifest", other(there))
+        waited[there] = time.monotonic() - began
+    assert waited[False] < 0.2
+    assert waited[True] >= 0.3

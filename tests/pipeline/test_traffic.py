@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, save_toy, write_recipe
 
+from lbllm_cli.parallel.shares import padded
 from lbllm_cli.pipeline.duration import Part
 from lbllm_cli.pipeline.plan import Plan, prepare
 from lbllm_cli.pipeline.traffic import (
@@ -124,7 +125,7 @@ VARIANTS = {
     "a scale for each row": ("ptq", TWO, ("ptq.level_bits=2", "ptq.group_size=16")),
     "owners on two machines": ("distill", World(4, 2), ("distill.parametrisation=bitmap", "distill.channel_cap=10")),
     "a rank on each machine": ("distill", World(2, 1), ("distill.epochs=1",)),
-    "levels of pairs": ("distill", TWO, ("distill.parametrisation=bitmap", "distill.train=[levels]")),
+    "levels alone": ("distill", TWO, ("distill.parametrisation=bitmap", "distill.train=[levels]")),
     "codes beside quantizers": ("act-calib", World(4, 2), (
         "act_calib.parent=ptq", "act_calib.train=[weights,levels,clip_factors,knees]", "act_calib.kv_form=uniform",
         "act_calib.tables=1",
@@ -170,6 +171,18 @@ def test_bytes_of_a_phase(tmp_path, train, bits):
     assert steps[1][0] == wanted
     before = {call.kind: call.size for call in exchanged.calls if call.what == "weights that are measured"}
     assert steps[0][0] == {kind: size + before.get(kind, 0) for kind, size in wanted.items()}
+
+
+def test_centres_of_keys_are_among_what_a_better_epoch_leaves(tmp_path):
+    recipe = ROOT / "recipes" / "toy.yaml"
+    phase = "act_calib.end_to_end={sequences: 16, train: [weights, levels, norms]}"
+    sizes = []
+    for centre in ("none", "mean"):
+        plan = planned(TWO, recipe, f"output.dir={tmp_path / 'run'}", phase, f"act_calib.key_centre={centre}")
+        calls = work_of(STAGES["act-calib-e2e"]).exchanged(plan, STAGES["act-calib-e2e"]).calls
+        sizes.append(next(call.size for call in calls if "better epoch" in call.what))
+    # A number of 32 bits for each channel of the keys, in each of four blocks.
+    assert sizes[1] - sizes[0] == plan.model.blocks * padded(4 * plan.model.kv_width)
 
 
 def test_a_step_by_hand(tmp_path):

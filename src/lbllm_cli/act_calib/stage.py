@@ -62,7 +62,7 @@ def activations(plan: Plan, parent: Checkpoint | None) -> ActivationFormat:
 
 def work(plan: Plan, spec: StageSpec) -> list[Part]:
     """Steps and passes of its blocks."""
-    return block_training(plan, spec, 5, 20)
+    return block_training(plan, spec, 20)
 
 
 def exchanged(plan: Plan, spec: StageSpec) -> Exchanged:

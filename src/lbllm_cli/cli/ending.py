@@ -62,7 +62,6 @@ def exit_codes() -> Iterator[None]:
                 "begin the stage again (--force)"
             )
             raise typer.Exit(1) from None
-        # safetensors says what the system said inside an error of its own: "I/O error: ... (os error 28)".
         # safetensors says what the system said in an error of its own: "I/O error: ... (os error 28)".
         said = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
         if said is not None and int(said[1]) in _MACHINES:

@@ -9,7 +9,9 @@ from huggingface_hub.utils import validate_repo_id
 from lbllm_cli.core.errors import RunError, UsageError, reason
 
 # What an earlier export may have left there under names that this one does not have.
-_REPLACED = ["model*.safetensors", "model.safetensors.index.json", "model.gguf"]
+_REPLACED = [
+    "model*.safetensors", "model.safetensors.index.json", "model.gguf", "additional_chat_templates/*", "tokenization_*.py"
+]  # fmt: skip
 
 
 def check_push(name: str) -> None:

@@ -79,7 +79,7 @@ def _drawn(sources: list[Source], sequences: int, length: int, tokenizer: Any, d
             rows = draw.sampler(sources[own[0]], sum(counts.values()), length)
         else:
             # By each set's own shares: those of a sum are not the sum of the shares.
-            counted = ([_count(item, others, size) for others, size in sets] for sets in draw.taken)
+            counted = ([_count(item, those, size) for those, size in sets] for sets in draw.taken)
             others = [taken for sizes in counted if (taken := [size for size in sizes if size])]
             seed = draw.seed + numbers.get(item, own[0])
             rows = windows(item, Wanted(sum(counts.values()), length, others, seed, draw.key), tokenizer)

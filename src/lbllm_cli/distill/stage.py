@@ -18,7 +18,7 @@ from lbllm_cli.pipeline.work import StageRun, parents_activations
 from lbllm_cli.pipeline.world import World
 from lbllm_cli.recipe.schema import Recipe
 from lbllm_cli.recipe.stages import StageSpec
-from lbllm_cli.training.duration import LATENT_BYTES, block_training
+from lbllm_cli.training.duration import block_training
 from lbllm_cli.training.forecast import training_device, training_states
 from lbllm_cli.training.plots import plot_errors
 from lbllm_cli.training.traffic import block_exchanged
@@ -57,7 +57,7 @@ def _cheaper(recipe: Recipe, model: SourceModel, world: World) -> str:
 
 def work(plan: Plan, spec: StageSpec) -> list[Part]:
     """Steps and passes of its blocks."""
-    return block_training(plan, spec, LATENT_BYTES)
+    return block_training(plan, spec)
 
 
 def exchanged(plan: Plan, spec: StageSpec) -> Exchanged:

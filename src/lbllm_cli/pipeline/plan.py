@@ -1,6 +1,6 @@
 """From a recipe to a checked plan: everything that can be checked is, before a weight is read or a byte written."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, pairwise
@@ -83,8 +83,8 @@ class Plan:
             return taken
         # A number that covers other sets passes over each as that set was read: of a stream, to the end of a batch.
         own = self.token_set(spec).source
-        alike = [sets for sets in taken if all(_windows_of(source) == _windows_of(own) for source, _ in sets)]
-        return [[(own, size) for size in _divided(skip, tuple(size for _, size in sets))] for sets in alike or [[]]]
+        alike = [[size for source, size in sets if _windows_of(source) == _windows_of(own)] for sets in taken]
+        return [[(own, size) for size in _divided(skip, sizes)] for sizes in filter(None, alike)] or [[(own, skip)]]
 
     def without_bos(self, stages: Iterable[StageSpec], evaluate: bool = False) -> str | None:
         """What to say of sets of text without BOS, where the family is lost on them; None where nothing is to be said."""
@@ -183,7 +183,7 @@ def _windows_of(sources: list[Source]) -> list[Source]:
     return [item.model_copy(update={"repeats": 0.0}) for item in sources]
 
 
-def _divided(skip: int, sets: tuple[int, ...]) -> tuple[int, ...]:
+def _divided(skip: int, sets: Sequence[int]) -> tuple[int, ...]:
     """A number of sequences, as far as possible as those of sets that follow each other."""
     ends = [min(end, skip) for end in (0, *accumulate(sets))]
     return tuple(stop - start for start, stop in pairwise([*ends, skip]) if stop > start)

@@ -20,15 +20,7 @@ from lbllm_cli.core.own_folders import check_own, remove_own
 from lbllm_cli.parallel.group import ALONE, Group
 from lbllm_cli.pipeline.checkpoint import MANIFEST, PROGRESS, Checkpoint, unfinished
 from lbllm_cli.pipeline.folders import STAGE, STREAMS, UNFINISHED_STAGE
-from lbllm_cli.pipeline.stage_record import (
-    OUTER,
-    PARENT,
-    RANKS,
-    block_file,
-    format_version,
-    read_manifest,
-    read_progress,
-)
+from lbllm_cli.pipeline.stage_record import OUTER, PARENT, RANKS, block_file, format_version, read_manifest, read_progress
 from lbllm_cli.pipeline.training_state import digest_of
 from lbllm_cli.recipe.stages import STAGES, StageSpec
 from lbllm_cli.runtime.backend import in_ram
@@ -39,11 +31,14 @@ def made_by_force(output: Path, spec: StageSpec, chosen: Sequence[StageSpec]) ->
 
     The same command again then goes on with that one.
     """
-    try:
-        found = [read_progress(unfinished(output, later.name), "") for later in chosen[chosen.index(spec) + 1 :]]
-        return any(record.forced and record.inputs.get(PARENT) == Checkpoint(output, spec.name).content for record in found)
-    except (UsageError, FileNotFoundError):
-        return False
+    for later in chosen[chosen.index(spec) + 1 :]:
+        try:
+            record = read_progress(unfinished(output, later.name), "")
+            if record.forced and record.inputs.get(PARENT) == Checkpoint(output, spec.name).content:
+                return True
+        except (UsageError, FileNotFoundError):
+            continue
+    return False
 
 
 def check_stage(output: Path, stage: str, force: bool) -> None:

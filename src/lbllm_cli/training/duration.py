@@ -7,19 +7,22 @@ from lbllm_cli.pipeline.duration import BlockShape, Part, steps
 from lbllm_cli.pipeline.plan import Plan
 from lbllm_cli.recipe.stages import StageSpec
 from lbllm_cli.training.forecast import owned_share
+from lbllm_cli.training.spread import is_large
 
-# That a step moves for each weight that has a latent: read, chosen, differentiated, and moved by AdamW.
-LATENT_BYTES = 38
+# That a step moves for each weight that has a latent: read, chosen, differentiated, and moved by AdamW. And for each whose code
+# stays: decoded and differentiated.
+LATENT_BYTES, _FIXED_BYTES = 38, 5
 # Launches of a step for each linear of a block, at most: 600 of the usual seven.
 _LAUNCHES = 600 / 7
 
 
-def block_training(plan: Plan, spec: StageSpec, weight_bytes: float, value_bytes: float = 0) -> list[Part]:
+def block_training(plan: Plan, spec: StageSpec, value_bytes: float = 0) -> list[Part]:
     """Parts of a stage that trains block by block, of the rank that has most.
 
-    weight_bytes: that a step moves for each weight. value_bytes: that quantizing moves for each value of a linear's input.
+    value_bytes: that quantizing moves for each value of a linear's input.
     """
     settings: Any = plan.settings(spec)
+    weight_bytes = LATENT_BYTES if is_large(settings.trained) else _FIXED_BYTES
     model, text = plan.model, plan.token_set(spec)
     rows, blocks = settings.subset or text.sequences, model.blocks
     shape, held, most = BlockShape.of(model, text.length), held_out_rows(rows, settings.held_out), plan.world.most

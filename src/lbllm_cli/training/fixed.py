@@ -82,10 +82,11 @@ class Fixed(Master):
         if levels.requires_grad:
             torch.autograd.backward(levels, kernels.code_sums(gradient, self.codes))
 
+    @torch.no_grad()
     def constrain(self, dampening: float) -> None:
         """A level belongs to its code wherever it goes; a scale is not negative, in a checkpoint neither."""
         if self.factor is not None:
-            self.factor.data.clamp_(min=0)
+            self.factor.clamp_(min=0)
 
     @torch.no_grad()
     def packed(self) -> PackedWeight:

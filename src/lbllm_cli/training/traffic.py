@@ -130,8 +130,7 @@ def block_exchanged(plan: Plan, spec: StageSpec, settings: Distill | ActCalib) -
         if act:
             calls.append(Call("packed weights as they begin", GATHER, size, 1, node=True))
     elif "levels" in settings.trained:
-        bitmap = isinstance(settings, Distill) and settings.parametrisation == "bitmap"
-        copies = level_sizes(shapes, plan.recipe.ptq.group_size, [2, 2] if bitmap else [4]) + copies
+        copies = level_sizes(shapes, plan.recipe.ptq.group_size, [4]) + copies
     row_bytes = text.length * int(model.config.hidden_size) * model.dtype.itemsize
     if act:
         calls.append(sample_call("sequences that quantizers are fitted to", world, rows, SEQUENCES, row_bytes))
