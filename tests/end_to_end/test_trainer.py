@@ -252,12 +252,13 @@ def test_another_source_has_its_own_text(run, little_text):
 )
 def test_text_is_fresh_where_mixtures_differ(run, little_text, training, phase):
     """By text, and not by list: a part of a mixture, or one with other weights, has windows of its own too."""
-    last = {"distill": {"sequences": 9, "source": phase}, "act_calib": {"sequences": 7, "source": training}}
-    sets = {"source": training, "sequences": 10, "length": 32}
+    # Most of what there is: sets that were drawn one by one would meet.
+    last = {"distill": {"sequences": 220, "source": phase}, "act_calib": {"sequences": 100, "source": training}}
+    sets = {"source": training, "sequences": 220, "length": 128}
     plan = prepare(load_recipe(run(**last, data={"training": sets, "calibration": sets}), []), stages=TABLE)
     windows = [rows_of(plan.stage_tokens(STAGE_SPECS[stage])) for stage in ("distill", "distill-e2e", "act-calib-e2e")]
-    assert [len(rows) for rows in windows] == [10, 9, 7]
-    assert len(set.union(*windows)) == 26
+    assert [len(rows) for rows in windows] == [220, 220, 100]
+    assert len(set.union(*windows)) == 540
 
 
 def test_the_next_stage_goes_on_from_it(ok, run, given_tables, tmp_path):

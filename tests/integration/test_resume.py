@@ -135,8 +135,12 @@ def test_half_a_stream_on_disk_is_not_gone_on_from_after_a_run_in_ram(setting, t
     toy, expected = setting
     recipe = write_recipe(tmp_path / "r.yaml", toy, tmp_path / "run", runtime={"streams": "disk"})
     on_disk = ["ptq", "--recipe", str(recipe)]
+    streams = tmp_path / "run" / "ptq.partial" / "streams"
     assert run_in_child(on_disk, "half a student pass", 0) == -signal.SIGKILL
+    assert {"quantized_000.bin", "unfinished_quantized_001.bin"} <= {file.name for file in streams.iterdir()}
+    assert not (streams / "quantized_001.bin").exists()
     assert run_in_child([*on_disk, "runtime.streams=ram"], "after commit", 0) == -signal.SIGKILL
+    assert not list(streams.iterdir()), "streams of an attempt that somebody else has gone on from"
     assert run_in_child(on_disk) == 0
     found = {k: v for k, v in hashes(tmp_path / "run" / "ptq").items() if k != "recipe.resolved.yaml"}
     assert found == expected["ram"]

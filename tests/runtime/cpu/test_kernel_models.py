@@ -9,7 +9,8 @@ from conftest import TOY
 from packed_models import ROUNDING, TIPPED, both, difference, exported, ids, load, steps
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer
+from transformers import AttentionInterface, AutoTokenizer
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 import lbllm_cli.hf
 from lbllm_cli.data.sources import builtin_records
@@ -290,6 +291,22 @@ def test_perplexity_of_the_trained_toy(tmp_path):
     ]
     assert found[0] == pytest.approx(found[1], rel=1e-3)  # measured 8e-4; 1e-4 to 2e-3 on others: an input at an edge
     assert found[1] < 60
+
+
+def _halved(module, query, key, value, attention_mask, scaling=None, **others):
+    return eager_attention_forward(module, query, key, value, attention_mask, scaling=scaling / 2, **others)
+
+
+@torch.no_grad()
+def test_an_attention_that_somebody_has_registered_is_torchs(llama):
+    AttentionInterface.register("halved", _halved)
+    mine, theirs, plain = (load(llama, kernels) for kernels in ("auto", "off", "auto"))
+    cached = [each(ids(1, 11)).past_key_values for each in (mine, theirs, plain)]
+    for each in (mine, theirs):
+        each.set_attn_implementation("halved")
+    found = [each(ids(1, 1, 3), past_key_values=cache).logits for each, cache in zip((mine, theirs, plain), cached, strict=True)]
+    assert difference(found[0], found[1]) < ROUNDING
+    assert difference(found[0], found[2]) > 100 * ROUNDING
 
 
 @torch.no_grad()

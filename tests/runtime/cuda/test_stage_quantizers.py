@@ -7,6 +7,7 @@ from torch import Tensor
 from lbllm_cli.act_calib.search import _errors, grid
 from lbllm_cli.format.activations import Tables, join_groups, split_groups, uniform_levels
 from lbllm_cli.runtime.cuda.activations import QuantizerTables
+from lbllm_cli.runtime.cuda.stage import kernels
 from lbllm_cli.runtime.cuda.stage.kernels import TritonKernels, long_rows
 from lbllm_cli.runtime.cuda.stage.quantizers import prepared
 from lbllm_cli.runtime.torch.quantizer import quantized
@@ -64,6 +65,15 @@ def test_places_in_a_long_row_have_32_bits(rows, width, expected):
     """19 sequences of 4,096 tokens with 28,672 inputs are more than 2^31 values: beyond these a place would be negative."""
     assert long_rows(rows, width) == expected
     assert rows * width // expected < 2**31 - 4096
+
+
+def test_a_large_input_is_cut_into_such_rows(monkeypatch):
+    """Without its values, of which there are too many."""
+    seen = []
+    monkeypatch.setattr(kernels, "quantize_values", lambda rows, *_: seen.append(tuple(rows.shape)))
+    x = torch.empty(20, 4000, 28_672, device="meta")
+    assert KERNELS.fake_quantize(x, TABLES["two tables"], 128, torch.float32).shape == x.shape
+    assert seen == [(2, 40_000 * 28_672)]
 
 
 def test_an_input_without_tokens_has_no_values(device):
