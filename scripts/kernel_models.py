@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaCo
 import lbllm_cli.hf  # noqa: F401  registers the packed format
 from lbllm_cli.core import files
 from lbllm_cli.format.activations import ActivationFormat
+from lbllm_cli.format.group_sizes import GroupSizes
 from lbllm_cli.format.settings import quantization_config
 from lbllm_cli.models.block import block_units
 from lbllm_cli.runtime.attachments import Arguments
@@ -56,7 +57,7 @@ def write_random(folder: Path, name: str) -> None:
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     units = block_units(config)
     linears = tuple(name for unit in units for name in unit)
-    stored["quantization_config"] = quantization_config(group_size, 8, "act-calib", linears, layout)
+    stored["quantization_config"] = quantization_config(GroupSizes(group_size), 8, "act-calib", linears, layout)
     files.write_json(folder / "config.json", stored)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -134,6 +134,8 @@ def kind(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
         least, most = schema.get("minItems"), schema.get("maxItems")
         count = f"list of {least}" if least == most and least else f"list of {least} or more" if least else "list"
         return f"{count}: {kind(items, definitions)}"
+    if schema["type"] == "object":
+        return f"mapping of text to {kind(schema['additionalProperties'], definitions)}"
     names = {"integer": "integer", "number": "number", "boolean": "`true`, `false`", "string": "text"}
     pattern = f", `{schema['pattern']}`" if "pattern" in schema else ""
     length = f", at most {schema['maxLength']} characters" if "maxLength" in schema else ""
@@ -152,6 +154,8 @@ def shown(value: Any) -> str:
     if isinstance(value, list) and value and all(isinstance(item, dict) and "source" in item for item in value):
         names = [item["name"] if "name" in item else item["source"] for item in value]
         return ", ".join(f"`{name}`" for name in names)
+    if value == {}:
+        return "`{}`"
     return "" if isinstance(value, dict) else f"`{json.dumps(value)}`".replace('"', "")
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lbllm_cli.engine.config import UNITS
 from lbllm_cli.format.activations import ActivationFormat, Tables, stored_clip
+from lbllm_cli.format.group_sizes import GroupSizes
 from lbllm_cli.format.names import KEYS, TENSORS, VALUES, input_name
 from lbllm_cli.format.settings import quantization_config
 from lbllm_cli.training.knees import Shape, tables_of
@@ -82,7 +83,7 @@ def write_export(shape: dict[str, Any], folder: Path) -> None:
         tensors |= packed_block(f"model.layers.{index}.", shape, generator)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     layout = ActivationFormat(4, 4, "group", "knee", "knee", len(KNEES), GROUP)
-    settings = quantization_config(GROUP, 4, "act-calib", tuple(linears_of(shape)), layout, 8)
+    settings = quantization_config(GroupSizes(GROUP), 4, "act-calib", tuple(linears_of(shape)), layout, 8)
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "dtype": "bfloat16", "quantization_config": settings, **shape,

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lbllm_cli.format.activations import ActivationFormat, stored_clip
+from lbllm_cli.format.group_sizes import GroupSizes
 from lbllm_cli.format.names import TENSORS
 from lbllm_cli.format.settings import quantization_config
 from lbllm_cli.hf import LbllmConfig, LbllmQuantizer
@@ -50,7 +51,7 @@ def packed_model(config: LlamaConfig, device: torch.device, quantized: bool = Tr
     """The same as an export would be loaded. quantized: activations, keys and values in 4 bits."""
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    settings = quantization_config(GROUP, 8, "act-calib", LINEARS, FORMAT if quantized else None)
+    settings = quantization_config(GroupSizes(GROUP), 8, "act-calib", LINEARS, FORMAT if quantized else None)
     settings.pop("quant_method")
     quantizer = LbllmQuantizer(LbllmConfig(**settings))
     quantizer._process_model_before_weight_loading(model)

@@ -18,7 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lbllm_cli.format.activations import format_of
-from lbllm_cli.format.settings import METHOD, check_settings
+from lbllm_cli.format.settings import METHOD, check_settings, group_sizes
 from lbllm_cli.runtime.attachments import attach
 from lbllm_cli.runtime.backend import backend_of
 from lbllm_cli.runtime.checks import check_files, check_linears, check_values
@@ -44,10 +44,10 @@ class LbllmConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(
         self, group_size: int, linears: list[str], format_version: int, activations: dict[str, Any] | None = None,
-        level_bits: int = 8, head_bits: int = 16, **others: Any
+        level_bits: int = 8, head_bits: int = 16, group_sizes: dict[str, int] | None = None, **others: Any
     ):  # fmt: skip
         given = {"group_size": group_size, "linears": linears, "format_version": format_version, "level_bits": level_bits}
-        check_settings(given | {"activations": activations, "head_bits": head_bits})
+        check_settings(given | {"activations": activations, "head_bits": head_bits, "group_sizes": group_sizes})
         self.quant_method = METHOD
         self.group_size = group_size
         self.linears = linears
@@ -55,6 +55,7 @@ class LbllmConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.activations = activations
         self.level_bits = level_bits
         self.head_bits = head_bits
+        self.group_sizes = group_sizes
         for key, value in others.items():
             setattr(self, key, value)
 
@@ -75,14 +76,16 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
         # While linears are transformers' own and hold no values.
         self._units: Units = find_units(decoder, settings.linears)
         layout = format_of(settings.to_dict())
-        for layer in decoder.layers:
+        sizes = group_sizes(settings.to_dict())
+        for index, layer in enumerate(decoder.layers):
+            own = {name: sizes.of_unit(index, unit) for unit in self._units for name in unit}
             with torch.device("meta"):
                 quantizers = empty_quantizers(layer, self._units, layout) if layout else {}
                 for name in settings.linears:
-                    layer.set_submodule(name, _packed_like(layer.get_submodule(name), settings))
+                    layer.set_submodule(name, _packed_like(layer.get_submodule(name), own[name], settings.level_bits))
                 for name, quantizer in quantizers.items():
-                    owner, _, own = name.rpartition(".")
-                    layer.get_submodule(owner).add_module(own, quantizer)
+                    owner, _, last = name.rpartition(".")
+                    layer.get_submodule(owner).add_module(last, quantizer)
         if settings.head_bits != 16:
             stand_for_rows(model)
         if paths := others.get("checkpoint_files"):
@@ -154,10 +157,10 @@ def _save_experts(*_: Any, **__: Any) -> None:
     )
 
 
-def _packed_like(linear: Any, settings: Any) -> PackedLinear:
+def _packed_like(linear: Any, group_size: int, level_bits: int) -> PackedLinear:
     """A packed linear for the place of an ordinary one, without values."""
-    shape = linear.in_features, linear.out_features, settings.group_size
-    packed = PackedLinear(*shape, bias=linear.bias is not None, level_bits=settings.level_bits)
+    shape = linear.in_features, linear.out_features, group_size
+    packed = PackedLinear(*shape, bias=linear.bias is not None, level_bits=level_bits)
     if packed.bias is not None:
         packed.bias.data = packed.bias.data.to(linear.weight.dtype)
     return packed

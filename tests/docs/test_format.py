@@ -124,12 +124,12 @@ def test_quantizing_gives_the_same_codes_steps_and_records(levels, zero):
 
 def test_every_key_is_specified(run, finished):
     config = json.loads((run / "export" / "config.json").read_text())["quantization_config"]
-    assert documented("config.json") == config.keys() | config["activations"].keys() | {"level_bits", "head_bits"}
+    assert documented("config.json") == config.keys() | config["activations"].keys() | {"level_bits", "head_bits", "group_sizes"}
     assert config["format_version"] == 4
     manifest = json.loads((run / "act-calib" / "lbllm_stage.json").read_text())
     of_the_recipe = {name for name in manifest["inputs"] if name.startswith("act_calib.")}
     inputs = {name.replace("data.training", "<text>") for name in manifest["inputs"].keys() - of_the_recipe}
-    assert documented("lbllm_stage.json") == manifest.keys() | inputs | {"level_bits", "ranks"}
+    assert documented("lbllm_stage.json") == manifest.keys() | inputs | {"level_bits", "group_sizes", "ranks"}
     record = json.loads((run / "export" / "lbllm_export.json").read_text())
     assert documented("lbllm_export.json") == record.keys() | {"head_bits"}
     assert (record["format_version"], manifest["format_version"]) == (4, 3)

@@ -6,6 +6,7 @@ vLLM lives in an environment of its own: `make serve-test`.
 import gc
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -41,14 +42,20 @@ TOKENS = torch.randint(3, 90, (24,), generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture(scope="module")
 def toy_export(once) -> Any:
-    """toy_export(family): a W(1+1)A4KV4 export whose heads vLLM has. level_bits: of `ptq`. head_bits: of `export`."""
+    """toy_export(family): a W(1+1)A4KV4 export whose heads vLLM has. level_bits, larger: of `ptq`, what has
+    groups of 64. head_bits: of `export`.
+    """
 
-    def of(family: str, level_bits: int = 8, head_bits: int = 16) -> Path:
+    def of(family: str, level_bits: int = 8, head_bits: int = 16, larger: str = "") -> Path:
         def make(folder: Path) -> Path:
-            sections = {"ptq": {"rounds": 0, "level_bits": level_bits}, "export": {"head_bits": head_bits}}
+            sizes = {larger: 64} if larger else {}
+            ptq = {"rounds": 0, "level_bits": level_bits, "group_sizes": sizes}
+            sections = {"ptq": ptq, "export": {"head_bits": head_bits}}
             return exported(folder, save_toy(folder / "model", family, **WIDTHS), **sections)
 
-        return once(f"vllm-{family}-{level_bits}-{head_bits}", make)
+        # vLLM takes a folder's name for a pattern.
+        plain = re.sub(r"\W", "-", larger)
+        return once(f"vllm-{family}-{level_bits}-{head_bits}{plain}", make)
 
     return of
 
@@ -100,6 +107,11 @@ def test_every_family_computes_what_transformers_does(toy_export, family):
 @pytest.mark.parametrize("family", ["llama-tied", "qwen2-biases", "qwen3-moe"])
 def test_levels_may_have_fewer_bits(toy_export, family, bits):
     compare(toy_export(family, bits))
+
+
+@pytest.mark.parametrize(("family", "larger"), [("qwen2-biases", "layers.[01].self_attn.*"), ("qwen3-moe", "layers.1.mlp.*")])
+def test_linears_may_have_groups_of_their_own_sizes(toy_export, family, larger):
+    compare(toy_export(family, 2, larger=larger))
 
 
 @pytest.mark.parametrize(
@@ -262,7 +274,8 @@ def test_what_cannot_be_cut_is_refused(inputs, granularity, message):
 
     step, bits = (96, 2) if inputs == 160 else (32, 8)
     layout = ActivationFormat(4, 4, granularity, "knee", "knee", 2, step)
-    method = PackedLinearMethod(SimpleNamespace(group_size=32, level_bits=bits), "self_attn.o_proj", ["self_attn.o_proj"], layout)
+    config = SimpleNamespace(group_size=lambda *_: 32, level_bits=bits)
+    method = PackedLinearMethod(config, "self_attn.o_proj", ["self_attn.o_proj"], layout)
     with pytest.raises(ValueError, match=message):
         method.create_weights(torch.nn.Module(), inputs // 2, [8], inputs, 8, torch.float32, weight_loader=None)
 
@@ -280,6 +293,6 @@ def test_experts_that_cannot_be_run_are_refused(ways, biases, message):
     layer = torch.nn.Module()
     layer.activation, layer.apply_router_weight_on_input = MoEActivation.SILU, False
     with pytest.raises(ValueError, match=message):
-        PackedExpertsMethod(SimpleNamespace(group_size=32), "mlp.experts", moe, None, False).create_weights(
+        PackedExpertsMethod(SimpleNamespace(), "mlp.experts", moe, None, False).create_weights(
             layer, 4, 64, 32, torch.float32
         )

@@ -752,7 +752,7 @@ def _stages() -> list[Case]:
         "a list": write(manifest, "[]"),
         "an object": write(manifest, "{}"),
         "a pipe": pipe(manifest),
-        "of another version": rewrite(manifest, format_version=6),
+        "of another version": rewrite(manifest, format_version=7),
         "of another stage": rewrite(manifest, stage="distill"),
         "inputs of another kind": rewrite(manifest, inputs={"a": {"b": 1}}),
         "no files": rewrite(manifest, files={}),

@@ -91,13 +91,13 @@ export: {shard_gb: -1, format: 3}
         "data.evaluation[1].name: string should match pattern '^[A-Za-z0-9._-]+$', got 'b c'",
         "data.evaluation[1].source[0].text_kye: unknown key; did you mean `text_key`?",
         "data.evaluation[1].length: input should be greater than or equal to 8, got 4",
-        "ptq.group_size: must be a multiple of 16, got 100",
+        "ptq.group_size: input should be a multiple of 16, got 100",
         "ptq.damping: input should be greater than 0, got 0",
         "ptq.em_iterations: input should be a valid integer, got 1.5",
         "ptq.compensation: input should be a valid boolean, got 1",
         "ptq.levels: input should be 'em' or 'quantile', got 'kmeans'",
-        "ptq.zzz: unknown key; valid: asymmetric, code_descent, compensation, damping, em_iterations, group_size, held_out, "
-        "importance, level_bits, levels, refit, rounds, sequential",
+        "ptq.zzz: unknown key; valid: asymmetric, code_descent, compensation, damping, em_iterations, group_size, group_sizes, "
+        "held_out, importance, level_bits, levels, refit, rounds, sequential",
         "eval.checkpoints[1]: input should be 'base', 'ptq', 'distill', 'distill-e2e', 'act-calib', "
         "'act-calib-e2e' or 'export', got 'pqt'",
         "export.shard_gb: input should be greater than or equal to 0.000001, got -1",
@@ -109,7 +109,7 @@ export: {shard_gb: -1, format: 3}
     ("text", "expected"),
     [
         ("recipe_version: 2", "recipe_version: input should be 1, got 2"),
-        ("ptq: {group_size: 8}", "ptq.group_size: input should be greater than or equal to 16, got 8"),
+        ("ptq: {group_size: 8}", "ptq.group_size: input should be a multiple of 16, got 8"),
         ("ptq: {group_size: 8192}", "ptq.group_size: input should be less than or equal to 4096, got 8192"),
         ("ptq: {group_size: 128.0}", "ptq.group_size: input should be a valid integer, got 128.0"),
         ("ptq: {held_out: 1}", "ptq.held_out: input should be less than 1, got 1"),

@@ -104,7 +104,7 @@ LAYOUT = {"bits": 4, "kv_bits": 4, "granularity": "group", "form": "knee", "kv_f
         ({"group_size": 0}, "group_size: expected a multiple of 16"),
         ({"linears": ["lm_head"]}, "linears: expected the linears of a block"),
         ({"linears": 5}, "linears: expected the linears of a block"),
-        ({"format_version": None}, "format_version: expected 1 to 7, got None"),
+        ({"format_version": None}, "format_version: expected 1 to 8, got None"),
         ({"format_version": 1}, "format_version: expected 2 or more where there are activations, got 1"),
     ],
     ids=range(16),
@@ -151,7 +151,7 @@ def test_a_newer_format_version(folder):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["format_version"] = 9
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="packed format_version 9, this lbllm reads 7; update lbllm-cli"):
+    with pytest.raises(ValueError, match="packed format_version 9, this lbllm reads 8; update lbllm-cli"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 

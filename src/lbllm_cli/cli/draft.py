@@ -15,6 +15,7 @@ from lbllm_cli.core.errors import UsageError
 from lbllm_cli.core.strict_yaml import parse_yaml
 from lbllm_cli.evaluation.forecast import eval_need
 from lbllm_cli.export.forecast import export_need
+from lbllm_cli.format.group_sizes import GroupSizes
 from lbllm_cli.format.settings import DENSE_ROWS
 from lbllm_cli.format.weights import expected_bits
 from lbllm_cli.pipeline.forecast import Need, checkpoint_bytes
@@ -104,7 +105,7 @@ class _Search:
                 taken[need.stage, "device"] = need.device
             taken[need.stage, "ram"] = need.ram
             taken[need.stage, "disk"] = before + need.disk + need.teacher
-            before += checkpoint_bytes(model, GROUP_SIZE, LEVEL_BITS) if need.stage in STAGES else 0
+            before += checkpoint_bytes(model, GroupSizes(GROUP_SIZE), LEVEL_BITS) if need.stage in STAGES else 0
         return taken
 
     def shortages(self, settings: Settings) -> list[Shortage]:
@@ -209,7 +210,7 @@ def draft(model: PlacedModel, path: str, target: str, chat: bool) -> Draft:
 
 def _needs_in_words(model: PlacedModel, settings: Settings, needs: list[Need]) -> list[str]:
     disk = max(need.disk + need.teacher for need in needs)
-    kept = checkpoint_bytes(model, GROUP_SIZE, LEVEL_BITS)
+    kept = checkpoint_bytes(model, GroupSizes(GROUP_SIZE), LEVEL_BITS)
     export = next(need.disk for need in needs if need.stage == EXPORT)
     words = [f"{need.stage} {need.device / GIB:.1f}" for need in needs if need.device]
     device = [f"GPU memory in GiB: {', '.join(words)};"] if model.machine.has_gpu else []

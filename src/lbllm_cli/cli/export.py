@@ -16,7 +16,6 @@ from lbllm_cli.export.base import Form
 from lbllm_cli.export.card import Described
 from lbllm_cli.export.forecast import export_need
 from lbllm_cli.export.formats import exporter
-from lbllm_cli.format.levels import scale_group
 from lbllm_cli.pipeline.checkpoint import Checkpoint, complete_stages
 from lbllm_cli.pipeline.forecast import announce
 from lbllm_cli.pipeline.lineage import open_checkpoint
@@ -39,7 +38,7 @@ def export(recipe: Recipe, repository: str | None, private: bool, dry_run: bool,
         stage = complete[-1] if complete else TABLE[0].name
     by = exporter(recipe.export.format)
     checkpoint = open_checkpoint(plan, stage)
-    by.check(plan.model, scale_group(*checkpoint.record.weights))
+    by.check(plan.model, checkpoint.record.scale_group)
     target = plan.output / EXPORT
     form = Form.of(recipe)
     done = not force and writer.up_to_date(target, writer.export_inputs(plan.model, checkpoint, form))

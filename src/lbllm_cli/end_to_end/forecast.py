@@ -69,7 +69,7 @@ def end_to_end_need(recipe: Recipe, model: SourceModel, settings: EndToEnd, reco
     device = max(resident + passing + loss, teaching)
     row = length * model.config.hidden_size * itemsize
     one, states = float(world.most(settings.sequences) * row), float(settings.sequences * row)
-    state, blocks = 12.0 * (trained + latents), checkpoint_bytes(model, recipe.ptq.group_size, recipe.ptq.level_bits)
+    state, blocks = 12.0 * (trained + latents), checkpoint_bytes(model, model.group_sizes(recipe.ptq), recipe.ptq.level_bits)
     ram = host_bytes(model, device)
     if any(item.sampled for item in settings.source or recipe.data.training.source):
         whole = sampling_bytes(model, settings.sequences, length)

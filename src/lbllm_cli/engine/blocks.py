@@ -45,11 +45,11 @@ class Blocks:
         self.structs = (abi.Block * config.num_hidden_layers)(*(self._block(index) for index in range(config.num_hidden_layers)))
 
     def _size(self, name: str, width: int) -> int:
-        return step_size(name, width, self.config.activations["granularity"], self.config.group_sizes[0])
+        return step_size(name, width, self.config.activations["granularity"], self.config.step_group)
 
     def _block(self, index: int) -> abi.Block:
         config, prefix = self.config, f"model.layers.{index}."
-        weights = [self._unit(prefix, unit, width) for unit, width in zip(UNITS, self.widths, strict=True)]
+        weights = [self._unit(index, unit, width) for unit, width in zip(UNITS, self.widths, strict=True)]
         names = [*(input_name(unit) for unit in UNITS), KEYS, VALUES]
         widths = (*self.widths, config.head_dim, config.head_dim)
         quantizers = [self._quantizer(prefix, name, width) for name, width in zip(names, widths, strict=True)]
@@ -69,15 +69,16 @@ class Blocks:
     def _norm(self, name: str, width: int) -> int:
         return self._keep(self.tensors.small_floats(name, width))
 
-    def _unit(self, prefix: str, unit: tuple[str, ...], width: int) -> abi.Weights:
-        """Linears that read one input, below each other in the library's layout."""
-        size, groups = self.config.group_size, ceil(width / self.config.group_size)
+    def _unit(self, index: int, unit: tuple[str, ...], width: int) -> abi.Weights:
+        """Linears of a block that read one input, below each other in the library's layout."""
+        size, layout = self.config.level_groups.of_unit(index, unit), self.config.layout_sizes(index, unit)
+        groups = ceil(width / size)
         parts: list[tuple[NDArray[Any], ...]] = []
         biases: list[NDArray[np.float32]] = []
         for linear in unit:
-            owner, out = f"{prefix}{linear}", self.outs[linear]
+            owner, out = f"model.layers.{index}.{linear}", self.outs[linear]
             codes = self.tensors.array(f"{owner}.weight", "U8", out, groups, size // 4)
-            scale = self.tensors.array(f"{owner}.scale", "F16", out, 1 if self.config.group_sizes[1] else groups)
+            scale = self.tensors.array(f"{owner}.scale", "F16", out, 1 if layout[1] else groups)
             # Also what is not negative: a sign bit is none of a scale's.
             if (scale.view(np.uint16) >= 0x7C00).any():
                 raise Unfit(f"{owner}.scale holds what is no scale")
@@ -85,7 +86,7 @@ class Blocks:
             biased = linear in self.config.biased
             biases.append(self.tensors.small_floats(f"{owner}.bias", out) if biased else np.zeros(out, np.float32))
         whole = [np.ascontiguousarray(np.concatenate(arrays)) for arrays in zip(*parts, strict=True)]
-        shape = (width, len(whole[0]), *self.config.group_sizes)
+        shape = (width, len(whole[0]), *layout)
         tiles = aligned(int(self.lib.lbllm_tiles_bytes(*shape)))
         self.lib.lbllm_pack(*(array.ctypes.data for array in whole), *shape, tiles.ctypes.data, self.threads)
         bias = self._keep(np.concatenate(biases)) if self.config.biased.intersection(unit) else None

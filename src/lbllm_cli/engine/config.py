@@ -9,8 +9,9 @@ from lbllm_cli.core.model_folder import read_config
 from lbllm_cli.core.validation import describe
 from lbllm_cli.engine.abi import GROUP_MAX, HEAD_MAX
 from lbllm_cli.engine.rope import KINDS
+from lbllm_cli.format.group_sizes import GroupSizes
 from lbllm_cli.format.names import LEVEL_BITS
-from lbllm_cli.format.settings import METHOD, check_settings
+from lbllm_cli.format.settings import METHOD, check_settings, group_sizes
 
 # Of a block, as the library runs them together: linears that read one input.
 UNITS = (
@@ -101,20 +102,25 @@ class Configuration(BaseModel):
             raise ValueError("linears: not those of the families that the library knows")
         if layout is None or layout["bits"] != 4 or layout["kv_bits"] != 4:
             raise ValueError("activations, keys and values are not quantized to 4 bits")
-        if self.num_attention_heads % self.num_key_value_heads or max(self.group_sizes) > GROUP_MAX:
+        # Raises for linears that read one input in groups of two sizes.
+        sizes = {size for block in range(self.num_hidden_layers) for unit in UNITS for size in self.layout_sizes(block, unit)}
+        if self.num_attention_heads % self.num_key_value_heads or max(sizes) > GROUP_MAX:
             raise ValueError("heads or groups that the library does not have")
         return self
 
     @property
-    def group_size(self) -> int:
+    def level_groups(self) -> GroupSizes:
         """Inputs that share four levels."""
-        return int(self.quantization_config["group_size"])
+        return group_sizes(self.quantization_config)
 
     @property
-    def group_sizes(self) -> tuple[int, int]:
+    def step_group(self) -> int:
+        """Inputs that share a step."""
+        return int(self.quantization_config["activations"]["group_size"])
+
+    def layout_sizes(self, block: int, unit: tuple[str, ...]) -> tuple[int, int]:
         """Of the library's layout: inputs that share a step, and those that share levels, 0 where that is the same group."""
-        steps = int(self.quantization_config["activations"]["group_size"])
-        return (steps, self.group_size) if self.level_bits == LEVEL_BITS[2] else (self.group_size, 0)
+        return self.step_group, self.level_groups.of_unit(block, unit) if self.level_bits == LEVEL_BITS[2] else 0
 
     @property
     def level_bits(self) -> int:

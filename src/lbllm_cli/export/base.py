@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lbllm_cli.core import files, interrupt, model_folder
+from lbllm_cli.format.group_sizes import GroupSizes
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.pipeline.checkpoint import Checkpoint
 from lbllm_cli.recipe.schema import Recipe
@@ -54,7 +55,7 @@ class Exporter(ABC):
         """Fills a new folder."""
 
     @abstractmethod
-    def weight_bytes(self, model: SourceModel, group_size: int, level_bits: int) -> float:
+    def weight_bytes(self, model: SourceModel, sizes: GroupSizes, level_bits: int) -> float:
         """Bytes of all binarized weights."""
 
     @abstractmethod

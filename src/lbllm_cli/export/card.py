@@ -43,7 +43,7 @@ def model_card(model: SourceModel, checkpoint: Checkpoint, by: Exporter, form: F
     lines += [f"# {name}, W(1+1){f'A{layout.bits}KV{layout.kv_bits}' if layout else ''}, {checkpoint.stage}", ""]
     lines.append(
         f"The linear layers of {name}'s decoder blocks are binarized to a sign bit and a bitmap bit per weight, four levels "
-        f"per group of {checkpoint.record.group_size} inputs (LBLLM, arXiv 2604.19167), by lbllm {__version__}, "
+        f"per group of {checkpoint.record.weights[0]} inputs (LBLLM, arXiv 2604.19167), by lbllm {__version__}, "
         f"stage `{checkpoint.stage}`. "
         f"{_unchanged(checkpoint, form)}"
         "The source model's licence applies."

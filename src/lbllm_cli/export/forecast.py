@@ -14,6 +14,6 @@ def export_need(recipe: Recipe, model: SourceModel) -> Need:
     if Form.of(recipe).head_bits == 8:
         tables = [name for name in (EMBEDDING, HEAD) if name in model.shapes]
         rest += 2.0 * sum(model.shapes[name][0] for name in tables) - model.count(tables)
-    disk = rest + exporter(recipe.export.format).weight_bytes(model, recipe.ptq.group_size, recipe.ptq.level_bits)
+    disk = rest + exporter(recipe.export.format).weight_bytes(model, model.group_sizes(recipe.ptq), recipe.ptq.level_bits)
     ram = PROCESS + min(recipe.export.shard_gb * 1e9, disk) + block_bytes(model)
     return Need("export", 0.0, ram, disk, 0.0, "ram")

@@ -74,7 +74,8 @@ def export_inputs(model: SourceModel, checkpoint: Checkpoint, form: Form) -> dic
     if form.head_bits != 16:  # earlier versions had nothing else
         inputs["head_bits"] = form.head_bits
     # An export that an earlier version wrote is up to date still: its own number for all of them was 2.
-    version = max(2, format_version(checkpoint.record.level_bits, checkpoint.activations, form.head_bits))
+    record = checkpoint.record
+    version = max(2, format_version(record.level_bits, checkpoint.activations, form.head_bits, bool(record.group_sizes)))
     return {"format_version": version, "fingerprint": fingerprint(inputs), **inputs, _METADATA: metadata_hash(model.folder)}
 
 

@@ -1,21 +1,25 @@
 """What files say of the stored form: `quantization_config` of a packed model, activations in manifests."""
 
+import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lbllm_cli import __version__
 from lbllm_cli.core.validation import describe
+from lbllm_cli.format.group_sizes import GroupSizes
 from lbllm_cli.format.names import HEAD_BITS, LEVEL_BITS
 
 if TYPE_CHECKING:
     from lbllm_cli.format.activations import ActivationFormat
 
 METHOD = "lbllm"
+_LINEAR = re.compile(r"layers\.\d{1,5}\.(.+)")
 # 1: weights alone. 2: with quantizers of activations, which a reader of 1 would leave out without a word. 3: levels of 4 bits,
 # with quantizers or without. 4: centred keys. 5: embedding and head of 8 bits. 7: levels of 2 bits, with a scale for each row;
-# under 6 their bytes named another table.
-FORMAT_VERSION = 7
+# under 6 their bytes named another table. 8: linears with groups of their own sizes.
+FORMAT_VERSION = 8
 # Families of which vLLM makes the embedding without asking how it is quantized: 8 bits of it are none that it can read.
 DENSE_ROWS = ("gemma2", "mixtral", "gpt_oss", "granitemoe")
 
@@ -36,7 +40,7 @@ class Activations(BaseModel):
 
 
 def quantization_config(
-    group_size: int, level_bits: int, stage: str, linears: tuple[str, ...], activations: "ActivationFormat | None",
+    sizes: GroupSizes, level_bits: int, stage: str, linears: tuple[str, ...], activations: "ActivationFormat | None",
     head_bits: int = 16,
 ) -> dict[str, Any]:  # fmt: skip
     """The `quantization_config` block of a packed model's config.json.
@@ -45,19 +49,24 @@ def quantization_config(
     """
     return {
         "quant_method": METHOD,
-        "format_version": format_version(level_bits, activations, head_bits),
+        "format_version": format_version(level_bits, activations, head_bits, bool(sizes.others)),
         **({"level_bits": level_bits} if level_bits != 8 else {}),
         **({"head_bits": head_bits} if head_bits != 16 else {}),
         **({"activations": activations.as_dict()} if activations else {}),
-        "group_size": group_size,
+        "group_size": sizes.size,
+        **sizes.as_dict(),
         "stage": stage,
         "linears": list(linears),
         "lbllm_version": __version__,
     }
 
 
-def format_version(level_bits: int, activations: "ActivationFormat | None", head_bits: int = 16) -> int:
-    """Of a packed model: the smallest whose readers know all of it."""
+def format_version(
+    level_bits: int, activations: "ActivationFormat | None", head_bits: int = 16, own_groups: bool = False
+) -> int:  # fmt: skip
+    """Of a packed model: the smallest whose readers know all of it. own_groups: whether linears have group sizes of their own."""
+    if own_groups:
+        return 8
     if level_bits == LEVEL_BITS[2]:
         return 7
     if head_bits != 16:
@@ -91,6 +100,7 @@ def check_settings(values: dict[str, Any]) -> None:
     head = values.get("head_bits", 16)
     check("head_bits", type(head) is int and head in HEAD_BITS, "8 or 16", head)
     check("format_version", head == 16 or version >= 5, "5 where embedding and head have 8 bits", version)
+    _check_group_sizes(values, check)
     layout = values.get("activations")
     if layout is None:
         return
@@ -104,3 +114,24 @@ def check_settings(values: dict[str, Any]) -> None:
     step, free = layout["group_size"], bits == LEVEL_BITS[2]
     expected = "a multiple of 16" if free else f"that of the weights, {size}"
     check("activations.group_size", step == size or (free and step % 16 == 0), expected, step)
+
+
+def _check_group_sizes(values: dict[str, Any], check: Callable[[str, bool, str, Any], None]) -> None:
+    """Of linears that have their own."""
+    sizes = values.get("group_sizes")
+    if sizes is None:
+        return
+    check("group_sizes", isinstance(sizes, dict) and bool(sizes), "group sizes by linear", sizes)
+    version, bits, where = values["format_version"], values.get("level_bits"), "where linears have group sizes of their own"
+    check("format_version", version >= 8, f"8 {where}", version)
+    check("level_bits", bits == LEVEL_BITS[2], f"2 {where}", bits)
+    for name, size in sizes.items():
+        place = _LINEAR.fullmatch(name) if isinstance(name, str) else None
+        check("group_sizes", place is not None and place[1] in values["linears"], "the linears of a block", name)
+        good = type(size) is int and 16 <= size <= 4096 and size % 16 == 0
+        check(f"group_sizes.{name}", good, "a multiple of 16 up to 4096", size)
+
+
+def group_sizes(values: dict[str, Any]) -> GroupSizes:
+    """Of a packed model's `quantization_config`, or of a manifest, that has been checked."""
+    return GroupSizes(values["group_size"], values.get("group_sizes") or {})

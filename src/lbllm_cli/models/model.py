@@ -13,6 +13,7 @@ from lbllm_cli.core import model_folder
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.core.headers import TensorEntry, mismatch
 from lbllm_cli.core.tensor_files import DISK_DTYPES
+from lbllm_cli.format.group_sizes import GroupSizes
 from lbllm_cli.models import folder as source
 from lbllm_cli.models.block import BLOCKS, Block, block_prefix, block_units
 from lbllm_cli.models.config import check_family, module_shapes, one_block, read_configuration, understood
@@ -25,7 +26,7 @@ from lbllm_cli.runtime.experts import DOWN, expert_of
 from lbllm_cli.runtime.units import Units
 
 if TYPE_CHECKING:
-    from lbllm_cli.recipe.schema import Model
+    from lbllm_cli.recipe.schema import Model, Ptq
 
 FINAL_NORM = "model.norm.weight"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -130,6 +131,13 @@ class SourceModel:
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of a block's linears, by name in the block and in order."""
         return dict(zip(self.linears, self.binarized_shapes, strict=True))
+
+    def group_sizes(self, settings: "Ptq") -> GroupSizes:
+        """Of its linears, as a recipe asks for them. Raises UsageError for what does not fit the model."""
+        try:
+            return GroupSizes.matching(settings.group_size, settings.group_sizes, self.blocks, self.units)
+        except ValueError as error:
+            raise UsageError(f"ptq.group_sizes: {error}") from None
 
     @property
     def binarized_parameters(self) -> int:

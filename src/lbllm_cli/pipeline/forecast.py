@@ -5,12 +5,14 @@ What a stage alone knows of its need is in its own package.
 
 import shutil
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Literal
 
 from lbllm_cli.core.console import GIB, say
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.core.ram import available_ram
+from lbllm_cli.format.group_sizes import GroupSizes
 from lbllm_cli.format.weights import expected_bits
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.models.sampling import ROWS_AT_ONCE
@@ -149,9 +151,16 @@ def sampling_bytes(model: SourceModel, rows: int, length: int) -> float:
     return (parameters + cache) * model.dtype.itemsize + 2.0 * parameters
 
 
-def checkpoint_bytes(model: SourceModel, group_size: int, level_bits: int) -> float:
+def checkpoint_bytes(model: SourceModel, sizes: GroupSizes, level_bits: int) -> float:
     """Bytes of a stage's block files."""
-    return expected_bits(model.binarized_shapes, group_size, level_bits) * model.binarized_parameters / 8
+    # All blocks are alike where no linear has a size of its own.
+    blocks = range(model.blocks if sizes.others else 1)
+    bits = sum(
+        expected_bits([shape], sizes.of(block, name), level_bits) * prod(shape)
+        for block in blocks
+        for name, shape in model.linear_shapes.items()
+    )
+    return bits * (model.blocks / len(blocks)) / 8
 
 
 def streams_place(recipe: Recipe, model: SourceModel, device: float, alive: float, ranks: int = 1) -> Place:
@@ -196,7 +205,7 @@ def stage_need(
         ram = max(ram, PROCESS + whole)
         # On a GPU the file stays in RAM.
         device = device if model.backend.shares_ram else max(device, whole - 2.0 * model.count(list(model.shapes)))
-    blocks = checkpoint_bytes(model, recipe.ptq.group_size, recipe.ptq.level_bits)
+    blocks = checkpoint_bytes(model, model.group_sizes(recipe.ptq), recipe.ptq.level_bits)
     written = blocks + 2 * (model.blocks + 1) * every if place == "disk" else 0.0
     # A state is replaced by a whole one: two exist for a moment.
     disk = blocks + (count * every if place == "disk" else 0) + 2 * (state if states is None else states)

@@ -109,7 +109,7 @@ def _write(run: StageRun, force: bool) -> None:
     writer.verify(model.blocks)
     model.check_outer()  # the head is read last: it would be found spoiled after days
     share = f"{model.binarized_share:.1%} of {model.count(list(model.shapes)):,} parameters are binarized"
-    reporter.note(f"{model.blocks} blocks, {share}, group size {run.plan.recipe.ptq.group_size}")
+    reporter.note(f"{model.blocks} blocks, {share}, group size {model.group_sizes(run.plan.recipe.ptq)}")
     places = writer.group.facts(environment(model.device))
     if writer.group.first:
         files.write_text(writer.path / "recipe.resolved.yaml", dump_recipe(run.plan.recipe))
@@ -129,7 +129,8 @@ def _facts(run: StageRun, model: SourceModel, parent: Checkpoint | None) -> dict
     """What readers of the manifest need."""
     return {
         "parent": None if parent is None else {"stage": parent.stage, "fingerprint": parent.fingerprint},
-        "group_size": run.plan.recipe.ptq.group_size,
+        "group_size": (sizes := model.group_sizes(run.plan.recipe.ptq)).size,
+        **sizes.as_dict(),
         **({} if (bits := run.plan.recipe.ptq.level_bits) == 8 else {"level_bits": bits}),
         "blocks": model.blocks,
         "parameters": model.count(list(model.shapes)),

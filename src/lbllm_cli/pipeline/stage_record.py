@@ -11,13 +11,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from lbllm_cli.core import files
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.core.validation import describe
+from lbllm_cli.format.group_sizes import GroupSizes
+from lbllm_cli.format.levels import scale_group
 from lbllm_cli.format.names import LEVEL_BITS
 from lbllm_cli.format.settings import Activations
 from lbllm_cli.recipe.stages import STAGES, StageName
 
 # 1: levels of 8 bits. 2: `level_bits` says how many they have. 3: keys are centred. 5: levels of 2 bits, a scale for each row;
-# under 4 their bytes named another table.
-FORMAT_VERSION = 5
+# under 4 their bytes named another table. 6: linears with groups of their own sizes.
+FORMAT_VERSION = 6
 # Tensors outside the blocks that a stage has changed; a stage that changes none has no such file.
 OUTER = "outer.safetensors"
 # Of the parent in the inputs of a stage: see `lineage.stage_inputs`.
@@ -26,6 +28,7 @@ PARENT = "parent.files"
 RANKS = "ranks"
 
 Count = Annotated[int, Field(ge=1)]
+_GroupSize = Annotated[int, Field(ge=16, le=4096, multiple_of=16)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -73,8 +76,12 @@ class Parent(BaseModel):
     fingerprint: str
 
 
-def format_version(level_bits: int, centred: bool) -> int:
-    """Of a stage's manifest: the smallest whose readers know all of it. centred: whether it has centred keys."""
+def format_version(level_bits: int, centred: bool, own_groups: bool) -> int:
+    """Of a stage's manifest: the smallest whose readers know all of it. centred: whether it has centred keys. own_groups: whether
+    linears have group sizes of their own.
+    """
+    if own_groups:
+        return 6
     if level_bits == LEVEL_BITS[2]:
         return 5
     return 3 if centred else 1 if level_bits == LEVEL_BITS[0] else 2
@@ -83,11 +90,12 @@ def format_version(level_bits: int, centred: bool) -> int:
 class Manifest(_Record):
     """Of a finished stage. tokens: that it read."""
 
-    format_version: Literal[1, 2, 3, 5]
+    format_version: Literal[1, 2, 3, 5, 6]
     stage: StageName
     parent: Parent | None
     blocks: Count
-    group_size: Annotated[int, Field(ge=16, le=4096, multiple_of=16)]
+    group_size: _GroupSize
+    group_sizes: dict[str, _GroupSize] = {}
     level_bits: Literal[8, 4, 2] = 8
     parameters: Count
     binarized_parameters: Count
@@ -95,15 +103,20 @@ class Manifest(_Record):
     activations: Activations | None = None
 
     @property
-    def weights(self) -> tuple[int, int]:
-        """Group size, and bits of a level."""
-        return self.group_size, self.level_bits
+    def weights(self) -> tuple[GroupSizes, int]:
+        """Group sizes, and bits of a level."""
+        return GroupSizes(self.group_size, self.group_sizes), self.level_bits
+
+    @property
+    def scale_group(self) -> int:
+        """Inputs that share a scale, 0 for all of a row, as all do where linears have group sizes of their own."""
+        return scale_group(self.group_size, self.level_bits)
 
     @model_validator(mode="after")
     def _complete(self) -> "Manifest":
         centred = self.activations is not None and self.activations.key_centre
-        if self.format_version != format_version(self.level_bits, centred):
-            found = f"level_bits {self.level_bits}, key_centre {centred}"
+        if self.format_version != format_version(self.level_bits, centred, bool(self.group_sizes)):
+            found = f"level_bits {self.level_bits}, key_centre {centred}" + (", group_sizes" if self.group_sizes else "")
             raise ValueError(f"{found} in format_version {self.format_version}, which says otherwise")
         if self.blocks_done != self.blocks:
             raise ValueError(f"files: {self.blocks_done} blocks, expected {self.blocks}")

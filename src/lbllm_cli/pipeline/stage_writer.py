@@ -211,9 +211,10 @@ class StageWriter:
 
     def finish(self, facts: dict[str, Any]) -> None:
         """Writes the manifest and renames the folder. facts: what readers need, reproducible values only."""
+        centred = facts.get("activations", {}).get("key_centre", False)
         manifest = {
             # What an earlier lbllm can read has the number that it knows.
-            "format_version": format_version(facts.get("level_bits", 8), facts.get("activations", {}).get("key_centre", False)),
+            "format_version": format_version(facts.get("level_bits", 8), centred, "group_sizes" in facts),
             "stage": self.stage,
             "fingerprint": fingerprint(self.inputs),
             **facts,

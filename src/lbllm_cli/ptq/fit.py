@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lbllm_cli.core.errors import RunError
+from lbllm_cli.format.group_sizes import GroupSizes
 from lbllm_cli.format.levels import per_row
 from lbllm_cli.format.weights import PackedWeight
 from lbllm_cli.models.block import Block, block_prefix
@@ -26,8 +27,8 @@ from lbllm_cli.runtime.backend import backend_of
 from lbllm_cli.runtime.units import Unit
 
 
-def fit_block(task: BlockTask, settings: Ptq) -> BlockResult:
-    """Binarizes the linears of one block.
+def fit_block(task: BlockTask, settings: Ptq, sizes: GroupSizes) -> BlockResult:
+    """Binarizes the linears of one block. sizes: of all linears' groups.
 
     Facts: per linear the output error relative to its target, the strength of the asymmetric target and the damping used; experts
     that fewer tokens reach than an input is wide, which are fitted with the moments of all tokens beside their own.
@@ -46,7 +47,8 @@ def fit_block(task: BlockTask, settings: Ptq) -> BlockResult:
         moments = collector.collect(teams, last=units == passes[-1])
         found: dict[str, _Fit] = {}
         for unit in list(moments):
-            found |= _fit_unit(task, unit, moments.pop(unit), teams[unit], settings)
+            size = sizes.of_unit(task.index, unit)
+            found |= _fit_unit(task, unit, moments.pop(unit), teams[unit], settings, size)
         fits |= found
         inputs = {name: widths[unit] for unit in units for name in unit}
         for name, packed in gathered_weights(task.group, {name: fit.packed for name, fit in found.items()}, inputs).items():
@@ -108,7 +110,9 @@ def _routing(fit: _Fit) -> dict[str, Any]:
     return {} if fit.routed is None else {"tokens": fit.routed[0], "own": round(fit.routed[1], 4)}
 
 
-def _fit_unit(task: BlockTask, unit: Unit, moments: Moments, team: Team, settings: Ptq) -> dict[str, _Fit]:
+def _fit_unit(
+    task: BlockTask, unit: Unit, moments: Moments, team: Team, settings: Ptq, group_size: int
+) -> dict[str, _Fit]:  # fmt: skip
     """Fits the linears that share an input, as one matrix: rows are independent given H. team: who fits which rows."""
     everything = moments.fitted if moments.held_out is None else moments.fitted.plus(moments.held_out)
     weights = [task.teacher.linear(name).weight for name in unit]
@@ -123,7 +127,7 @@ def _fit_unit(task: BlockTask, unit: Unit, moments: Moments, team: Team, setting
                 torch.where(strength > 0, weight + strength * target_step(weight, drift, factor), weight)
                 for weight, strength in zip(sources, strengths, strict=True)
             ]
-        packed = _fit_matrix(torch.cat(targets), hessian, factor, settings)
+        packed = _fit_matrix(torch.cat(targets), hessian, factor, settings, group_size)
     except (FloatingPointError, ValueError) as error:
         raise RunError(f"block {task.index}, {' and '.join(unit)}: {error}; the block was not written") from None
     split = packed.split([weight.shape[0] for weight in sources])
@@ -151,9 +155,9 @@ def _strengths(weights: list[Tensor], moments: Moments, factor: Tensor, team: Te
     return list(step_length(parabolas))
 
 
-def _fit_matrix(weight: Tensor, hessian: Tensor, factor: Tensor, settings: Ptq) -> PackedWeight:
-    """Levels and codes of a matrix."""
-    size, rows = settings.group_size, per_row(settings.level_bits)
+def _fit_matrix(weight: Tensor, hessian: Tensor, factor: Tensor, settings: Ptq, size: int) -> PackedWeight:
+    """Levels and codes of a matrix, in groups of `size`."""
+    rows = per_row(settings.level_bits)
     importance = hessian.diagonal() if settings.importance == "hessian_diagonal" else level_importance(factor)
 
     def fit(group: Tensor, weights: Tensor, scale: Tensor | None = None) -> Tensor:

@@ -155,4 +155,5 @@ def exchanged(plan: Plan, spec: StageSpec) -> Exchanged:
 def run(run: StageRun) -> None:
     """Fits block after block."""
     settings = run.plan.recipe.ptq
-    BlockLoop(run, held_out(settings, len(run.tokens))).run(partial(fit_block, settings=settings))
+    fit = partial(fit_block, settings=settings, sizes=run.plan.model.group_sizes(settings))
+    BlockLoop(run, held_out(settings, len(run.tokens))).run(fit)

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lbllm_cli.core.splits import held_out_rows
-from lbllm_cli.recipe.base import LENGTH, TOKENS, Name, Positive, Section, Source, Sources, StageSection
+from lbllm_cli.recipe.base import LENGTH, TOKENS, GroupSize, Name, Positive, Section, Source, Sources, StageSection
 from lbllm_cli.recipe.stages import STAGES, TABLE, ExportedName, FormatName, MeasuredName, StageSpec
 from lbllm_cli.recipe.training import ActCalib, ActEndToEnd, Distill, DistillEndToEnd, EndToEnd, Schedule
 
@@ -108,7 +108,12 @@ class Data(Section):
 class Ptq(StageSection):
     """Stage 1: Hessian-weighted EM with error compensation, then refinement under the full Hessian."""
 
-    group_size: int = Field(128, ge=16, le=4096, description="inputs that share four levels; a multiple of 16")
+    group_size: GroupSize = Field(128, description="inputs that share four levels; a multiple of 16")
+    group_sizes: dict[str, GroupSize] = Field(
+        {},
+        description="larger groups of some linears, by a pattern of their names: layers.3.mlp.* or layers.*.mlp.down_proj; of "
+        "several that match, the smallest counts; needs level_bits 2",
+    )
     level_bits: Literal[8, 4, 2] = Field(
         8, description="bits of a stored level; a group has four. 2: out of a table, with one scale a row, for small groups"
     )
@@ -133,12 +138,14 @@ class Ptq(StageSection):
     )
     held_out: float = Field(0.25, gt=0, lt=1, description="share of the sequences that choose `asymmetric: auto`")
 
-    @field_validator("group_size")
-    @classmethod
-    def _multiple_of_16(cls, value: int) -> int:
-        if value % 16:
-            raise ValueError(f"must be a multiple of 16, got {value}")
-        return value
+    @model_validator(mode="after")
+    def _own_sizes_of_table_levels(self) -> "Ptq":
+        if self.group_sizes and self.level_bits != 2:
+            # There inputs share their steps by the same groups, and linears that read other inputs may not differ.
+            raise ValueError(f"group_sizes: needs level_bits 2, got {self.level_bits}; leave it out")
+        if smaller := [name for name, size in self.group_sizes.items() if size < self.group_size]:
+            raise ValueError(f"group_sizes: {smaller[0]} has groups smaller than group_size, {self.group_size}; lower group_size")
+        return self
 
 
 class Eval(Section):

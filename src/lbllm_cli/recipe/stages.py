@@ -7,7 +7,7 @@ is in a package of its own, whose module `stage` is a `pipeline.work.StageWork`.
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 Phase = Literal["blocks", "end-to-end"]
 # What `eval` measures beside stages: the full-precision model, and the exported folder.
@@ -67,8 +67,8 @@ TABLE = (
     StageSpec(
         "ptq", command="ptq", section="ptq", text="data.calibration", package="ptq", streams=(4, 3),
         reads=(
-            "group_size", "level_bits", "levels", "em_iterations", "importance", "damping", "compensation", "refit",
-            "code_descent", "rounds", "sequential", "asymmetric", "held_out",
+            "group_size", "group_sizes", "level_bits", "levels", "em_iterations", "importance", "damping", "compensation",
+            "refit", "code_descent", "rounds", "sequential", "asymmetric", "held_out",
         ),
     ),
     StageSpec(
@@ -133,7 +133,8 @@ COMMANDS = {
 
 # Keys that earlier versions did not have, with the value that does as these did. At it a key is no part of a fingerprint: what
 # they made is still what the recipe says.
-CAME_LATER = {
+CAME_LATER: dict[str, Any] = {
+    "ptq.group_sizes": {},
     "ptq.level_bits": 8,
     "act_calib.key_centre": "none",
     "act_calib.group_size": None,

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lbllm_cli.recipe.base import COUNT, Positive, Sources, StageSection
+from lbllm_cli.recipe.base import COUNT, GroupSize, Positive, Sources, StageSection
 from lbllm_cli.recipe.stages import ParentName
 
 SoftKnee = Annotated[list[Annotated[float, Field(ge=1e-4, le=10)]], Field(min_length=2, max_length=2)]
@@ -186,7 +186,7 @@ class ActCalib(Training):
     granularity: Literal["group", "token"] = Field(
         "group", description="what shares a step: group_size inputs of a token, or all inputs of a token"
     )
-    group_size: Annotated[int, Field(ge=16, le=4096, multiple_of=16)] | None = Field(
+    group_size: GroupSize | None = Field(
         None,
         description="inputs that share a step; default ptq.group_size; with ptq.level_bits 2 any, by default at least 32",
     )

@@ -194,7 +194,7 @@ def _weights(plan: Plan, checkpoint: Checkpoint, worst: list[Linear]) -> Figure:
     images = [figures.weight_distribution(histogram, checkpoint.stage) for histogram in found]
     caption = (
         f"The line is the source; filled is what the codes of {checkpoint.stage} stand for: four levels per "
-        f"group of {checkpoint.manifest['group_size']} weights, so that a hump is one level over all groups. Look for tails of "
+        f"group of {checkpoint.record.weights[0]} weights, so that a hump is one level over all groups. Look for tails of "
         "the source that no level reaches, and for a hump that is missing: a level that is not used."
     )
     return Figure("Their weights, source and binarized", images, caption)

@@ -124,7 +124,7 @@ def _stage_facts(record: StageRecord, model: SourceModel | None) -> list[tuple[s
         ("peak RAM, GiB", _gib(record.peak("peak_ram_bytes"))),
         ("peak device memory, GiB", _gib(record.peak("peak_device_bytes"))),
         ("tokens", _form(manifest.get("tokens"), "{:,}")),
-        ("group size", _form(manifest.get("group_size"), "{}")),
+        ("group size", _NONE if checkpoint is None else str(checkpoint.record.weights[0])),
         ("bits per weight", _form(bits, "{:.3f}")),
         ("bits per activation", str(layout.bits) if layout else _NONE),
         ("bits per key and value entry", str(layout.kv_bits) if layout else _NONE),

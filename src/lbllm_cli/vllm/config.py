@@ -17,9 +17,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.models.utils import WeightsMapper
 
 from lbllm_cli.format.activations import format_of
-from lbllm_cli.format.settings import DENSE_ROWS, METHOD, check_settings
+from lbllm_cli.format.settings import DENSE_ROWS, METHOD, check_settings, group_sizes
 
-_IN_BLOCK = re.compile(r"\.layers\.\d+\.(.+)$")
+_IN_BLOCK = re.compile(r"\.layers\.(\d+)\.(.+)$")
 # In --additional-config, the first is what counts without it.
 _CHOICES = {"lbllm_activations": ("stored", "full"), "lbllm_cache": ("values", "codes")}
 _MIXTRAL = {
@@ -42,7 +42,7 @@ class LbllmConfig(QuantizationConfig):  # type: ignore[misc]
         super().__init__()
         check_settings(settings)
         self.settings = settings
-        self.group_size: int = settings["group_size"]
+        self.sizes = group_sizes(settings)
         self.level_bits: int = settings.get("level_bits", 8)
         self.head_bits: int = settings.get("head_bits", 16)
         self.linears: list[str] = settings["linears"]
@@ -147,11 +147,17 @@ class LbllmConfig(QuantizationConfig):  # type: ignore[misc]
         found = _IN_BLOCK.search(prefix)
         if not found:
             return []
-        if found[1] in self.linears:
-            return [found[1]]
-        owner, _, own = found[1].rpartition(".")
+        if found[2] in self.linears:
+            return [found[2]]
+        owner, _, own = found[2].rpartition(".")
         names = [f"{owner}.{name}" for name in self.packed_modules_mapping.get(own, [own])]
         packed = [name for name in names if name in self.linears]
         if packed and packed != names:
             raise ValueError(f"{prefix}: vLLM joins {', '.join(names)}, of which the export has packed {', '.join(packed)} alone")
         return packed
+
+    def group_size(self, prefix: str, names: list[str]) -> int:
+        """Inputs that share four levels, of packed linears of the block of `prefix`. Raises ValueError where they differ."""
+        found = _IN_BLOCK.search(prefix)
+        assert found is not None
+        return self.sizes.of_unit(int(found[1]), tuple(names))

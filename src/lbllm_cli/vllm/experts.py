@@ -19,6 +19,8 @@ from lbllm_cli.vllm.linear import Loaded, add_quantizer, quantizer_parts
 # What all experts of a block read is quantized by one of each, `gate_proj_input` and `down_proj_input` in the export. They are
 # renamed as they come (`config`): vLLM takes what begins with the name of a linear for one.
 _INPUTS = ("gate_input", "down_input")
+# How names of the export's linears end that vLLM keeps in one tensor of an expert.
+_LINEARS = {"w13": (".experts.0.gate_proj", ".experts.0.up_proj"), "w2": (".experts.0.down_proj",)}
 
 
 class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
@@ -48,18 +50,23 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         ):
             if found:
                 raise ValueError(f"{self.prefix}: packed experts in vLLM have no {name}; take: lbllm serve --engine transformers")
-        size, inner = self.config.group_size, intermediate_size_per_partition
-        self.shapes = {"w13": (hidden_size, 2 * inner), "w2": (inner, hidden_size)}
+        inner = intermediate_size_per_partition
+        # All experts of a block have the same groups.
+        sizes = {
+            name: self.config.group_size(self.prefix, [found for found in self.config.linears if found.endswith(ends)])
+            for name, ends in _LINEARS.items()
+        }
+        self.shapes = {"w13": (hidden_size, 2 * inner, sizes["w13"]), "w2": (inner, hidden_size, sizes["w2"])}
         self.experts = num_experts
         for name, shape in self.shapes.items():
-            empty = PackedLinear(*shape, size, bias=False, level_bits=self.config.level_bits)
+            empty = PackedLinear(*shape, bias=False, level_bits=self.config.level_bits)
             for part in PARTS:
                 tensor = getattr(empty, part)
                 stored = nn.Parameter(tensor.new_zeros(num_experts, *tensor.shape), requires_grad=False)
                 stored.weight_loader = self.loaded.noting(f"{name}_{part}", _place)  # type: ignore[attr-defined]
                 layer.register_parameter(f"{name}_{part}", stored)
         if self.layout is not None:
-            for name, (width, _) in zip(_INPUTS, self.shapes.values(), strict=True):
+            for name, (width, *_) in zip(_INPUTS, self.shapes.values(), strict=True):
                 add_quantizer(layer, name, empty_quantizer(self.layout, name, width), self.loaded)
         plain = its.load_weights
         its.load_weights = lambda weights: _load(layer, plain, weights)
@@ -76,7 +83,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         for name, shape in self.shapes.items():
             its.packed[name] = nn.ModuleList()
             for expert in range(self.experts):
-                packed = PackedLinear(*shape, self.config.group_size, bias=False, level_bits=self.config.level_bits)
+                packed = PackedLinear(*shape, bias=False, level_bits=self.config.level_bits)
                 for part in PARTS:
                     setattr(packed, part, getattr(layer, f"{name}_{part}").data[expert])
                 its.packed[name].append(packed)

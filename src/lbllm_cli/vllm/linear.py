@@ -98,7 +98,7 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         The scale of a row is that of all parts of its inputs. Raises ValueError where a part of the inputs is no whole number of
         groups, or of steps of activations.
         """
-        size, own = self.config.group_size, input_size_per_partition
+        size, own = self.config.group_size(self.prefix, self.names), input_size_per_partition
         cut = own != input_size
         whole = size if self.layout is None else lcm(size, self.layout.group_size)
         if cut and own % whole:
@@ -120,7 +120,7 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         if self.config.layout is not None:
             # The quantizer belongs to the first of the export's linears that read this input.
             add_quantizer(layer, "input", empty_quantizer(self.config.layout, f"{self.names[0]}.input", input_size), self.loaded)
-        self.shape = own, sum(output_partition_sizes)
+        self.shape = own, sum(output_partition_sizes), size
         # What operators find a layer by: graphs are kept on disk, and another process has other addresses.
         get_current_vllm_config().compilation_config.static_forward_context[self.prefix] = layer
 
@@ -132,7 +132,7 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         quantizer: Any = getattr(layer, "input", None)
         expected = {part: len(self.names) for part in PARTS} | ({} if quantizer is None else quantizer_parts("input"))
         self.loaded.check(expected, self.prefix)
-        packed = PackedLinear(*self.shape, self.config.group_size, bias=False, level_bits=self.config.level_bits)
+        packed = PackedLinear(*self.shape, bias=False, level_bits=self.config.level_bits)
         for part in PARTS:
             setattr(packed, part, getattr(layer, part).data)
             delattr(layer, part)

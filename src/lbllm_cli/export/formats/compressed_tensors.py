@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.export.base import FolderExporter, Form, snippet
+from lbllm_cli.format.group_sizes import GroupSizes
 from lbllm_cli.format.levels import scale_group
 from lbllm_cli.format.weights import PackedWeight
 from lbllm_cli.models.block import block_prefix
@@ -40,7 +41,7 @@ class CompressedTensors(FolderExporter):
         groups: dict[int, list[str]] = {}
         for name in model.linears:
             width = model.shapes[f"{block_prefix(0)}{name}.weight"][1]
-            groups.setdefault(gcd(width, scale_group(*checkpoint.record.weights)), []).append(name)
+            groups.setdefault(gcd(width, checkpoint.record.scale_group), []).append(name)
         schemes = {f"group_{number}": _scheme(size, names) for number, (size, names) in enumerate(sorted(groups.items()))}
         found = {
             "quant_method": "compressed-tensors",
@@ -63,9 +64,9 @@ class CompressedTensors(FolderExporter):
             found |= {f"{owner}.{part}": tensor for part, tensor in parts.items()}
         return found
 
-    def weight_bytes(self, model: SourceModel, group_size: int, level_bits: int) -> float:
+    def weight_bytes(self, model: SourceModel, sizes: GroupSizes, level_bits: int) -> float:
         """A byte a weight, in whole words; two for each scale; the shape."""
-        shared = scale_group(group_size, level_bits)
+        shared = scale_group(sizes.size, level_bits)
         return model.blocks * sum(
             rows * (width + -width % _WORD + 2.0 * width / gcd(width, shared)) + 16 for rows, width in model.binarized_shapes
         )

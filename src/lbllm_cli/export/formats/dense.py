@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from lbllm_cli.export.base import FolderExporter, Form
+from lbllm_cli.format.group_sizes import GroupSizes
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.models.stored import decoded
 from lbllm_cli.pipeline.checkpoint import Checkpoint
@@ -25,7 +26,7 @@ class Dense(FolderExporter):
         """As the source's files have them."""
         return model.as_stored(tensors)
 
-    def weight_bytes(self, model: SourceModel, group_size: int, level_bits: int) -> float:
+    def weight_bytes(self, model: SourceModel, sizes: GroupSizes, level_bits: int) -> float:
         """Two bytes a weight."""
         return model.binarized_parameters * 2.0
 

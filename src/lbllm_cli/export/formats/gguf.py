@@ -19,6 +19,7 @@ from lbllm_cli.core.errors import UsageError
 from lbllm_cli.export.base import Exporter, Form, outer_tensors, snippet
 from lbllm_cli.export.gguf.architectures import ARCHITECTURES, odd_rope, rope_factors, turned_rows, write_settings
 from lbllm_cli.export.gguf.vocabulary import Vocabulary
+from lbllm_cli.format.group_sizes import GroupSizes
 from lbllm_cli.format.weights import PackedWeight
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.models.stored import whole_tensors
@@ -136,7 +137,7 @@ class Gguf(Exporter):
             return tensor
         return tensor[turned_rows(len(tensor), heads[owner])]
 
-    def weight_bytes(self, model: SourceModel, group_size: int, level_bits: int) -> float:
+    def weight_bytes(self, model: SourceModel, sizes: GroupSizes, level_bits: int) -> float:
         """34 for 32 weights."""
         return model.binarized_parameters * _BLOCK_BYTES / _BLOCK
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lbllm_cli.core.errors import RunError
 from lbllm_cli.export.base import FolderExporter, Form, snippet
+from lbllm_cli.format.group_sizes import GroupSizes
 from lbllm_cli.format.names import ROW_SCALE
 from lbllm_cli.format.rows import quantize_rows
 from lbllm_cli.format.settings import quantization_config
@@ -42,9 +43,9 @@ class Packed(FolderExporter):
         """As the checkpoint has them."""
         return stored
 
-    def weight_bytes(self, model: SourceModel, group_size: int, level_bits: int) -> float:
+    def weight_bytes(self, model: SourceModel, sizes: GroupSizes, level_bits: int) -> float:
         """Those of the stage."""
-        return checkpoint_bytes(model, group_size, level_bits)
+        return checkpoint_bytes(model, sizes, level_bits)
 
     def fidelity(self, model: SourceModel, form: Form) -> str:
         """Tensors are the checkpoint's."""
