@@ -127,7 +127,7 @@ def _fit_unit(
                 torch.where(strength > 0, weight + strength * target_step(weight, drift, factor), weight)
                 for weight, strength in zip(sources, strengths, strict=True)
             ]
-        packed = _fit_matrix(torch.cat(targets), hessian, factor, settings, group_size)
+        packed = fit_matrix(torch.cat(targets), hessian, factor, settings, group_size)
     except (FloatingPointError, ValueError) as error:
         raise RunError(f"block {task.index}, {' and '.join(unit)}: {error}; the block was not written") from None
     split = packed.split([weight.shape[0] for weight in sources])
@@ -155,8 +155,12 @@ def _strengths(weights: list[Tensor], moments: Moments, factor: Tensor, team: Te
     return list(step_length(parabolas))
 
 
-def _fit_matrix(weight: Tensor, hessian: Tensor, factor: Tensor, settings: Ptq, size: int) -> PackedWeight:
-    """Levels and codes of a matrix, in groups of `size`."""
+def fit_matrix(weight: Tensor, hessian: Tensor, factor: Tensor, settings: Ptq, size: int) -> PackedWeight:
+    """Levels and codes of a matrix, in groups of `size`.
+
+    weight: float32 [out, in]. hessian: float32 [in, in] of its inputs. factor: upper factor of its damped inverse, see
+    `moments.inverse_factor`. out=960, in=576, size=16 -> codes [960, 36, 4]. Raises ValueError for levels that no scale reaches.
+    """
     rows = per_row(settings.level_bits)
     importance = hessian.diagonal() if settings.importance == "hessian_diagonal" else level_importance(factor)
 
