@@ -6,7 +6,8 @@
 Levels of 2 bits. The rest of the model stays as it is; the cost is KL to it, nats a token, on one text of each style of
 `builtin:calibration` behind those that Hessians are of. The file has a line for each unit as it is measured; a run that was
 stopped goes on. Printed are, for each kind of unit, the sums over all blocks in both sizes, and what the larger one costs 10^9
-weights: what `ptq.group_sizes` may give larger groups.
+weights: what `ptq.group_sizes` may give larger groups. With `--bits 2.5` it prints that section of a recipe for so many bits a
+weight: the larger size where it costs least.
 """
 
 import argparse
@@ -18,9 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from lbllm_cli.data.sources import STYLES, builtin_records
+from lbllm_cli.format.group_sizes import linear_name
+from lbllm_cli.format.weights import expected_bits
 from lbllm_cli.ptq.fit import fit_matrix
 from lbllm_cli.ptq.moments import InputMoments, inverse_factor
 from lbllm_cli.recipe.schema import Ptq
@@ -115,13 +119,39 @@ class Costs:
             linear.weight.copy_(part)  # type: ignore[operator]
 
 
+def _weights(row: dict[str, Any]) -> int:
+    return int(row["rows"] * row["width"])
+
+
+def allocated(found: list[dict[str, Any]], sizes: list[int], bits: float) -> dict[str, int]:
+    """Linears that get the larger groups, for at most `bits` a weight: of units in turn that which costs each weight least.
+
+    Raises SystemExit where larger groups everywhere are not enough.
+    """
+
+    def stored(row: dict[str, Any], size: int) -> float:
+        return expected_bits([(row["rows"], row["width"])], size, 2) * _weights(row)
+
+    small, large = sizes
+    left = sum(stored(row, small) for row in found) - bits * sum(map(_weights, found))
+    chosen: dict[str, int] = {}
+    for row in sorted(found, key=lambda row: (row["kl"][str(large)] - row["kl"][str(small)]) / _weights(row)):
+        if left <= 0:
+            break
+        left -= stored(row, small) - stored(row, large)
+        chosen |= {linear_name(row["block"], name): large for name in row["unit"].split(", ")}
+    if left > 0:
+        raise SystemExit(f"groups of {large} everywhere are more than {bits:g} bits a weight; give larger --sizes or more --bits")
+    return chosen
+
+
 def table(found: list[dict[str, Any]], sizes: list[int]) -> list[str]:
     """Lines of sums by kind of unit, and what the larger groups cost each 10^9 weights."""
     lines = []
     for unit in dict.fromkeys(row["unit"] for row in found):
         rows = [row for row in found if row["unit"] == unit]
         sums = [sum(row["kl"][str(size)] for row in rows) for size in sizes]
-        each = (sums[-1] - sums[0]) / sum(row["weights"] for row in rows) * 1e9
+        each = (sums[-1] - sums[0]) / sum(map(_weights, rows)) * 1e9
         lines.append(f"{unit:<48}" + "".join(f"{value:9.4f}" for value in sums) + f"{each:9.2f}")
     return lines
 
@@ -135,6 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sizes", type=int, nargs=2, default=[16, 32], help="group sizes (default: 16 32)")
     parser.add_argument("--sequences", type=int, default=6, help="of 512 tokens a style that Hessians are of (default: 6)")
     parser.add_argument("--length", type=int, default=320, help="tokens of a style that KL is measured on (default: 320)")
+    parser.add_argument("--bits", type=float, help="of a weight: print which linears are to have larger groups for so many")
     args = parser.parse_args(argv)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -157,12 +188,16 @@ def main(argv: list[str] | None = None) -> int:
             name = ", ".join(unit)
             if (block, name) in done:
                 continue
-            weights = sum(costs.layers[block].get_submodule(linear).weight.numel() for linear in unit)
+            rows = sum(len(costs.layers[block].get_submodule(linear).weight) for linear in unit)
+            width = costs.layers[block].get_submodule(unit[0]).in_features
             kl = costs.of_unit(block, unit, sizes)
-            row = {"block": block, "unit": name, "weights": weights, "kl": kl, "asked": asked}
+            row = {"block": block, "unit": name, "rows": rows, "width": width, "kl": kl, "asked": asked}
             print(json.dumps(row), file=file, flush=True)
             found.append(row)
     print(*table(found, sizes), sep="\n")
+    if args.bits is not None:
+        section = {"group_size": sizes[0], "level_bits": 2, "group_sizes": allocated(found, sizes, args.bits)}
+        print(yaml.safe_dump({"ptq": section}, sort_keys=False), end="")
     return 0
 
 

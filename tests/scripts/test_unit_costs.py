@@ -23,12 +23,12 @@ def test_a_unit_alone_in_two_sizes(tmp_path, capsys):
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     units = [QKV, "self_attn.o_proj", MLP, "mlp.down_proj"]
     assert [(row["block"], row["unit"]) for row in rows] == [(block, unit) for block in range(3) for unit in units]
-    assert [row["weights"] for row in rows[1::4]] == [80 * 80] * 3
+    assert [(row["rows"], row["width"]) for row in rows[:4]] == [(160, 80), (80, 80), (224, 80), (80, 112)]
     assert all(0 < row["kl"]["16"] < 2 * row["kl"]["32"] for row in rows)
     for line, unit in zip(printed, units, strict=True):
         found = [row for row in rows if row["unit"] == unit]
         small, large = (sum(row["kl"][size] for row in found) for size in ("16", "32"))
-        each = (large - small) / sum(row["weights"] for row in found) * 1e9
+        each = (large - small) / sum(row["rows"] * row["width"] for row in found) * 1e9
         assert line.startswith(unit)
         assert [float(word) for word in line.split()[-3:]] == pytest.approx([small, large, each], abs=6e-3)
 
@@ -55,3 +55,18 @@ def test_a_unit_alone_in_two_sizes(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == printed
     with pytest.raises(SystemExit, match="other settings"):
         costs.main([*asked[:-1], "32"])
+
+
+def test_larger_groups_where_they_cost_least():
+    """By hand: rows of 64 inputs have 2.75 bits a weight in groups of 16, 2.5 in groups of 32."""
+    rows = [
+        {"block": block, "unit": unit, "rows": count, "width": 64, "kl": {"16": 0.1, "32": 0.1 + cost}}
+        for block, unit, count, cost in ((0, "a, b", 10, 0.05), (0, "c", 10, 0.01), (1, "a, b", 10, 0.02), (1, "c", 30, 0.09))
+    ]
+    assert costs.allocated(rows, [16, 32], 2.75) == {}
+    assert costs.allocated(rows, [16, 32], 2.74) == {"layers.0.c": 32}
+    # No more than is needed.
+    assert costs.allocated(rows, [16, 32], 2.70) == {"layers.0.c": 32, "layers.1.a": 32, "layers.1.b": 32}
+    assert len(costs.allocated(rows, [16, 32], 2.5)) == 6
+    with pytest.raises(SystemExit, match=r"groups of 32 everywhere are more than 2\.49 bits"):
+        costs.allocated(rows, [16, 32], 2.49)
