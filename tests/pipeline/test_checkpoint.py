@@ -383,8 +383,8 @@ def test_a_damaged_manifest_is_refused(tmp_path, text):
 
 def test_another_format_version_is_refused(tmp_path):
     done = _finished(tmp_path)
-    (done.path / MANIFEST).write_text(json.dumps(done.manifest | {"format_version": 6}), encoding="utf-8")
-    with pytest.raises(UsageError, match="has format_version 6, this lbllm reads 5"):
+    (done.path / MANIFEST).write_text(json.dumps(done.manifest | {"format_version": 7}), encoding="utf-8")
+    with pytest.raises(UsageError, match="has format_version 7, this lbllm reads 6"):
         Checkpoint(tmp_path, "ptq")
 
 

@@ -19,6 +19,7 @@ TOKENS = torch.zeros(2, 8, dtype=torch.int64)
 OTHERS = {
     "model.dtype": "bfloat16",
     "ptq.group_size": 64,
+    "ptq.group_sizes": {"layers.*.self_attn.o_proj": 64},
     "ptq.levels": "quantile",
     "ptq.importance": "hessian_diagonal",
     "ptq.asymmetric": 0.5,
