@@ -6,8 +6,8 @@
 Levels of 2 bits. The rest of the model stays as it is; the cost is KL to it, nats a token, on one text of each style of
 `builtin:calibration` behind those that Hessians are of. The file has a line for each unit as it is measured; a run that was
 stopped goes on. Printed are, for each kind of unit, the sums over all blocks in both sizes, and what the larger one costs 10^9
-weights: what `ptq.group_sizes` may give larger groups. With `--bits 2.5` it prints that section of a recipe for so many bits a
-weight: the larger size where it costs least.
+weights. With `--bits 2.5` it prints `ptq.group_sizes` for so many bits a weight, the larger size where it costs least alone.
+Through stage 1 that is not where it costs least: see docs/measurements.md.
 """
 
 import argparse
