@@ -3,11 +3,11 @@
 
     python scripts/unit_costs.py --model models/smollm2-135m --out runs/unit-costs.jsonl
 
-Levels of 2 bits. The rest of the model stays as it is; the cost is KL to it, nats a token, on one text of each style of
-`builtin:calibration` behind those that Hessians are of. The file has a line for each unit as it is measured; a run that was
-stopped goes on. Printed are, for each kind of unit, the sums over all blocks in both sizes, and what the larger one costs 10^9
-weights. With `--bits 2.5` it prints `ptq.group_sizes` for so many bits a weight, the larger size where it costs least alone.
-Through stage 1 that is not where it costs least: see docs/measurements.md.
+Levels of 2 bits, fitted as in stage 1 with `rounds: 1`. The rest of the model stays as it is; the cost is KL to it, nats a token,
+on one text of each style of `builtin:calibration` behind those that Hessians are of. The file has a line for each unit as it is
+measured; a run that was stopped goes on. Printed are, for each kind of unit, the sums over all blocks in both sizes, and what the
+larger one costs 10^9 weights. With `--bits 2.5` it prints `ptq.group_sizes` for so many bits a weight, the larger size where it
+costs least alone. Through stage 1 that is not where it costs least: see docs/measurements.md.
 """
 
 import argparse
@@ -103,8 +103,8 @@ class Costs:
         """KL with one unit alone quantized, by the size of its groups."""
         linears = [self.layers[block].get_submodule(name) for name in unit]
         source = torch.cat([linear.weight for linear in linears]).clone()
-        hessian, factor, _ = inverse_factor(self.moments[block, unit].mean_hessian(), Ptq().damping)
         settings = Ptq(group_size=min(sizes), level_bits=2)
+        hessian, factor, _ = inverse_factor(self.moments[block, unit].mean_hessian(), settings.damping)
         found = {}
         for size in sizes:
             self._put(linears, fit_matrix(source, hessian, factor, settings, size).values())

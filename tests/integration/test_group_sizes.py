@@ -82,7 +82,8 @@ def test_codes_of_larger_groups_are_fitted(run):
                 float((values - weight).square().sum() / weight.square().sum())
             )
     means = {size: sum(found) / len(found) for size, found in errors.items()}
-    assert 0.03 < means[16] < means[32] < means[48] < 0.25
+    # Measured 0.132, 0.165 and 0.213.
+    assert 0.1 < means[16] < means[32] < means[48] < 0.25
 
 
 def test_an_export_says_so(run, ok, tmp_path):
@@ -147,6 +148,22 @@ def test_a_stage_goes_on_with_the_same_ones_alone(run, lbllm):
     result = lbllm("distill", "--recipe", run.parent / "r.yaml", "ptq.group_sizes={layers.0.*: 32}", "--force")
     assert result.exit_code == 2
     assert "ptq.group_sizes" in result.stderr
+
+
+def test_a_manifest_that_says_otherwise_is_damaged(run, lbllm, tmp_path):
+    manifest = Path(shutil.copytree(run, tmp_path / "run")) / "ptq" / "lbllm_stage.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"level_bits": 4}))
+    result = lbllm("distill", "--recipe", run.parent / "r.yaml", f"output.dir={tmp_path / 'run'}", "--force")
+    assert result.exit_code == 2
+    assert "group_sizes: levels have 4 bits, expected 2" in result.stderr
+
+
+def test_all_mistakes_are_said_at_once(run, lbllm, tmp_path):
+    keys = ("ptq.group_sizes={layers.9.*: 32}", "data.calibration.source=nowhere.txt")
+    result = lbllm("ptq", "--recipe", run.parent / "r.yaml", *keys, f"output.dir={tmp_path / 'run'}")
+    assert result.exit_code == 2
+    assert "layers.9.* matches no linear" in result.stderr
+    assert "nowhere.txt" in result.stderr
 
 
 def test_settings_of_a_file_are_checked():

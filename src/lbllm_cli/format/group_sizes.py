@@ -3,10 +3,21 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from lbllm_cli.format.names import input_name
 
+SIZE_MIN, SIZE_MAX = 16, 4096
+# Of a recipe or a file.
+GroupSize = Annotated[int, Field(ge=SIZE_MIN, le=SIZE_MAX, multiple_of=SIZE_MIN)]
 Units = tuple[tuple[str, ...], ...]
+
+
+def is_group_size(value: Any) -> bool:
+    """Whether a value of a file is one: 64 is, 24 and True are not."""
+    return type(value) is int and SIZE_MIN <= value <= SIZE_MAX and value % SIZE_MIN == 0
 
 
 def linear_name(block: int, linear: str) -> str:

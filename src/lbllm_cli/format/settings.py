@@ -8,13 +8,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lbllm_cli import __version__
 from lbllm_cli.core.validation import describe
-from lbllm_cli.format.group_sizes import GroupSizes
+from lbllm_cli.format.group_sizes import SIZE_MAX, GroupSizes, is_group_size
 from lbllm_cli.format.names import HEAD_BITS, LEVEL_BITS
 
 if TYPE_CHECKING:
     from lbllm_cli.format.activations import ActivationFormat
 
 METHOD = "lbllm"
+_GROUP_SIZE = f"a multiple of 16 up to {SIZE_MAX}"
 _LINEAR = re.compile(r"layers\.\d{1,5}\.(.+)")
 # 1: weights alone. 2: with quantizers of activations, which a reader of 1 would leave out without a word. 3: levels of 4 bits,
 # with quantizers or without. 4: centred keys. 5: embedding and head of 8 bits. 7: levels of 2 bits, with a scale for each row;
@@ -88,8 +89,7 @@ def check_settings(values: dict[str, Any]) -> None:
     assert isinstance(version, int)
     if version > FORMAT_VERSION:
         raise ValueError(f"packed format_version {version}, this lbllm reads {FORMAT_VERSION}; update lbllm-cli")
-    good = type(size) is int and 16 <= size <= 4096 and size % 16 == 0
-    check("group_size", good, "a multiple of 16 up to 4096", size)
+    check("group_size", is_group_size(size), _GROUP_SIZE, size)
     names = linears if isinstance(linears, list) else []
     good = bool(names) and all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
     check("linears", good, "the linears of a block", linears)
@@ -128,8 +128,7 @@ def _check_group_sizes(values: dict[str, Any], check: Callable[[str, bool, str, 
     for name, size in sizes.items():
         place = _LINEAR.fullmatch(name) if isinstance(name, str) else None
         check("group_sizes", place is not None and place[1] in values["linears"], "the linears of a block", name)
-        good = type(size) is int and 16 <= size <= 4096 and size % 16 == 0
-        check(f"group_sizes.{name}", good, "a multiple of 16 up to 4096", size)
+        check(f"group_sizes.{name}", is_group_size(size), _GROUP_SIZE, size)
 
 
 def group_sizes(values: dict[str, Any]) -> GroupSizes:

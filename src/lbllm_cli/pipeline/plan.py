@@ -150,6 +150,8 @@ def prepare(
     node = group.node
     device = attempt(lambda: choose_device(recipe.runtime.device, place=(node.rank, node.size)))
     model = attempt(lambda: open_model(recipe.model, device or torch.device("cpu"), weights))
+    if model is not None and recipe.ptq.group_sizes:
+        attempt(lambda: model.group_sizes(recipe.ptq))
     folder = attempt(lambda: output.output_folder(recipe))
     if folder is not None:
         attempt(lambda: output.check_output(folder, model))

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from lbllm_cli.core import files
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.core.validation import describe
-from lbllm_cli.format.group_sizes import GroupSizes
+from lbllm_cli.format.group_sizes import GroupSize, GroupSizes
 from lbllm_cli.format.levels import scale_group
 from lbllm_cli.format.names import LEVEL_BITS
 from lbllm_cli.format.settings import Activations
@@ -28,7 +28,6 @@ PARENT = "parent.files"
 RANKS = "ranks"
 
 Count = Annotated[int, Field(ge=1)]
-_GroupSize = Annotated[int, Field(ge=16, le=4096, multiple_of=16)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -94,8 +93,8 @@ class Manifest(_Record):
     stage: StageName
     parent: Parent | None
     blocks: Count
-    group_size: _GroupSize
-    group_sizes: dict[str, _GroupSize] = {}
+    group_size: GroupSize
+    group_sizes: dict[str, GroupSize] = {}
     level_bits: Literal[8, 4, 2] = 8
     parameters: Count
     binarized_parameters: Count
@@ -118,6 +117,8 @@ class Manifest(_Record):
         if self.format_version != format_version(self.level_bits, centred, bool(self.group_sizes)):
             found = f"level_bits {self.level_bits}, key_centre {centred}" + (", group_sizes" if self.group_sizes else "")
             raise ValueError(f"{found} in format_version {self.format_version}, which says otherwise")
+        if self.group_sizes and self.level_bits != LEVEL_BITS[2]:
+            raise ValueError(f"group_sizes: levels have {self.level_bits} bits, expected {LEVEL_BITS[2]}")
         if self.blocks_done != self.blocks:
             raise ValueError(f"files: {self.blocks_done} blocks, expected {self.blocks}")
         if self.parent is not None and not isinstance(self.inputs.get(PARENT), str):

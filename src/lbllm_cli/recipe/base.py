@@ -8,7 +8,6 @@ COUNT = 2**31 - 1  # the largest of any number of things
 LENGTH = 2**24  # of tokens in a sequence
 TOKENS = 2**34  # of a set: 128 GiB in memory
 Positive = Annotated[int, Field(ge=1, le=COUNT)]
-GroupSize = Annotated[int, Field(ge=16, le=4096, multiple_of=16)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=100)]
 
 

@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lbllm_cli.core.splits import held_out_rows
-from lbllm_cli.recipe.base import LENGTH, TOKENS, GroupSize, Name, Positive, Section, Source, Sources, StageSection
+from lbllm_cli.format.group_sizes import GroupSize
+from lbllm_cli.recipe.base import LENGTH, TOKENS, Name, Positive, Section, Source, Sources, StageSection
 from lbllm_cli.recipe.stages import STAGES, TABLE, ExportedName, FormatName, MeasuredName, StageSpec
 from lbllm_cli.recipe.training import ActCalib, ActEndToEnd, Distill, DistillEndToEnd, EndToEnd, Schedule
 
@@ -141,7 +142,7 @@ class Ptq(StageSection):
     @model_validator(mode="after")
     def _own_sizes_of_table_levels(self) -> "Ptq":
         if self.group_sizes and self.level_bits != 2:
-            # There inputs share their steps by the same groups, and linears that read other inputs may not differ.
+            # There a step of 4 bits stands for a group of weights, and all inputs have steps of one size.
             raise ValueError(f"group_sizes: needs level_bits 2, got {self.level_bits}; leave it out")
         if smaller := [name for name, size in self.group_sizes.items() if size < self.group_size]:
             raise ValueError(f"group_sizes: {smaller[0]} has groups smaller than group_size, {self.group_size}; lower group_size")

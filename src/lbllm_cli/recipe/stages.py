@@ -7,7 +7,7 @@ is in a package of its own, whose module `stage` is a `pipeline.work.StageWork`.
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 Phase = Literal["blocks", "end-to-end"]
 # What `eval` measures beside stages: the full-precision model, and the exported folder.
@@ -133,8 +133,7 @@ COMMANDS = {
 
 # Keys that earlier versions did not have, with the value that does as these did. At it a key is no part of a fingerprint: what
 # they made is still what the recipe says.
-CAME_LATER: dict[str, Any] = {
-    "ptq.group_sizes": {},
+CAME_LATER = {
     "ptq.level_bits": 8,
     "act_calib.key_centre": "none",
     "act_calib.group_size": None,
