@@ -21,7 +21,7 @@ from stages import refused
         ("- a", "expected a mapping"),
         ("model: {path: x}\nmodel: {path: y}\noutput: {dir: z}", "line 2: duplicate key `model`"),
         ("model: {path: x}\noutput: {dir: y}\nptq: {groupsize: 64}", "ptq.groupsize: unknown key; did you mean `group_size`?"),
-        ("model: {path: x}\noutput: {dir: y}\nptq: {group_size: 100}", "ptq.group_size: must be a multiple of 16, got 100"),
+        ("model: {path: x}\noutput: {dir: y}\nptq: {group_size: 100}", "ptq.group_size: input should be a multiple of 16"),
         ("model: {path: x}\noutput: {dir: y}\nptq: {group_size: many}", "ptq.group_size: input should be a valid integer"),
         ("model: {}\noutput: {dir: y}", "model.path: missing"),
     ],

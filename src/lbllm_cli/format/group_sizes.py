@@ -3,15 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from lbllm_cli.format.names import input_name
 
 SIZE_MIN, SIZE_MAX = 16, 4096
-# Of a recipe or a file.
-GroupSize = Annotated[int, Field(ge=SIZE_MIN, le=SIZE_MAX, multiple_of=SIZE_MIN)]
 Units = tuple[tuple[str, ...], ...]
 
 

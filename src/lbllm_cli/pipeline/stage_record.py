@@ -11,10 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from lbllm_cli.core import files
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.core.validation import describe
-from lbllm_cli.format.group_sizes import GroupSize, GroupSizes
+from lbllm_cli.format.group_sizes import GroupSizes
 from lbllm_cli.format.levels import scale_group
 from lbllm_cli.format.names import LEVEL_BITS
 from lbllm_cli.format.settings import Activations
+from lbllm_cli.recipe.base import GroupSize
 from lbllm_cli.recipe.stages import STAGES, StageName
 
 # 1: levels of 8 bits. 2: `level_bits` says how many they have. 3: keys are centred. 5: levels of 2 bits, a scale for each row;

@@ -4,9 +4,12 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from lbllm_cli.format.group_sizes import SIZE_MAX, SIZE_MIN
+
 COUNT = 2**31 - 1  # the largest of any number of things
 LENGTH = 2**24  # of tokens in a sequence
 TOKENS = 2**34  # of a set: 128 GiB in memory
+GroupSize = Annotated[int, Field(ge=SIZE_MIN, le=SIZE_MAX, multiple_of=SIZE_MIN)]
 Positive = Annotated[int, Field(ge=1, le=COUNT)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=100)]
 

@@ -5,8 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lbllm_cli.core.splits import held_out_rows
-from lbllm_cli.format.group_sizes import GroupSize
-from lbllm_cli.recipe.base import LENGTH, TOKENS, Name, Positive, Section, Source, Sources, StageSection
+from lbllm_cli.recipe.base import LENGTH, TOKENS, GroupSize, Name, Positive, Section, Source, Sources, StageSection
 from lbllm_cli.recipe.stages import STAGES, TABLE, ExportedName, FormatName, MeasuredName, StageSpec
 from lbllm_cli.recipe.training import ActCalib, ActEndToEnd, Distill, DistillEndToEnd, EndToEnd, Schedule
 
