@@ -172,6 +172,8 @@ def main(argv: list[str] | None = None) -> int:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     if getattr(model.config, "final_logit_softcapping", None):
         raise SystemExit(f"{args.model} caps its logits, which this does not")
+    if any(name.endswith("experts") for name, _ in model.get_decoder().layers[0].named_modules()):
+        raise SystemExit(f"{args.model} is a mixture of experts, of which this does not measure experts")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     costs = Costs(
         model, windows(tokenizer, args.sequences, 0, _LENGTH), windows(tokenizer, 1, args.sequences, args.length)

@@ -28,27 +28,32 @@ UNIFORM = Tables(uniform_levels(4), None, torch.tensor([[1.0, 0.9]]))
 GROUP = 32
 
 
-def weights_like(dense: torch.Tensor) -> PackedWeight:
-    """Codes and levels of a weight [out, in]: about its quartiles, by hand."""
+def weights_like(dense: torch.Tensor, group: int = GROUP, bits: int = 8) -> PackedWeight:
+    """Codes and levels of a weight [out, in]: about its quartiles, by hand. Levels of 2 bits: all of the table, in turn."""
     out, inn = dense.shape
     codes = torch.bucketize(dense, dense.std() * torch.tensor([-0.9, 0.0, 0.9])).to(torch.uint8)
-    packed = pack_codes(codes, GROUP)
+    packed = pack_codes(codes, group)
+    if bits == 2:
+        places = torch.arange(out * packed.shape[1]).remainder(256).to(torch.uint8).view(out, -1, 1)
+        return PackedWeight.of_stored(packed, places, (dense.std() / 64).half().expand(out, 1).contiguous(), inn)
     spread = dense.std() * torch.tensor([-1.5, -0.45, 0.45, 1.5]) * torch.linspace(0.7, 1.3, packed.shape[1]).unsqueeze(1)
     levels, scale = project_levels(spread.expand(out, -1, -1).contiguous())
     return PackedWeight(packed, levels, scale, inn)
 
 
-def packed_linear(dense: nn.Linear) -> PackedLinear:
-    packed = PackedLinear(dense.in_features, dense.out_features, GROUP, dense.bias is not None)
-    for part, tensor in zip(PARTS, weights_like(dense.weight.detach().float()).tensors, strict=True):
+def packed_linear(dense: nn.Linear, group: int = GROUP, bits: int = 8) -> PackedLinear:
+    packed = PackedLinear(dense.in_features, dense.out_features, group, dense.bias is not None, bits)
+    for part, tensor in zip(PARTS, weights_like(dense.weight.detach().float(), group, bits).stored, strict=True):
         setattr(packed, part, tensor)
     if dense.bias is not None:
         packed.bias.data = dense.bias.data.clone()
     return packed
 
 
-def packed_toy(family: str = "llama", form: str = "knee", granularity: str = "group", **changes) -> nn.Module:
-    """A model in float32 on the CPU, its linears packed and its quantizers in place."""
+def packed_toy(
+    family: str = "llama", form: str = "knee", granularity: str = "group", groups: tuple[int, ...] = (), **changes
+) -> nn.Module:
+    """A model in float32 on the CPU, its linears packed and its quantizers in place. groups: of each layer, levels of 2 bits."""
     with torch.random.fork_rng():
         torch.manual_seed(11)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SMALL, **changes})).eval()
@@ -62,7 +67,7 @@ def packed_toy(family: str = "llama", form: str = "knee", granularity: str = "gr
                 tensor.mul_(4)  # the default 0.02 makes a model whose blocks do next to nothing
     tables = KNEE if form == "knee" else UNIFORM
     layout = ActivationFormat(4, 4, granularity, form, form, 2, GROUP)
-    for layer in model.get_decoder().layers:
+    for number, layer in enumerate(model.get_decoder().layers):
         by: dict[str, nn.Module] = {}
         for name, width in quantizer_widths(layer, UNITS).items():
             like = empty_quantizer(layout, name, width)
@@ -70,7 +75,7 @@ def packed_toy(family: str = "llama", form: str = "knee", granularity: str = "gr
             layer.get_submodule(name.rpartition(".")[0]).add_module(name.rpartition(".")[2], by[name])
         for linear in (linear for unit in UNITS for linear in unit):
             module = layer.get_submodule(linear)
-            packed = packed_linear(module)
+            packed = packed_linear(module, groups[number], 2) if groups else packed_linear(module)
             for child, quantizer in module.named_children():
                 packed.add_module(child, quantizer)
             layer.set_submodule(linear, packed)

@@ -59,6 +59,10 @@ class LbllmConfig(QuantizationConfigMixin):  # type: ignore[misc]
         for key, value in others.items():
             setattr(self, key, value)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As a file has it: without what there is not."""
+        return {key: value for key, value in super().to_dict().items() if value is not None}
+
 
 class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
     """Puts a PackedLinear in the place of every binarized linear before transformers reads the weights."""

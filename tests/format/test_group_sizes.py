@@ -41,6 +41,13 @@ def test_a_pattern_that_matches_nothing():
         GroupSizes.matching(16, {"layers.3.*": 32}, 3, UNITS)
 
 
+def test_a_pattern_that_decides_nothing():
+    # Of one linear it counts.
+    GroupSizes.matching(16, {"layers.*": 64, "layers.1.*": 32}, 2, UNITS)
+    with pytest.raises(ValueError, match=r"layers\.1\.\*: 64 changes nothing: of patterns that match a linear the smallest"):
+        GroupSizes.matching(16, {"layers.*": 32, "layers.1.*": 64}, 2, UNITS)
+
+
 @pytest.mark.parametrize(
     ("units", "pattern", "two"),
     [(UNITS, "layers.1.self_attn.q_proj", "q_proj has groups of 32, layers.1.self_attn.k_proj of 16"),

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+import lbllm_cli.hf  # noqa: F401 - registers the packed format
 from docs import reader
+from lbllm_cli.engine.config import Configuration
 from lbllm_cli.engine.location import library_path
 from lbllm_cli.engine.model import Model, Session
 from lbllm_cli.format.settings import check_settings
@@ -125,6 +127,20 @@ def test_a_loaded_model_saves_what_it_was(run, tmp_path):
     again, packed = reader.read_folder(tmp_path / "saved"), reader.read_folder(run / "export")
     assert all(again[name].tobytes() == packed[name].tobytes() for name in packed)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved") is not None
+    saved, exported = (
+        json.loads((folder / "config.json").read_text())["quantization_config"] for folder in (tmp_path / "saved", run / "export")
+    )
+    assert saved == exported | {"head_bits": 16}
+
+
+def test_the_library_takes_groups_of_any_size_and_steps_of_some(run):
+    config = json.loads((run / "export" / "config.json").read_text())
+    settings = config["quantization_config"]
+    large = config | {"quantization_config": settings | {"group_sizes": {"layers.0.mlp.down_proj": 4096}}}
+    assert Configuration.model_validate(large).level_groups.of(0, "mlp.down_proj") == 4096
+    steps = config | {"quantization_config": settings | {"activations": settings["activations"] | {"group_size": 512}}}
+    with pytest.raises(ValueError, match="heads or groups that the library does not have"):
+        Configuration.model_validate(steps)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +149,7 @@ def test_a_loaded_model_saves_what_it_was(run, tmp_path):
         ("ptq.group_sizes={layers.9.*: 32}", "ptq.group_sizes: layers.9.* matches no linear"),
         ("ptq.group_sizes={layers.0.self_attn.q_proj: 32}", "give them the same"),
         ("ptq.group_sizes={layers.0.*: 24}", "multiple of 16"),
+        ("ptq.group_sizes={layers.*: 32, layers.1.*: 64}", "layers.1.*: 64 changes nothing"),
         ("ptq.group_size=64", "groups smaller than group_size, 64"),
         ("ptq.level_bits=4", "group_sizes: needs level_bits 2, got 4"),
     ],
@@ -148,6 +165,33 @@ def test_a_stage_goes_on_with_the_same_ones_alone(run, lbllm):
     result = lbllm("distill", "--recipe", run.parent / "r.yaml", "ptq.group_sizes={layers.0.*: 32}", "--force")
     assert result.exit_code == 2
     assert "ptq.group_sizes" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ("{layers.0.*: 32, layers.2.mlp.down_proj: 32}", "48 in layers.1.self_attn.o_proj, by ptq.group_sizes they are of 16"),
+        ("{layers.*: 32}", "48 in layers.1.self_attn.o_proj, by ptq.group_sizes they are of 32"),
+        ("{layers.*: 48}", "32 in layers.0.self_attn.q_proj, by ptq.group_sizes they are of 48"),
+    ],
+)  # fmt: skip
+def test_it_does_so_where_the_first_stage_is_gone(run, lbllm, tmp_path, sizes, message):
+    copied = Path(shutil.copytree(run / "distill", tmp_path / "run" / "distill")).parent
+    keys = (f"ptq.group_sizes={sizes}", f"output.dir={copied}")
+    result = lbllm("distill", "--recipe", run.parent / "r.yaml", *keys, "--only", "end-to-end")
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert [path.name for path in copied.iterdir()] == ["distill"]
+
+
+def test_what_a_gpu_runs_in_torch_is_said_before(run, lbllm):
+    warning = "2 of 21 linears, layers.1.self_attn.o_proj the first, run in torch on a GPU: their groups do not divide the 32"
+    for command in ("validate", "act-calib"):
+        assert warning in " ".join(lbllm(command, "--recipe", run.parent / "r.yaml").output.split())
+    # 32 do not divide 48; of steps of a row nothing is asked.
+    for key, said in (("group_size=96", False), ("group_size=48", True), ("granularity=token", False)):
+        result = lbllm("validate", "--recipe", run.parent / "r.yaml", f"act_calib.{key}")
+        assert ("run in torch on a GPU" in result.output) == said, key
 
 
 def test_a_manifest_that_says_otherwise_is_damaged(run, lbllm, tmp_path):

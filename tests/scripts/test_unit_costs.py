@@ -57,6 +57,12 @@ def test_a_unit_alone_in_two_sizes(tmp_path, capsys):
         costs.main([*asked[:-1], "32"])
 
 
+def test_a_mixture_of_experts_is_refused(tmp_path):
+    toy = save_toy(tmp_path / "model", "qwen3-moe")
+    with pytest.raises(SystemExit, match="is a mixture of experts"):
+        costs.main(["--model", str(toy), "--out", str(tmp_path / "costs.jsonl")])
+
+
 def test_larger_groups_where_they_cost_least():
     """By hand: rows of 64 inputs have 2.75 bits a weight in groups of 16, 2.5 in groups of 32."""
     rows = [

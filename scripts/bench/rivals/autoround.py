@@ -1,4 +1,4 @@
-"""AutoRound (SignSGD on rounding and ranges, arXiv 2309.05516) as its package has it: two bits, symmetric, group 64."""
+"""AutoRound (SignSGD on rounding and ranges, arXiv 2309.05516) as its package has it: two bits, symmetric."""
 
 from functools import partial
 from typing import Any
@@ -10,12 +10,11 @@ from uniform import BITS, on_grid, uniform_bits
 
 from lbllm_cli.models.tokenizer import open_tokenizer
 
-GROUP, SCHEME = 64, "W2A16G64"
 # Sequences in a step. The package's 8 of them take 4,096 tokens here, and a core of a CPU 90 seconds for 200 steps of a block.
 BATCH = 4
 
 
-def make(iterations: int, ground: Ground) -> Made:
+def make(group: int, iterations: int, ground: Ground) -> Made:
     """All block linears, each block trained on what the quantized ones before it make of the training text.
 
     A method that trains has the text of those that do; its steps are as many whatever the text.
@@ -28,7 +27,7 @@ def make(iterations: int, ground: Ground) -> Made:
     tuner = AutoRound(
         model,
         tokenizer=open_tokenizer(ground.plan.recipe.model, ground.model.folder),
-        scheme=SCHEME,
+        scheme=f"W2A16G{group}",
         iters=iterations,
         nsamples=count,
         seqlen=length,
@@ -50,6 +49,10 @@ def _stored(linear: Any) -> Tensor:
 
 
 RIVALS = {
-    name: Rival(uniform_bits(GROUP, zero_bits=0), f"2 + 16 / {GROUP}", partial(make, iterations), asked)
-    for name, iterations, asked in (("AutoRound", 200, False), ("AutoRound best", 1000, True))
+    name: Rival(uniform_bits(group, zero_bits=0), f"2 + 16 / {group}", partial(make, group, iterations), asked)
+    for name, group, iterations, asked in (
+        ("AutoRound", 64, 200, False),
+        ("AutoRound g32", 32, 200, False),
+        ("AutoRound best", 64, 1000, True),
+    )
 }

@@ -31,7 +31,7 @@ RIVALS = {
     "gptq": ["GPTQ g64", "GPTQ g32", "GPTQ g64 mse", "GPTQ g32 mse"],
     "efficientqat": ["EfficientQAT Block-AP", "EfficientQAT Block-AP x16"],
     "e2e_qp": ["EfficientQAT E2E-QP"],
-    "autoround": ["AutoRound", "AutoRound best"],
+    "autoround": ["AutoRound", "AutoRound g32", "AutoRound best"],
 }
 BASE = "full precision"
 

@@ -102,9 +102,10 @@ class Configuration(BaseModel):
             raise ValueError("linears: not those of the families that the library knows")
         if layout is None or layout["bits"] != 4 or layout["kv_bits"] != 4:
             raise ValueError("activations, keys and values are not quantized to 4 bits")
-        # Raises for linears that read one input in groups of two sizes.
-        sizes = {size for block in range(self.num_hidden_layers) for unit in UNITS for size in self.layout_sizes(block, unit)}
-        if self.num_attention_heads % self.num_key_value_heads or max(sizes) > GROUP_MAX:
+        for block in range(self.num_hidden_layers):
+            for unit in UNITS:
+                self.level_groups.of_unit(block, unit)  # raises for linears that read one input in groups of two sizes
+        if self.num_attention_heads % self.num_key_value_heads or self.step_group > GROUP_MAX:
             raise ValueError("heads or groups that the library does not have")
         return self
 

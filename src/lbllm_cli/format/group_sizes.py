@@ -57,7 +57,7 @@ class GroupSizes:
         """As a recipe asks for them. wanted: size by a pattern of names; of several that match, the smallest size counts.
 
         size 16, {"layers.[01].self_attn.*": 32} of a Llama with 30 blocks -> 8 others of 32. Raises ValueError naming a pattern
-        that no linear matches, or linears that read one input with two sizes.
+        that no linear matches or that others outdo everywhere, or linears that read one input with two sizes.
         """
         if not wanted:
             return cls(size)
@@ -68,6 +68,9 @@ class GroupSizes:
             if not matched:
                 raise ValueError(f"{pattern} matches no linear; they are called {names[0]} to {names[-1]}")
             others |= {name: min(other, others.get(name, other)) for name in matched}
+        for pattern, other in wanted.items():
+            if all(others[name] < other for name in names if fnmatchcase(name, pattern)):
+                raise ValueError(f"{pattern}: {other} changes nothing: of patterns that match a linear the smallest size counts")
         found = cls(size, {name: others[name] for name in names if others.get(name, size) != size})
         # All experts of a block read their input through one quantizer, and kernels take them together.
         alike: dict[str, tuple[str, ...]] = {}

@@ -90,17 +90,29 @@ def open_parent(plan: Plan, spec: StageSpec) -> Checkpoint | None:
     parent = open_checkpoint(plan, before.name)
     for checkpoint in (*reversed(ancestors(plan.output, parent)), parent):
         _check_made_alike(plan, checkpoint)
-    if parent.record.group_size != plan.recipe.ptq.group_size:
-        raise UsageError(
-            f"{parent.path} has group size {parent.record.group_size}, ptq.group_size is {plan.recipe.ptq.group_size}; "
-            "set it back, or use another output.dir"
-        )
+    _check_groups(plan, parent)
     if parent.record.level_bits != plan.recipe.ptq.level_bits:
         raise UsageError(
             f"{parent.path} has level bits {parent.record.level_bits}, ptq.level_bits is {plan.recipe.ptq.level_bits}; "
             "set it back, or use another output.dir"
         )
     return parent
+
+
+def _check_groups(plan: Plan, parent: Checkpoint) -> None:
+    """Against the parent's own record: the stage that chose them may be gone."""
+    (made, _), wanted = parent.record.weights, plan.model.group_sizes(plan.recipe.ptq)
+    if made.size != wanted.size:
+        raise UsageError(
+            f"{parent.path} has group size {made.size}, ptq.group_size is {wanted.size}; set it back, or use another output.dir"
+        )
+    for name in (*made.others, *wanted.others):
+        own, asked = (sizes.others.get(name, sizes.size) for sizes in (made, wanted))
+        if own != asked:
+            raise UsageError(
+                f"{parent.path} has groups of {own} in {name}, by ptq.group_sizes they are of {asked}; set it back, or use "
+                "another output.dir"
+            )
 
 
 def _check_made_alike(plan: Plan, checkpoint: Checkpoint) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.data import sources, tokens
+from lbllm_cli.format.group_sizes import linear_name
 from lbllm_cli.models.model import SourceModel, open_model
 from lbllm_cli.models.tokenizer import open_tokenizer
 from lbllm_cli.parallel.group import ALONE, Group
@@ -95,6 +96,25 @@ class Plan:
         # Gemma 3 270M, three segments of 1,024 tokens of novels: perplexity 33.2 with it and 62.8 without.
         names = ", ".join(dict.fromkeys(keys))
         return f"{self.model.family.text} is lost on text that does not begin with BOS: set bos: true in {names}"
+
+    def in_torch(self) -> str | None:
+        """What to say of linears whose quantized inputs no kernel of a GPU takes; None where there are none."""
+        step, sizes, shapes = self.recipe.step_group, self.model.group_sizes(self.recipe.ptq), self.model.linear_shapes
+        if self.recipe.act_calib.granularity != "group":
+            return None
+        found = [
+            linear_name(block, linear)
+            for block in range(self.model.blocks)
+            for linear, (_, width) in shapes.items()
+            if step < width and step % sizes.of(block, linear)
+        ]
+        if not found:
+            return None
+        # One of them, and no decode step of the model is a single call.
+        return (
+            f"after act-calib {len(found)} of {self.model.blocks * len(shapes)} linears, {found[0]} the first, run in torch on a "
+            f"GPU: their groups do not divide the {step} inputs that share a step; choose act_calib.group_size by them"
+        )
 
     def generates(self, spec: StageSpec) -> bool:
         """Whether a stage's text is sampled from the model, which writes its cache into the output folder."""

@@ -40,8 +40,8 @@ def run_command(
     for spec in own:
         if spec.end_to_end and only != "blocks":
             _check_end_to_end(plan, spec, asked=only is not None)
-    if lost := plan.without_bos(own[:1]):
-        say(f"{command}: warning: {lost}")
+    for warning in filter(None, (plan.without_bos(own[:1]), plan.in_torch())):
+        say(f"{command}: warning: {warning}")
     chosen = [spec for spec in own if spec in plan.recipe.stages and only in (None, spec.phase)]
     kept = group.told(lambda: [spec.name for spec in chosen if force and made_by_force(plan.output, spec, chosen)])
     for number, spec in enumerate(chosen):

@@ -12,6 +12,7 @@ from lbllm_cli.format.names import TENSORS
 from lbllm_cli.format.weights import PARTS
 from lbllm_cli.runtime.backend import backend_of
 from lbllm_cli.runtime.checks import check_values
+from lbllm_cli.runtime.experts import expert_of
 from lbllm_cli.runtime.linear import PackedLinear
 from lbllm_cli.runtime.quantizer import empty_quantizer
 from lbllm_cli.vllm.linear import Loaded, add_quantizer, quantizer_parts
@@ -19,8 +20,8 @@ from lbllm_cli.vllm.linear import Loaded, add_quantizer, quantizer_parts
 # What all experts of a block read is quantized by one of each, `gate_proj_input` and `down_proj_input` in the export. They are
 # renamed as they come (`config`): vLLM takes what begins with the name of a linear for one.
 _INPUTS = ("gate_input", "down_input")
-# How names of the export's linears end that vLLM keeps in one tensor of an expert.
-_LINEARS = {"w13": (".experts.0.gate_proj", ".experts.0.up_proj"), "w2": (".experts.0.down_proj",)}
+# How names of the export's linears of an expert end that vLLM keeps in one tensor.
+_LINEARS = {"w13": (".gate_proj", ".up_proj"), "w2": (".down_proj",)}
 
 
 class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
@@ -51,9 +52,9 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             if found:
                 raise ValueError(f"{self.prefix}: packed experts in vLLM have no {name}; take: lbllm serve --engine transformers")
         inner = intermediate_size_per_partition
-        # All experts of a block have the same groups.
+        linears = [name for name in self.config.linears if expert_of(name) is not None]
         sizes = {
-            name: self.config.group_size(self.prefix, [found for found in self.config.linears if found.endswith(ends)])
+            name: self.config.group_size(self.prefix, [found for found in linears if found.endswith(ends)])
             for name, ends in _LINEARS.items()
         }
         self.shapes = {"w13": (hidden_size, 2 * inner, sizes["w13"]), "w2": (inner, hidden_size, sizes["w2"])}

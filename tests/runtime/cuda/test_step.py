@@ -1,6 +1,7 @@
 """Decode steps of whole decoders in kernels, against transformers' own pass through the packed model in torch."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from transformers import DynamicCache
 
 import lbllm_cli.hf
+from lbllm_cli.runtime import notices
 from lbllm_cli.runtime.cuda import unit as units
 from lbllm_cli.runtime.cuda.graph import Replayed, capturable
 from lbllm_cli.runtime.cuda.rooms import rooms_for
@@ -30,7 +32,9 @@ def no_grad():
 
 
 def product(weights, places, step, sharing, out, residual=None, bias=None) -> None:
-    """`gemv_quantized` in torch."""
+    """`gemv_quantized` in torch; it takes rows one behind another, whatever the shape says."""
+    assert places.shape == (len(out), weights.padded_width)
+    assert places.is_contiguous()
     each = step.repeat_interleave(weights.group_size * sharing or places.shape[1], 1)[:, : weights.in_features]
     x = places[:, : weights.in_features].float() * each
     total = x @ torch.cat([weights.packed(slot).values() for slot in range(len(weights.outs))]).T
@@ -130,6 +134,31 @@ def test_a_step_is_transformers_pass(device, steps, family, form, granularity, r
     assert difference(found, reference(tokens[:, 7:], past_key_values=its).logits) < ROUNDING
     assert steps == [7]
     assert records_are_equal(own, its)
+
+
+@pytest.mark.parametrize("groups", [(16, 32), (32, 16)])
+def test_layers_may_have_groups_of_other_sizes(device, steps, groups):
+    """Rows of 144 are padded to 192 in groups of 16, to 256 in groups of 32."""
+    model, reference = both(device, groups=groups, hidden_size=144)
+    padded = [[unit.weights.padded_width for unit in layer.units] for layer in model.get_decoder().forward.layers]
+    assert padded[0][0] != padded[1][0]
+    tokens = ids(2, 8).to(device)
+    own, its = prefilled(model, tokens[:, :7]), prefilled(reference, tokens[:, :7])
+    found = model(tokens[:, 7:], past_key_values=own).logits
+    assert difference(found, reference(tokens[:, 7:], past_key_values=its).logits) < ROUNDING
+    assert steps == [7]
+
+
+def test_a_linear_that_is_left_to_torch_is_named(device, caplog):
+    """Its groups do not divide the inputs that share a step."""
+    caplog.set_level(logging.WARNING, "lbllm")
+    notices.say_in_torch.cache_clear()
+    model = taken(device, groups=(16, 48))
+    assert "forward" not in vars(model.get_decoder())
+    assert [record.getMessage() for record in caplog.records] == [
+        "self_attn.q_proj of LlamaDecoderLayer runs in torch: its groups do not divide act_calib.group_size, or it is on another "
+        "device; no decode step is a single call"
+    ]
 
 
 def test_steps_in_a_row_with_padding_and_a_copied_cache(device, steps):

@@ -1,5 +1,6 @@
 """One layer of a decode step: what the kernels read of its modules, and the ten launches that compute it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,14 +35,14 @@ class StepBuffers:
     """What a step works in, for some rows and a capacity of the cache; it stays where it is.
 
     ids, positions: int64 [rows, 1]. length: int32 [1], tokens in the cache. mask: bool [rows, capacity], which are attended to;
-    masks: whether any may not be. angles: cos and sin, [rows, head_dim]. inputs: of each unit, T - Z and steps of its input. out:
-    [rows, hidden].
+    masks: whether any may not be. angles: cos and sin, [rows, head_dim]. out: [rows, hidden].
     """
 
-    def __init__(self, layer: "StepLayer", rows: int, capacity: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, layers: Sequence["StepLayer"], rows: int, capacity: int, dtype: torch.dtype, device: torch.device):
         def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
             return torch.empty(shape, dtype=kind, device=device)
 
+        layer = layers[0]
         heads, kv_heads, width = layer.heads, layer.kv_heads, layer.head_dim
         parts = parts_of(rows, kv_heads, capacity)
         self.ids, self.positions = (torch.zeros(rows, 1, dtype=torch.int64, device=device) for _ in range(2))
@@ -49,15 +50,22 @@ class StepBuffers:
         self.mask = torch.ones(rows, capacity, dtype=torch.bool, device=device)
         self.masks = False
         self.angles = empty(rows, width), empty(rows, width)
-        self.inputs = [
-            (empty(rows, unit.weights.padded_width, kind=torch.int8), empty(rows, unit.steps, kind=torch.float32))
-            for unit in layer.units
-        ]
+        widest = [max(unit.weights.padded_width for unit in alike) for alike in zip(*(its.units for its in layers), strict=True)]
+        self._places = [empty(rows * places, kind=torch.int8) for places in widest]
+        self._steps = [empty(rows, unit.steps, kind=torch.float32) for unit in layer.units]
         self.qkv, self.gate_up = (empty(rows, unit.weights.rows) for unit in (layer.units[0], layer.units[2]))
         self.query = empty(rows, heads, width)
         self.sums = empty(rows, heads, parts, width, kind=torch.float32)
         self.weights = empty(rows, heads, parts, 2, kind=torch.float32)
         self.out = empty(rows, layer.units[0].weights.in_features)
+
+    def inputs(self, units: list[CudaUnit]) -> list[tuple[Tensor, Tensor]]:
+        """T - Z and steps of the inputs of a layer's units: int8 [rows, padded width], float32 [rows, steps]."""
+        # Kernels take rows one behind another, and how far they are padded follows from the group size, a layer's own.
+        rows = len(self.out)
+        widths = [unit.weights.padded_width for unit in units]
+        places = [kept[: rows * width].view(rows, width) for kept, width in zip(self._places, widths, strict=True)]
+        return list(zip(places, self._steps, strict=True))
 
 
 class StepLayer:
@@ -111,7 +119,7 @@ class StepLayer:
         assert self.tables is not None
         first, second, *of_heads = self.norms
         qkv, o, gate_up, down = self.units
-        inputs = b.inputs
+        inputs = b.inputs(self.units)
         norm_and_quantize(hidden, weight_of(first), first.variance_epsilon, *_form(qkv), *inputs[0])
         qkv.linear_quantized(*inputs[0], b.qkv)
         norms = (*map(weight_of, of_heads), of_heads[0].variance_epsilon) if of_heads else None

@@ -220,7 +220,7 @@ class DecodeStep:
             assert self._known is not None
             # Buffers of inference mode could not be written to outside of it.
             with torch.inference_mode(False):
-                buffers = StepBuffers(self.layers[0], rows, tokens, dtype, self.device)
+                buffers = StepBuffers(self.layers, rows, tokens, dtype, self.device)
             replayed = Replayed(partial(self._compute, buffers), self.device, captures)
             found = self._passes[key] = _Pass(buffers, replayed, tokens, self._known)
             while len(self._passes) > _KEPT:

@@ -9,7 +9,7 @@ from lbllm_cli.runtime.attachments import share_inputs
 from lbllm_cli.runtime.cuda.head_linear import HeadLinear
 from lbllm_cli.runtime.cuda.step import DecodeStep, decoder_steppable
 from lbllm_cli.runtime.cuda.unit import CudaUnit, unit_of
-from lbllm_cli.runtime.notices import say_layer_by_layer
+from lbllm_cli.runtime.notices import say_in_torch, say_layer_by_layer
 from lbllm_cli.runtime.units import Units
 
 
@@ -34,9 +34,11 @@ def take_over(model: Any, units: Units, quantized: bool) -> list[Any]:
         handles += [] if quantized else share_inputs(layer, units)
         taken.append(_units_of(layer, units, quantized))
     # A layer whose linears are not all in units is none that is known.
-    whole = all(len(its) == len(units) for its in taken)
-    if quantized and whole and decoder_steppable(decoder, units):
-        decoder.forward = DecodeStep(decoder, taken)
+    left = [names for its in taken for names, unit in zip(units, its, strict=True) if unit is None]
+    if quantized and left:
+        say_in_torch(type(decoder.layers[0]).__name__, left[0][0])
+    elif quantized and decoder_steppable(decoder, units):
+        decoder.forward = DecodeStep(decoder, [[unit for unit in its if unit is not None] for its in taken])
         handles.append(_Standing(decoder))
     elif quantized:
         say_layer_by_layer(type(decoder.layers[0]).__name__)
@@ -46,11 +48,11 @@ def take_over(model: Any, units: Units, quantized: bool) -> list[Any]:
     return handles
 
 
-def _units_of(layer: nn.Module, units: Units, quantized: bool) -> list[CudaUnit]:
-    found = []
+def _units_of(layer: nn.Module, units: Units, quantized: bool) -> list[CudaUnit | None]:
+    """None in the place of one that the kernels cannot run."""
+    found: list[CudaUnit | None] = []
     for names in units:
         linears: list[Any] = [layer.get_submodule(name) for name in names]
         by: Any = layer.get_submodule(input_name(names)) if quantized else None
-        if unit := unit_of(linears, by):
-            found.append(unit)
+        found.append(unit_of(linears, by))
     return found
