@@ -17,8 +17,9 @@ from lbllm_cli.recipe.load import load_recipe
 SOURCES, RECIPES = ROOT / "src", ROOT / "recipes"
 # Of the recipes those that name folders of a checkout.
 IN_A_CHECKOUT = {
-    "batch.mk", "demo.yaml", "gemma3-270m.yaml", "smollm2-135m.yaml", "smollm2-135m-end-to-end.yaml",
-    "smollm2-135m-2.5-bits.yaml", "smollm2-135m-groups-of-16.yaml", "toy.yaml", "toy-experts.yaml",
+    "batch.mk", "demo.yaml", "gemma3-270m.yaml", "gemma3-270m-groups-of-16.yaml", "smollm2-135m.yaml",
+    "smollm2-135m-end-to-end.yaml", "smollm2-135m-2.5-bits.yaml", "smollm2-135m-groups-of-16.yaml", "toy.yaml",
+    "toy-experts.yaml",
 }  # fmt: skip
 LIBRARY = "lbllm_cli/engine/liblbllm_kernels"
 
