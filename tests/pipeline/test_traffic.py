@@ -224,7 +224,7 @@ def test_parts_that_traffic_is_made_of():
     # 16 + 4 (padded to 16) + 2 (to 16) beside a tensor of 5 that all have; the other rank has two such linears.
     shapes = {"a": (1, 64), "b": (1, 64), "c": (1, 64)}
     assert gathered_bytes(shapes, {"a": 0, "b": 1, "c": 1}, Ptq(group_size=64), [5]) == 2 * 48 + 16
-    # 0, 3, 6, 9 of ten: two of each half; three halves of a float32 row of 6 begin at multiples of 16.
+    # 0, 3, 5, 8 of ten: two of each half; three halves of a float32 row of 6 begin at multiples of 16.
     assert sample_call("", TWO, 10, 4, 24).size == 48
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lbllm_cli.core import interrupt
 from lbllm_cli.core.errors import RunError
+from lbllm_cli.core.splits import spread_rows
 from lbllm_cli.models.block import Block
 from lbllm_cli.models.stored import stored_block
 from lbllm_cli.parallel.group import Group, stacked
@@ -58,7 +59,7 @@ class BlockTask:
     def sample(self, stream: HiddenStream, count: int) -> Tensor:
         """Some of all ranks' sequences of a stream, spread over them: [n, length, hidden] on the device, the same everywhere."""
         rows = self.share.rows
-        taken = torch.linspace(0, rows - 1, min(count, rows)).round().long().tolist()
+        taken = spread_rows(rows, min(count, rows))
         ((own,),) = fetched((stream,), [torch.tensor(self.share.own(taken), dtype=torch.long)], self.device)
         return stacked(self.group, {"": own})[""]
 

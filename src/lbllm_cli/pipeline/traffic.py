@@ -8,8 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
-
+from lbllm_cli.core.splits import spread_rows
 from lbllm_cli.format.levels import per_row
 from lbllm_cli.format.weights import group_count
 from lbllm_cli.parallel.reduction import BETWEEN
@@ -148,6 +147,6 @@ def packed_sizes(shape: tuple[int, int], settings: Ptq) -> list[int]:
 
 def sample_call(what: str, world: World, rows: int, count: int, row_bytes: int) -> Call:
     """The gathering of `count` of a stage's `rows` sequences, spread over them, at `row_bytes` each; see `BlockTask.sample`."""
-    taken = torch.linspace(0, rows - 1, min(count, rows)).round().long().tolist()
+    taken = spread_rows(rows, min(count, rows))
     shares = (share_of(rows, rank, world.size) for rank in range(world.size))
     return Call(what, GATHER, padded(row_bytes * max(len(share.own(taken)) for share in shares)), 1)
