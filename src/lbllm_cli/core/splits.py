@@ -14,7 +14,7 @@ def spread_rows(rows: int, count: int) -> list[int]:
     """
     part = rows // count
     found = [[i * rows // count + i * step % part for i in range(count)] for step in range(1, min(part, 12) + 1)]
-    return next((taken for taken in found if _unevenness(taken) <= 2), min(found, key=_unevenness))
+    return min(found, key=lambda taken: max(2, _unevenness(taken)))
 
 
 def _unevenness(rows: list[int]) -> int:

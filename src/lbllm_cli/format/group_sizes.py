@@ -16,6 +16,13 @@ def is_group_size(value: Any) -> bool:
     return type(value) is int and SIZE_MIN <= value <= SIZE_MAX and value % SIZE_MIN == 0
 
 
+def whole_groups(step: int, size: int, width: int) -> bool:
+    """Whether inputs that share a step are whole groups of weights, as kernels of a GPU take them: 64, 16, 576 are, 32, 48, 576
+    are not. step: of them. size: of a group. width: of a row, which may share one step.
+    """
+    return step % size == 0 or step >= width
+
+
 def linear_name(block: int, linear: str) -> str:
     """A linear of all blocks, as recipes and files call it: 3, "mlp.down_proj" -> "layers.3.mlp.down_proj"."""
     return f"layers.{block}.{linear}"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.data import sources, tokens
-from lbllm_cli.format.group_sizes import linear_name
+from lbllm_cli.format.group_sizes import linear_name, whole_groups
 from lbllm_cli.models.model import SourceModel, open_model
 from lbllm_cli.models.tokenizer import open_tokenizer
 from lbllm_cli.parallel.group import ALONE, Group
@@ -106,7 +106,7 @@ class Plan:
             linear_name(block, linear)
             for block in range(self.model.blocks)
             for linear, (_, width) in shapes.items()
-            if step < width and step % sizes.of(block, linear)
+            if not whole_groups(step, sizes.of(block, linear), width)
         ]
         if not found:
             return None

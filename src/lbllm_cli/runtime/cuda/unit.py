@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from lbllm_cli.format.group_sizes import whole_groups
 from lbllm_cli.format.weights import PackedWeight
 from lbllm_cli.runtime.attachments import meet
 from lbllm_cli.runtime.cuda.activations import TYPES, QuantizerTables, quantize_activations, quantize_values
@@ -179,7 +180,7 @@ def usable(linears: list[PackedLinear], quantizer: ActQuantizer | None) -> bool:
     device, first = linears[0].weight.device, linears[0]
     if any(packed.weight.device != device for packed in linears) or not (device.type == "cuda" or INTERPRETED):
         return False
-    return quantizer is None or quantizer.size % first.group_size == 0 or quantizer.size >= first.in_features
+    return quantizer is None or whole_groups(quantizer.size, first.group_size, first.in_features)
 
 
 def unit_of(linears: list[PackedLinear], quantizer: ActQuantizer | None) -> CudaUnit | None:
