@@ -46,6 +46,8 @@ def _cheaper(recipe: Recipe, model: SourceModel, world: World) -> str:
         alternatives["distill.parametrisation: nearest"] = {"parametrisation": "nearest", "train": None}
     if min(settings.micro_batch_size, settings.batch_size) > 1:
         alternatives["distill.micro_batch_size: 1"] = {"micro_batch_size": 1}
+    if settings.ema_decay is not None:
+        alternatives["distill.ema_decay: null"] = {"ema_decay": None}
     if settings.trained != ("levels",):
         alternatives["distill.train: [levels]"] = {"train": ["levels"]}
     needs = {

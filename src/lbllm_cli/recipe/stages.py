@@ -59,7 +59,7 @@ class StageSpec:
 
 
 _SCHEDULE = ("epochs", "batch_size", "micro_batch_size", "warmup", "clip", "held_out", "max_skipped", "train")
-_BLOCKS = (*_SCHEDULE, "lr_weights", "lr_levels", "loss", "channel_cap", "latent_margin", "dampening")
+_BLOCKS = (*_SCHEDULE, "lr_weights", "lr_levels", "loss", "channel_cap", "ema_decay", "latent_margin", "dampening")
 _LATENTS = ("lr_weights", "latent_margin", "dampening")
 _END_TO_END = (*_SCHEDULE, "sequences", *_LATENTS, "lr_levels", "lr_norms", "temperature", "next_token")
 
@@ -137,7 +137,7 @@ CAME_LATER = {
     "ptq.level_bits": 8,
     "act_calib.key_centre": "none",
     "act_calib.group_size": None,
-    **{f"{section}.channel_cap": None for section in ("distill", "act_calib")},
+    **{f"{section}.{key}": None for section in ("distill", "act_calib") for key in ("channel_cap", "ema_decay")},
     # Of phases whose codes are fixed they mean nothing.
     **{
         f"{section}.end_to_end.{key}": value

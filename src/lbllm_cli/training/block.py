@@ -101,7 +101,8 @@ class BlockObjective:
 def block_loop(task: BlockTask, student: Student, settings: "Training", section: str, seed: int) -> TrainingLoop:
     """The training of one block. section: of the recipe, for messages. seed: of the data order."""
     length = task.quantized.shape[1]
-    job = Job(task.index, f"block {task.index}", section, task.share, length, seed, task.device, task.group)
+    where = f"block {task.index}"
+    job = Job(task.index, where, section, task.share, length, seed, task.device, task.group, settings.ema_decay)
     return TrainingLoop(BlockObjective(task, student, settings), settings, job, task.keeper, task.monitor)
 
 

@@ -6,13 +6,18 @@ from lbllm_cli.models.model import SourceModel
 from lbllm_cli.pipeline.forecast import activation_bytes, block_bytes
 from lbllm_cli.pipeline.world import World
 from lbllm_cli.recipe.schema import Recipe
-from lbllm_cli.recipe.training import ActCalib, ActEndToEnd, Distill
+from lbllm_cli.recipe.training import ActCalib, ActEndToEnd, Distill, Training
 from lbllm_cli.training.interfaces import SEQUENCES
 from lbllm_cli.training.quantizers import KNEES
 from lbllm_cli.training.spread import is_large, loads_of
 
 # float32 tensors of an input's size that a quantizer keeps for its backward pass: measured 2.0, and 17.3 while knees are soft.
 KEPT_DEPLOYED, KEPT_SOFT = 2.0, 20.0
+
+
+def master_bytes(settings: Training) -> int:
+    """Of a number that is trained: float32 with AdamW's two moments, and its running mean."""
+    return 12 if settings.ema_decay is None else 16
 
 
 def owned_share(model: SourceModel, trained: Iterable[str], world: World, blocks: int = 1) -> float:
@@ -54,13 +59,14 @@ def quantizer_activations(model: SourceModel, settings: ActCalib | ActEndToEnd, 
 def _fused_device(model: SourceModel, settings: Distill | ActCalib, group_size: int, length: int, owned: float) -> float:
     """`training_device` where weights and quantizers are trained in kernels. owned: share of the masters that are there.
 
-    The teacher's block, the present weights and their gradient; latents with both moments; levels with all of it and as they are
-    stored; codes. Before that act-calib looks at some sequences at once. Counted on the shapes of three models
+    The teacher's block, the present weights and their gradient; latents with moments and mean; levels with all of it and as they
+    are stored; codes. Before that act-calib looks at some sequences at once. Counted on the shapes of three models
     (scripts/bench/device_counts.py).
     """
     config, weights, itemsize = model.config, model.binarized_parameters / model.blocks, model.dtype.itemsize
-    latents = 4.0 * weights * (3 if is_large(settings.trained) else 0)
-    levels = 20.0 * weights * 4 / group_size
+    each = master_bytes(settings)
+    latents = float(weights * (each if is_large(settings.trained) else 0))
+    levels = (each + 8.0) * weights * 4 / group_size
     resident = block_bytes(model) + 2 * weights * itemsize + owned * (latents + levels + weights * 0.3)
     passing = fused_activations(model, min(settings.micro_batch_size, settings.batch_size), length)
     if isinstance(settings, ActCalib):
@@ -77,9 +83,9 @@ def fused_activations(model: SourceModel, rows: int, length: int) -> float:
 
 
 def training_device(recipe: Recipe, model: SourceModel, settings: Distill | ActCalib, world: World) -> float:
-    """The teacher's block; masters, their gradients and AdamW's two moments; the weights they stand for, in float32 and in the
-    compute dtype with a gradient; activations. Or the teacher's pass over the data, if that is more. Of the rank of `world` that
-    has most masters."""
+    """The teacher's block; masters, their gradients, AdamW's two moments and the mean; the weights they stand for, in float32
+    and in the compute dtype with a gradient; activations. Or the teacher's pass over the data, if that is more. Of the
+    rank of `world` that has most masters."""
     trained, frozen = masters(model, settings, recipe.ptq.group_size)
     owned = owned_share(model, settings.trained, world)
     weights = model.binarized_parameters / model.blocks
@@ -91,7 +97,8 @@ def training_device(recipe: Recipe, model: SourceModel, settings: Distill | ActC
     rows = min(settings.micro_batch_size, settings.batch_size)
     passing = training_activations(model, rows, length)
     passing += quantizer_activations(model, settings, rows, length) if isinstance(settings, ActCalib) else 0
-    return max(block_bytes(model) + owned * (16 * trained + 4 * frozen) + current + passing, teaching_device(recipe, model))
+    resident = block_bytes(model) + owned * ((master_bytes(settings) + 4) * trained + 4 * frozen)
+    return max(resident + current + passing, teaching_device(recipe, model))
 
 
 def teaching_device(recipe: Recipe, model: SourceModel) -> float:
@@ -100,8 +107,9 @@ def teaching_device(recipe: Recipe, model: SourceModel) -> float:
 
 
 def training_states(recipe: Recipe, model: SourceModel, settings: Distill | ActCalib, world: World) -> tuple[float, float]:
-    """Bytes of a block's unfinished training, of the rank that has most and of all: masters that are trained, and two moments."""
-    whole = 12 * masters(model, settings, recipe.ptq.group_size)[0]
+    """Bytes of a block's unfinished training, of the rank that has most and of all: masters that are trained, with moments and
+    mean."""
+    whole = master_bytes(settings) * masters(model, settings, recipe.ptq.group_size)[0]
     # Of what every rank has a copy of, one is kept.
     copies = world.machines if is_large(settings.trained) else 1
     return owned_share(model, settings.trained, world) * whole, copies * whole

@@ -8,11 +8,12 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lbllm_cli.core import interrupt
 from lbllm_cli.core.errors import Interrupted, RunError
@@ -24,7 +25,9 @@ from lbllm_cli.pipeline.training_state import ALIKE
 from lbllm_cli.runtime.backend import backend_of
 from lbllm_cli.training.exchange import Exchange
 from lbllm_cli.training.interfaces import Objective, Step
-from lbllm_cli.training.progress import Progress, check_kept, kept_progress
+from lbllm_cli.training.kept import by_owner, check_kept, kept_tensors, put_back
+from lbllm_cli.training.progress import Progress, kept_progress
+from lbllm_cli.training.running_mean import RunningMean
 from lbllm_cli.training.tally import Tally, store
 from lbllm_cli.training.update import Update
 
@@ -54,6 +57,7 @@ class Job:
 
     index: a number that the seed of the data order and the kept state carry. where: the index in words. section: of the recipe,
     for messages. share: this rank's part of the sequences, of `length` tokens each. group: of ranks that train it together.
+    ema_decay: of the running mean that an epoch is scored and kept as; None: the state of its last step.
     """
 
     index: int
@@ -64,6 +68,7 @@ class Job:
     seed: int
     device: torch.device
     group: Group = ALONE
+    ema_decay: float | None = None
 
 
 class TrainingLoop:
@@ -87,6 +92,8 @@ class TrainingLoop:
         self.steps = -(-self.every // settings.batch_size)
         self.exchange = Exchange(self.trained, job.group)
         self.update = Update(self.trained, self.exchange, job.device)
+        parameters = [p for group in self.update.groups for p in group.params]
+        self.mean = None if job.ema_decay is None else RunningMean(parameters, job.ema_decay)
         self.progress = Progress(job.index)
         self.backend = backend_of(job.device)
         self.tally = Tally(job.device, settings.clip)
@@ -108,6 +115,17 @@ class TrainingLoop:
     def measure_start(self) -> None:
         """Held-out errors of the student as it begins, which later ones are relative to."""
         self.progress.start = self._held_out(0.0)
+
+    @contextmanager
+    def _shown(self) -> Iterator[None]:
+        """What an epoch is scored and kept as: the running mean of what is trained, where there is one."""
+        if self.mean is None:
+            yield
+            return
+        with self.mean.shown():
+            self.trained.resumed()
+            yield
+        self.trained.resumed()
 
     def _held_out(self, done: float) -> dict[str, float]:
         """Held-out errors of the present student."""
@@ -204,6 +222,8 @@ class TrainingLoop:
         self.exchange.copies_done()
         self.group.add(loss)
         self.update.take(loss, self.tally, self._factor())
+        if self.mean is not None:
+            self.mean.add(self._number())
         transfers = self.backend.transfers(self.job.device)
         values = self.tally.values
         self._untold.append((self._step(time.monotonic() - began), transfers.later(values).wait if transfers else lambda: values))
@@ -223,17 +243,19 @@ class TrainingLoop:
         """The present step, whose loss is not known yet."""
         progress = self.progress
         rows = progress.epoch * self.every + min((progress.step + 1) * self.settings.batch_size, self.every)
-        number, steps = progress.epoch * self.steps + progress.step + 1, self.settings.epochs * self.steps
-        return Step(math.nan, seconds, number, steps, rows * self.job.length)
+        return Step(math.nan, seconds, self._number(), self.settings.epochs * self.steps, rows * self.job.length)
+
+    def _number(self) -> int:
+        """The present step, of all steps, from 1."""
+        return self.progress.epoch * self.steps + self.progress.step + 1
 
     def _factor(self) -> float:
         """Share of the top learning rates in the present step."""
-        done, whole = self.progress.epoch * self.steps + self.progress.step, self.settings.epochs * self.steps
-        return rate_factor(done, whole, self.settings.warmup)
+        return rate_factor(self._number() - 1, self.settings.epochs * self.steps, self.settings.warmup)
 
     def _done(self) -> float:
         """Share of all steps that are done."""
-        return (self.progress.epoch * self.steps + self.progress.step) / (self.settings.epochs * self.steps)
+        return (self._number() - 1) / (self.settings.epochs * self.steps)
 
     def _check_skipped(self, number: int, loss: float, norm: float) -> None:
         skipped, section = self.progress.skipped, self.job.section
@@ -248,11 +270,13 @@ class TrainingLoop:
     def _score(self) -> None:
         """End of an epoch: held-out error, record, and whether this is the best state so far."""
         progress = self.progress
-        held = self._held_out(self._done())
-        loss, allowed = self.objective.score(held, progress.start)
-        if loss < progress.best_loss and allowed:
-            progress.best, progress.best_loss = progress.epoch + 1, loss
-            self.best = self.trained.snapshot()
+        with self._shown():
+            held = self._held_out(self._done())
+            loss, allowed = self.objective.score(held, progress.start)
+            if loss < progress.best_loss and allowed:
+                progress.best, progress.best_loss = progress.epoch + 1, loss
+                self.best = self.trained.snapshot()
+            facts = self.trained.facts()
         taken = max(1, progress.taken)
         tokens = self.every * self.job.length
         progress.epochs.append(
@@ -260,7 +284,7 @@ class TrainingLoop:
                 "loss": progress.loss_sum / taken,
                 "held_out_loss": loss,
                 "held_out": held,
-                **self.trained.facts(),
+                **facts,
                 "lr": {
                     group.kind: own["lr"] / (group.unit or 1.0)  # a linear of zeros is trained at a rate of 0
                     for own, group in zip(self.update.optimizer.param_groups, self.update.groups, strict=True)
@@ -273,7 +297,7 @@ class TrainingLoop:
             }
         )
 
-    def _parameters(self) -> dict[str, Tensor]:
+    def _parameters(self) -> dict[str, nn.Parameter]:
         """By the names that they are kept under."""
         copies = {id(p): number for number, p in enumerate(self.exchange.copies)}
         every = ((g, i, p) for g, group in enumerate(self.update.groups) for i, p in enumerate(group.params))
@@ -282,10 +306,7 @@ class TrainingLoop:
     def save(self) -> None:
         """Keeps the present state, from which a resumed run goes on."""
         self._tell(0)
-        tensors = {f"best/{name}": tensor for name, tensor in (self.best or {}).items()}
-        for name, parameter in self._parameters().items():
-            tensors[f"{name}/value"] = parameter.detach()
-            tensors |= {f"{name}/{key}": moment for key, moment in self.update.optimizer.state[parameter].items()}
+        tensors = kept_tensors(self._parameters(), self.update.optimizer, self.mean, self.best)
         kept = {name: tensor for name, tensor in tensors.items() if self.group.first or not name.startswith(ALIKE)}
         self.keeper.save(kept, asdict(self.progress))
 
@@ -294,18 +315,12 @@ class TrainingLoop:
         if kept is None:
             return
         tensors, facts = kept
-        found: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            owner, _, name = key.partition("/")
-            found.setdefault(owner, {})[name] = tensor.to(self.job.device)
+        found, parameters = by_owner(tensors, self.job.device), self._parameters()
         try:
             self.progress = kept_progress(facts, self.settings.epochs, self.steps, self.objective.errors)
-            check_kept(found, self._parameters(), self.trained.snapshot())
+            check_kept(found, parameters, self.trained.snapshot(), self.mean is not None)
         except ValueError as error:
             self.keeper.refuse(str(error))
         self.best = found.get("best")
-        for name, parameter in self._parameters().items():
-            with torch.no_grad():
-                parameter.copy_(found[name].pop("value"))
-            self.update.optimizer.state[parameter].update(found[name])
+        put_back(found, parameters, self.update.optimizer, self.mean)
         self.trained.resumed()

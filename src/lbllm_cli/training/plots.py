@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lbllm_cli.core import files
 from lbllm_cli.pipeline.drawing import DEPTH, LIGHT, MARKERS, Image, draw, legend, log_scale, whole_numbers
 from lbllm_cli.training.log_records import read_records
 
@@ -66,7 +67,8 @@ def plot_errors(events: Path, path: Path) -> None:
     axes.set_title("Output error on held-out sequences, before and after training")
     axes.grid(alpha=0.3)
     legend(figure, 2)
-    figure.savefig(path, dpi=120)
+    with files.naming(path):
+        figure.savefig(path, dpi=120)
 
 
 def step_losses(stage: str, records: list[dict[str, Any]]) -> Image:
@@ -97,4 +99,5 @@ def plot_steps(events: Path, path: Path) -> None:
     _steps(axes, read_records(events, "step"), "C0", ".")
     axes.set_title("Training loss over the tokens seen")
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    with files.naming(path):
+        figure.savefig(path, dpi=120)

@@ -1,11 +1,9 @@
-"""How far a training is, and whether what was kept of one fits the training that goes on from it."""
+"""How far a training is."""
 
 import json
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from typing import Any
-
-from torch import Tensor
 
 
 @dataclass
@@ -57,24 +55,3 @@ def kept_progress(facts: dict[str, Any], epochs: int, steps: int, errors: Collec
     if len(found.epochs) != found.epoch or any(not isinstance(epoch.get("held_out"), dict) for epoch in found.epochs):
         raise ValueError(f"{len(found.epochs)} records of {found.epoch} epochs")
     return found
-
-
-def check_kept(found: dict[str, dict[str, Tensor]], parameters: dict[str, Tensor], whole: dict[str, Tensor]) -> None:
-    """Whether the tensors that were kept are those of a training.
-
-    found: by owner and name. parameters: in training, by owner. whole: what a best epoch has. Raises ValueError naming
-    the first that is absent, of another shape, or nobody's.
-    """
-    expected = {f"{name}/value": parameter for name, parameter in parameters.items()}
-    if "best" in found:
-        expected |= {f"best/{name}": tensor for name, tensor in whole.items()}
-    for name, parameter in parameters.items():
-        # Of a parameter that no step has moved there are none.
-        if found.get(name, {}).keys() & {"exp_avg", "exp_avg_sq"}:
-            expected |= {f"{name}/exp_avg": parameter, f"{name}/exp_avg_sq": parameter, f"{name}/step": parameter.new_zeros(())}
-    kept = {f"{owner}/{name}": tensor for owner, tensors in found.items() for name, tensor in tensors.items()}
-    if odd := sorted(kept.keys() ^ expected.keys()):
-        raise ValueError(f"{odd[0]} is {'missing' if odd[0] in expected else 'of no training'}")
-    for key, tensor in expected.items():
-        if kept[key].shape != tensor.shape or (kept[key].dtype != tensor.dtype and not key.endswith("/step")):
-            raise ValueError(f"{key} is {kept[key].dtype} {list(kept[key].shape)}, expected {tensor.dtype} {list(tensor.shape)}")
