@@ -114,6 +114,26 @@ def test_a_message_without_room_is_refused_and_the_conversation_goes_on(talk):
     assert result.stdout == "\n" + talk("the sea\n").stdout
 
 
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_a_message_that_fills_the_last_position_is_refused(talk, folder, engine):
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"max_position_embeddings": 128', '"max_position_embeddings": 3'))
+    (folder / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    result = talk("xyz\na\n", "--engine", engine)
+    assert result.exit_code == 0
+    assert "the message has 3 tokens with all that goes before it, the model 3 positions; shorten it" in result.stderr
+    assert result.stdout.startswith("\n")
+    assert len(result.stdout) > 2
+
+
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_a_conversation_that_the_template_makes_nothing_of_is_refused(talk, folder, engine):
+    (folder / "chat_template.jinja").write_text("{# nothing #}")
+    result = talk("the sea\nthe sky\n", "--engine", engine)
+    assert result.exit_code == 0
+    assert result.stderr.count("chat: the conversation is empty, and the tokenizer has nothing that it begins with") == 2
+
+
 def test_an_answer_that_is_stopped_leaves_the_program(talk, monkeypatch):
     run, calls = Session.run, []
 

@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +27,7 @@ from lbllm_cli.cli import serve, serve_vllm
 from lbllm_cli.core.errors import RunError
 
 openai = pytest.importorskip("openai")
-fastapi = pytest.importorskip("fastapi")
+pytest.importorskip("fastapi")
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 SECONDS = 120
 pytestmark = pytest.mark.heavy
@@ -157,7 +156,7 @@ def test_activations_may_stay_in_full_precision(server, ok, tmp_path):
 def test_another_model_is_refused(server):
     with pytest.raises(openai.BadRequestError) as refused:
         server.client.completions.create(model="gpt-2", prompt="x", max_tokens=1)
-    assert refused.value.response.json()["detail"] == f"Server is pinned to '{server.folder}'; requested 'gpt-2'."
+    assert refused.value.body["message"] == f"Server is pinned to '{server.folder}'; requested 'gpt-2'."
 
 
 @pytest.mark.parametrize("path", ["/reset", "/load_model", "/v1/audio/transcriptions"])
@@ -173,22 +172,6 @@ def test_a_client_can_neither_unload_the_model_nor_load_another(server, path):
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request, timeout=SECONDS)
     assert 400 <= refused.value.code < 500
-
-
-def test_another_model_is_loaded_for_nobody():
-    """Whichever part of the server asks."""
-    asked = []
-    manager = SimpleNamespace(loaded_models={"/m@main": 1}, load_model_and_processor=lambda *a, **k: asked.append((a, k)))
-    app = SimpleNamespace(router=SimpleNamespace(routes=[SimpleNamespace(path="/reset"), SimpleNamespace(path="/health")]))
-    server = SimpleNamespace(_model_manager=manager, server=SimpleNamespace(config=SimpleNamespace(app=app)))
-    serve._keep_to(server, Path("/m"))
-    assert [route.path for route in app.router.routes] == ["/health"]
-    manager.load_model_and_processor("/m@main", progress_callback=None)
-    assert asked == [(("/m@main",), {"progress_callback": None})]
-    for arguments, options in ((("/other@main",), {}), (("/m@main",), {"gguf_file": "x.gguf"})):
-        with pytest.raises(fastapi.HTTPException, match="this server has the model /m and no other"):
-            manager.load_model_and_processor(*arguments, **options)
-    assert len(asked) == 1
 
 
 def test_a_port_in_use_is_refused_before_the_model_is_read(server, lbllm):
@@ -281,6 +264,14 @@ def test_what_goes_to_transformers_although_vllm_is_there(lbllm, export_of, monk
     result = lbllm("serve", "--model", export_of(family), "--port", str(free_port()), *more)
     assert result.exit_code == 1
     assert "transformers' own" in result.stderr
+
+
+@pytest.mark.parametrize("own", [["--additional-config", '{"lbllm_cache": "codes"}'], ["--additional_config.lbllm_cache=codes"]])
+def test_full_activations_do_not_give_way_to_a_configuration_of_the_callers(lbllm, toy, monkeypatch, own):
+    monkeypatch.setattr(serve_vllm, "find_spec", lambda name: True)
+    result = lbllm("serve", "--model", toy, "--port", str(free_port()), "--full-activations", "--", *own)
+    assert result.exit_code == 2
+    assert f"{own[0]}: leave --full-activations out" in result.stderr
 
 
 def test_vllm_takes_the_place_of_the_process(lbllm, toy, monkeypatch):

@@ -128,7 +128,7 @@ class Conversation:
 
     def _fitting(self) -> list[int]:
         """Tokens of the conversation, its oldest messages forgotten until there is room for an answer; or none at all."""
-        room, kept = min(self.most, self.answers.limit // 4), list(self.messages)
+        room, kept = min(self.most, max(1, self.answers.limit // 4)), list(self.messages)
         while True:
             prompt = self._tokens(kept)
             if len(prompt) + room <= self.answers.limit:

@@ -22,8 +22,6 @@ from lbllm_cli.runtime.checks import refusing
 
 # How often a signal is looked for.
 _POLL = 0.2
-# Of transformers' server: what loads and unloads models, and what none of ours can answer.
-_CLOSED = {"/load_model", "/reset", "/v1/audio/transcriptions"}
 
 
 def serve(wanted: Service) -> None:
@@ -66,7 +64,7 @@ def _engine(wanted: Service, config: Any) -> str:
         raise UsageError(f"{' '.join(wanted.more)[:80]}: transformers' server takes no further options; see lbllm serve --help")
     if not is_serve_available():
         raise UsageError(
-            "a server needs vLLM, or fastapi, uvicorn and openai; run: pip install vllm, or: pip install 'lbllm-cli[serve]'"
+            "a server needs vLLM, or fastapi, uvicorn and openai; run: pip install vllm, or: pip install fastapi uvicorn openai"
         )
     return "transformers"
 
@@ -86,45 +84,24 @@ def _start(folder: Path, config: Any, wanted: Service, device: torch.device) -> 
     """transformers' server in a thread of its own, the model loaded. config: as `check_folder` gives it."""
     from transformers.cli.serve import Serve
 
+    from lbllm_cli.cli.serve_requests import hold
     from lbllm_cli.hf import quantize_activations  # it registers the packed format
 
+    class Held(Serve):  # type: ignore[misc]
+        def start_server(self) -> None:
+            """Called once the model is loaded, and before anyone can ask for it."""
+            for loaded in self._model_manager.loaded_models.values():
+                check_loaded(folder, loaded.model)
+                quantize_activations(loaded.model, not wanted.full_activations)
+            hold(self, folder, config)
+            super().start_server()
+
     with refusing(folder):
-        server: Any = Serve(
+        return Held(
             force_model=str(folder), host=wanted.host, port=wanted.port, device=str(device),
             attn_implementation=config.get_text_config()._attn_implementation, trust_remote_code=wanted.trust_remote_code,
             non_blocking=True,
         )  # fmt: skip
-    manager = server._model_manager
-    _keep_to(server, folder)
-    # Before transformers 5.24 it lists what lies in the hub's cache, whichever model it was given.
-    served = {"id": str(folder), "object": "model", "created": int(folder.stat().st_mtime), "owned_by": "lbllm"}
-    manager.get_gen_models = lambda: [served]
-    try:
-        for loaded in list(manager.loaded_models.values()):
-            check_loaded(folder, loaded.model)
-            quantize_activations(loaded.model, not wanted.full_activations)
-    except UsageError:
-        server.kill_server()
-        raise
-    return server
-
-
-def _keep_to(server: Any, folder: Path) -> None:
-    """Lets a server have the model that it has, and no other: any client could have it load a folder of this machine or of the
-    hub, whose code might run, or unload its own, which would come back as it is stored and not as it was asked for.
-    """
-    from fastapi import HTTPException
-
-    manager, app = server._model_manager, server.server.config.app
-    app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") not in _CLOSED]
-    own, real = set(manager.loaded_models), manager.load_model_and_processor
-
-    def loaded(name: str, *arguments: Any, gguf_file: str | None = None, **options: Any) -> Any:
-        if name not in own or gguf_file is not None:
-            raise HTTPException(status_code=404, detail=f"this server has the model {folder} and no other")
-        return real(name, *arguments, **options)
-
-    manager.load_model_and_processor = loaded
 
 
 def _wait(server: Any, folder: Path, host: str, port: int) -> None:

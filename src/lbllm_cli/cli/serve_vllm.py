@@ -12,6 +12,7 @@ import torch
 
 from lbllm_cli.cli.service import Service
 from lbllm_cli.core.console import say
+from lbllm_cli.core.errors import UsageError
 from lbllm_cli.format.settings import METHOD
 from lbllm_cli.runtime.backend import backend_of
 
@@ -33,13 +34,19 @@ def missing(config: Any) -> str | None:
 
 
 def take_over(folder: Path, wanted: Service, device: torch.device) -> None:
-    """Becomes `vllm serve`; does not return. What the caller gives to vLLM counts for more than what is given to it here."""
+    """Becomes `vllm serve`; does not return. What the caller gives to vLLM counts for more than what is given to it here.
+
+    Raises UsageError for options of both of which vLLM would take one alone.
+    """
     options = ["--host", wanted.host, "--port", str(wanted.port), "--served-model-name", str(folder)]
     backend = backend_of(device)
     if backend.shares_ram:
         options += ["--dtype", str(backend.usual_dtype).removeprefix("torch.")]
         options += ["--kv-cache-memory-bytes", str(backend.free_memory(device) // _CACHE_SHARE)]
     if wanted.full_activations:
+        # Of two vLLM takes the last, and would quantize activations after all.
+        if own := next((word for word in wanted.more if word.replace("_", "-").startswith("--additional-config")), None):
+            raise UsageError(f'{own}: leave --full-activations out, and give it "lbllm_activations": "full" beside the rest')
         options += ["--additional-config", json.dumps({"lbllm_activations": "full"})]
     if wanted.trust_remote_code:
         options.append("--trust-remote-code")

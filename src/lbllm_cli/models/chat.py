@@ -56,7 +56,7 @@ def _check(messages: Any, where: str) -> None:
         # Not by comparison: an array compares its elements.
         found = "an empty list" if isinstance(messages, list) else type(messages).__name__
         raise UsageError(f"{where}: expected a list of messages with `role` and `content`, got {found}")
-    for number, message in enumerate(messages):
+    for number, message in enumerate(messages, 1):
         what = f"{where}: message {number}"
         if not isinstance(message, dict):
             raise UsageError(f"{what} is {type(message).__name__}, expected a mapping with `role` and `content`")

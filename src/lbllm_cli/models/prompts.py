@@ -29,7 +29,7 @@ class Request:
 
 
 def encode(tokenizer: Any, prompt: str, raw: bool) -> list[int]:
-    """The prompt's tokens. raw: without the chat template. Raises UsageError for what is no text, and for no tokens."""
+    """The prompt's tokens. raw: without the chat template. Raises UsageError for what is no text."""
     try:
         prompt.encode()
     except UnicodeEncodeError:
@@ -38,10 +38,7 @@ def encode(tokenizer: Any, prompt: str, raw: bool) -> list[int]:
     if templated:
         prompt = chat.render(tokenizer, [{"role": "user", "content": prompt}], "--prompt", add_generation_prompt=True)
     # A template writes the special tokens out.
-    tokens = tokens_of(tokenizer, prompt, "--prompt", add_special_tokens=not templated)
-    if not tokens:
-        raise UsageError("--prompt is empty, and the tokenizer has nothing that it begins with; give some text")
-    return tokens
+    return tokens_of(tokenizer, prompt, "--prompt", add_special_tokens=not templated)
 
 
 def tokens_of(tokenizer: Any, text: str, where: str, add_special_tokens: bool) -> list[int]:
@@ -53,27 +50,39 @@ def tokens_of(tokenizer: Any, text: str, where: str, add_special_tokens: bool) -
 
 
 def check_tokens(tokens: list[int], vocab: int, where: str) -> None:
-    """Raises UsageError for a prompt that is not the model's. where: what messages of errors name."""
+    """Raises UsageError for a prompt of no tokens, and one that is not the model's. where: what messages of errors name."""
+    if not tokens:
+        raise UsageError(f"{where} is empty, and the tokenizer has nothing that it begins with; give some text")
     if max(tokens) >= vocab:
         raise UsageError(
             f"the tokenizer gives token {max(tokens)} for {where}, the model has {vocab}; copy the model's own tokenizer"
         )
 
 
+def left(limit: int | None, vocab: int, tokens: list[int], where: str) -> int | None:
+    """Positions of the model behind a prompt; None where it has no limit. limit: all of them. where: as for `check_tokens`.
+
+    Raises UsageError for a prompt that is none or not the model's, or that leaves no position.
+    """
+    check_tokens(tokens, vocab, where)
+    if limit is None:
+        return None
+    if len(tokens) >= limit:
+        raise UsageError(f"{where} has {len(tokens)} tokens, the model has {limit} positions; shorten it")
+    return limit - len(tokens)
+
+
 def room(limit: int | None, vocab: int, tokens: list[int], wanted: int | None) -> int:
     """How many tokens to write after `tokens`. limit: positions of the model, None where it has no limit.
 
-    wanted: None for as many as usual, or as there is room for. Raises UsageError for a prompt that is not the model's,
+    wanted: None for as many as usual, or as there is room for. Raises UsageError for a prompt that is none or not the model's,
     or that leaves it less room than is wanted.
     """
-    check_tokens(tokens, vocab, "--prompt")
-    if limit is None:
+    most = left(limit, vocab, tokens, "--prompt")
+    if most is None:
         return wanted or USUAL_TOKENS
-    left = limit - len(tokens)
-    if left < 1:
-        raise UsageError(f"--prompt has {len(tokens)} tokens, the model has {limit} positions; shorten it")
-    if wanted is not None and wanted > left:
+    if wanted is not None and wanted > most:
         raise UsageError(
-            f"--max-new-tokens {wanted}: the prompt has {len(tokens)} tokens, the model {limit} positions; give at most {left}"
+            f"--max-new-tokens {wanted}: the prompt has {len(tokens)} tokens, the model {limit} positions; give at most {most}"
         )
-    return min(USUAL_TOKENS, left) if wanted is None else wanted
+    return min(USUAL_TOKENS, most) if wanted is None else wanted

@@ -133,6 +133,10 @@ class LbllmConfig(QuantizationConfig):  # type: ignore[misc]
                 self._choice[key] = given.get(key, choices[0])
                 if self._choice[key] not in choices:
                     raise ValueError(f"--additional-config {key}: expected {' or '.join(choices)}, got {self._choice[key]!r}")
+            quantized = self.layout is not None and self._choice["lbllm_activations"] == "stored"
+            if self._choice["lbllm_cache"] == "codes" and not quantized:
+                why = "has none" if self.layout is None else "runs without them: lbllm_activations is full"
+                raise ValueError(f"--additional-config lbllm_cache: codes are of quantized keys and values, the model {why}")
         return self._choice
 
     def _active_layout(self) -> Any:
