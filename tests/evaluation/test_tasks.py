@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from conftest import save_toy, write_recipe
 from safetensors.torch import load_file, save_file
 
 from lbllm_cli.core.errors import UsageError
+from lbllm_cli.data import hub
 from lbllm_cli.evaluation import tasks as lm_tasks
 from lbllm_cli.export import writer as exporting
 
@@ -219,6 +221,40 @@ def test_scores_of_groups_and_filters():
     assert set(lm_tasks.scores(found, "a tag")) == {"mmlu", "mmlu_law", "gsm8k"}
 
 
+def test_without_a_network_the_hub_is_asked_once(tmp_path, monkeypatch):
+    import datasets
+    from huggingface_hub import constants
+
+    asked = []
+
+    def unknown(host, *more, **options):
+        asked.append(host)
+        raise OSError(-2, "Name or service not known")
+
+    for module in (constants, datasets.config):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("socket.getaddrinfo", unknown)
+    hub._unreachable.cache_clear()
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("tried again"))
+    tasks = [str(write_task(tmp_path, name, dataset_path=f"some/{name}", dataset_kwargs={})) for name in ("first", "second")]
+    with pytest.raises(UsageError) as caught:
+        lm_tasks.plan_tasks(tasks, None)
+    for task in tasks:
+        assert f"eval.tasks: {task} cannot be loaded: " in str(caught.value)
+    host = constants.ENDPOINT.removeprefix("https://")
+    assert str(caught.value).count(f"; there is no network, or no way to {host} in it (Name or service not known)") == 2
+    assert asked == [host]
+    assert not any(module.HF_HUB_OFFLINE for module in (constants, datasets.config))
+    asked.clear()
+    (task,) = lm_tasks.plan_tasks(["builtin:last_word"], None)
+    assert task.name == "lbllm_last_word"
+    assert asked == []
+    # As it is run its data are read again.
+    monkeypatch.setattr("lm_eval.simple_evaluate", lambda **_: {"config": {}, "offline": constants.HF_HUB_OFFLINE})
+    assert lm_tasks.run_task(SimpleNamespace(batch_size=1), task, None)["offline"]
+
+
 def test_average_of_a_group():
     flat = {task: {"acc": 0.1 * i, "acc_stderr": 0.01, "samples": 10} for i, task in enumerate(lm_tasks.GROUPS["commonsense"][0])}
     found = lm_tasks.averages(["commonsense", "mmlu"], flat)
@@ -226,6 +262,8 @@ def test_average_of_a_group():
         "acc": pytest.approx(0.25), "acc_stderr": pytest.approx(0.01 / 6**0.5), "samples": 60,
     }  # fmt: skip
     assert list(found) == ["commonsense"]
+    del flat["piqa"]
+    assert lm_tasks.averages(["commonsense"], flat) == {}
 
 
 _ODD = ["../../x", "/absent/x", "", ".", "..", "a/b", "a b", ["a", "b"], 7, None, {"task": "x"}, "x" * 200, "[/red]"]

@@ -1,6 +1,7 @@
 """`lbllm report`: everything that is known, on a page that needs nothing else and takes nothing of a run for markup."""
 
 import json
+import os
 import re
 import shutil
 
@@ -12,12 +13,13 @@ from typer.testing import CliRunner
 
 from lbllm_cli.cli.app import app
 from lbllm_cli.format.activations import format_of
-from lbllm_cli.models.stored import stored_block
+from lbllm_cli.models.stored import decoded, stored_block
 from lbllm_cli.pipeline.checkpoint import Checkpoint
 from lbllm_cli.pipeline.plan import prepare
 from lbllm_cli.recipe.load import load_recipe
 from lbllm_cli.report import figures as plots
 from lbllm_cli.report.distributions import Linear, input_histograms, weight_histogram, worst_linears
+from lbllm_cli.runtime.attachments import attach
 from lbllm_cli.runtime.quantizer import read_quantizers
 from lbllm_cli.training.log_records import read_records
 
@@ -170,6 +172,21 @@ def test_nothing_to_report_is_usage(lbllm, tmp_path, recipe):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_that_cannot_be_written_is_refused_with_what_mends_it(lbllm, tmp_path, recipe, monkeypatch):
+    (tmp_path / "file").touch()
+    place = tmp_path / "file" / "run"
+    result = lbllm("report", "--recipe", recipe, f"output.dir={place}")
+    assert result.exit_code == 2
+    why = f"cannot be written: {tmp_path / 'file'} is no folder; move it away, or choose another"
+    assert result.stderr == f"lbllm: output.dir {place} {why}\n"
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK)
+    result = lbllm("report", "--recipe", recipe)
+    assert result.exit_code == 2
+    why = f"cannot be written: {tmp_path / 'run'} is not a writable folder; let this user write there, or choose another"
+    assert result.stderr == f"lbllm: output.dir {tmp_path / 'run'} {why}\n"
+
+
 def test_a_stage_made_again_after_eval_is_remarked(ok, tmp_path, recipe, undrawn):
     run = tmp_path / "run"
     ok("ptq", "--recipe", recipe, "ptq.rounds=0")
@@ -262,6 +279,47 @@ def test_histograms_of_inputs_are_of_what_the_quantizers_see(calibrated):
     assert zeros == pytest.approx(float((given == 0).double().mean()), abs=1e-9)
 
 
+@pytest.fixture
+def mixture(ok, tmp_path, given_tables):
+    """A recipe of a run of a mixture of experts, whose activations are quantized."""
+    model = save_toy(tmp_path / "experts", "qwen3-moe", num_hidden_layers=1)
+    sections = {"ptq": {"rounds": 0}, "act_calib": {"parent": "ptq", "epochs": 0}}
+    recipe = write_recipe(tmp_path / "recipe.yaml", model, tmp_path / "run", **sections)
+    for stage in ("ptq", "act-calib"):
+        ok(stage, "--recipe", recipe)
+    return recipe
+
+
+@torch.no_grad()
+def test_what_experts_read_is_that_of_all_of_them(ok, tmp_path, mixture, undrawn, monkeypatch):
+    # The linears with the largest errors are others from processor to processor.
+    linears = [Linear(0, f"mlp.experts.{number}.{name}_proj", 0.1) for number, name in ((1, "down"), (2, "down"), (0, "up"))]
+    monkeypatch.setattr("lbllm_cli.report.build.worst_linears", lambda records, count: linears)
+    ok("report", "--recipe", mixture)
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    names = [f"mlp.experts.{name}_proj_input" for name in ("down", "gate")]
+    assert all(page.count(f"Distribution of block 0, {name} in steps") == 1 for name in names)
+    model, checkpoint = prepare(load_recipe(mixture, [])).model, Checkpoint(tmp_path / "run", "act-calib")
+    tokens = torch.arange(24)[None] + 40
+    seen = {histogram.name: histogram for histogram in input_histograms(model, checkpoint, tokens, linears)}
+    assert list(seen) == names
+    # By hand: what the quantizers themselves are given in a pass.
+    stored = checkpoint.read_block(0)
+    block = model.block(0, decoded(stored, model))
+    quantizers = read_quantizers(block.layer, block.units, stored, block.prefix, checkpoint.activations)
+    attach(block.layer, block.units, quantizers)
+    given = {name: [] for name in names}
+    for name in names:
+        quantizers[name].register_forward_hook(lambda _, inputs, output, name=name: given[name].append(output.flatten()))
+    block(model.embed()(tokens))
+    # Gate and up of one expert read the same, and ask one after the other.
+    given["mlp.experts.gate_proj_input"] = given["mlp.experts.gate_proj_input"][::2]
+    for name, histogram in seen.items():
+        assert len(given[name]) > 1
+        zeros = sum(table.share * float(table.codes[table.levels.tolist().index(0)]) for table in histogram.tables)
+        assert zeros == pytest.approx(float((torch.cat(given[name]) == 0).double().mean()), abs=1e-9)
+
+
 DAMAGED = [
     "[]", "7", '{"base": 1}', '{"base": {}}', '{"other": {"perplexity": {}}}', '{"base": {"perplexity": {"$\\\\frac$": 9.0}}}',
     '{"base": {"perplexity": {"novels": "9"}}}', '{"base": {"perplexity": {"novels": 0}}}', "[" * 9999, "\xff", '{"ptq": null}',
@@ -277,6 +335,36 @@ def test_damaged_results_are_named_with_the_command(lbllm, tmp_path, ptq_alone, 
     result = lbllm("report", "--recipe", recipe)
     assert result.exit_code == 2
     assert f"{file} is damaged; run: lbllm eval --recipe ..." in result.stderr
+
+
+@pytest.mark.parametrize("name", ["lbllm_stage.json", "block_001.safetensors"])
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_stage_that_cannot_be_read_is_named_beside_the_others(ok, lbllm, tmp_path, finished, undrawn, name, gone):
+    run = tmp_path / "run"
+    for stage in ("ptq", "distill"):
+        shutil.copytree(finished / "run" / stage, run / stage)
+    recipe, file = write_recipe(tmp_path / "recipe.yaml", finished / "model", run), run / "distill" / name
+    if gone:
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:100])
+    shown = ok("report", "--recipe", recipe).stderr
+    page = (run / "report.md").read_text(encoding="utf-8")
+    assert "| state | complete |" in page
+    assert "download" not in shown + page
+    if name == "lbllm_stage.json" and gone:  # there is no such stage
+        assert "distill is not there" in page
+        return
+    assert f"report: warning: {file} is " in shown
+    assert "run: lbllm distill --recipe ... --force" in shown
+    assert f"distill: {file} is " in page.replace("\\", "")
+    assert "distill is not there" not in page
+    # What is left of it is no run by itself.
+    if name == "lbllm_stage.json":
+        shutil.rmtree(run / "ptq")
+        result = lbllm("report", "--recipe", recipe)
+        assert result.exit_code == 2
+        assert f"{file} is damaged; run: lbllm distill --recipe ... --force" in result.stderr
 
 
 LINES = [

@@ -71,6 +71,34 @@ class MeasuredText(Detail):
     routing: float | None = None
 
 
+class NamedTask(_Record):
+    """What the scores of a task depend on beside the model, and the names that they have in results.json, `lines`."""
+
+    task: dict[str, Any]
+    num_fewshot: int | None
+    limit: int | float | None
+    lm_eval: str
+    lines: list[str] = []
+
+    @property
+    def what(self) -> dict[str, Any]:
+        """As measurements of it are kept under."""
+        return {"task": self.task, **self.setting}
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """What the tasks of a group have in common."""
+        return {"num_fewshot": self.num_fewshot, "limit": self.limit, "lm-eval": self.lm_eval}
+
+
+class Named(_Record):
+    """What the names in results.json stand for: of texts the hash of their tokens. groups: of tasks, whose average is there."""
+
+    texts: dict[Name, str] = {}
+    tasks: dict[str, NamedTask] = {}
+    groups: list[str] = []
+
+
 class _Details(_Record):
     texts: dict[Name, Detail]
 

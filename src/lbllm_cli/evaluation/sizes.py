@@ -1,6 +1,7 @@
 """Bits and bytes, counted from files; one entry of results.json."""
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from lbllm_cli.core.headers import TensorEntry
@@ -13,7 +14,8 @@ class Sizes:
     """Sizes counted from the files.
 
     bits_per_weight: bits of the binarized linears over their weights (16-bit source: 16). bits_per_parameter: the same for
-    the whole model, tied embeddings once. bytes: the weight files; for a stage, its block files and the rest of the model.
+    the whole model, tied embeddings once. Both are of what is measured: of a float32 file that is computed in bfloat16 each value
+    counts 16. bytes: the weight files as they are; for a stage, its block files and the rest of the model.
     """
 
     bits_per_weight: float
@@ -29,10 +31,16 @@ def measure_sizes(model: SourceModel, entries: dict[str, TensorEntry] | None, si
     entries = {name: model.entries[name] for name in model.shapes} if entries is None else entries
     owners = {name.removesuffix(".weight") for name in model.binarized_names}
     packed = [name for name in entries if name.rpartition(".")[0] in owners and not name.endswith(".bias")]
-    stored = sum(entries[name].nbytes for name in packed)
-    rest = sum(model.entries[name].nbytes for name in model.shapes if name not in entries)
-    whole = rest + sum(entry.nbytes for entry in entries.values())
-    return Sizes(8 * stored / model.binarized_parameters, 8 * whole / model.count(list(model.shapes)), rest + size)
+    others = {name: model.entries[name] for name in model.shapes if name not in entries}
+    run = {name: _bytes_as_run(model, name, entry) for name, entry in {**others, **entries}.items()}
+    bits, whole = 8 * sum(run[name] for name in packed), 8 * sum(run.values())
+    rest = sum(entry.nbytes for entry in others.values())
+    return Sizes(bits / model.binarized_parameters, whole / model.count(list(model.shapes)), rest + size)
+
+
+def _bytes_as_run(model: SourceModel, name: str, entry: TensorEntry) -> int:
+    """Of a tensor of the source's, which is rounded to the dtype that the model is computed in; codes and tables are not."""
+    return min(entry.nbytes, prod(entry.shape) * model.dtype.itemsize) if name in model.shapes else entry.nbytes
 
 
 def result(sizes: Sizes, activations: ActivationFormat | None, texts: dict[str, dict[str, Any]]) -> dict[str, Any]:

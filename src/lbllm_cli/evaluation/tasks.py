@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from lbllm_cli.core.errors import UsageError, reason
+from lbllm_cli.data.hub import at_once
 from lbllm_cli.evaluation.task_files import BUILTIN, builtin_tasks, identity_of, local_spec, name_of
 from lbllm_cli.models.whole_folder import check_folder, check_loaded
 from lbllm_cli.runtime.checks import refusing
@@ -52,11 +53,12 @@ def plan_tasks(names: list[str], num_fewshot: int | None) -> list[Task]:
     """
     expanded = {name: (GROUPS[key][1] if key in GROUPS else None) for key in names for name in GROUPS.get(key, ((key,),))[0]}
     tasks, problems = [], []
-    for name, usual in expanded.items():
-        try:
-            tasks.append(_plan_task(name, usual if num_fewshot is None else num_fewshot, fixed=num_fewshot))
-        except UsageError as error:
-            problems.append(str(error))
+    with at_once(local=all(name.startswith(BUILTIN) for name in expanded)) as away:
+        for name, usual in expanded.items():
+            try:
+                tasks.append(_plan_task(name, usual if num_fewshot is None else num_fewshot, num_fewshot, away))
+            except UsageError as error:
+                problems.append(str(error))
     counts = Counter(task.name for task in tasks)
     problems += [f"eval.tasks: two tasks are called {name}; rename one" for name, count in counts.items() if count > 1]
     if problems:
@@ -76,7 +78,8 @@ def _is_local(name: str) -> bool:
     return name.startswith(BUILTIN) or name.endswith((".yaml", ".yml"))
 
 
-def _plan_task(name: str, shots: int | None, fixed: int | None) -> Task:
+def _plan_task(name: str, shots: int | None, fixed: int | None, away: str | None) -> Task:
+    """away: why the hub cannot be reached, None where it can."""
     manager = _manager(not _is_local(name))
     spec: Any = local_spec(name) if _is_local(name) else name
     if not _is_local(name) and name not in manager.all_tasks:
@@ -86,7 +89,7 @@ def _plan_task(name: str, shots: int | None, fixed: int | None) -> Task:
     try:
         loaded = manager.load([spec])["tasks"]
     except Exception as error:  # the hub's, the network's, dataset builders' and task authors' errors have no common base
-        raise UsageError(_unreadable(name, manager, error)) from None
+        raise UsageError(_unreadable(name, manager, reason(error) if away is None else f"{reason(error)}; {away}")) from None
     for task in loaded.values():
         if fixed and task.get_config("num_fewshot") == 0:
             raise UsageError(f"eval.num_fewshot: {fixed} examples, but {task.config.task} is a task without any; leave it out")
@@ -94,13 +97,13 @@ def _plan_task(name: str, shots: int | None, fixed: int | None) -> Task:
     return Task(name_of(spec, name) if isinstance(spec, dict) else name, spec, shots, identity)
 
 
-def _unreadable(name: str, manager: Any, error: Exception) -> str:
+def _unreadable(name: str, manager: Any, why: str) -> str:
     if _is_local(name):
-        return f"eval.tasks: {name} cannot be loaded: {reason(error)}"
+        return f"eval.tasks: {name} cannot be loaded: {why}"
     entry = manager.task_index[name]
     dataset = (entry.cfg or {}).get("dataset_path", "its dataset")
     return (
-        f"eval.tasks: the data of {name} cannot be read: {reason(error)}. lm-eval takes {dataset} from the Hugging Face hub;\n"
+        f"eval.tasks: the data of {name} cannot be read: {why}. lm-eval takes {dataset} from the Hugging Face hub;\n"
         "load it once where there is a network (it stays in HF_HOME), or give a YAML file that says `include:` and the task's\n"
         "own YAML, and names local data_files"
     )
@@ -141,7 +144,7 @@ def run_task(lm: Any, task: Task, limit: float | None) -> dict[str, Any]:
     # It would ask git for the commit of the folder that the command happens to run in, and git complains outside of one.
     evaluator.get_git_commit_hash = lambda: None
     manager = _manager(not isinstance(task.spec, dict))
-    with redirect_stdout(sys.stderr):  # where it says that it bootstraps; stdout is for results
+    with redirect_stdout(sys.stderr), at_once():  # it says there that it bootstraps; stdout is for results
         found = lm_eval.simple_evaluate(
             model=lm, tasks=[task.spec], num_fewshot=task.num_fewshot, limit=limit, task_manager=manager, log_samples=False
         )
@@ -169,11 +172,14 @@ def _is_number(value: Any) -> bool:
 
 
 def averages(names: list[str], flat: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Means over the tasks of each group asked for that has several: of `acc`, with the standard error of the mean."""
+    """Means over the tasks of each group named that has several, all of which have scores: of `acc`, with the standard error of
+    the mean.
+    """
     found = {}
     for group in names:
-        members = [flat[task] for task in GROUPS.get(group, ((), 0))[0] if task in flat]
-        if len(members) > 1:
+        wanted = GROUPS.get(group, ((), 0))[0]
+        members = [flat[task] for task in wanted if task in flat]
+        if len(members) == len(wanted) > 1:
             errors = [member.get("acc_stderr", 0.0) for member in members]
             found[group] = {
                 "acc": sum(member["acc"] for member in members) / len(members),

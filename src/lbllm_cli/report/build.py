@@ -11,7 +11,7 @@ from lbllm_cli.data.tokens import evaluation_tokens
 from lbllm_cli.pipeline.checkpoint import Checkpoint
 from lbllm_cli.pipeline.drawing import Image
 from lbllm_cli.pipeline.lineage import open_checkpoint
-from lbllm_cli.pipeline.output import check_places, output_folder
+from lbllm_cli.pipeline.output import check_output, output_folder
 from lbllm_cli.pipeline.plan import Plan, prepare
 from lbllm_cli.recipe.load import dump_recipe
 from lbllm_cli.recipe.schema import Recipe
@@ -34,6 +34,8 @@ def report(recipe: Recipe) -> None:
     output = output_folder(recipe)
     _check_own(output)
     run = read_run(output)
+    for message in run.unreadable.values():
+        say(f"report: warning: {message}")
     plan: Plan | None = None
     try:
         plan, missing = prepare(recipe), ""
@@ -51,8 +53,8 @@ def report(recipe: Recipe) -> None:
 
 
 def _check_own(output: Path) -> None:
-    """Raises UsageError where the files to be written are there and somebody else's."""
-    check_places(output)
+    """Raises UsageError where the files to be written are there and somebody else's, or cannot be written."""
+    check_output(output, None)
     for name, mark in (("report.html", b"<title>Run "), ("report.md", b"# Run ")):
         path = output / name
         if path.exists():
@@ -134,10 +136,11 @@ def _result_figures(run: Run) -> list[Figure]:
 
 def _stages(run: Run, plan: Plan | None) -> Section:
     section = Section("Stages")
+    section.remarks += [f"{stage}: {message}" for stage, message in run.unreadable.items()]
     section.notes += [
         f"{spec} is not there; it is made by `lbllm {spec.command} --recipe ...`."
         for spec in TABLE
-        if spec.name not in run.stages and not spec.end_to_end
+        if spec.name not in run.stages and spec.name not in run.unreadable and not spec.end_to_end
     ]
     section.notes += [
         f"{stage} is unfinished, {record.done} blocks are done; `lbllm {STAGES[stage].command} --recipe ...` goes on."

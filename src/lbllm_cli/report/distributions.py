@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lbllm_cli.format.activations import join_groups, quantize, reciprocal, split_groups
 from lbllm_cli.format.names import input_name
-from lbllm_cli.models.block import block_prefix
+from lbllm_cli.models.block import Block, block_prefix
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.models.stored import decoded, stored_block
 from lbllm_cli.pipeline.checkpoint import Checkpoint
@@ -100,9 +100,14 @@ def input_histograms(
 ) -> Iterator[InputHistogram]:
     """What the quantizers of some linears' inputs see and give on a text, block by block up to the last that is wanted.
 
-    checkpoint: one that quantizes activations. tokens: int64 [rows, length].
+    checkpoint: one that quantizes activations. tokens: int64 [rows, length]. Of experts, which share a quantizer, it is what all
+    of them read: a token as often as there are experts that it takes.
     """
-    inputs = {name: input_name(unit) for unit in model.units for name in unit}
+    inputs: dict[str, str] = {}
+    readers: dict[str, list[str]] = {}
+    for unit in model.units:
+        inputs |= dict.fromkeys(unit, input_name(unit))
+        readers.setdefault(input_name(unit), []).append(unit[0])  # the others of it read the same
     wanted = {(linear.block, inputs[linear.name]) for linear in linears}
     layout = checkpoint.activations
     assert layout is not None
@@ -111,26 +116,28 @@ def input_histograms(
         stored = checkpoint.read_block(index)
         block = stored_block(model, index, stored, layout)
         quantizers = read_quantizers(block.layer, block.units, stored, block.prefix, layout)
-        names = sorted(name for number, name in wanted if number == index)
-        seen: dict[str, Tensor] = {}
-        for name in names:
-            _see_input(block.linear(name.removesuffix(".input")), name, seen)
+        seen = {name: _see_inputs(block, readers[name]) for name in sorted(name for number, name in wanted if number == index)}
         hidden = block(hidden)
-        for name in names:
-            quantizer = quantizers[name]
-            yield InputHistogram(index, name, quantizer.tables.zero is None, list(_tables(seen[name].cpu(), quantizer)))
+        for name, pieces in seen.items():
+            quantizer, x = quantizers[name], torch.cat([piece.cpu().flatten(0, -2) for piece in pieces])
+            yield InputHistogram(index, name, quantizer.tables.zero is None, list(_tables(x, quantizer)))
 
 
-def _see_input(linear: nn.Linear, name: str, seen: dict[str, Tensor]) -> None:
+def _see_inputs(block: Block, linears: list[str]) -> list[Tensor]:
+    """A list that a pass fills with what these linears of the block read, [..., width] each time that one is called."""
+    seen: list[Tensor] = []
+
     def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen[name] = inputs[0]
+        seen.append(inputs[0])
 
-    # In front of the quantizer, which is a hook as well.
-    linear.register_forward_pre_hook(keep, prepend=True)
+    for name in linears:
+        # In front of the quantizer, which is a hook as well.
+        block.linear(name).register_forward_pre_hook(keep, prepend=True)
+    return seen
 
 
 def _tables(x: Tensor, quantizer: ActQuantizer) -> Iterator[TableHistogram]:
-    """The values [..., width] by the table that their group took; tables that no group took are left out."""
+    """The values [rows, width] by the table that their group took; tables that no group took are left out."""
     tables, width = quantizer.tables, x.shape[-1]
     groups = split_groups(x.float(), quantizer.size)
     found = quantize(groups, tables, quantizer.step_dtype)

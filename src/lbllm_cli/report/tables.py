@@ -110,7 +110,7 @@ def _stage_facts(record: StageRecord, model: SourceModel | None) -> list[tuple[s
     checkpoint = record.checkpoint
     manifest = {} if checkpoint is None else checkpoint.manifest
     layout = format_of(manifest)
-    bits = None if model is None or checkpoint is None else measure_sizes(model, checkpoint.entries(), 0).bits_per_weight
+    bits = None if model is None or record.entries is None else measure_sizes(model, record.entries, 0).bits_per_weight
     seconds = [found["seconds"] for found in record.blocks if found.get("seconds") is not None]
     trained = [found["best_epoch"] for found in record.blocks if "best_epoch" in found]
     kl = [f"{found['before']['kl']:.3f} → {found['after']['kl']:.3f}" for found in record.phase]
