@@ -24,7 +24,8 @@ _INTRODUCTION = """\
 # The recipe
 
 One YAML file serves all commands of a run. Only `model.path` and `output.dir` have no default. Unknown keys, duplicate keys,
-wrong types and values out of range are errors, all reported at once. `null` means that nothing is given.
+wrong types and values out of range are errors, all reported at once. `null` means that nothing is given: a section without keys
+has its defaults, an `end_to_end` without keys is none; `end_to_end: {}` is one with its defaults.
 
 - `lbllm init MODEL` writes one that fits the machine that it is run on; see [below](#a-recipe-for-a-model).
 - `--recipe` takes a file, or the name of a recipe that comes with lbllm: `--recipe llama2-7b`; `lbllm config --list` has them.
@@ -32,7 +33,10 @@ wrong types and values out of range are errors, all reported at once. `null` mea
 - Behind any command, `key.sub=value` overrides a key: `ptq.group_size=64`. A list is replaced whole. Every command of a run
   needs the same keys, since a stage goes on only from one that was made with them; `lbllm config --recipe FILE KEY=VALUE >
   mine.yaml` writes them down.
-- `${env:NAME}`, `${env:NAME:-default}` and `${recipe_dir}`, the folder of the recipe, are replaced in values.
+- `${env:NAME}`, `${env:NAME:-default}` and `${recipe_dir}`, the folder of the recipe, are replaced in values; anything else in
+  `${...}` is an error.
+- Relative paths, of a model, text, tasks or a folder that is written, start from the folder in which a command is run, not from
+  that of the recipe; `${recipe_dir}/text.txt` lies beside the recipe. `~` is the home folder.
 """
 _INIT = """
 ## A recipe for a model
@@ -49,6 +53,9 @@ sequences pass at once; phases, the asymmetric target, sequences and their lengt
 reason behind it. What fits with no settings is refused, stage by stage, and no file is written. Groups are of 16 weights with
 levels of 2 bits, about 2.5 bits a weight; with `ptq.group_size=32` it is about 2.25. Keys that a recipe leaves out are the
 paper's: groups of 128 with levels of 8 bits, 2.375.
+
+Blocks are computed in `bfloat16` on a GPU and on a CPU with instructions for it (`avx512_bf16` or `amx_bf16` in `lscpu`), in
+`float32` on other CPUs. The run goes to `runs/<name>`, or beside the model's folder where it would lie in that.
 
 Text is `fineweb-edu`, samples of the model, and `ultrachat` where the tokenizer has a chat template. On a CPU only models below a
 billion parameters sample text. A file that is there already is replaced with `--force` alone.

@@ -25,6 +25,13 @@ def test_each_command_has_an_example(ok, command):
     assert "Example: lbllm" in ok(command, "--help").stdout
 
 
+def test_an_export_that_is_up_to_date_is_written_again_by_force_alone(ok, tmp_path, recipe):
+    assert "write it again where it is up to date" in " ".join(ok("export", "--help").stdout.replace("│", " ").split())
+    ok("ptq", "--recipe", recipe, "ptq.rounds=0")
+    for keys, written in (([], True), ([], False), (["--force"], True), (["export.format=dense"], True)):
+        assert ("up to date" not in ok("export", "--recipe", recipe, "ptq.rounds=0", *keys).stderr) == written
+
+
 def test_unknown_option_is_usage(lbllm, recipe):
     assert lbllm("ptq", "--recipe", recipe, "--nonsense").exit_code == 2
     assert lbllm("ptq").exit_code == 2
@@ -89,7 +96,8 @@ def test_config_without_a_recipe_says_what_it_needs(lbllm):
     assert "config needs --recipe" in result.stderr
 
 
-def test_eval_prints_a_table_and_measures_what_is_asked(ok, recipe):
+def test_eval_prints_a_table_and_measures_what_is_asked(ok, recipe, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
     ok("ptq", "--recipe", recipe)
     table = ok("eval", "--recipe", recipe).stdout
     assert "perplexity, novels" in table
@@ -120,7 +128,10 @@ def test_messages_are_bounded_and_can_be_written(lbllm, tmp_path, recipe, monkey
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(errno.ENOENT, 1), (errno.EPERM, 1), *((n, 2) for n in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP))],
+    [
+        *((n, 1) for n in (errno.ENOENT, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EPERM, errno.EACCES, errno.EROFS)),
+        *((n, 2) for n in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)),
+    ],
 )
 def test_errors_of_the_system_are_one_message(lbllm, recipe, monkeypatch, number, code):
     from lbllm_cli.pipeline import runner
@@ -131,4 +142,26 @@ def test_errors_of_the_system_are_one_message(lbllm, recipe, monkeypatch, number
     monkeypatch.setattr(runner, "run_command", refuse)
     result = lbllm("ptq", "--recipe", recipe)
     assert result.exit_code == code
-    assert result.stderr.startswith(f"lbllm: {os.strerror(number)} (run/ptq); mend it")
+    mended = {
+        errno.ENOSPC: "free some space there",
+        errno.EDQUOT: "free some space there",
+        errno.EPERM: "let this user read and write there, or name another place,",
+        errno.EACCES: "let this user read and write there, or name another place,",
+        errno.EROFS: "have that disk mounted for writing, or name another place,",
+        errno.ENOTDIR: "move away what is there",
+        errno.EISDIR: "move away what is there",
+    }.get(number, "mend it")
+    said = f"lbllm: {os.strerror(number)} (run/ptq); {mended} and run the same command again"
+    assert result.stderr == f"{said} to resume\n"
+    # What does not go on does not say so.
+    monkeypatch.setattr("lbllm_cli.report.build.report", refuse)
+    result = lbllm("report", "--recipe", recipe)
+    assert (result.exit_code, result.stderr) == (code, f"{said}\n")
+
+
+def test_both_files_of_a_copy_that_fails_are_named(lbllm, recipe, monkeypatch):
+    def refuse(*_: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model/a", None, "run/a")
+
+    monkeypatch.setattr("lbllm_cli.report.build.report", refuse)
+    assert lbllm("report", "--recipe", recipe).stderr.startswith("lbllm: No space left on device (model/a -> run/a); free")

@@ -1,8 +1,11 @@
 """`lbllm init`: recipes for models of true sizes on machines that are not this one, and what it refuses."""
 
 import json
+import os
 import re
+import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +14,9 @@ from cli.machines import GIB, MACHINES, pretend
 from conftest import ASSETS, TOY
 
 from lbllm_cli.cli import draft as drafts
+from lbllm_cli.cli import machine as machines
 from lbllm_cli.cli.draft import SHARES, draft, lower
-from lbllm_cli.cli.draft_text import CHAT, OWN, WEB, Settings, recipe_text
-from lbllm_cli.cli.init import default_name
+from lbllm_cli.cli.draft_text import CHAT, OWN, WEB, Settings, default_name, recipe_text
 from lbllm_cli.cli.machine import Machine, PlacedModel
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.core.strict_yaml import parse_yaml
@@ -148,6 +151,120 @@ def test_names_of_files(tmp_path, monkeypatch):
     (tmp_path / "My Model (v2)").mkdir()
     monkeypatch.chdir(tmp_path / "My Model (v2)")
     assert default_name(".") == "my-model-v2.yaml"
+    assert default_name("org/\u6a21\u578b") == "model.yaml"
+    text = draft(PlacedModel.open(str(TOY), MACHINES["laptop"]), ".", "m.yaml", chat=False).text
+    assert text.startswith("# My Model (v2), groups of 16: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([""], "MODEL is empty; give a model folder, or a Hugging Face id"),
+        (["~nouser/x"], "MODEL ~nouser/x: there is no such user; write the path out"),
+        (["a\0b"], "MODEL 'a\\x00b' is not a path: embedded null byte; give another"),
+        (["a\udcff"], "MODEL a\\udcff is no Unicode text: character 1 is half a pair ('\\udcff')"),
+        ([str(TOY), "-o", "~nouser/x.yaml"], "--output ~nouser/x.yaml: there is no such user; write the path out"),
+    ],
+)
+def test_what_is_no_name_is_refused(lbllm, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    result = lbllm("init", *arguments)
+    assert (result.exit_code, result.stderr) == (2, f"lbllm: {message}\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_model_is_opened(lbllm, tmp_path, monkeypatch):
+    def opened(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(PlacedModel, "open", opened)
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    result = lbllm("init", TOY, "-o", "file/x.yaml")
+    assert result.exit_code == 2
+    said = "file/x.yaml cannot be written: file is no folder; move it away, or give another name with -o"
+    assert result.stderr == f"lbllm: {said}\n"
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    result = lbllm("init", TOY)
+    assert result.exit_code == 2
+    said = "toy.yaml cannot be written: . is not a writable folder; let this user write there, or give another name with -o"
+    assert result.stderr == f"lbllm: {said}\n"
+
+
+def test_what_the_system_refuses_is_not_called_a_run_to_resume(lbllm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("x.yaml.tmp").mkdir()
+    result = lbllm("init", TOY, "-o", "x.yaml")
+    assert result.exit_code == 2
+    assert result.stderr == "lbllm: Is a directory (x.yaml.tmp); move away what is there and run the same command again\n"
+
+
+@pytest.mark.parametrize(("place", "dtype"), [("laptop", "float32"), ("Zen 4", "bfloat16"), ("gpu-80", "bfloat16")])
+def test_the_dtype_is_what_the_machine_trains_in_fastest_and_its_reason_is_true(ok, tmp_path, monkeypatch, place, dtype):
+    machine = replace(MACHINES["laptop"], bfloat16=True) if place == "Zen 4" else MACHINES[place]
+    pretend(monkeypatch, machine)
+    ok("init", TOY, "-o", tmp_path / "r.yaml")
+    (line,) = re.findall(r"^  dtype: .*$", (tmp_path / "r.yaml").read_text(encoding="utf-8"), flags=re.M)
+    value, reason = re.fullmatch(r"  dtype: (\S+) +# (.+)", line).groups()
+    assert value == load_recipe(tmp_path / "r.yaml").model.dtype == dtype
+    assert reason == {
+        "laptop": "bfloat16 trains faster on a CPU with avx512_bf16 or amx_bf16 in lscpu",
+        "Zen 4": "trains faster with this CPU's instructions; `eval` with model.dtype=float32 measures in float32",
+        "gpu-80": "float16 has no range for gradients",
+    }[place]
+
+
+def test_a_system_that_says_nothing_of_its_processors_has_no_instructions(monkeypatch):
+    monkeypatch.setattr(machines, "_PROCESSORS", Path("/nowhere/cpuinfo"))
+    assert not Machine.here().bfloat16
+
+
+@pytest.mark.parametrize(
+    ("folder", "place", "wanted"),
+    [
+        ("toy", "toy", "../toy-runs/toy"),
+        ("toy", "toy/notes", "../../toy-runs/toy"),
+        ("runs", ".", "runs-runs/toy"),
+        ("runs/toy", ".", "runs/toy-runs/toy"),
+        ("runs/toy/export", ".", "runs/toy/export-runs/toy"),
+        ("models/toy", ".", "runs/toy"),
+    ],
+)
+def test_a_run_does_not_lie_in_the_models_folder_or_around_it(ok, tmp_path, monkeypatch, folder, place, wanted):
+    shutil.copytree(TOY, tmp_path / folder)
+    (tmp_path / place).mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / place)
+    path = os.path.relpath(tmp_path / folder)
+    ok("init", path, "-o", "toy.yaml")
+    assert load_recipe(Path("toy.yaml")).output.dir == wanted
+    assert f"output.dir={wanted}-builtin\n" in Path("toy.yaml").read_text(encoding="utf-8")
+    texts = [f"data.{name}.source=builtin:calibration" for name in ("calibration", "training")]
+    texts.append('data.evaluation=[{name: novels, source: "builtin:evaluation/novels", length: 64, segments: 2}]')
+    small = ["data.training.sequences=8", "distill.end_to_end=null", "act_calib.end_to_end=null"]
+    ok("validate", "--recipe", "toy.yaml", *texts, *small)
+
+
+def test_names_with_spaces_can_be_copied_from_the_commands(lbllm, ok, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(TOY, "my model")
+    target = "it's: mine.yaml"
+    printed = ok("init", "my model", "-o", target).stdout
+    header = [line.removeprefix("# ") for line in Path(target).read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
+    assert "Written by `lbllm init 'my model'` for a machine with" in header
+    commands = [line for line in printed.splitlines() if line.startswith("lbllm ")]
+    assert len(commands) == 7
+    assert all(shlex.split(line)[2:] == ["--recipe", target] for line in commands)
+    (tries,) = [line.removeprefix("Try:") for line in header if line.startswith("Try:")]
+    arguments = shlex.split(tries)
+    overrides = arguments[arguments.index(target) + 1 :]
+    assert load_recipe(Path(target), overrides).output.dir == "runs/it's: mine-builtin"
+
+
+def test_a_name_of_two_lines_is_no_value_of_the_recipe(ok, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(TOY, "a\nseed: 7")
+    ok("init", "a\nseed: 7", "-o", "r.yaml")
+    assert load_recipe(Path("r.yaml")).model.path == "a\nseed: 7"
 
 
 def test_a_file_that_is_there_is_replaced_with_force_alone(lbllm, ok, tmp_path):

@@ -6,9 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import save_toy, write_recipe
+from rich.console import Console
+from rich.table import Table
 
+from lbllm_cli.cli.forecasts import print_table
 from lbllm_cli.pipeline.forecast import Need, memory_warnings
 from lbllm_cli.pipeline.world import World
+from lbllm_cli.runtime.cards import CARDS
 
 GIB = 2**30
 
@@ -81,6 +85,29 @@ def test_tables_say_which_link_holds_a_stage_up(ok, big):
     assert "100 Gb/s" in two
 
 
+@pytest.mark.parametrize("options", [(), ("--world-size", "16", "--per-node", "8")])
+def test_tables_are_whole_in_a_narrow_terminal(ok, big, monkeypatch, options):
+    # Of the time that a processor takes, which is measured each time, "this machine" is the only column.
+    monkeypatch.setattr("lbllm_cli.cli.durations.probed", lambda device: CARDS["l4"])
+    tables = []
+    for columns in ("40", "400"):
+        monkeypatch.setenv("COLUMNS", columns)
+        tables.append(ok("validate", "--recipe", big, *options).stdout)
+    assert tables[0] == tables[1]
+    assert "\u2026" not in tables[0]
+    assert ("RTX 3090" if not options else "H100, PCIe 5 x16, 100 Gb/s") in tables[0]
+
+
+def test_a_table_is_printed_whole(capsys):
+    table = Table(title="a title")
+    for column in range(30):
+        table.add_column(f"column {column}")
+    table.add_row(*(f"value {row}" for row in range(30)))
+    print_table(Console(width=20), table)
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "value" in line]
+    assert [cell.strip() for cell in row.strip("\u2502").split("\u2502")] == [f"value {row}" for row in range(30)]
+
+
 def test_stages_with_a_phase_are_all_there(ok, big):
     changes = ("distill.end_to_end.sequences=64", "distill.end_to_end.batch_size=8", "act_calib.end_to_end.sequences=64",
                "act_calib.end_to_end.batch_size=8")  # fmt: skip
@@ -131,3 +158,44 @@ def test_all_ranks_of_a_machine_need_its_memory(monkeypatch):
     assert memory_warnings(Need(**need, world=World(4, 2)), model) == []
     (warning,) = memory_warnings(Need(**need, world=World(8, 4)), model)
     assert "needs about 4.0 GiB of RAM for 4 ranks of a machine, 3.0 GiB are available" in warning
+
+
+@pytest.fixture
+def wrong(lbllm, tmp_path, monkeypatch):
+    """wrong(*overrides): lines of the refusal of a recipe of all stages, whose texts lie in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    phases = {section: {"end_to_end": {"sequences": 6}} for section in ("distill", "act_calib")}
+    recipe = write_recipe(tmp_path / "r.yaml", save_toy(tmp_path / "model"), tmp_path / "run", **phases)
+
+    def lines(*overrides: str) -> list[str]:
+        result = lbllm("validate", "--recipe", recipe, *overrides)
+        assert result.exit_code == 2
+        return result.stderr.removeprefix("lbllm: ").splitlines()
+
+    return lines
+
+
+def test_a_text_is_wrong_once_and_behind_its_key(wrong, tmp_path):
+    (tmp_path / "short.txt").write_text("A short text. ")
+    (line,) = wrong("data.training.source=short.txt")
+    assert line.startswith("data.training: short.txt holds ")
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"title": "b"}\n')
+    missing = "a.jsonl: record 2 has no field `text`, it has: title; set text_key or messages_key"
+    assert wrong("data.training.source=a.jsonl") == [f"data.training: {missing}"]
+    assert wrong("act_calib.end_to_end.source=a.jsonl") == [f"act_calib.end_to_end: {missing}"]
+    every = ("data.calibration.source=a.jsonl", "data.training.source=a.jsonl")
+    assert wrong(*every) == [f"data.calibration, data.training: {missing}"]
+    sets = "data.evaluation=[{name: a, source: a.jsonl, length: 32}, {name: b, source: short.txt, length: 32, segments: 9}]"
+    first, second = wrong(sets)
+    assert first == f"data.evaluation a: {missing}"
+    assert second.startswith("data.evaluation b: short.txt holds ")
+
+
+def test_a_source_that_is_not_there_is_named_once_with_all_its_keys(wrong):
+    (line,) = wrong("data.calibration.source=no.txt", "distill.end_to_end.source=[no.txt]")
+    assert line.startswith("data.calibration, distill.end_to_end: source no.txt: no such file; presets: ")
+    (line,) = wrong("data.training.source=~nosuchuser/a.txt")
+    assert line == "data.training: source ~nosuchuser/a.txt: there is no such user; write the path out"
+    assert wrong("data.training.source={source: 'builtin:training', split: test}") == [
+        "data.training: source builtin:training does not read split"
+    ]

@@ -90,7 +90,7 @@ def test_a_column_that_is_called_otherwise(hub, talking, name):
     key = PRESETS[name].key
     columns = {f"{column}_" if column == key else column: kind for column, kind in RECORDED[name]["columns"].items()}
     files.update({file: content(columns, file) for file in files})
-    with pytest.raises(UsageError, match=f"{name}: record 0 has no field `{key}`, it has: .*{key}_"):
+    with pytest.raises(UsageError, match=f"{name}: record 1 has no field `{key}`, it has: .*{key}_"):
         calibrate([Source(source=name)], talking, 1, 32)
 
 
@@ -160,7 +160,7 @@ def test_chats_of_a_preset(hub, tokenizer, tmp_path):
     with pytest.raises(UsageError, match="ultrachat: messages_key needs a chat template and the tokenizer has none"):
         calibrate([Source(source="ultrachat")], tokenizer, 2, 32)
     tokenizer.chat_template = "{{ raise_exception('no such role') }}"
-    expected = "^ultrachat: record 0, field `messages`: the tokenizer's chat template cannot render the messages: no such role"
+    expected = "ultrachat: record 1, field `messages`: the tokenizer's chat template cannot render the messages: no such role"
     with pytest.raises(UsageError, match=expected):
         calibrate([Source(source="ultrachat")], tokenizer, 2, 32)
     tokenizer.chat_template = TEMPLATE

@@ -10,7 +10,7 @@ import torch
 from texts import KINDS, calibrate, cut, evaluate, ids_of, written
 
 from lbllm_cli.core.errors import UsageError
-from lbllm_cli.data import records
+from lbllm_cli.data import hub, records
 from lbllm_cli.data import sources as text_sources
 from lbllm_cli.data import tokens as data
 from lbllm_cli.data.presets import PRESETS
@@ -57,7 +57,7 @@ def test_another_text_field(tmp_path, tokenizer):
 
 def test_a_missing_field_is_named_with_those_there_are(tmp_path, tokenizer):
     item = written(tmp_path, "jsonl", [{"text": "a", "title": "b"}, {"title": "c", "body": "d"}])
-    with pytest.raises(UsageError, match=r"records\.jsonl: record 1 has no field `text`, it has: title, body; set text_key or"):
+    with pytest.raises(UsageError, match=r"records\.jsonl: record 2 has no field `text`, it has: title, body; set text_key or"):
         evaluate([item], tokenizer)
 
 
@@ -69,23 +69,23 @@ def test_a_missing_field_is_named_with_those_there_are(tmp_path, tokenizer):
         ("a.jsonl", b'{"text": "\xe9"}\n', r"a\.jsonl cannot be read: 'utf-8' codec can't decode"),
         ("a.jsonl", "\0\0\0\0", r"a\.jsonl:1 is not JSON"),
         ("a.jsonl", '{"text": "' + "9" * 20 + '", "n": ' + "9" * 5000 + "}", r"a\.jsonl:1 is not JSON"),
-        ("a.jsonl", '"text"\n', "record 0 has no field `text`, it has: str"),
-        ("a.jsonl", "7\n", "record 0 has no field `text`, it has: int"),
-        ("a.jsonl", "{}\n", "record 0 has no field `text`, it has: ; set"),
-        ("a.jsonl", '{"text": ["a"]}\n', "field `text` of record 0 is list, expected text"),
-        ("a.jsonl", '{"text": null}\n', "field `text` of record 0 is NoneType, expected text"),
-        ("a.jsonl", '{"text": "a"}\n{"text": "a \\ud83d b"}\n', r"record 1, field `text` is no Unicode text: character 2"),
+        ("a.jsonl", '"text"\n', "record 1 has no field `text`, it has: str"),
+        ("a.jsonl", "7\n", "record 1 has no field `text`, it has: int"),
+        ("a.jsonl", "{}\n", "record 1 has no field `text`, it has: ; set"),
+        ("a.jsonl", '{"text": ["a"]}\n', "record 1, field `text` is list, expected text"),
+        ("a.jsonl", '{"text": null}\n', "record 1, field `text` is NoneType, expected text"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "a \\ud83d b"}\n', r"record 2, field `text` is no Unicode text: character 2"),
         ("a.jsonl", "", "holds 0 tokens, 8 are needed"),
         ("a.txt", "", "holds . tokens, 8 are needed"),
-        ("a.json", '[{"text": "a"},', r"a\.json cannot be read: record 1 is not JSON"),
-        ("a.json", '[{"text": "a"} {"text": "b"}]', r"a\.json cannot be read: after record 0 the list does not"),
-        ("a.json", '[{"text": "a"}] more', r"a\.json cannot be read: after record 0"),
-        ("a.json", '[{"text": "a"}', r"a\.json cannot be read: record 0 is not JSON"),
-        ("a.json", '[{"text": "a"}, ' + "[" * 50_000, r"a\.json cannot be read: record 1 is nested too deeply"),
+        ("a.json", '[{"text": "a"},', r"a\.json cannot be read: record 2 is not JSON"),
+        ("a.json", '[{"text": "a"} {"text": "b"}]', r"a\.json cannot be read: after record 1 the list does not"),
+        ("a.json", '[{"text": "a"}] more', r"a\.json cannot be read: after record 1"),
+        ("a.json", '[{"text": "a"}', r"a\.json cannot be read: record 1 is not JSON"),
+        ("a.json", '[{"text": "a"}, ' + "[" * 50_000, r"a\.json cannot be read: record 2 is nested too deeply"),
         ("a.json", "[", r"a\.json cannot be read"),
         ("a.json", "[]", "holds 0 tokens, 8 are needed"),
         ("a.json", '{\n"text": "a"\n}', r"a\.json:1 is not JSON; expected one record a line"),
-        ("a.json", '{"data": []}', "record 0 has no field `text`, it has: data"),
+        ("a.json", '{"data": []}', "record 1 has no field `text`, it has: data"),
         ("a.jsonl.gz", "no gzip", r"a\.jsonl\.gz cannot be read: Not a gzipped file"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}', mtime=0)[:-9] + bytes(9), r"a\.jsonl\.gz cannot be read: "),
         ("a.jsonl.gz", gzip.compress(b"", mtime=0)[:10] + bytes([255] * 30), r"a\.jsonl\.gz cannot be read: "),
@@ -108,7 +108,7 @@ def test_a_line_without_an_end(tmp_path, tokenizer, monkeypatch):
     with pytest.raises(UsageError, match=r"a\.jsonl\.gz:2 has more than 1,000 characters; expected one record a line"):
         evaluate([Source(source=str(tmp_path / "a.jsonl.gz"))], tokenizer)
     (tmp_path / "a.json.gz").write_bytes(gzip.compress(b"[" + b"9" * (1 << 20)))
-    with pytest.raises(UsageError, match=r"a\.json\.gz cannot be read: record 0 is not JSON, or has too many characters"):
+    with pytest.raises(UsageError, match=r"a\.json\.gz cannot be read: record 1 is not JSON, or has too many characters"):
         evaluate([Source(source=str(tmp_path / "a.json.gz"))], tokenizer)
 
 
@@ -200,12 +200,13 @@ def test_names_that_no_dataset_of_the_hub_has(name):
 
 
 def test_without_a_network_the_hub_is_not_asked(tokenizer, monkeypatch):
-    def unknown(host, port):
+    def unknown(*place, **more):
         raise OSError(-2, "Name or service not known")
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("urllib.request.getproxies", dict)
     monkeypatch.setattr("socket.getaddrinfo", unknown)
+    hub._unreachable.cache_clear()
     monkeypatch.setattr("datasets.load_dataset", lambda *of, **more: pytest.fail("asked"))
     with pytest.raises(UsageError, match=r"dataset some/data cannot be read .*: there is no network, .* give a local file"):
         evaluate([Source(source="hub:some/data")], tokenizer)

@@ -29,10 +29,10 @@ def test_messages_that_are_none_name_their_record(tmp_path, tokenizer, chat):
     good = [{"role": "user", "content": "hello"}]
     item = written(tmp_path, "jsonl", [{"chat": good}, {"chat": chat}]).model_copy(update={"messages_key": "chat"})
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
-    with pytest.raises(UsageError, match=r"records\.jsonl: record 1, field `chat`: (expected a list|message 0 has no)"):
+    with pytest.raises(UsageError, match=r"records\.jsonl: record 2, field `chat`: (expected a list|message 1 has no)"):
         evaluate([item], tokenizer)
     tokenizer.chat_template = "{{ raise_exception('no') }}"
-    with pytest.raises(UsageError, match=r"records\.jsonl: record 0, field `chat`: the tokenizer's chat template cannot render"):
+    with pytest.raises(UsageError, match=r"records\.jsonl: record 1, field `chat`: the tokenizer's chat template cannot render"):
         evaluate([item], tokenizer)
 
 
@@ -46,7 +46,7 @@ def test_messages_of_a_folder_that_was_saved_with_a_form(tmp_path, tokenizer, fo
     tokenizer.chat_template = "{{ messages[0].content }}"
     assert list(text_sources.documents(item, False, tokenizer)) == ["question 0", "question 1", "question 2"]
     tokenizer.chat_template = "{{ raise_exception('no') }}"
-    with pytest.raises(UsageError, match="chats: record 0, field `chat`: the tokenizer's chat template cannot render"):
+    with pytest.raises(UsageError, match="chats: record 1, field `chat`: the tokenizer's chat template cannot render"):
         evaluate([item], tokenizer)
 
 

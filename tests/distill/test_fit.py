@@ -65,6 +65,16 @@ def test_training_lowers_the_held_out_error_of_every_block(ok, run, tmp_path, pa
     assert block_bytes(tmp_path / "run" / "distill") != block_bytes(tmp_path / "run" / "ptq")
 
 
+def test_an_epoch_is_kept_as_the_mean_of_its_steps(ok, run, tmp_path):
+    kept = {}
+    for name, decay in (("last", None), ("nothing is left", 0.0), ("mean", 0.9)):
+        ok("distill", "--recipe", run(epochs=1, ema_decay=decay), "data.training.sequences=32")
+        kept[name] = block_bytes(tmp_path / "run" / "distill")
+        shutil.rmtree(tmp_path / "run" / "distill")
+    # A mean that keeps nothing of the steps before is the last state.
+    assert kept["last"] == kept["nothing is left"] != kept["mean"]
+
+
 def test_rates_that_ruin_everything_return_the_parent(ok, run, tmp_path):
     log = ok("distill", "--recipe", run(lr_weights=1.0, lr_levels=1.0)).stderr
     assert log.count("no epoch was better") == 3
@@ -140,7 +150,7 @@ def test_the_start_keeps_the_advantage_of_compensated_codes(parent):
 
 @pytest.mark.parametrize("streams", ["ram", "disk"])
 def test_interrupted_between_any_two_steps_and_resumed_equals_uninterrupted(ok, lbllm, run, tmp_path, monkeypatch, streams):
-    command = ("distill", "--recipe", run(batch_size=3, micro_batch_size=2), f"runtime.streams={streams}")
+    command = ("distill", "--recipe", run(batch_size=3, micro_batch_size=2, ema_decay=0.9), f"runtime.streams={streams}")
     folder = tmp_path / "run" / "distill"
     ok(*command)
     expected = promised(folder)
@@ -149,6 +159,25 @@ def test_interrupted_between_any_two_steps_and_resumed_equals_uninterrupted(ok, 
     assert promised(folder) == expected
     assert not list((tmp_path / "run" / "distill").rglob("*.bin"))
     assert not (tmp_path / "run" / "distill" / "training.safetensors").exists()
+
+
+def test_what_a_kill_leaves_of_a_file_that_is_being_written_is_no_obstacle(ok, lbllm, run, tmp_path, monkeypatch):
+    """safetensors writes under a name of its own first; a process that is killed then leaves it there."""
+    command, partial = ("distill", "--recipe", run(epochs=1)), tmp_path / "run" / "distill.partial"
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingLoop, "run", killed)
+        assert lbllm(*command).exit_code == 130
+    left, own = partial / ".tmpaB3xY9", partial / ".tmpfile"
+    left.write_bytes(b"half")
+    own.write_bytes(b"the user's")
+    assert "holds .tmpfile" in lbllm(*command).stderr
+    own.unlink()
+    ok(*command)
+    assert not list((tmp_path / "run").rglob(left.name))
 
 
 @pytest.mark.slow
@@ -288,7 +317,7 @@ def test_parents(lbllm, ok, run, parent, tmp_path):
     assert "ptq.group_size: 32 -> 64" in message
     assert "lbllm ptq --recipe" in message
     message = refused(lbllm, folder, "distill", "--recipe", recipe, "data.calibration.sequences=5")
-    assert "data.calibration.tokens: 6 x 32" in message
+    assert "data.calibration.sequences: 6 -> 5" in message
     other = save_toy(tmp_path / "other", intermediate_size=128)
     assert "was made from another model" in refused(lbllm, folder, "distill", "--recipe", recipe, f"model.path={other}")
     (folder / "ptq" / "lbllm_stage.json").unlink()

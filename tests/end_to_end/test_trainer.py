@@ -63,6 +63,18 @@ def test_training_lowers_the_divergence_and_what_is_stored_is_what_is_measured(o
     assert results["export"]["bits_per_weight"] == after["bits_per_weight"] == results[stage]["bits_per_weight"]
 
 
+def test_a_phase_that_makes_nothing_better_says_so(ok, run, tmp_path):
+    said = ok("distill", "--recipe", run(distill={"sequences": 6, "lr_levels": 0.9, "lr_norms": 0.9})).stderr
+    facts = phase(tmp_path / "run" / "distill-e2e")
+    before, after = facts["before"]["error"], facts["epochs"][0]["held_out"]["error"]
+    line = f"distill-e2e: no epoch was better: held-out loss {before:.4f} at the start, {after:.4f} after epoch 1; "
+    rates = "distill.end_to_end.lr_levels, distill.end_to_end.lr_norms"
+    assert f"{line}the checkpoint is that of distill; lower {rates}\n" in said
+    assert block_bytes(tmp_path / "run" / "distill-e2e") == block_bytes(tmp_path / "run" / "distill")
+    again = run("still", distill={"sequences": 6, "epochs": 0})
+    assert "no epoch" not in ok("distill", "--recipe", again, "--only", "end-to-end", "--force").stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("train", "moved"), [("levels", {"levels", "scale"}), ("scales", {"scale"}), ("norms", {"weight"})])
 def test_only_what_is_named_is_trained(ok, made, run, tmp_path, train, moved):

@@ -1,9 +1,11 @@
 """Exported folders: they stand alone, load as they are or fail loudly, and are counted from their files."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -109,6 +111,17 @@ def test_sharded_export_has_an_index_and_the_same_logits(tmp_path, ok, toy, reci
     torch.testing.assert_close(logits_of(AutoModelForCausalLM.from_pretrained(export)), expected, atol=0, rtol=0)
 
 
+def test_all_files_of_an_export_can_be_read_by_whom_the_umask_lets(tmp_path, ok, recipe):
+    ok("ptq", "--recipe", recipe, "ptq.rounds=0")
+    usual = os.umask(0o022)
+    try:
+        for form in ("packed", "dense"):
+            ok("export", "--recipe", recipe, "ptq.rounds=0", f"export.format={form}")
+            assert {file.stat().st_mode & 0o777 for file in (tmp_path / "run" / "export").iterdir()} == {0o644}
+    finally:
+        os.umask(usual)
+
+
 def test_packed_model_survives_casts_saving_and_dequantizing(tmp_path, ok, recipe):
     ok("ptq", "--recipe", recipe)
     ok("export", "--recipe", recipe)
@@ -137,6 +150,24 @@ def test_bfloat16_source_dense_export_rounds_once(tmp_path, ok):
     for name in owners:
         weight = PackedWeight.from_tensors(stored, name, dense[f"{name}.weight"].shape[1]).values()
         assert torch.equal(dense[f"{name}.weight"], weight.bfloat16()), name
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("float32", 32), ("bfloat16", 16)])
+def test_bits_are_those_that_a_model_is_computed_in(tmp_path, recipe, dtype, bits):
+    from lbllm_cli.evaluation.sizes import measure_sizes
+    from lbllm_cli.pipeline.plan import prepare
+    from lbllm_cli.recipe.load import load_recipe
+
+    model = prepare(load_recipe(recipe, [f"model.dtype={dtype}"])).model
+    sizes = measure_sizes(model, None, 0)
+    assert (sizes.bits_per_weight, sizes.bits_per_parameter) == (bits, bits)
+    # Codes, and what is outside of them: those have what they have.
+    codes = {name: replace(model.entries[name], dtype="U8", shape=(7,)) for name in model.binarized_names}
+    found = measure_sizes(model, codes, 0)
+    assert found.bits_per_weight == 8 * 7 * len(codes) / model.binarized_parameters
+    others = model.count([name for name in model.shapes if name not in codes])
+    assert found.bits_per_parameter == (8 * 7 * len(codes) + bits * others) / model.count(list(model.shapes))
+    assert found.bytes == 4 * others, "files are in float32"
 
 
 def test_sizes_are_counted_from_the_files(tmp_path, ok):

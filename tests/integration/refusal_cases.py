@@ -442,9 +442,14 @@ def _overrides() -> list[Case]:
         "a bitmap that is none": "distill.train=[bitmap]",
         "bits": "act_calib.bits=2",
         "a parent that comes after": "act_calib.parent=act-calib",
+        "a variable that is none": "model.path=${HOME}/model",
         "a limit of nothing": "eval.limit=0",
     }
-    return [Case(f"override: {name}", line("config", value)) for name, value in values.items()]
+    unmade = line("config", "distill.end_to_end=null", "act_calib.parent=distill-e2e")
+    return [
+        *(Case(f"override: {name}", line("config", value)) for name, value in values.items()),
+        Case("override: a parent that nothing makes", unmade),
+    ]
 
 
 def _models() -> list[Case]:
@@ -780,7 +785,7 @@ def _stages() -> list[Case]:
         ),
         *(
             Case(f"manifest: the last stage's, for {name}", line(name), write(last, "{}"), "run")
-            for name in ("export", "eval", "report", "act-calib")
+            for name in ("export", "eval", "act-calib")
         ),
         Case("block: changed before it is measured", line("eval"), flip("run/distill/block_000.safetensors"), "run"),
         Case(
@@ -1087,6 +1092,7 @@ def _generate() -> list[Case]:
     return [
         *(Case(f"generate: {name}", generating(), setup) for name, setup in folders.items()),
         Case("generate: no folder", generating(model="nowhere/at/all")),
+        Case("generate: the folder of a run", generating(model="run"), base="run"),
         Case("generate: a file", generating(model="recipe.yaml")),
         Case("generate: of a user that there is not", generating(model="~nosuchuser")),
         Case("generate: not on the hub", generating(model="nobody/nothing-here"), library=r"(?<=hub \().*(?=\)\. Give)"),

@@ -258,5 +258,15 @@ def test_configs(single):
         with pytest.raises(UsageError, match=message):
             model_folder.read_config(single)
     (single / "config.json").unlink()
-    with pytest.raises(UsageError, match=r"has no config\.json"):
+    with pytest.raises(UsageError, match=r"has no config\.json; expected a Hugging Face model folder$"):
         model_folder.read_config(single)
+
+
+def test_the_folder_of_a_run_names_the_export_in_it(tmp_path):
+    for name in ("base", "export", "export.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UsageError) as caught:
+        model_folder.read_config(tmp_path)
+    expected = f"{tmp_path} has no config.json; expected a Hugging Face model folder, as {tmp_path / 'export'} is"
+    assert str(caught.value) == expected

@@ -1,6 +1,7 @@
 """Text that a model writes: streamed, or kept as calibration text."""
 
 from functools import wraps
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,14 +49,13 @@ def test_generated_calibration_text_is_cached_and_reproducible(ok, tmp_path, rec
     ids=range(7),
 )  # fmt: skip
 def test_sampled_text_that_is_damaged_is_refused(lbllm, ok, tmp_path, recipe, content):
-    from lbllm_cli.models.sampling import cached_sample
+    from lbllm_cli.models.sampling import Sampling, Silent, cached_sample
     from lbllm_cli.pipeline.plan import prepare
-    from lbllm_cli.recipe.base import Source
     from lbllm_cli.recipe.load import load_recipe
 
     command = ("ptq", "--recipe", recipe, "data.calibration.source=generate:")
     plan = prepare(load_recipe(recipe))
-    cached_sample(plan.model, plan.tokenizer, tmp_path / "run", Source(source="generate:"), (6, 32), 0)
+    cached_sample(plan.model, plan.tokenizer, tmp_path / "run", Sampling(6, 32, 0, 1.0), Silent())
     (cache,) = (tmp_path / "run" / "generated").iterdir()
     save_file(content, cache) if isinstance(content, dict) else cache.write_bytes(content)
     result = lbllm(*command)
@@ -66,17 +66,19 @@ def test_sampled_text_that_is_damaged_is_refused(lbllm, ok, tmp_path, recipe, co
 
 @pytest.fixture
 def sampling(recipe, tmp_path, monkeypatch):
-    """sampling(stop): 6 sequences in pieces of 2; stop: the forward pass after which a signal arrives, None for none."""
+    """sampling(stop): 6 sequences in pieces of 2; stop: the forward pass after which a signal arrives, None for none.
+
+    listener: who is told how far it is.
+    """
     from lbllm_cli.core.errors import Interrupted
     from lbllm_cli.models import sampling
     from lbllm_cli.pipeline.plan import prepare
-    from lbllm_cli.recipe.base import Source
     from lbllm_cli.recipe.load import load_recipe
 
     monkeypatch.setattr(sampling, "ROWS_AT_ONCE", 2)
     plan = prepare(load_recipe(recipe))
 
-    def run(stop=None, folder="run"):
+    def run(stop=None, folder="run", listener=None):
         passes = []
 
         def check():
@@ -86,7 +88,8 @@ def sampling(recipe, tmp_path, monkeypatch):
 
         with monkeypatch.context() as patch, torch.no_grad():
             patch.setattr(sampling.interrupt, "check", check)
-            tokens = sampling.cached_sample(plan.model, plan.tokenizer, tmp_path / folder, Source(source="generate:"), (6, 9), 0)
+            wanted = sampling.Sampling(6, 9, 0, 1.0)
+            tokens = sampling.cached_sample(plan.model, plan.tokenizer, tmp_path / folder, wanted, listener or sampling.Silent())
         return tokens, len(passes)
 
     return run
@@ -117,6 +120,26 @@ def test_sampled_text_goes_on_where_it_was_interrupted(sampling, tmp_path, monke
     kept.mkdir()  # as after a kill between the last two steps
     assert torch.equal(sampling()[0], expected)
     assert not kept.exists()
+
+
+def test_sampling_says_how_far_it_is(sampling):
+    from lbllm_cli.core.errors import Interrupted
+
+    ticks, notes = [], []
+    listener = SimpleNamespace(tick=ticks.append, note=notes.append)
+    with pytest.raises(Interrupted):
+        sampling(9 + 4, listener=listener)
+    assert (ticks[0], ticks[8]) == tuple(f"sampling sequences 1 to 2 of 6, token {token}/9" for token in (1, 9))
+    assert ticks[9] == "sampling sequences 3 to 4 of 6, token 1/9"
+    assert len(ticks) == 9 + 3
+    sampling(listener=listener)
+    # What was there is not told again.
+    assert [note.split("  eta ")[0] for note in notes] == [f"{done} of 6 sequences are sampled" for done in (2, 4, 6)]
+    assert ["eta" in note for note in notes] == [True, True, False]
+
+
+def test_the_log_of_a_stage_says_how_far_sampling_is(ok, recipe):
+    assert "ptq: 6 of 6 sequences are sampled" in ok("ptq", "--recipe", recipe, "data.calibration.source=generate:").stderr
 
 
 @pytest.mark.parametrize(

@@ -401,6 +401,47 @@ def test_unset_variables_name_their_keys(mistakes, monkeypatch):
     assert "GONE_C is not set" in both
 
 
+@pytest.mark.parametrize(
+    "found",
+    ["${HOME}", "${ENV:HOME}", "${env HOME}", "${env:1X}", "${env:}", "${recipedir}", "${recipe_dir", "${env:HOME", "${}",
+     "${env:GONE:-${env:HOME}"],
+)  # fmt: skip
+def test_variables_that_are_none_are_refused(mistakes, found):
+    known = "${env:NAME}, ${env:NAME:-default} and ${recipe_dir}"
+    assert mistakes(f"output: {{dir: 'run/{found}'}}", base="model: {path: m}\n") == [
+        f"output.dir: {found} is no variable; there are {known}, and none within another"
+    ]
+
+
+def test_dollars_and_what_a_variable_holds_are_text(load, monkeypatch):
+    monkeypatch.setenv("SOME", "${HOME}")
+    assert load("output: {dir: '$5 {a} ${env:SOME} $'}", base="model: {path: m}\n").output.dir == "$5 {a} ${HOME} $"
+
+
+@pytest.mark.parametrize("section", ["data", "ptq", "distill", "act_calib", "eval", "export", "runtime"])
+def test_an_empty_section_has_its_defaults(load, section):
+    assert load(f"{section}:\n") == load() == load("", f"{section}=")
+
+
+def test_empty_sections_within_sections(load, mistakes):
+    assert load("data: {training: }").data.training.sequences == load().data.training.sequences == 256
+    assert load("distill:\n  end_to_end:\n").distill.end_to_end is None
+    assert load("distill:\n  end_to_end: {}\n").distill.end_to_end.sequences == 128
+    assert mistakes(base="model:\noutput: {dir: a}\n") == ["model: missing; this key has no default"]
+
+
+def test_a_parent_that_the_recipe_does_not_make_is_refused(load, mistakes):
+    expected = (
+        "act_calib.parent: distill-e2e is what distill.end_to_end makes, which the recipe does not have; add distill.end_to_end, "
+        "for example distill.end_to_end.sequences=128, or name another parent"
+    )
+    assert mistakes("", "act_calib.parent=distill-e2e") == [expected]
+    assert mistakes("distill: {end_to_end: {}}", "distill.end_to_end=null", "act_calib.parent=distill-e2e") == [expected]
+    assert load("distill: {end_to_end: {}}\nact_calib: {parent: distill-e2e}").act_calib.parent == "distill-e2e"
+    for parent in ("ptq", "distill"):
+        assert load("", f"act_calib.parent={parent}").act_calib.parent == parent
+
+
 def test_recipe_dir_is_the_folder_of_the_file(load, tmp_path):
     recipe = load("data: {calibration: {source: '${recipe_dir}/text.txt'}}", "output.dir=${recipe_dir}/out")
     assert recipe.data.calibration.source[0].source == str(tmp_path.resolve() / "text.txt")

@@ -68,3 +68,19 @@ def test_every_recipe_names_the_schema_and_says_what_it_is():
     for name, path in shipped_recipes().items():
         assert path.read_text(encoding="utf-8").startswith(f"{MODELINE}{SCHEMA}\n# "), name
         assert len(first_words(path)) > 20, name
+        assert first_words(path).endswith("."), name
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("# At 2.5 bits, of\n# two lines. More.\n#\n# Run: x.", "At 2.5 bits, of two lines."),
+        ("# No point at\n# the end\n#\n# Run: x.", "No point at the end"),
+        ("# One line\nmodel: {path: m}.", "One line"),
+        ("model: {path: m}", ""),
+    ],
+)
+def test_the_first_sentence_is_whole(tmp_path, lines, words):
+    file = tmp_path / "r.yaml"
+    file.write_text(f"{MODELINE}{SCHEMA}\n{lines}\n", encoding="utf-8")
+    assert first_words(file) == words

@@ -151,7 +151,9 @@ def export(
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="a repository that --push makes is private")] = False,
     dry_run: DryRun = False,
-    force: Force = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="write it again where it is up to date; one of other inputs is replaced without this")
+    ] = False,
 ) -> None:
     """Write a model folder to <output.dir>/export/, packed or in a format that other programs read."""
     from lbllm_cli.cli.export import export as write

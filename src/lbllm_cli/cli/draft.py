@@ -3,12 +3,23 @@
 What a setting costs is asked of the stages themselves, with the recipe as it would be written.
 """
 
+import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lbllm_cli.cli.draft_text import BASE_MIXTURE, CHAT_MIXTURE, GROUP_SIZE, LEVEL_BITS, Settings, header_text, recipe_text
+from lbllm_cli.cli.draft_text import (
+    BASE_MIXTURE,
+    CHAT_MIXTURE,
+    GROUP_SIZE,
+    LEVEL_BITS,
+    Settings,
+    header_text,
+    model_name,
+    recipe_text,
+)
 from lbllm_cli.cli.machine import Machine, PlacedModel
 from lbllm_cli.core.console import GIB
 from lbllm_cli.core.errors import UsageError
@@ -19,6 +30,7 @@ from lbllm_cli.format.group_sizes import GroupSizes
 from lbllm_cli.format.settings import DENSE_ROWS
 from lbllm_cli.format.weights import expected_bits
 from lbllm_cli.pipeline.forecast import Need, checkpoint_bytes
+from lbllm_cli.pipeline.output import check_overlaps
 from lbllm_cli.pipeline.plan import Plan
 from lbllm_cli.pipeline.work import work_of
 from lbllm_cli.recipe.schema import Recipe
@@ -158,12 +170,13 @@ def lower(settings: Settings, key: str) -> Iterator[Any]:
             yield 0
 
 
-def generous(model: PlacedModel, path: str, name: str, chat: bool) -> Settings:
+def generous(model: PlacedModel, path: str, output: str, chat: bool) -> Settings:
     """What to begin with, by the kind of machine and the model's size: hours on a GPU, and on a CPU as well."""
     small = model.count(list(model.shapes)) < SMALL
     limit = int(getattr(model.config, "max_position_embeddings", 0) or 0) or 2048
     common = Settings(
-        path=path, name=name, dtype=str(model.dtype).removeprefix("torch."), length=min(2048, limit), measured=min(2048, limit),
+        path=path, output=output, dtype=str(model.dtype).removeprefix("torch."),
+        length=min(2048, limit), measured=min(2048, limit),
         mixture=CHAT_MIXTURE if chat else BASE_MIXTURE, bos=model.family.begins,
         family=(model.family.drafted, model.family.measured),
         head_bits=16 if model.config.model_type in DENSE_ROWS else 8,
@@ -174,6 +187,16 @@ def generous(model: PlacedModel, path: str, name: str, chat: bool) -> Settings:
         common, streams="ram", length=min(512, limit), calibration=32, training=256 if small else 64, phases=128 if small else 0,
         micro=1, segments=40 if small else 20, own_text=small, processor=True,
     )  # fmt: skip
+
+
+def _placed(search: _Search, settings: Settings, name: str) -> Settings:
+    """Settings with the run beside the model's folder, where it would lie in that or around it."""
+    try:
+        check_overlaps(search.recipe(settings), Path(settings.output), search.model.folder)
+    except UsageError:
+        folder = search.model.folder.resolve()
+        return replace(settings, output=os.path.relpath(folder.parent / f"{folder.name}-runs" / name))
+    return settings
 
 
 def _bits(model: PlacedModel, size: int) -> str:
@@ -188,7 +211,8 @@ def draft(model: PlacedModel, path: str, target: str, chat: bool) -> Draft:
     template. Raises UsageError naming every stage that fits the machine with no settings.
     """
     search = _Search(model)
-    settings = generous(model, path, Path(target).stem, chat)
+    name = Path(target).stem
+    settings = _placed(search, generous(model, path, f"runs/{name}", chat), name)
     while shortages := search.shortages(settings):
         lowered = next((found for short in shortages if (found := search.relieved(settings, short)) is not None), None)
         if lowered is None:
@@ -197,11 +221,11 @@ def draft(model: PlacedModel, path: str, target: str, chat: bool) -> Draft:
     needs = search.needs(settings)
     phases = ", with an end-to-end phase after each stage that trains" if settings.phases else ""
     titles = [
-        f"{Path(path).name}, groups of {GROUP_SIZE}: W(1+1)A4KV4{phases}.",
-        f"Written by `lbllm init {path}` for a machine with",
+        f"{model_name(path)}, groups of {GROUP_SIZE}: W(1+1)A4KV4{phases}.",
+        f"Written by `lbllm init {shlex.quote(path)}` for a machine with",
         f"{model.machine}.",
     ]
-    header = header_text(titles, target, settings.name, _needs_in_words(model, settings, needs))
+    header = header_text(titles, target, settings.output, _needs_in_words(model, settings, needs))
     smaller = 2 * GROUP_SIZE
     search.reasons["group_size"] = f"{_bits(model, GROUP_SIZE)} bits per weight; {smaller}: {_bits(model, smaller)}"
     text = header + recipe_text(settings, search.reasons)

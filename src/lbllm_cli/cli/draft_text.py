@@ -4,6 +4,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import yaml
 
@@ -22,13 +23,16 @@ _SOURCE_WORDS = {
 EVALUATION = ("wikitext2", "c4")
 # On SmolLM2-135M and Gemma 3 270M the form that stage 1 loses least with at 2.5 bits: docs/measurements.md.
 GROUP_SIZE, LEVEL_BITS = 16, 2
+# Of the running mean of distill.
+EMA_DECAY = 0.97
 
 
 @dataclass(frozen=True)
 class Settings:
     """What is chosen for a recipe; the defaults are the most generous values for a GPU.
 
-    path, name: of the model. measured: length of segments of evaluation text; segments: how many of each text, None for all.
+    path: of the model. output: folder of the run. measured: length of segments of evaluation text; segments: how many of each
+    text, None for all.
     mixture: source -> weight, of which `own_text` False leaves out what the model samples. batch: sequences in a forward pass,
     micro: in a pass of training. phases: sequences of each end-to-end phase, 0 for none. processor: the device is a CPU.
     bos: begin sequences and segments with it. family: keys by section, and the model that they were measured on.
@@ -36,7 +40,7 @@ class Settings:
     """
 
     path: str
-    name: str
+    output: str
     dtype: str
     length: int
     measured: int
@@ -63,13 +67,17 @@ def recipe_text(settings: Settings, reasons: dict[str, str]) -> str:
 
 
 def _model(settings: Settings) -> list[str]:
-    why = "CPUs without 16-bit units are slower in 16 bits" if settings.processor else "float16 has no range for gradients"
+    why = "float16 has no range for gradients"
+    if settings.processor:
+        slow = "bfloat16 trains faster on a CPU with avx512_bf16 or amx_bf16 in lscpu"
+        fast = "trains faster with this CPU's instructions; `eval` with model.dtype=float32 measures in float32"
+        why = slow if settings.dtype == "float32" else fast
     return [
         "model:",
         f"  path: {_scalar(settings.path)}",
         _line(f"  dtype: {settings.dtype}", why),
         "output:",
-        f"  dir: {_scalar(f'runs/{settings.name}')}",
+        f"  dir: {_scalar(settings.output)}",
     ]
 
 
@@ -114,7 +122,8 @@ def _stages(settings: Settings, reasons: dict[str, str]) -> list[str]:
     if settings.processor:
         lines.append(_line("  batch_size: 1", "more steps for the same text"))
     micro = _line(f"  micro_batch_size: {settings.micro}", reasons.get("micro", "sequences in one pass of training"))
-    lines += [micro, *_of_family(settings, "distill")]
+    mean = _line(f"  ema_decay: {EMA_DECAY}", "an epoch is the mean of its steps: less of what each added by chance")
+    lines += [micro, mean, *_of_family(settings, "distill")]
     lines += _phase(settings, reasons, "text that data.training does not hold")
     lines.append("act_calib:")
     if settings.processor:
@@ -152,17 +161,33 @@ def _scalar(text: str) -> str:
     return text if plain else yaml.dump(text, Dumper=StrictDumper, default_style='"', allow_unicode=True, width=10**6).strip()
 
 
+def model_name(model: str) -> str:
+    """The last part of a model's path or id: "meta-llama/Llama-3.1-8B" -> "Llama-3.1-8B"; of "." that of the folder."""
+    folder = Path(model).expanduser()
+    return folder.resolve().name if folder.is_dir() else model.rpartition("/")[2]
+
+
+def default_name(model: str) -> str:
+    """Of a model's recipe: "meta-llama/Llama-3.1-8B" -> "llama-3.1-8b.yaml"."""
+    return (re.sub(r"[^a-z0-9._-]+", "-", model_name(model).lower()).strip("-.") or "model") + ".yaml"
+
+
 def run_lines(target: str) -> list[str]:
     """The commands of a whole run."""
     names = ("validate", *COMMANDS, "eval", "report", "export")
     return [f"lbllm {name:<9} --recipe {shlex.quote(target)}" for name in names]
 
 
-def header_text(titles: list[str], target: str, name: str, needs: list[str]) -> str:
-    """What stands above a recipe, as comments. titles: what it is and where it comes from. needs: forecasts in words."""
+def header_text(titles: list[str], target: str, output: str, needs: list[str]) -> str:
+    """What stands above a recipe, as comments. titles: what it is and where it comes from. needs: forecasts in words.
+
+    target: the recipe's file. output: of the run, as the recipe has it.
+    """
     first, *others = run_lines(target)
-    tries = f"lbllm ptq --recipe {shlex.quote(target)} data.calibration.source=builtin:calibration output.dir=runs/{name}-builtin"
+    other = shlex.quote(f"output.dir={_scalar(f'{output}-builtin')}")
+    tries = f"lbllm ptq --recipe {shlex.quote(target)} data.calibration.source=builtin:calibration {other}"
     lines = [*titles, "", f"Run:    {first}     (check everything, forecast memory, disk and time)"]
     lines += [*(f"        {line}" for line in others), f"Try:    {tries}"]
     lines += [f"{'Needs:' if place == 0 else '':<8}{line}" for place, line in enumerate(needs)]
-    return "".join(f"# {line}".rstrip() + "\n" for line in lines)
+    # A path may have lines of its own.
+    return "".join(f"# {part}".rstrip() + "\n" for line in lines for part in line.splitlines() or [""])

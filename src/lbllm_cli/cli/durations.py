@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lbllm_cli.cli.forecasts import print_table
 from lbllm_cli.pipeline.forecast import Need
 from lbllm_cli.pipeline.plan import Plan
 from lbllm_cli.pipeline.work import work_of
@@ -42,7 +43,7 @@ class Durations:
             table.add_column(card.name, justify="right")
         for stage, by_card in self.seconds().items():
             table.add_row(stage, *map(span, by_card.values()))
-        out.print(table)
+        print_table(out, table)
         for stage, parts in self.parts.items():
             place = self.places[stage]
             part = max(parts, key=lambda part: part.seconds(self.usual, place))

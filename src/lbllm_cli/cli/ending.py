@@ -2,7 +2,6 @@
 
 import errno
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,13 @@ _MACHINES = {
 }  # fmt: skip
 # Names and folders as somebody has made them.
 _USERS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENOTEMPTY}
+# What mends them, where there is more to say than that something has to.
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space there"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "let this user read and write there, or name another place,"),
+    errno.EROFS: "have that disk mounted for writing, or name another place,",
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY), "move away what is there"),
+}
 
 _LONGEST = 8000
 # Of a recipe what may be another on every machine; whether output.dir is one folder is asked where it is opened.
@@ -35,8 +41,11 @@ def tell(message: str) -> None:
 
 
 @contextmanager
-def exit_codes() -> Iterator[None]:
-    """Turns what went wrong into one message on stderr and the exit code; a traceback is left for bugs of lbllm."""
+def exit_codes(resumes: bool = False) -> Iterator[None]:
+    """Turns what went wrong into one message on stderr and the exit code; a traceback is left for bugs of lbllm.
+
+    resumes: whether the command goes on with what it has begun when it is given again.
+    """
     try:
         yield
     except LbllmError as error:
@@ -49,8 +58,10 @@ def exit_codes() -> Iterator[None]:
     except OSError as error:
         if error.errno not in _MACHINES | _USERS:
             raise
-        place = f" ({str(error.filename)[:300]})" if error.filename else ""
-        tell(f"{error.strerror}{place}; mend it and run the same command again to resume")
+        # Of a copy the system names both files.
+        names = " -> ".join(str(name)[:300] for name in (error.filename, error.filename2) if name)
+        place, remedy = f" ({names})" if names else "", _REMEDIES.get(error.errno, "mend it")
+        tell(f"{error.strerror}{place}; {remedy} and run the same command again{' to resume' if resumes else ''}")
         raise typer.Exit(1 if error.errno in _MACHINES else 2) from None
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
@@ -61,11 +72,6 @@ def exit_codes() -> Iterator[None]:
                 "the same command again to resume; micro_batch_size, ptq.sequential: true or ptq.asymmetric: 0 help too, but "
                 "begin the stage again (--force)"
             )
-            raise typer.Exit(1) from None
-        # safetensors says what the system said in an error of its own: "I/O error: ... (os error 28)".
-        said = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
-        if said is not None and int(said[1]) in _MACHINES:
-            tell(f"{os.strerror(int(said[1]))}; mend it and run the same command again to resume")
             raise typer.Exit(1) from None
         raise
 
@@ -80,12 +86,12 @@ def run(work: Callable[..., None], recipe: Path, overrides: list[str] | None, /,
 
 
 def run_ranks(work: Callable[..., None], recipe: Path, overrides: list[str] | None, /, **options: Any) -> None:
-    """A command that several processes may do together."""
+    """A command that several processes may do together, and that goes on when it is given again."""
     if started():
         # What a lost connection means is said in one line; torch would say where in its own source it was noticed, in fifty.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        with exit_codes():
+        with exit_codes(resumes=True):
             from lbllm_cli.core.fingerprint import flatten
             from lbllm_cli.parallel.join import check_alike, joined
             from lbllm_cli.recipe.load import load_recipe

@@ -1,7 +1,6 @@
 """`lbllm eval`: what is measured already, what is still to be measured, and the table of both."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lbllm_cli.cli.forecasts import print_table
 from lbllm_cli.core import interrupt
 from lbllm_cli.core.console import say
 from lbllm_cli.core.errors import RunError, UsageError
@@ -24,6 +24,7 @@ from lbllm_cli.parallel.join import check_alike
 from lbllm_cli.pipeline.checkpoint import Checkpoint
 from lbllm_cli.pipeline.folders import EVAL_STREAMS
 from lbllm_cli.pipeline.forecast import announce
+from lbllm_cli.pipeline.other_keys import other_keys
 from lbllm_cli.pipeline.plan import prepare
 from lbllm_cli.pipeline.ranks import held
 from lbllm_cli.recipe.schema import Recipe
@@ -36,6 +37,9 @@ def evaluate(recipe: Recipe, dry_run: bool, as_json: bool, force: bool, group: G
     """`lbllm eval`. group: of ranks that measure together."""
     plan = prepare(recipe, evaluate=True, group=group)
     checkpoints = wanted_checkpoints(plan)
+    # What it computes in is its own to choose.
+    if warning := other_keys(plan, filter(None, checkpoints.values()), used=["model.dtype"]):
+        say(f"eval: warning: {warning}")
     sets = plan.evaluation()
     tasks = plan_tasks(recipe.eval.tasks, recipe.eval.num_fewshot)
     need = eval_need(recipe, plan.model, {name: tokens.shape[0] for name, tokens in sets.items()}, len(checkpoints), plan.world)
@@ -57,8 +61,7 @@ def evaluate(recipe: Recipe, dry_run: bool, as_json: bool, force: bool, group: G
     if as_json:
         print(json.dumps(found, indent=2))
     else:
-        # A log has no width; at the 80 columns assumed for it four checkpoints would be cut.
-        Console(width=None if sys.stdout.isatty() else 160).print(console_table(found))
+        print_table(Console(), console_table(found))
     if run.failed:
         listed = [f"{name}: a prediction on {text} is NaN or infinity" for name, text in run.failed]
         raise RunError("\n".join([*listed, "Everything else was measured and is kept; for these try model.dtype: float32"]))

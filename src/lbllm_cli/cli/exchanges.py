@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lbllm_cli.cli.durations import span
+from lbllm_cli.cli.forecasts import print_table
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.pipeline.forecast import Need
 from lbllm_cli.pipeline.plan import Plan
@@ -26,7 +27,7 @@ def share_problems(plan: Plan) -> list[str]:
     found = []
     for spec in plan.recipe.stages:
         try:
-            check_shares(plan, spec, plan.settings(spec).subset or plan.token_set(spec).sequences)
+            check_shares(plan, spec, plan.shape(spec)[0])
         except UsageError as error:
             found.append(str(error))
     return found
@@ -105,13 +106,13 @@ class Exchanges:
             rows += [("a block" if exchanged.blocks > 1 else "all", exchanged.per_block())]
             for where, sizes in rows:
                 table.add_row(stage, where, *(_size(sizes.get(kind, 0)) for kind in _KINDS))
-        out.print(table)
+        print_table(out, table)
         times = Table(title="forecast, time of each rank from operations and bytes")
         for column in ("stage", *map(self._title, self.pairs)):
             times.add_column(column, justify="left" if column == "stage" else "right")
         for stage, by_links in self.seconds().items():
             times.add_row(stage, *map(span, by_links.values()))
-        out.print(times)
+        print_table(out, times)
         for stage in self.exchanged:
             busy = ", ".join(f"{name} {span(seconds)}" for name, seconds in self.busy(stage).items())
             held = self.bottleneck(stage, (NVLINK, FAST))

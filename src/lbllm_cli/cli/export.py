@@ -19,6 +19,7 @@ from lbllm_cli.export.formats import exporter
 from lbllm_cli.pipeline.checkpoint import Checkpoint, complete_stages
 from lbllm_cli.pipeline.forecast import announce
 from lbllm_cli.pipeline.lineage import open_checkpoint
+from lbllm_cli.pipeline.other_keys import other_keys
 from lbllm_cli.pipeline.plan import prepare
 from lbllm_cli.recipe.schema import Recipe
 from lbllm_cli.recipe.stages import BASE, EXPORT, TABLE
@@ -38,6 +39,8 @@ def export(recipe: Recipe, repository: str | None, private: bool, dry_run: bool,
         stage = complete[-1] if complete else TABLE[0].name
     by = exporter(recipe.export.format)
     checkpoint = open_checkpoint(plan, stage)
+    if warning := other_keys(plan, [checkpoint]):
+        say(f"export: warning: {warning}")
     by.check(plan.model, checkpoint.record.scale_group)
     target = plan.output / EXPORT
     form = Form.of(recipe)
@@ -47,8 +50,9 @@ def export(recipe: Recipe, repository: str | None, private: bool, dry_run: bool,
     about = _described(recipe, plan.output, checkpoint, repository)
     announce(export_need(recipe, plan.model), plan.output, plan.model, done=done)
     if dry_run:
-        to = f", and upload it to {repository}" if repository else ""
-        say(f"export: would write {target}, {recipe.export.format}, from {checkpoint.path}{to}")
+        to = f", and {'would ' if done else ''}upload it to {repository}" if repository else ""
+        what = f"up to date, {target}" if done else f"would write {target}, {recipe.export.format}, from {checkpoint.path}"
+        say(f"export: {what}{to}")
         return
     with locked(plan.output):
         with interrupt.graceful():

@@ -1,10 +1,14 @@
 """What every command will need, as a table."""
 
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from lbllm_cli.core.console import GIB
 from lbllm_cli.pipeline.forecast import Need
 from lbllm_cli.pipeline.world import World
+
+_WIDEST = 10_000
 
 
 def forecast_table(needs: list[Need], world: World | None = None) -> Table:
@@ -17,3 +21,9 @@ def forecast_table(needs: list[Need], world: World | None = None) -> Table:
         sizes = (f"{value / GIB:.1f}" for value in (need.device, need.ram, need.disk + need.teacher, need.streams))
         table.add_row(need.stage, *sizes, "RAM" if need.place == "ram" else need.place)
     return table
+
+
+def print_table(out: Console, table: Table) -> None:
+    """A table with every value whole: in a narrow terminal its lines wrap, and where it is piped there is no width to keep to."""
+    table.width = Measurement.get(out, out.options.update(max_width=_WIDEST), table).maximum
+    out.print(table, crop=False)

@@ -1,14 +1,13 @@
 """`lbllm init`: a recipe for a model on this machine."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from lbllm_cli.cli.draft import Draft, draft
-from lbllm_cli.cli.draft_text import OWN, WEB, run_lines
-from lbllm_cli.cli.forecasts import forecast_table
+from lbllm_cli.cli.draft_text import OWN, WEB, default_name, run_lines
+from lbllm_cli.cli.forecasts import forecast_table, print_table
 from lbllm_cli.cli.machine import Machine, PlacedModel
 from lbllm_cli.core import files
 from lbllm_cli.core.console import say
@@ -21,9 +20,10 @@ def init(model: str, output: str | None, force: bool, machine: Machine | None = 
     """`lbllm init`.
 
     model: a folder or a Hugging Face id. output: the recipe's file, None for one named as the model, "-" for standard output.
-    machine: what is drafted for, this one where none is given. Raises UsageError where the file is there already, the model
-    cannot be used, or no settings fit the machine.
+    machine: what is drafted for, this one where none is given. Raises UsageError where the file is there already or cannot be
+    written, the model cannot be used, or no settings fit the machine.
     """
+    _check(model, output)
     target = Path(default_name(model)) if output == "-" else _target(model, output, force)
     source = PlacedModel.open(model, machine or Machine.here())
     found = draft(source, model, str(target), chat=_has_chat_template(source, model))
@@ -34,26 +34,31 @@ def init(model: str, output: str | None, force: bool, machine: Machine | None = 
     files.write_text(target, text)
     out = Console()
     out.print(f"free: {source.machine}", highlight=False, soft_wrap=True)
-    out.print(forecast_table(found.needs))
+    print_table(out, forecast_table(found.needs))
     print("\n".join(run_lines(str(target))))
     say(f"init: wrote {target}; its text comes from {WEB} on the Hugging Face hub, {_own(found)}")
 
 
+def _check(model: str, output: str | None) -> None:
+    """Raises UsageError for what is no name of a model or of a file."""
+    if not model:
+        raise UsageError("MODEL is empty; give a model folder, or a Hugging Face id")
+    for text, key in ((model, "MODEL"), (output or "", "--output")):
+        files.check_unicode(text, f"{key} {text}")
+        files.user_path(text, key)
+
+
 def _target(model: str, output: str | None, force: bool) -> Path:
-    """The file to write. Raises UsageError where something else is in its place, or nothing above it."""
+    """The file to write. Raises UsageError where something else is in its place, or it cannot be written there."""
     target = Path(default_name(model)) if output is None else files.user_path(output, "--output")
+    if problem := files.unwritable(target.parent):
+        raise UsageError(f"{target} cannot be written: {problem}, or give another name with -o")
     if not target.parent.is_dir():
         raise UsageError(f"--output {target}: there is no folder {target.parent}; make it, or give another name with -o")
     files.check_regular(target)
     if target.exists() and not force:
         raise UsageError(f"{target} is there already; give another name with -o, or --force to replace it")
     return target
-
-
-def default_name(model: str) -> str:
-    """Of a model's recipe: "meta-llama/Llama-3.1-8B" -> "llama-3.1-8b.yaml"."""
-    last = Path(model).expanduser().resolve().name if Path(model).expanduser().is_dir() else model.rpartition("/")[2]
-    return re.sub(r"[^a-z0-9._-]+", "-", last.lower()).strip("-.") + ".yaml"
 
 
 def _has_chat_template(source: PlacedModel, model: str) -> bool:

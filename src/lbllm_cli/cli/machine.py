@@ -18,10 +18,18 @@ from lbllm_cli.runtime.backend import Backend, backend_of, choose_device
 from lbllm_cli.runtime.stage_kernels import StageKernels
 from lbllm_cli.runtime.torch.backend import TorchBackend
 
+# Where a CPU has one of them, as lscpu calls them, a step of `distill` takes two thirds of the time: docs/measurements.md.
+BFLOAT16 = {"avx512_bf16", "amx_bf16"}
+# What the system knows of its processors; whatever has no such file is taken to have none of the instructions.
+_PROCESSORS = Path("/proc/cpuinfo")
+
 
 @dataclass(frozen=True)
 class Machine:
-    """What is free on a machine, in bytes. kind: of the device that computes. name: of that device. On a CPU memory is RAM."""
+    """What is free on a machine, in bytes. kind: of the device that computes. name: of that device. On a CPU memory is RAM.
+
+    bfloat16: whether the CPU has the instructions that `BFLOAT16` names.
+    """
 
     kind: Literal["cpu", "cuda"]
     name: str
@@ -29,6 +37,7 @@ class Machine:
     ram: int
     disk: int
     cores: int
+    bfloat16: bool = False
 
     @classmethod
     def here(cls) -> "Machine":
@@ -42,6 +51,7 @@ class Machine:
             ram=available_ram(),
             disk=shutil.disk_usage(Path.cwd()).free,
             cores=os.cpu_count() or 1,
+            bfloat16=_multiplies_bfloat16(),
         )
 
     @property
@@ -54,9 +64,21 @@ class Machine:
         """What forecasts ask of its device."""
         return _ForecastBackend(self)
 
+    @property
+    def dtype(self) -> Literal["bfloat16", "float32"]:
+        """What it trains in fastest, of what training works in."""
+        return "bfloat16" if self.has_gpu or self.bfloat16 else "float32"
+
     def __str__(self) -> str:
         gpu = f"a GPU ({self.name}) with {self.memory / GIB:.0f} GiB free, " if self.has_gpu else "no GPU, "
         return f"{gpu}{self.ram / GIB:.0f} GiB of RAM, {self.disk / GIB:.0f} GiB of disk, {self.cores} cores"
+
+
+def _multiplies_bfloat16() -> bool:
+    try:
+        return not BFLOAT16.isdisjoint(_PROCESSORS.read_text(encoding="utf-8").split())
+    except OSError:
+        return False
 
 
 class _ForecastBackend(TorchBackend):
@@ -107,6 +129,6 @@ class PlacedModel(SourceModel):
     @classmethod
     def open(cls, path: str, machine: Machine) -> "PlacedModel":
         """A folder or a Hugging Face id, of which no weight is fetched. Raises UsageError as `open_model`."""
-        settings = Model(path=path, dtype="bfloat16" if machine.has_gpu else "float32")
+        settings = Model(path=path, dtype=machine.dtype)
         found = open_model(settings, torch.device(machine.kind), weights=False)
         return cls(**{field.name: getattr(found, field.name) for field in fields(found)}, machine=machine)

@@ -10,9 +10,10 @@ from rich.console import Console
 
 from lbllm_cli.cli.durations import Durations
 from lbllm_cli.cli.exchanges import Exchanges, share_problems
-from lbllm_cli.cli.forecasts import forecast_table
+from lbllm_cli.cli.forecasts import forecast_table, print_table
 from lbllm_cli.core.console import say
 from lbllm_cli.core.errors import UsageError
+from lbllm_cli.data.sources import TextError, listed
 from lbllm_cli.evaluation.forecast import eval_need, whole_model_need
 from lbllm_cli.evaluation.tasks import Task, plan_tasks
 from lbllm_cli.export.forecast import export_need
@@ -89,16 +90,23 @@ def validate(recipe: Recipe, as_json: bool, world_size: int = 1, per_node: int |
 
 
 def _texts(plan: Plan) -> tuple[list[str], dict[str, int]]:
-    """Reads all text that is not sampled: what is wrong with it, and segments of each evaluation set."""
-    problems: list[str] = []
+    """Reads all text that is not still to be sampled: what is wrong with it, and segments of each evaluation set."""
     if plan.tokenizer is None:
-        return problems, {}
+        return [], {}
+    found: dict[str, TextError] = {}
+    problems: list[str] = []
     for stage in plan.recipe.stages:
+        # What is wrong with a text is so for all stages that read it, a phase that names none of its own among them.
+        key = stage.text if stage.text in plan.recipe.texts else "data.training"
+        if key in found:
+            continue
         try:
-            if not plan.generates(stage):
-                plan.stage_tokens(stage)
+            plan.known_tokens(stage)
+        except TextError as error:
+            found[error.key] = error
         except UsageError as error:
             problems.append(str(error))
+    problems = listed(found.values()) + problems
     try:
         return problems, {name: rows.shape[0] for name, rows in plan.evaluation().items()}
     except UsageError as error:
@@ -149,6 +157,6 @@ def _print_validation(out: Console, facts: dict[str, Any], needs: list[Need], va
         f"computed in {facts['dtype']} on {facts['device']}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
-    out.print(forecast_table(needs, world))
+    print_table(out, forecast_table(needs, world))
     for warning in facts["warnings"]:
         say(f"warning: {warning}")

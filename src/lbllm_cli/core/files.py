@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,16 @@ def check_regular(path: Path) -> None:
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
         raise UsageError(f"{path} is {kinds.get(stat.S_IFMT(mode), 'a device')}; expected a file")
+
+
+def unwritable(folder: Path) -> str | None:
+    """What keeps this user from making a folder, or a file in it, and what mends that; None where nothing does."""
+    there = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), Path())
+    if not os.path.isdir(there):
+        return f"{there} is no folder; move it away"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"{there} is not a writable folder; let this user write there"
+    return None
 
 
 def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
@@ -90,19 +102,52 @@ def sync_folder(folder: Path) -> None:
 
 def sync_file(path: Path) -> None:
     """Puts a file's bytes on disk for good."""
-    with path.open("rb") as handle:
+    with naming(path), path.open("rb") as handle:
         os.fsync(handle.fileno())
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """`write` fills a temporary file beside `path`, which then replaces `path` as a whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """While `path` is written: an error of the system that names no file, as that of a full disk does not, names it.
+
+    Raises OSError also where safetensors has an error of its own for what the system said.
+    """
     try:
-        write(temporary)
-        sync_file(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        # "Error while serializing: I/O error: ... (os error 28)"
+        said = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+        if said is None:
+            raise
+        raise OSError(int(said[1]), os.strerror(int(said[1])), str(path)) from None
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """`write` fills a temporary file beside `path`, which then replaces `path` as a whole or not at all.
+
+    Raises OSError, which names a file.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    # What a kill has left has the mode that it was given then.
+    temporary.unlink(missing_ok=True)
+    with naming(path):
+        try:
+            # As the umask has it, which cannot be read without being set for all threads. safetensors puts a file of mode 0600
+            # in its place.
+            temporary.touch()
+            mode = stat.S_IMODE(temporary.stat().st_mode)
+            write(temporary)
+            if stat.S_IMODE(temporary.stat().st_mode) != mode:
+                temporary.chmod(mode)
+            sync_file(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     sync_folder(path.parent)
 
 

@@ -1,6 +1,7 @@
 """What something was made from: nested values as dotted keys, their hash, and what differs between two of them."""
 
 import json
+import re
 from hashlib import sha256
 from typing import Any
 
@@ -11,11 +12,17 @@ def fingerprint(inputs: dict[str, Any]) -> str:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """One line per input that differs, "" when none does."""
+    """One line per input that differs, "" when none does; of hashes the first digits."""
     keys = sorted(before.keys() | now.keys())
     return "\n".join(
-        f"  {key}: {before.get(key, 'absent')} -> {now.get(key, 'absent')}" for key in keys if before.get(key) != now.get(key)
+        f"  {key}: {_shown(before.get(key, 'absent'))} -> {_shown(now.get(key, 'absent'))}"
+        for key in keys
+        if before.get(key) != now.get(key)
     )
+
+
+def _shown(value: Any) -> str:
+    return re.sub(r"\b[0-9a-f]{64}\b", lambda found: found[0][:12], str(value))
 
 
 def flatten(values: Any, prefix: str) -> dict[str, Any]:

@@ -89,13 +89,13 @@ def _entry(path: Path, item: Any) -> tuple[TensorEntry, int, int]:
     return entry, begin, end
 
 
-def read_header(path: Path) -> dict[str, TensorEntry]:
+def read_header(path: Path, remedy: str | None = None) -> dict[str, TensorEntry]:
     """Tensor entries of one safetensors file, from its header alone; no weight is read.
 
-    Raises UsageError when the file is missing, truncated or not safetensors: tensors that overlap, leave gaps, are there twice or
-    are longer or shorter than their shapes.
+    remedy: what mends a damaged one, for messages; by default it is downloaded again. Raises UsageError when the file is missing,
+    truncated or not safetensors: tensors that overlap, leave gaps, are there twice or are longer or shorter than their shapes.
     """
-    again = f"download {path.name} again"
+    again = remedy or f"download {path.name} again"
     files.check_regular(path)
     try:
         size = path.stat().st_size

@@ -46,7 +46,8 @@ def locked(output: Path, key: str = "output.dir") -> Iterator[None]:
             ) from None
         if owner and not owner.isdecimal():
             raise UsageError(f"{file} is not lbllm's, which keeps its lock there; move it away, or choose another {key}")
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
+        with files.naming(file):
+            handle.truncate(0)
+            handle.write(str(os.getpid()))
+            handle.flush()
         yield

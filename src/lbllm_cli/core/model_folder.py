@@ -164,7 +164,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         values = files.read_json(file)
     except FileNotFoundError:
-        raise UsageError(f"{folder} has no config.json; expected a Hugging Face model folder") from None
+        # The folder of a run has its export in it.
+        inner = [place.parent for place in folder.glob("*/config.json")]
+        hint = f", as {min(inner, key=lambda place: (place.name != 'export', place))} is" if inner else ""
+        raise UsageError(f"{folder} has no config.json; expected a Hugging Face model folder{hint}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{file}: expected a JSON object, got {type(values).__name__}")
     return values

@@ -16,6 +16,8 @@ from lbllm_cli.core.errors import UsageError
 
 # What a network file system makes of a file that is deleted while it is open.
 _LEFT_OPEN = re.compile(r"\.nfs[0-9a-f]+")
+# What safetensors fills before it has the name that it was given, and what a kill leaves of that.
+_LEFT_UNWRITTEN = re.compile(r"\.tmp[A-Za-z0-9]{6}")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,17 @@ class Kind:
         return self.telling is not None and bool(re.fullmatch(self.telling, entry))
 
 
+def _left(entry: Path) -> bool:
+    return bool(_LEFT_OPEN.fullmatch(entry.name) or _LEFT_UNWRITTEN.fullmatch(entry.name))
+
+
+def remove_unwritten(folder: Path) -> None:
+    """Deletes what a kill has left of files that were being written into a folder of lbllm's, where nobody writes now."""
+    for entry in folder.iterdir():
+        if _LEFT_UNWRITTEN.fullmatch(entry.name) and entry.is_file() and not entry.is_symlink():
+            entry.unlink(missing_ok=True)
+
+
 def foreign(folder: Path, kind: Kind) -> str | None:
     """What speaks against `folder` being one of lbllm's, in words; None where nothing does, or there is no such folder."""
     if not os.path.lexists(folder):
@@ -53,7 +66,7 @@ def foreign(folder: Path, kind: Kind) -> str | None:
         return "is a link"
     if not folder.is_dir():
         return "is a file"
-    entries = sorted(entry for entry in folder.iterdir() if not _LEFT_OPEN.fullmatch(entry.name))
+    entries = sorted(entry for entry in folder.iterdir() if not _left(entry))
     for entry in entries:
         if not entry.is_symlink() and entry.is_dir():
             inner = kind.inner(entry.name)

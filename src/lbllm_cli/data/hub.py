@@ -4,7 +4,9 @@ import re
 import socket
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any
 from urllib.parse import quote, urlparse
 
@@ -107,13 +109,54 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _check_network() -> None:
-    """Without a network the libraries try again for half a minute before they say so."""
+def no_network() -> str | None:
+    """Why the hub cannot be reached; None where it can, where a proxy stands before it, or where nobody is to ask it."""
     from huggingface_hub import constants
 
-    if not constants.HF_HUB_OFFLINE and not urllib.request.getproxies():
-        host = urlparse(constants.ENDPOINT).hostname
-        try:
-            socket.getaddrinfo(host, None)
-        except OSError as error:
-            raise UsageError(f"there is no network, or it does not know {host} ({error.strerror})") from None
+    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
+        return None
+    address = urlparse(constants.ENDPOINT)
+    port = address.port or (80 if address.scheme == "http" else 443)
+    return _unreachable(address.hostname or "", port, constants.HF_HUB_ETAG_TIMEOUT)
+
+
+@cache
+def _unreachable(host: str, port: int, seconds: float) -> str | None:
+    """Once a command: a network that drops what is sent answers after `seconds`."""
+    try:
+        socket.create_connection((host, port), timeout=seconds).close()
+    except OSError as error:
+        return f"there is no network, or no way to {host} in it ({error.strerror or error})"
+    return None
+
+
+def _check_network() -> None:
+    """Without a network the libraries try again for half a minute before they say so."""
+    if (why := no_network()) is not None:
+        raise UsageError(why)
+
+
+@contextmanager
+def at_once(local: bool = False) -> Iterator[str | None]:
+    """Where the hub cannot be reached, libraries take what is kept here, and else fail at once; they would try again for minutes.
+
+    local: that nothing is wanted of it: it is not asked, nor told what is loaded. Gives why it cannot be reached, else None.
+    """
+    import datasets
+    from huggingface_hub import constants
+
+    why = None if local else no_network()
+    if why is None and not local:
+        yield None
+        return
+    places: list[tuple[Any, str]] = [
+        (constants, "HF_HUB_OFFLINE"), (datasets.config, "HF_HUB_OFFLINE"), (datasets.config, "HF_DATASETS_OFFLINE"),
+    ]  # fmt: skip
+    before = [getattr(*place) for place in places]
+    for module, name in places:
+        setattr(module, name, True)
+    try:
+        yield why
+    finally:
+        for (module, name), value in zip(places, before, strict=True):
+            setattr(module, name, value)

@@ -83,7 +83,7 @@ def _json_list(path: Path, handle: TextIO) -> Iterator[Any]:
     """Elements of the one list that fills a file, read on as they are needed: files of gigabytes are written so."""
     window = _Window(handle)
     window.step()  # the bracket: `_json_records` has seen it
-    number, mark = 0, "," if window.peek() != "]" else window.step()
+    number, mark = 1, "," if window.peek() != "]" else window.step()
     while mark == ",":
         try:
             yield window.value()

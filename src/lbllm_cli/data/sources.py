@@ -3,7 +3,8 @@
 import json
 import lzma
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,31 @@ from lbllm_cli.recipe.base import Source
 STYLES = ("novels", "technical", "modern")
 PARTS = ("calibration", "training", "evaluation")
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
+
+
+class TextError(UsageError):
+    """What is wrong with text. key: of the recipe, that names it. reason: without the key."""
+
+    def __init__(self, key: str, reason: str):
+        super().__init__(f"{key}: {reason}")
+        self.key, self.reason = key, reason
+
+
+@contextmanager
+def named(key: str) -> Iterator[None]:
+    """Around what is done with text that a key of the recipe names: messages begin with the key."""
+    try:
+        yield
+    except UsageError as error:
+        raise TextError(key, str(error)) from None
+
+
+def listed(errors: Iterable[TextError]) -> list[str]:
+    """One line for each thing that is wrong, behind all keys that name it."""
+    keys: dict[str, dict[str, None]] = {}
+    for error in errors:
+        keys.setdefault(error.reason, {})[error.key] = None
+    return [f"{', '.join(found)}: {reason}" for reason, found in keys.items()]
 
 
 def expand(sources: list[Source]) -> list[Source]:
@@ -145,7 +171,7 @@ def builtin_records(part: str, style: str) -> Iterator[dict[str, str]]:
 
 def _texts(records: Iterator[Any], item: Source, tokenizer: Any) -> Iterator[str]:
     key = item.messages_key or item.text_key
-    for number, record in enumerate(records):
+    for number, record in enumerate(records, 1):
         where = f"{describe(item)}: record {number}"
         if not isinstance(record, dict) or key not in record:
             have = ", ".join(map(str, record))[:300] if isinstance(record, dict) else type(record).__name__
@@ -157,7 +183,7 @@ def _texts(records: Iterator[Any], item: Source, tokenizer: Any) -> Iterator[str
                 raise UsageError(f"{describe(item)}: messages_key needs a chat template and the tokenizer has none; use {remedy}")
             value = chat.render(tokenizer, value, f"{where}, field `{key}`")
         elif not isinstance(value, str):
-            raise UsageError(f"{describe(item)}: field `{key}` of record {number} is {type(value).__name__}, expected text")
+            raise UsageError(f"{where}, field `{key}` is {type(value).__name__}, expected text")
         if len(value) > RECORD_LIMIT:
             raise UsageError(f"{where} has {len(value):,} characters; at most {RECORD_LIMIT:,} are read; divide it into several")
         files.check_unicode(value, f"{where}, field `{key}`")

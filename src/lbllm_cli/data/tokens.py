@@ -61,7 +61,8 @@ def training_tokens(spec: TokenSet, tokenizer: Any, vocab: int, draw: Draw) -> T
     ]
     order = sorted((row / part.shape[0], which, row) for which, part in enumerate(parts) for row in range(part.shape[0]))
     rows = torch.stack([parts[which][row] for _, which, row in order])
-    return _finish(rows, spec.bos, tokenizer, vocab, draw.key)
+    with text_sources.named(draw.key):
+        return _finish(rows, spec.bos, tokenizer, vocab)
 
 
 def _drawn(sources: list[Source], sequences: int, length: int, tokenizer: Any, draw: Draw) -> dict[int, Tensor]:
@@ -71,7 +72,8 @@ def _drawn(sources: list[Source], sequences: int, length: int, tokenizer: Any, d
     shares = _shares(sources, sequences)
     numbers = {text: own[0] for text, own in _texts(text_sources.expand(list(draw.first))).items()}
     found: dict[int, Tensor] = {}
-    for item, own in _texts(sources).items():
+    # Sampling takes hours: what the others lack is found before.
+    for item, own in sorted(_texts(sources).items(), key=lambda text: text[0].sampled):
         counts = {index: shares[index] for index in own if shares[index]}
         if not counts:
             continue
@@ -82,7 +84,8 @@ def _drawn(sources: list[Source], sequences: int, length: int, tokenizer: Any, d
             counted = ([_count(item, those, size) for those, size in sets] for sets in draw.taken)
             others = [taken for sizes in counted if (taken := [size for size in sizes if size])]
             seed = draw.seed + numbers.get(item, own[0])
-            rows = windows(item, Wanted(sum(counts.values()), length, others, seed, draw.key), tokenizer)
+            with text_sources.named(draw.key):
+                rows = windows(item, Wanted(sum(counts.values()), length, others, seed), tokenizer)
         found |= dict(zip(counts, rows.split(list(counts.values())), strict=True))
     return found
 
@@ -107,26 +110,26 @@ def evaluation_tokens(spec: EvaluationSet, tokenizer: Any, vocab: int) -> Tensor
 
     Of several sources each gives its share of the segments; where no number is set, all of them follow each other.
     """
-    length, key = spec.length - int(spec.bos), f"data.evaluation {spec.name}"
-    sources = text_sources.expand(spec.source)
-    if spec.segments is None:
-        if len({item.weight for item in spec.source}) > 1:
-            raise UsageError(f"{key}: weights are shares of its segments; set segments")
-        ids = torch.cat([_evaluation_ids(item, tokenizer, None, key) for item in sources])
-        rows = _segments(ids, max(1, ids.numel() // length), length, key, spec.source)
-    else:
-        counts = zip(sources, _shares(sources, spec.segments), strict=True)
-        pieces = [(item, count, _evaluation_ids(item, tokenizer, count * length, key)) for item, count in counts if count]
-        rows = torch.cat([_segments(ids, count, length, key, [item]) for item, count, ids in pieces])
-    return _finish(rows, spec.bos, tokenizer, vocab, key)
+    length, sources = spec.length - int(spec.bos), text_sources.expand(spec.source)
+    with text_sources.named(spec.key):
+        if spec.segments is None:
+            if len({item.weight for item in spec.source}) > 1:
+                raise UsageError("weights are shares of its segments; set segments")
+            ids = torch.cat([_evaluation_ids(item, tokenizer, None) for item in sources])
+            rows = _segments(ids, max(1, ids.numel() // length), length, spec.source)
+        else:
+            counts = zip(sources, _shares(sources, spec.segments), strict=True)
+            pieces = [(item, count, _evaluation_ids(item, tokenizer, count * length)) for item, count in counts if count]
+            rows = torch.cat([_segments(ids, count, length, [item]) for item, count, ids in pieces])
+        return _finish(rows, spec.bos, tokenizer, vocab)
 
 
-def _segments(ids: Tensor, count: int, length: int, key: str, sources: list[Source]) -> Tensor:
-    """The first `count` segments: int64 [n] -> [count, length]. key, sources: for messages."""
+def _segments(ids: Tensor, count: int, length: int, sources: list[Source]) -> Tensor:
+    """The first `count` segments: int64 [n] -> [count, length]. sources: for messages."""
     if count * length > ids.numel():
         names = ", ".join(text_sources.describe(item) for item in sources)
         raise UsageError(
-            f"{key}: {names} holds {ids.numel():,} tokens, {count * length:,} are needed ({count} segments x {length}); "
+            f"{names} holds {ids.numel():,} tokens, {count * length:,} are needed ({count} segments x {length}); "
             "lower segments or length"
         )
     return ids[: count * length].view(count, length)
@@ -142,10 +145,10 @@ def _shares(sources: list[Source], total: int) -> list[int]:
     return counts
 
 
-def _evaluation_ids(item: Source, tokenizer: Any, needed: int | None, key: str) -> Tensor:
+def _evaluation_ids(item: Source, tokenizer: Any, needed: int | None) -> Tensor:
     if item.source.endswith(".safetensors"):
         return pretokenized(item, None)
-    where = f"{key}: {text_sources.describe(item)}"
+    where = text_sources.describe(item)
     texts = text_sources.documents(item, True, tokenizer)
     preset = PRESETS.get(item.source)
     if preset is not None:
@@ -154,14 +157,14 @@ def _evaluation_ids(item: Source, tokenizer: Any, needed: int | None, key: str) 
     return read(batches((text + "\n\n" for text in texts), tokenizer, where, needed), needed)
 
 
-def _finish(rows: Tensor, bos: bool, tokenizer: Any, vocab: int, where: str) -> Tensor:
+def _finish(rows: Tensor, bos: bool, tokenizer: Any, vocab: int) -> Tensor:
     if bos:
         if tokenizer.bos_token_id is None:
-            raise UsageError(f"{where}: bos is true and the tokenizer has no BOS token; set bos: false")
+            raise UsageError("bos is true and the tokenizer has no BOS token; set bos: false")
         rows = torch.cat([torch.full((rows.shape[0], 1), tokenizer.bos_token_id, dtype=torch.int64), rows], dim=1)
     least, most = int(rows.min()), int(rows.max())
     if least < 0:
-        raise UsageError(f"{where}: token ids begin at {least}, the vocabulary at 0; wrong tokenizer?")
+        raise UsageError(f"token ids begin at {least}, the vocabulary at 0; wrong tokenizer?")
     if most >= vocab:
-        raise UsageError(f"{where}: token ids reach {most}, the vocabulary ends at {vocab - 1}; wrong tokenizer?")
+        raise UsageError(f"token ids reach {most}, the vocabulary ends at {vocab - 1}; wrong tokenizer?")
     return rows.contiguous()

@@ -30,18 +30,13 @@ class Wanted:
     """What is drawn of one source.
 
     count: sequences. others: sets that come before and follow each other, the sequences that each has of this source: [256, 224]
-    are the 224 after the 256. seed: of the choice, the same for all of these sets. key: of the recipe, for messages.
+    are the 224 after the 256. seed: of the choice, the same for all of these sets.
     """
 
     count: int
     length: int
     others: Sequence[Sequence[int]]
     seed: int
-    key: str
-
-    def where(self, item: Source) -> str:
-        """How messages name the source."""
-        return f"{self.key}: {text_sources.describe(item)}"
 
     def order(self, number: int) -> Tensor:
         """The order in which `number` windows are taken: int64 [number]."""
@@ -62,7 +57,7 @@ def windows(item: Source, wanted: Wanted, tokenizer: Any) -> Tensor:
         return _of_stream(item, wanted, tokenizer)
     if preset is not None and preset.joiner:
         texts = iter([preset.joiner.join(text_sources.documents(item, False, tokenizer))])
-        return _of_all(read(batches(texts, tokenizer, wanted.where(item)), None), item, wanted)
+        return _of_all(read(batches(texts, tokenizer, text_sources.describe(item)), None), item, wanted)
     return _of_all(_whole(item, wanted, tokenizer), item, wanted)
 
 
@@ -118,7 +113,7 @@ def _batched(item: Source, wanted: Wanted, tokenizer: Any) -> Iterator[Tensor]:
     texts = text_sources.documents(item, False, tokenizer)
     if not item.messages_key and (preset is None or not preset.messages_key):
         texts = (text + "\n\n" for text in texts)
-    return batches(texts, tokenizer, wanted.where(item))
+    return batches(texts, tokenizer, text_sources.describe(item))
 
 
 def _of_all(ids: Tensor, item: Source, wanted: Wanted) -> Tensor:
@@ -127,7 +122,7 @@ def _of_all(ids: Tensor, item: Source, wanted: Wanted) -> Tensor:
     found, needed = ids.numel() // wanted.length, skip + wanted.count
     if found < needed:
         raise UsageError(
-            f"{wanted.where(item)} holds {ids.numel():,} tokens, {needed * wanted.length:,} are needed "
+            f"{text_sources.describe(item)} holds {ids.numel():,} tokens, {needed * wanted.length:,} are needed "
             f"({wanted.count}{f' beside the {skip} of another set' if skip else ''} sequences x {wanted.length}); "
             "lower sequences or length, or add text"
         )
@@ -149,7 +144,7 @@ def _of_stream(item: Source, wanted: Wanted, tokenizer: Any) -> Tensor:
     if len(left) < wanted.count:
         beside = f", {others} sequences of it are of other sets and {len(left)} more are left" if others else ""
         raise UsageError(
-            f"{wanted.where(item)} holds {ids.numel():,} tokens{beside}, {wanted.count * wanted.length:,} are needed "
+            f"{text_sources.describe(item)} holds {ids.numel():,} tokens{beside}, {wanted.count * wanted.length:,} are needed "
             f"({wanted.count} sequences x {wanted.length}); lower sequences or length, or add text"
         )
     chosen = torch.tensor(left)[wanted.order(len(left))[: wanted.count]]
@@ -225,7 +220,7 @@ def _within_records(item: Source, wanted: Wanted, tokenizer: Any) -> Tensor:
         if len(left) < wanted.count:
             beside = f", {others} of them for other sets" if others else ""
             raise UsageError(
-                f"{wanted.where(item)} holds {found:,} records of more than {wanted.length} tokens{beside}, "
+                f"{text_sources.describe(item)} holds {found:,} records of more than {wanted.length} tokens{beside}, "
                 f"{wanted.count} are needed; lower sequences or length, or add text"
             )
         wished = set(left)
@@ -239,7 +234,7 @@ def _within_records(item: Source, wanted: Wanted, tokenizer: Any) -> Tensor:
 
 
 def _long_records(item: Source, wanted: Wanted, tokenizer: Any) -> Iterator[Tensor]:
-    where = wanted.where(item)
+    where = text_sources.describe(item)
     for text in text_sources.documents(item, False, tokenizer):
         ids = encode(text, tokenizer, where)
         if ids.numel() > wanted.length:

@@ -1,6 +1,7 @@
 """The end-to-end phase in the pipeline."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +21,11 @@ from lbllm_cli.pipeline.traffic import Exchanged
 from lbllm_cli.pipeline.training_state import TrainingState
 from lbllm_cli.pipeline.work import StageRun, parents_activations
 from lbllm_cli.recipe.stages import StageSpec
+from lbllm_cli.recipe.training import EndToEnd
 from lbllm_cli.training.duration import LATENT_BYTES
 from lbllm_cli.training.forecast import owned_share
 from lbllm_cli.training.loop import Job, TrainingLoop
+from lbllm_cli.training.master import LEVELS, SCALES
 from lbllm_cli.training.plots import plot_steps
 from lbllm_cli.training.traffic import whole_exchanged
 
@@ -99,10 +102,23 @@ def run(run: StageRun) -> None:
         changed = loop.run() or {}
     # A run that is killed while the blocks are written does not train again.
     loop.save()
+    facts = loop.facts()
+    if facts["epochs"] and not facts["best_epoch"]:
+        reporter.note(_not_better(run.spec, settings, facts, parent))
     _write(run, parent, changed)
-    reporter.record({"phase": run.spec.phase, **loop.facts()})
+    reporter.record({"phase": run.spec.phase, **facts})
     if plan.group.first:
         plot_steps(writer.path / "events.jsonl", writer.path / "loss.png")
+
+
+def _not_better(spec: StageSpec, settings: EndToEnd, facts: dict[str, Any], parent: Checkpoint) -> str:
+    """What to say where the phase ends with what it began with. facts: of the training."""
+    losses = [epoch["held_out"]["error"] for epoch in facts["epochs"]]
+    rates = dict.fromkeys(f"{spec.section}.lr_{LEVELS if kind == SCALES else kind}" for kind in settings.trained)
+    return (
+        f"no epoch was better: held-out loss {facts['before']['error']:.4f} at the start, {min(losses):.4f} after epoch "
+        f"{losses.index(min(losses)) + 1}; the checkpoint is that of {parent.stage}; lower {', '.join(rates)}"
+    )
 
 
 def _write(run: StageRun, parent: Checkpoint, changed: dict[str, Tensor]) -> None:

@@ -124,7 +124,7 @@ def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_byt
 
     def flush() -> None:
         path = folder / f"part-{len(shards):05d}"
-        save_file(held, path, metadata={"format": "pt"})
+        files.write_atomic(path, lambda temporary: save_file(held, temporary, metadata={"format": "pt"}))
         shards.append((path, list(held)))
         held.clear()
 
@@ -140,7 +140,6 @@ def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_byt
     weight_map: dict[str, str] = {}
     for number, (path, names) in enumerate(shards, 1):
         name = model_folder.SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        files.sync_file(path)
         path.rename(folder / name)
         weight_map |= dict.fromkeys(names, name)
     if len(shards) > 1:

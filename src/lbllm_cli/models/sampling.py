@@ -1,11 +1,13 @@
 """Text sampled from a full-precision model that is whole in memory: calibration text for `generate:` sources."""
 
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -14,9 +16,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lbllm_cli.core import files, interrupt
+from lbllm_cli.core.console import clock
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.models.model import SourceModel
-from lbllm_cli.recipe.base import Source
 from lbllm_cli.runtime.attachments import Arguments
 
 # Sequences sampled together: their keys and values lie in memory beside the whole model.
@@ -34,7 +36,27 @@ class Sampling:
     temperature: float
 
 
-def sample_tokens(model: SourceModel, tokenizer: Any, wanted: Sampling, kept: Path) -> Tensor:
+class Listener(Protocol):
+    """Who is told how far sampling is: it may take hours."""
+
+    def tick(self, text: str) -> None:
+        """At every token."""
+
+    def note(self, text: str) -> None:
+        """A line now and then."""
+
+
+class Silent:
+    """Tells nobody."""
+
+    def tick(self, text: str) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+
+def sample_tokens(model: SourceModel, tokenizer: Any, wanted: Sampling, kept: Path, listener: Listener) -> Tensor:
     """Samples text from the model itself: int64 [rows, length], without the start token.
 
     Starts from the tokenizer's BOS, or where it has none from single tokens drawn at random. Needs the whole model in memory.
@@ -47,7 +69,7 @@ def sample_tokens(model: SourceModel, tokenizer: Any, wanted: Sampling, kept: Pa
     network = load_folder(model.folder, model.config, False, dtype=model.dtype).to(model.device)
     generator = torch.Generator(device=model.device).manual_seed(wanted.seed)
     kept.mkdir(parents=True, exist_ok=True)
-    pieces = []
+    pieces, seconds = [], []
     for start in range(0, wanted.rows, ROWS_AT_ONCE):
         count, path = min(ROWS_AT_ONCE, wanted.rows - start), kept / f"{start:08d}.safetensors"
         if path.exists():
@@ -57,23 +79,41 @@ def sample_tokens(model: SourceModel, tokenizer: Any, wanted: Sampling, kept: Pa
             except (KeyError, RuntimeError, TypeError):
                 raise UsageError(f"{path} is damaged (expected a generator's state); delete it: it is sampled again") from None
         else:
-            tokens = _sample(network, model, tokenizer, (count, wanted), generator)
+            began, where = time.monotonic(), f"sampling sequences {start + 1} to {start + count} of {wanted.rows}"
+            told = partial(_tick, listener, where, wanted.length)
+            tokens = _sample(network, model, tokenizer, (count, wanted), generator, told)
             tensors = {_TOKENS: tokens, _STATE: generator.get_state()}
             files.write_atomic(path, partial(save_file, tensors))
+            seconds.append(time.monotonic() - began)
+            _note(listener, start + count, wanted.rows, sum(seconds) / len(seconds))
         pieces.append(tensors[_TOKENS])
     return torch.cat(pieces)
 
 
-def _sample(network: Any, model: SourceModel, tokenizer: Any, wanted: tuple[int, Sampling], generator: torch.Generator) -> Tensor:
-    """Sequences that are sampled together: int64 [count, length]."""
+def _tick(listener: Listener, where: str, length: int, token: int) -> None:
+    listener.tick(f"{where}, token {token}/{length}")
+
+
+def _note(listener: Listener, done: int, rows: int, seconds: float) -> None:
+    """seconds: of ROWS_AT_ONCE sequences, mean."""
+    left = f"  eta {clock((rows - done) / ROWS_AT_ONCE * seconds)}" if done < rows else ""
+    listener.note(f"{done} of {rows} sequences are sampled{left}")
+
+
+def _sample(
+    network: Any, model: SourceModel, tokenizer: Any, wanted: tuple[int, Sampling], generator: torch.Generator,
+    told: Callable[[int], None],
+) -> Tensor:  # fmt: skip
+    """Sequences that are sampled together: int64 [count, length]. told: before each token its number, from 1."""
     count, settings = wanted
     if tokenizer.bos_token_id is not None:
         token = torch.full((count, 1), tokenizer.bos_token_id, device=model.device)
     else:
         token = torch.randint(int(model.config.vocab_size), (count, 1), generator=generator, device=model.device)
     name, cache, sampled = Arguments(network).name, DynamicCache(config=network.config), []
-    for _ in range(settings.length):
+    for number in range(settings.length):
         interrupt.check()
+        told(number + 1)
         out = network(token, use_cache=True, **{name: cache})
         chances = torch.softmax(out.logits[:, -1].float() / settings.temperature, dim=-1)
         token = torch.multinomial(chances, 1, generator=generator)
@@ -81,18 +121,28 @@ def _sample(network: Any, model: SourceModel, tokenizer: Any, wanted: tuple[int,
     return torch.cat(sampled, dim=1)
 
 
-def cached_sample(model: SourceModel, tokenizer: Any, output: Path, item: Source, shape: tuple[int, int], seed: int) -> Tensor:
-    """`sample_tokens` of a shape, kept in <output>/generated/ under a name that covers everything it depends on."""
-    rows, length = shape
-    key = sha256(f"{model.identity()} {rows} {length} {seed} {item.temperature} {model.dtype}".encode()).hexdigest()[:16]
-    path = output / "generated" / f"{key}.safetensors"
+def cached_sample(model: SourceModel, tokenizer: Any, output: Path, wanted: Sampling, listener: Listener) -> Tensor:
+    """`sample_tokens`, kept in <output>/generated/."""
+    path = _place(model, output, wanted)
     kept = path.with_suffix(".partial")
     if not path.exists():
-        tokens = sample_tokens(model, tokenizer, Sampling(rows, length, seed, item.temperature), kept)
+        tokens = sample_tokens(model, tokenizer, wanted, kept, listener)
         files.write_atomic(path, partial(save_file, {_TOKENS: tokens}))
     # Also what a kill has left beside the whole.
     shutil.rmtree(kept, ignore_errors=True)
-    return _kept(path, shape, int(model.config.vocab_size))[_TOKENS]
+    return _kept(path, (wanted.rows, wanted.length), int(model.config.vocab_size))[_TOKENS]
+
+
+def kept_sample(model: SourceModel, output: Path, wanted: Sampling) -> Tensor | None:
+    """What `cached_sample` has kept, None where it has yet to be sampled; nothing is written."""
+    path = _place(model, output, wanted)
+    return _kept(path, (wanted.rows, wanted.length), int(model.config.vocab_size))[_TOKENS] if path.exists() else None
+
+
+def _place(model: SourceModel, output: Path, wanted: Sampling) -> Path:
+    """The file of sampled text: its name covers everything that the text depends on."""
+    what = f"{model.identity()} {wanted.rows} {wanted.length} {wanted.seed} {wanted.temperature} {model.dtype}"
+    return output / "generated" / f"{sha256(what.encode()).hexdigest()[:16]}.safetensors"
 
 
 def _kept(path: Path, shape: tuple[int, int], vocab: int) -> dict[str, Tensor]:

@@ -95,8 +95,9 @@ class Checkpoint:
         return load_file(self.path / OUTER)
 
     def entries(self) -> dict[str, TensorEntry]:
-        """Entries of all blocks' tensors, from the headers."""
-        return {name: entry for file in sorted(self.hashes) for name, entry in read_header(self.path / file).items()}
+        """Entries of all stored tensors, from the headers. Raises UsageError naming a file that is missing or damaged."""
+        remedy = f"run: {self.spec.remake}"
+        return {name: entry for file in sorted(self.hashes) for name, entry in read_header(self.path / file, remedy).items()}
 
 
 def complete_stages(output: Path) -> list[str]:

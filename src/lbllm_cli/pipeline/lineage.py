@@ -6,9 +6,10 @@ from typing import Any
 from torch import Tensor
 
 from lbllm_cli.core.errors import UsageError
-from lbllm_cli.core.fingerprint import changes, flatten
+from lbllm_cli.core.fingerprint import flatten
 from lbllm_cli.data.tokens import tokens_hash
 from lbllm_cli.pipeline.checkpoint import Checkpoint, complete_stages
+from lbllm_cli.pipeline.inputs import differences, text_entry, text_key
 from lbllm_cli.pipeline.plan import Plan
 from lbllm_cli.pipeline.stage_record import PARENT, RANKS
 from lbllm_cli.recipe.stages import CAME_LATER, STAGES, StageSpec
@@ -18,7 +19,8 @@ def stage_inputs(plan: Plan, spec: StageSpec, tokens: Tensor | None, parent: Che
     """Everything a stage's checkpoint depends on, by recipe key: its fingerprint, and what a refusal lists.
 
     Of the stage's section these are the keys that its `StageSpec` names, of its text the tokens themselves: a text that moved is
-    still the same text. tokens: see `Plan.stage_tokens`; None leaves them out. parent: what it goes on from, by its bytes.
+    still the same text. tokens: see `Plan.stage_tokens`; None where they are still to be sampled, of which the shape is known.
+    parent: what it goes on from, by its bytes.
     """
     settings = plan.settings(spec).model_dump(mode="json")
     own = {key: value for key, value in settings.items() if key in spec.reads}
@@ -26,15 +28,13 @@ def stage_inputs(plan: Plan, spec: StageSpec, tokens: Tensor | None, parent: Che
     own = {key: value for key, value in own.items() if value != later[key]}
     if "parent" in own:
         own["parent"] = str(plan.recipe.parent(spec))
-    text = {}
-    if tokens is not None:
-        text = {f"{spec.text}.tokens": f"{tokens.shape[0]} x {tokens.shape[1]}, {tokens_hash(tokens)}"}
+    text = text_entry(plan.shape(spec), None) if tokens is None else text_entry(tuple(tokens.shape), tokens_hash(tokens))
     return {
         "stage": spec.name,
         "model.files": plan.model.identity(),
         "model.dtype": plan.recipe.model.dtype,
         "runtime.seed": plan.recipe.runtime.seed,
-        **text,
+        text_key(spec): text,
         **flatten(own, spec.section),
         **({} if parent is None else {PARENT: parent.content}),
         **({} if plan.group.size == 1 else {RANKS: plan.group.size}),
@@ -81,8 +81,8 @@ def ancestors(output: Path, checkpoint: Checkpoint) -> list[Checkpoint]:
 def open_parent(plan: Plan, spec: StageSpec) -> Checkpoint | None:
     """The checkpoint that a stage goes on from, None where it starts from the source model.
 
-    Raises UsageError for one that this recipe would make differently, or one of those before it. Text that the model would have
-    to write anew is not compared.
+    Raises UsageError for one that this recipe would make differently, or one of those before it. Of text that the model would
+    have to write anew the shape is compared.
     """
     before = plan.recipe.parent(spec)
     if before is None:
@@ -117,12 +117,11 @@ def _check_groups(plan: Plan, parent: Checkpoint) -> None:
 
 def _check_made_alike(plan: Plan, checkpoint: Checkpoint) -> None:
     made = STAGES[checkpoint.stage]
-    sampled = plan.generates(made)
-    wanted = stage_inputs(plan, made, None if sampled else plan.stage_tokens(made))
-    left_out = {PARENT, RANKS, *([f"{made.text}.tokens"] if sampled else [])}
+    wanted = stage_inputs(plan, made, plan.known_tokens(made))
+    left_out = {PARENT, RANKS}
     made_from = {name: value for name, value in checkpoint.inputs.items() if name not in left_out}
     wanted.pop(RANKS, None)
-    if changed := changes(made_from, wanted):
+    if changed := differences(made, made_from, wanted):
         raise UsageError(
             f"{checkpoint.path} was made from other inputs than this recipe's:\n{changed}\n"
             f"Set these keys back, or run: {made.remake}"

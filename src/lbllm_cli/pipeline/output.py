@@ -6,10 +6,11 @@ A stage or an export that is replaced would take its own source with it.
 import errno
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from lbllm_cli.core.errors import UsageError
-from lbllm_cli.core.files import user_path
+from lbllm_cli.core.files import unwritable, user_path
 from lbllm_cli.core.own_folders import check_folders
 from lbllm_cli.data.presets import PRESETS
 from lbllm_cli.models.model import SourceModel
@@ -48,11 +49,8 @@ def check_output(output: Path, model: SourceModel | None) -> None:
     if model is not None and output.exists() and output.resolve() == model.folder.resolve():
         raise UsageError(f"output.dir {output} is the model's own folder; choose another")
     check_places(output)
-    existing = output.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UsageError(f"output.dir {output} cannot be written: {existing} is not a writable folder")
+    if problem := unwritable(output):
+        raise UsageError(f"output.dir {output} cannot be written: {problem}, or choose another")
 
 
 def check_places(output: Path) -> None:
@@ -104,14 +102,11 @@ def _reads(recipe: Recipe, model: Path | None) -> Iterator[tuple[str, Path]]:
     """Files and folders that a recipe names as sources, by key."""
     if model is not None:
         yield "model.path", model
-    data = recipe.data
-    sets = [("data.calibration", data.calibration.source), ("data.training", data.training.source)]
-    sets += [(f"data.evaluation {item.name}", item.source) for item in data.evaluation]
-    sets += [(spec.section, phase.source) for spec, phase in recipe.end_to_end.items() if phase.source is not None]
-    for key, named in sets:
+    for key, named in recipe.texts.items():
         for item in named:
-            if name := _local(item):
-                yield f"{key}: source", user_path(name, f"{key}: source")
+            with suppress(UsageError):  # no system has such a path: `data.sources.check` says so
+                if name := _local(item):
+                    yield f"{key}: source", user_path(name, "source")
 
 
 def _local(item: Source) -> str | None:

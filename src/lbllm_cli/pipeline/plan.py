@@ -1,8 +1,7 @@
 """From a recipe to a checked plan: everything that can be checked is, before a weight is read or a byte written."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from lbllm_cli.core.errors import UsageError
 from lbllm_cli.data import sources, tokens
 from lbllm_cli.format.group_sizes import linear_name, whole_groups
 from lbllm_cli.models.model import SourceModel, open_model
+from lbllm_cli.models.sampling import Listener, Sampling, Silent, cached_sample, kept_sample
 from lbllm_cli.models.tokenizer import open_tokenizer
 from lbllm_cli.parallel.group import ALONE, Group
 from lbllm_cli.pipeline import output
@@ -29,6 +29,10 @@ from lbllm_cli.runtime.backend import choose_device
 _Sets = list[tuple[list[Source], int]]
 
 
+class _NotSampled(Exception):
+    """Text that is wanted would have to be sampled."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """A checked recipe. tokenizer: None only where `weights=False` met a folder without one. group: who runs it. asked: ranks
@@ -41,7 +45,7 @@ class Plan:
     tokenizer: Any
     group: Group = ALONE
     asked: World | None = None
-    _tokens: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _tokens: dict[str, Tensor | None] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def world(self) -> World:
@@ -90,7 +94,7 @@ class Plan:
     def without_bos(self, stages: Iterable[StageSpec], evaluate: bool = False) -> str | None:
         """What to say of sets of text without BOS, where the family is lost on them; None where nothing is to be said."""
         keys = [spec.text for spec in stages if isinstance(found := self.recipe.section(spec.text), TokenSet) and not found.bos]
-        keys += [f"data.evaluation {spec.name}" for spec in self.recipe.data.evaluation if evaluate and not spec.bos]
+        keys += [spec.key for spec in self.recipe.data.evaluation if evaluate and not spec.bos]
         if not self.model.family.begins or not keys:
             return None
         # Gemma 3 270M, three segments of 1,024 tokens of novels: perplexity 33.2 with it and 62.8 without.
@@ -116,38 +120,66 @@ class Plan:
             f"GPU: their groups do not divide the {step} inputs that share a step; choose act_calib.group_size by them"
         )
 
-    def generates(self, spec: StageSpec) -> bool:
-        """Whether a stage's text is sampled from the model, which writes its cache into the output folder."""
-        return any(item.sampled for item in self.token_set(spec).source)
+    def shape(self, spec: StageSpec) -> tuple[int, int]:
+        """Sequences that a stage reads, and their length."""
+        found = self.token_set(spec)
+        return self.settings(spec).subset or found.sequences, found.length
 
-    def stage_tokens(self, spec: StageSpec) -> Tensor:
-        """int64 [sequences, length] that a stage reads; of the stages before it, which are compared as well, read once."""
+    def stage_tokens(self, spec: StageSpec, listener: Listener | None = None) -> Tensor:
+        """int64 [sequences, length] that a stage reads; of the stages before it, which are compared as well, read once.
+
+        Of `generate:` what is not there yet is sampled. listener: who is told how far that is.
+        """
+        if (found := self._tokens.get(spec.name)) is None:
+            found = self._tokens[spec.name] = self._read_tokens(spec, listener or Silent())
+        return found
+
+    def known_tokens(self, spec: StageSpec) -> Tensor | None:
+        """`stage_tokens` that are there without the hours which sampling takes, else None.
+
+        All else that the stage reads is read nevertheless: what is wrong with it is known before those hours.
+        """
         if spec.name not in self._tokens:
-            self._tokens[spec.name] = self._read_tokens(spec)
+            try:
+                self._tokens[spec.name] = self._read_tokens(spec, None)
+            except _NotSampled:
+                self._tokens[spec.name] = None
         return self._tokens[spec.name]
 
-    def _read_tokens(self, spec: StageSpec) -> Tensor:
-        seed, taken = self.recipe.runtime.seed, self._taken(spec)
+    def _read_tokens(self, spec: StageSpec, listener: Listener | None) -> Tensor:
+        """listener: None where nothing may be sampled. Raises _NotSampled then, where something would have to be."""
 
         def sample(item: Source, rows: int, length: int) -> Tensor:
-            from lbllm_cli.models.sampling import cached_sample
-
             # Of another stage's sampled text nothing could be left out: another seed gives other text.
-            shape, own = (rows, length), seed + (spec.fresh << 20)
-            found = self.group.told(lambda: cached_sample(self.model, self.tokenizer, self.output, item, shape, own))
-            assert isinstance(found, Tensor)
-            return found
+            wanted = Sampling(rows, length, self.recipe.runtime.seed + (spec.fresh << 20), item.temperature)
+
+            def found() -> Tensor | None:
+                if listener is None:
+                    return kept_sample(self.model, self.output, wanted)
+                return cached_sample(self.model, self.tokenizer, self.output, wanted, listener)
+
+            if (text := self.group.told(found)) is None:
+                raise _NotSampled
+            return text
 
         first = self.recipe.data.training.source if spec in self.recipe.end_to_end else []
-        draw = tokens.Draw(seed, sample, spec.text, taken, first)
+        draw = tokens.Draw(self.recipe.runtime.seed, sample, spec.text, self._taken(spec), first)
         found = tokens.training_tokens(self.token_set(spec), self.tokenizer, self.vocab, draw)
         subset = self.settings(spec).subset
         # Spread, for the sequences may be ordered by source.
         return found if subset is None else found[torch.linspace(0, len(found) - 1, subset).round().long()]
 
     def evaluation(self) -> dict[str, Tensor]:
-        """name -> int64 [segments, length] of data.evaluation."""
-        return {spec.name: tokens.evaluation_tokens(spec, self.tokenizer, self.vocab) for spec in self.recipe.data.evaluation}
+        """name -> int64 [segments, length] of data.evaluation. Raises UsageError with what is wrong with each set."""
+        found, errors = {}, []
+        for spec in self.recipe.data.evaluation:
+            try:
+                found[spec.name] = tokens.evaluation_tokens(spec, self.tokenizer, self.vocab)
+            except sources.TextError as error:
+                errors.append(error)
+        if errors:
+            raise UsageError("\n".join(sources.listed(errors)))
+        return found
 
 
 def prepare(
@@ -179,17 +211,13 @@ def prepare(
     texts = dict.fromkeys(spec.text for spec in stages)
     read: dict[str, TokenSet] = {key: found for key in texts if isinstance(found := recipe.section(key), TokenSet)}
     train = any(key != TABLE[0].text for key in texts)
-    calibrated = [item for found in read.values() for item in found.source]
-    calibrated += [item for phase in recipe.end_to_end.values() if train for item in phase.source or ()]
-    measured = [item for spec in recipe.data.evaluation if evaluate for item in spec.source]
-    for named, evaluating in ((calibrated, False), (measured, True)):
-        for item in sources.expand(named):
-            attempt(partial(sources.check, item, evaluating=evaluating))
+    measured = {spec.key for spec in recipe.data.evaluation if evaluate}
+    problems += _wrong_sources(recipe, {*read, *measured, *(spec.text for spec in recipe.end_to_end if train)}, measured)
     tokenizer = None
     if model is not None and (model.entries or weights):
         tokenizer = attempt(lambda: open_tokenizer(recipe.model, model.folder))
         lengths = {f"{key}.length": found.length for key, found in read.items()}
-        lengths |= {f"data.evaluation {spec.name}, length": spec.length for spec in recipe.data.evaluation}
+        lengths |= {f"{spec.key}, length": spec.length for spec in recipe.data.evaluation}
         problems += _beyond_positions(lengths, model)
     if train and model is not None and model.dtype == torch.float16:
         # Gradients of float16 activations underflow; scaling the loss would only hide it.
@@ -198,6 +226,19 @@ def prepare(
         raise UsageError("\n".join(problems))
     check_devices(group, model.device)
     return Plan(recipe, folder, model, tokenizer, group, asked)
+
+
+def _wrong_sources(recipe: Recipe, read: Collection[str], measured: Collection[str]) -> list[str]:
+    """What is wrong with the sources of the sets that will be read, some of them to measure on."""
+    found: list[sources.TextError] = []
+    for key, named in recipe.texts.items():
+        for item in named if key in read else ():
+            try:
+                with sources.named(key):
+                    sources.check(item, evaluating=key in measured)
+            except sources.TextError as error:
+                found.append(error)
+    return sources.listed(found)
 
 
 def _windows_of(sources: list[Source]) -> list[Source]:

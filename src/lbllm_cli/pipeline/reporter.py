@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from lbllm_cli.core import files
 from lbllm_cli.core.console import GIB, clock, console
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.parallel.group import ALONE, Group
@@ -130,7 +131,7 @@ class Reporter:
 
     def _write(self, facts: dict[str, Any]) -> None:
         if self.events is not None and self.group.first:
-            with self.events.open("a", encoding="utf-8") as handle:
+            with files.naming(self.events), self.events.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps({"stage": self.stage, **facts}) + "\n")
 
     def used(self) -> str:

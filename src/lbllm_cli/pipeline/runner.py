@@ -1,9 +1,11 @@
 """One command from its recipe to the manifests of its stages: checks, resume, records, facts. The same for every stage."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lbllm_cli.core import files, interrupt
 from lbllm_cli.core.console import say
@@ -15,7 +17,7 @@ from lbllm_cli.parallel.join import check_alike
 from lbllm_cli.pipeline.checkpoint import MANIFEST, Checkpoint, complete_stages, unfinished
 from lbllm_cli.pipeline.environment import environment
 from lbllm_cli.pipeline.folders import STREAMS
-from lbllm_cli.pipeline.forecast import announce
+from lbllm_cli.pipeline.forecast import Need, announce
 from lbllm_cli.pipeline.lineage import open_parent, stage_inputs
 from lbllm_cli.pipeline.plan import Plan, prepare
 from lbllm_cli.pipeline.ranks import await_file, check_shares, held
@@ -44,57 +46,101 @@ def run_command(
         say(f"{command}: warning: {warning}")
     chosen = [spec for spec in own if spec in plan.recipe.stages and only in (None, spec.phase)]
     kept = group.told(lambda: [spec.name for spec in chosen if force and made_by_force(plan.output, spec, chosen)])
+    changed: list[StageSpec] = []  # by the stages that a dry run has gone through
     for number, spec in enumerate(chosen):
         if number and not dry_run:
             interrupt.check()  # a signal that came while the stage before it was being finished
-        run_stage(plan, spec, dry_run, force and spec.name not in kept, chosen[number + 1 :])
+        ahead, forced = chosen[number + 1 :], force and spec.name not in kept
+        if not dry_run:
+            run_stage(plan, spec, forced, ahead)
+        elif _foretell(plan, spec, forced, ahead, changed):
+            changed.append(spec)
 
 
 def _check_end_to_end(plan: Plan, spec: StageSpec, asked: bool) -> None:
     """Reads the text of an end-to-end phase now: too little is not found after all blocks. asked: whether `--only` names it."""
     if spec in plan.recipe.stages:
-        if not plan.generates(spec):
-            plan.stage_tokens(spec)
+        plan.known_tokens(spec)
     elif asked:
         raise UsageError(f"--only {spec.phase}: the recipe has no {spec.section}; add it, for example sequences: 128")
 
 
-def run_stage(plan: Plan, spec: StageSpec, dry_run: bool, force: bool, ahead: Sequence[StageSpec] = ()) -> None:
-    """Checks what a stage goes on from, reads its text, says what it needs, and runs it. ahead: stages that the command goes on
-    with, of which what can be checked is checked as well: kept states of a teacher are not found wrong after all blocks.
+@dataclass(frozen=True)
+class _Checked:
+    """A stage of which everything was checked that can be before it writes. tokens: None where they are still to be sampled."""
+
+    need: Need
+    parent: Checkpoint | None
+    tokens: Tensor | None
+    writer: StageWriter
+
+
+def _check(plan: Plan, spec: StageSpec, force: bool, ahead: Sequence[StageSpec]) -> _Checked:
+    """Checks what a stage goes on from, reads its text, and says what it needs. ahead: stages that the command goes on with, of
+    which what can be checked is checked as well: kept states of a teacher are not found wrong after all blocks.
     """
-    before = plan.recipe.parent(spec)
-    if dry_run and spec.end_to_end and before is not None and before.name not in complete_stages(plan.output):
-        say(f"{spec}: would go on from {before}, which is not there yet")
-        return
-    work = work_of(spec)
+    before, work = plan.recipe.parent(spec), work_of(spec)
     work.check(plan)
     check_stage(plan.output, spec.name, force)
     if before is not None:
         await_file(plan.output / before.name / MANIFEST, plan.group)
     parent = open_parent(plan, spec)
     for later in ahead:
-        if not plan.generates(later):
-            work_of(later).need(plan, later, plan.stage_tokens(later))
-    sampled = plan.generates(spec)
-    tokens = None if sampled else plan.stage_tokens(spec)
+        work_of(later).need(plan, later, plan.known_tokens(later))
+    tokens = plan.known_tokens(spec)
     need = work.need(plan, spec, tokens)
     finished = spec.name in complete_stages(plan.output) and not unfinished(plan.output, spec.name).exists()
     announce(need, plan.output, plan.model, done=finished and not force)
-    if sampled:
+    if tokens is None:
         say(f"{spec}: {spec.text} text is sampled from the model, which is whole in memory meanwhile")
-    if dry_run:
-        say(f"{spec}: would write {plan.output / spec.name}" + (f", from {parent.path}" if parent else ""))
-        return
+    writer = StageWriter(plan.output, spec.name, stage_inputs(plan, spec, tokens, parent), plan.group)
+    return _Checked(need, parent, tokens, writer)
+
+
+def _foretell(plan: Plan, spec: StageSpec, force: bool, ahead: Sequence[StageSpec], changed: Sequence[StageSpec]) -> bool:
+    """Says what a run would do, after the checks that it would make; whether it would write the stage.
+
+    changed: stages before it in the same command that it would write.
+    """
+    before = plan.recipe.parent(spec)
+    if before in changed:
+        work_of(spec).check(plan)
+        check_stage(plan.output, spec.name, force)
+        say(f"{spec}: would go on from {before} once that is written")
+        return True
+    checked = _check(plan, spec, force, ahead)
+    writer, parent = checked.writer, checked.parent
+    check_shares(plan, spec, plan.shape(spec)[0])
+    check_alike(plan.group, writer.inputs)
+    standing = writer.look(force)
+    if standing == "finished":
+        Checkpoint(plan.output, spec.name).verify()
+        sampled = "" if checked.tokens is not None else ", if the text that it would sample is the same"
+        say(f"{spec}: up to date, {writer.final}{sampled}")
+        return False
+    writer.verify(plan.model.blocks)
+    if standing == "nothing":
+        say(f"{spec}: would write {writer.final}" + (f", from {parent.path}" if parent else ""))
+    else:
+        done = "" if spec.end_to_end else f" after block {writer.blocks_done} of {plan.model.blocks}"
+        say(f"{spec}: would resume{done}, {writer.path}")
+    return True
+
+
+def run_stage(plan: Plan, spec: StageSpec, force: bool, ahead: Sequence[StageSpec] = ()) -> None:
+    """Runs a stage after its checks; see `_check`."""
+    checked = _check(plan, spec, force, ahead)
+    writer, parent, tokens = checked.writer, checked.parent, checked.tokens
     with held(plan.output, plan.group), interrupt.graceful():
-        tokens = plan.stage_tokens(spec) if tokens is None else tokens
-        check_shares(plan, spec, len(tokens))
-        inputs = stage_inputs(plan, spec, tokens, parent)
-        check_alike(plan.group, inputs)
-        writer = StageWriter(plan.output, spec.name, inputs, plan.group)
+        check_shares(plan, spec, plan.shape(spec)[0])
         with Reporter(spec.name, plan.model, writer.path / "events.jsonl", plan.group) as reporter:
-            activations = work.activations(plan, parent)
-            _write(StageRun(spec, plan, need, tokens, parent, activations, writer, reporter), force)
+            if tokens is None:
+                writer.look(force)  # what is refused whatever the text turns out to be is not sampled for
+                tokens = plan.stage_tokens(spec, reporter)
+                writer.inputs = stage_inputs(plan, spec, tokens, parent)
+            check_alike(plan.group, writer.inputs)
+            activations = work_of(spec).activations(plan, parent)
+            _write(StageRun(spec, plan, checked.need, tokens, parent, activations, writer, reporter), force)
 
 
 def _write(run: StageRun, force: bool) -> None:

@@ -8,22 +8,26 @@ that equal runs give equal bytes.
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lbllm_cli.core import files
 from lbllm_cli.core.errors import RunError, UsageError
-from lbllm_cli.core.fingerprint import changes, fingerprint
-from lbllm_cli.core.own_folders import check_own, remove_own
+from lbllm_cli.core.fingerprint import fingerprint
+from lbllm_cli.core.own_folders import check_own, remove_own, remove_unwritten
 from lbllm_cli.parallel.group import ALONE, Group
 from lbllm_cli.pipeline.checkpoint import MANIFEST, PROGRESS, Checkpoint, unfinished
 from lbllm_cli.pipeline.folders import STAGE, STREAMS, UNFINISHED_STAGE
+from lbllm_cli.pipeline.inputs import differences
 from lbllm_cli.pipeline.stage_record import OUTER, PARENT, RANKS, block_file, format_version, read_manifest, read_progress
 from lbllm_cli.pipeline.training_state import digest_of
 from lbllm_cli.recipe.stages import STAGES, StageSpec
 from lbllm_cli.runtime.backend import in_ram
+
+# What there is of a stage, of the inputs that are asked for; whole: all but the last step, which puts it in place.
+Standing = Literal["finished", "whole", "unfinished", "nothing"]
 
 
 def made_by_force(output: Path, spec: StageSpec, chosen: Sequence[StageSpec]) -> bool:
@@ -76,6 +80,35 @@ class StageWriter:
         """Committed blocks, always the first ones."""
         return len(self.hashes.keys() - {OUTER})
 
+    def look(self, force: bool) -> Standing:
+        """What `open` will find, without a byte written. Raises UsageError as `open`.
+
+        Of an unfinished stage `hashes` are then what it has committed.
+        """
+        standing, self.hashes, self._forced = self.group.told(lambda: (self._look(force), self.hashes, self._forced))
+        return standing
+
+    def _look(self, force: bool) -> Standing:
+        check_stage(self.final.parent, self.stage, force)
+        manifest, progress, remedy = self.path / MANIFEST, self.path / PROGRESS, f"run: {self.spec.remake}"
+        self.hashes, self._forced = {}, False
+        resume = not force or self._begun_by_force()
+        if resume and manifest.exists() and not self._differs(manifest):
+            # Killed between the manifest and the rename.
+            self.hashes = dict(read_manifest(manifest, self.stage, remedy)[0].files)
+            return "whole"
+        if resume and progress.exists():
+            if listed := self._differs(progress):
+                self._refuse(self.path, "holds an unfinished run with other inputs", listed)
+            record = read_progress(progress, remedy)
+            self.hashes, self._forced = dict(record.files), record.forced
+            return "unfinished"
+        if (self.final / MANIFEST).exists() and not force:
+            if listed := self._differs(self.final / MANIFEST):
+                self._refuse(self.final, "was made from other inputs", listed)
+            return "finished"
+        return "nothing"
+
     def open(self, force: bool) -> bool:
         """Starts, resumes or recognises the stage; returns False when it is already complete with the same inputs.
 
@@ -87,25 +120,17 @@ class StageWriter:
         return begun
 
     def _open(self, force: bool) -> bool:
-        check_stage(self.final.parent, self.stage, force)
+        standing = self._look(force)
         remove_own(self._replaced, STAGE)
-        manifest, progress = self.path / MANIFEST, self.path / PROGRESS
-        resume = not force or self._begun_by_force()
-        if resume and manifest.exists() and self._as_made(self._inputs_of(manifest)) == self._as_made(self.inputs):
-            # Killed between the manifest and the rename.
-            self.hashes = dict(read_manifest(manifest, self.stage, f"run: {self.spec.remake}")[0].files)
+        if standing == "whole":
             self.verify(len(self.hashes))
             self._publish()
             return False
-        if resume and progress.exists():
-            if self._inputs_of(progress) != self.inputs:
-                self._refuse(progress, "holds an unfinished run with other inputs")
-            record = read_progress(progress, f"run: {self.spec.remake}")
-            self.hashes, self._forced, self.resumes = dict(record.files), record.forced, True
+        if standing == "unfinished":
+            remove_unwritten(self.path)
+            self.resumes = True
             return True
-        if (self.final / MANIFEST).exists() and not force:
-            if self._as_made(self._inputs_of(self.final / MANIFEST)) != self._as_made(self.inputs):
-                self._refuse(self.final / MANIFEST, "was made from other inputs")
+        if standing == "finished":
             Checkpoint(self.final.parent, self.stage).verify()
             (self.final / PROGRESS).unlink(missing_ok=True)
             return False
@@ -121,7 +146,7 @@ class StageWriter:
             record = read_progress(self.path / PROGRESS, "")
         except (UsageError, FileNotFoundError):
             return False
-        return record.forced and record.inputs == self.inputs and not self._changed(record.files)
+        return record.forced and not differences(self.spec, record.inputs, self.inputs) and not self._changed(record.files)
 
     def _changed(self, hashes: Mapping[str, str]) -> str | None:
         """The first of an unfinished run's files that is not what its hash says."""
@@ -130,21 +155,21 @@ class StageWriter:
                 return name
         return None
 
-    def _inputs_of(self, file: Path) -> dict[str, Any]:
-        """What a run in the folder was made from. Raises UsageError where its record is damaged."""
+    def _differs(self, file: Path) -> str:
+        """Inputs that a run in the folder was made from and that are others now, a line each, "" where none is.
+
+        Of a finished one it makes no difference how many ranks made it: that changes last bits, and makes no other stage of it.
+        Raises UsageError where its record is damaged.
+        """
         remedy = f"run: {self.spec.remake}"
-        if file.name == MANIFEST:
-            return read_manifest(file, self.stage, remedy)[0].inputs
-        return read_progress(file, remedy).inputs
+        if file.name == PROGRESS:
+            return differences(self.spec, read_progress(file, remedy).inputs, self.inputs)
+        made = read_manifest(file, self.stage, remedy)[0].inputs
+        found, wanted = ({key: value for key, value in inputs.items() if key != RANKS} for inputs in (made, self.inputs))
+        return differences(self.spec, found, wanted)
 
-    @staticmethod
-    def _as_made(inputs: dict[str, Any]) -> dict[str, Any]:
-        """What a finished stage is asked for: how many ranks made it changes last bits, and makes no other stage of it."""
-        return {key: value for key, value in inputs.items() if key != RANKS}
-
-    def _refuse(self, file: Path, what: str) -> None:
-        listed = changes(self._inputs_of(file), self.inputs)
-        raise UsageError(f"{file.parent} {what}:\n{listed}\nUse another output.dir, or replace it: {self.spec.remake}")
+    def _refuse(self, folder: Path, what: str, listed: str) -> None:
+        raise UsageError(f"{folder} {what}:\n{listed}\nUse another output.dir, or replace it: {self.spec.remake}")
 
     def write_block(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Writes a block's tensors and reads them back; not committed before `commit`.

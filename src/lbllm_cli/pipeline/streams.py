@@ -48,7 +48,7 @@ class HiddenStream:
             return
         size = shape[0] * self._row
         if create:
-            with path.open("wb") as handle:
+            with files.naming(path), path.open("wb") as handle:
                 # Reserves the blocks now: a full disk is met here, not in the middle of a block.
                 os.posix_fallocate(handle.fileno(), 0, size)
         elif path.stat().st_size != size:
@@ -85,16 +85,15 @@ class HiddenStream:
 
     def _all(self, call: "_Transfer", row: int, memory: memoryview) -> None:
         """One call moves 2 GiB at most."""
+        assert self.path is not None
         offset, done = row * self._row, 0
-        while done < len(memory):
-            moved = call(self._file.fileno(), [memory[done:]], offset + done)
-            if not moved:
-                raise UsageError(f"{self.path} ends at {offset + done} bytes; delete {self._folder} and run the command again")
-            done += moved
-
-    @property
-    def _folder(self) -> Path | None:
-        return None if self.path is None else self.path.parent
+        with files.naming(self.path):
+            while done < len(memory):
+                moved = call(self._file.fileno(), [memory[done:]], offset + done)
+                if not moved:
+                    where = f"{self.path} ends at {offset + done} bytes"
+                    raise UsageError(f"{where}; delete {self.path.parent} and run the command again")
+                done += moved
 
     def sync(self) -> None:
         """Puts a stream on disk for good."""

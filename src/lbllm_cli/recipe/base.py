@@ -1,8 +1,8 @@
 """What every section of the recipe is made of."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from lbllm_cli.format.group_sizes import SIZE_MAX, SIZE_MIN
 
@@ -18,6 +18,16 @@ class Section(BaseModel):
     """Base of every section: unknown keys are errors, numbers are finite and not read from strings, nothing changes later."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections(cls, values: Any) -> Any:
+        """`ptq:` with nothing below it has its defaults, as if it were not there; where none is a value, it is none."""
+        if not isinstance(values, dict):
+            return values
+        kinds = {name: field.annotation for name, field in cls.model_fields.items()}
+        sections = {name for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Section)}
+        return {key: value for key, value in values.items() if value is not None or key not in sections}
 
 
 class StageSection(Section):

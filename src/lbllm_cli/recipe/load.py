@@ -18,7 +18,9 @@ from lbllm_cli.recipe.schema import Recipe
 from lbllm_cli.recipe.shipped import find_recipe
 
 _ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
-
+_DIR = "${recipe_dir}"
+# Whatever is meant to be one.
+_VARIABLE = re.compile(r"\$\{[^}]*\}?")
 
 _BYTES = 1 << 20  # of a recipe file
 _CHARACTERS = 100_000  # of a value
@@ -90,12 +92,16 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 def _expand(value: Any, path: str, problems: dict[str, list[str]], recipe_dir: Path) -> Any:
-    """Replaces ${env:NAME}, ${env:NAME:-default} and ${recipe_dir} in every string."""
+    """Replaces ${env:NAME}, ${env:NAME:-default} and ${recipe_dir} in every string; notes what looks like one and is none."""
     if isinstance(value, dict):
         return {k: _expand(v, f"{path}.{k}" if path else k, problems, recipe_dir) for k, v in value.items()}
     if isinstance(value, list):
         return [_expand(v, f"{path}[{i}]", problems, recipe_dir) for i, v in enumerate(value)]
     if not isinstance(value, str) or len(value) > _CHARACTERS:
+        return value
+    if (unknown := next(filter(_is_unknown, _VARIABLE.findall(value)), None)) is not None:
+        known = "${env:NAME}, ${env:NAME:-default} and ${recipe_dir}"
+        problems[path].append(f"{_shown(unknown)} is no variable; there are {known}, and none within another")
         return value
     size = 0
 
@@ -111,7 +117,7 @@ def _expand(value: Any, path: str, problems: dict[str, list[str]], recipe_dir: P
         size += len(found)
         return found if size <= _CHARACTERS else "." * _CHARACTERS  # too long already; `_bound` refuses it
 
-    expanded = _ENV.sub(lookup, value.replace("${recipe_dir}", str(recipe_dir)))
+    expanded = _ENV.sub(lookup, value.replace(_DIR, str(recipe_dir)))
     if expanded == value or not _ENV.fullmatch(value):
         return expanded
     # A variable stands for what would have been written in its place: a number stays a number. Text stays as it is, also
@@ -121,6 +127,10 @@ def _expand(value: Any, path: str, problems: dict[str, list[str]], recipe_dir: P
     except UsageError:
         return expanded
     return expanded if isinstance(parsed, str) else parsed
+
+
+def _is_unknown(found: str) -> bool:
+    return found != _DIR and (_ENV.fullmatch(found) is None or "${" in found[2:])
 
 
 def _bound(value: Any, path: str, problems: dict[str, list[str]]) -> Any:

@@ -76,6 +76,11 @@ class EvaluationSet(Section):
     segments: Positive | None = Field(None, description="segments from the start of the text; default all")
     bos: bool = Field(False, description="start every segment with the tokenizer's BOS")
 
+    @property
+    def key(self) -> str:
+        """What messages call it."""
+        return f"data.evaluation {self.name}"
+
     @model_validator(mode="after")
     def _fits_memory(self) -> "EvaluationSet":
         _check_size("segments", self.segments or 1, self.length)
@@ -240,6 +245,17 @@ class Recipe(Section):
         return STAGES[named] if named else next(iter(present), None)
 
     @model_validator(mode="after")
+    def _parents_are_made(self) -> "Recipe":
+        for spec in self.stages:
+            parent = self.parent(spec)
+            if parent is not None and parent not in self.stages:
+                raise ValueError(
+                    f"{spec.section}.parent: {parent} is what {parent.section} makes, which the recipe does not have; add "
+                    f"{parent.section}, for example {parent.section}.sequences=128, or name another parent"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _groups_of_steps(self) -> "Recipe":
         size = self.act_calib.group_size
         if self.ptq.level_bits != 2 and size not in (None, self.ptq.group_size):
@@ -254,6 +270,16 @@ class Recipe(Section):
         """Inputs of a token that share a step."""
         least = 32 if self.ptq.level_bits == 2 else 0
         return self.act_calib.group_size or max(least, self.ptq.group_size)
+
+    @property
+    def texts(self) -> dict[str, list[Source]]:
+        """The sources that it names, by what messages call the set that has them."""
+        data, phases = self.data, self.end_to_end.items()
+        return {
+            **{"data.calibration": data.calibration.source, "data.training": data.training.source},
+            **{spec.text: phase.source for spec, phase in phases if phase.source is not None},
+            **{item.key: item.source for item in data.evaluation},
+        }
 
     @property
     def end_to_end(self) -> dict[StageSpec, EndToEnd]:

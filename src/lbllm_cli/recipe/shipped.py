@@ -1,6 +1,8 @@
 """Recipes that come with the package: found by name from any folder."""
 
 import difflib
+import re
+from itertools import takewhile
 from pathlib import Path
 
 from lbllm_cli.core.errors import UsageError
@@ -24,9 +26,10 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def first_words(path: Path) -> str:
-    """What a recipe says of itself: the first line of its comments that is for readers."""
+    """What a recipe says of itself: the first sentence of its comments that is for readers."""
     lines = (line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith(MODELINE))
-    return next(lines, "").removeprefix("#").strip()
+    paragraph = takewhile(bool, (line.removeprefix("#").strip() for line in takewhile(lambda line: line.startswith("#"), lines)))
+    return re.split(r"(?<=\.)\s", " ".join(paragraph), maxsplit=1)[0]
 
 
 def find_recipe(path: Path) -> Path:

@@ -47,7 +47,7 @@ class Gguf(Exporter):
     def check(self, model: SourceModel, shared: int) -> None:
         """Raises UsageError naming what of the model llama.cpp, or a block of 32, cannot hold."""
         if find_spec("gguf") is None:
-            raise UsageError("export.format: gguf needs the package gguf; run: pip install 'lbllm-cli[gguf]'")
+            raise UsageError("export.format: gguf needs the package gguf; run: pip install gguf")
         config = model.config
         architecture = ARCHITECTURES.get(config.model_type)
         if architecture is None:
@@ -65,10 +65,13 @@ class Gguf(Exporter):
 
     def write(self, model: SourceModel, checkpoint: Checkpoint, folder: Path, form: Form) -> None:
         """One block is held in memory at a time; the file is whole, whatever the size of a shard."""
+        files.write_atomic(folder / NAME, lambda temporary: self._write(model, checkpoint, temporary))
+
+    def _write(self, model: SourceModel, checkpoint: Checkpoint, path: Path) -> None:
         import gguf
 
         architecture = ARCHITECTURES[model.config.model_type]
-        writer = gguf.GGUFWriter(folder / NAME, architecture.name)
+        writer = gguf.GGUFWriter(path, architecture.name)
         writer.add_name(model.folder.resolve().name)
         writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -90,7 +93,6 @@ class Gguf(Exporter):
         for tensor in self._tensors(model, checkpoint):
             writer.write_tensor_data(tensor.cpu().contiguous().view(torch.uint8).numpy())
         writer.close()
-        files.sync_file(folder / NAME)
 
     def _shapes(self, model: SourceModel) -> dict[str, tuple[int, ...]]:
         """Of all tensors, in the order in which they are written."""

@@ -54,17 +54,18 @@ class Packed(FolderExporter):
     def loading(self, place: str) -> list[str]:
         """With the plugin."""
         return [
-            "In transformers it needs the plugin; without it loading fails on the shape of the weights.",
+            "In transformers it needs the plugin; without it loading fails on the shape of the weights. It comes with lbllm: "
+            "`pip install .` in a checkout of that.",
             *snippet(
                 "python",
-                "import lbllm_cli.hf  # pip install lbllm-cli",
+                "import lbllm_cli.hf",
                 "from transformers import AutoModelForCausalLM",
                 "",
                 f'model = AutoModelForCausalLM.from_pretrained("{place}")',
             ),
             "",
             "vLLM finds the plugin by itself where both are installed:",
-            *snippet("sh", "pip install vllm lbllm-cli", f"vllm serve {place}"),
+            *snippet("sh", "pip install vllm .  # in a checkout of lbllm", f"vllm serve {place}"),
             "",
             "On the command line:",
             *snippet("sh", f'lbllm generate --model {place} --prompt "What is a comet?"'),

@@ -70,7 +70,7 @@ def _has_triton() -> bool:
     try:
         import triton  # noqa: F401
     except Exception as error:  # of any kind: it looks for drivers and compilers
-        _say(f"GPU kernels need Triton 3.2 or newer, got {reason(error)}; install lbllm-cli[gpu]. Until then {_INSTEAD}")
+        _say(f"GPU kernels need Triton 3.2 or newer, got {reason(error)}; run: pip install 'triton>=3.2'. Until then {_INSTEAD}")
         return False
     return True
 
