@@ -8,6 +8,8 @@ from torch import Tensor
 
 from lbllm_cli.core.console import GIB
 from lbllm_cli.distill.fit import fit_block
+from lbllm_cli.distill.forecast import information_device, information_need, information_work
+from lbllm_cli.distill.information import Information
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.pipeline.block_loop import BlockLoop
 from lbllm_cli.pipeline.duration import Part
@@ -34,8 +36,11 @@ def need(plan: Plan, spec: StageSpec, tokens: Tensor | None) -> Need:
     """Need of the blocks of `lbllm distill`."""
     recipe, model = plan.recipe, plan.model
     device = training_device(recipe, model, recipe.distill, plan.world)
+    if recipe.distill.fisher:
+        device = max(device + information_device(model)[0], information_device(model)[1])
     state, states = training_states(recipe, model, recipe.distill, plan.world)
-    return replace(stage_need(plan, spec, device, state=state, states=states), cheaper=_cheaper(recipe, model, plan.world))
+    found = replace(stage_need(plan, spec, device, state=state, states=states), cheaper=_cheaper(recipe, model, plan.world))
+    return information_need(plan, found) if recipe.distill.fisher else found
 
 
 def _cheaper(recipe: Recipe, model: SourceModel, world: World) -> str:
@@ -58,8 +63,8 @@ def _cheaper(recipe: Recipe, model: SourceModel, world: World) -> str:
 
 
 def work(plan: Plan, spec: StageSpec) -> list[Part]:
-    """Steps and passes of its blocks."""
-    return block_training(plan, spec)
+    """Steps and passes of its blocks, and what comes before them."""
+    return [*block_training(plan, spec), *([information_work(plan)] if plan.recipe.distill.fisher else [])]
 
 
 def exchanged(plan: Plan, spec: StageSpec) -> Exchanged:
@@ -70,7 +75,14 @@ def exchanged(plan: Plan, spec: StageSpec) -> Exchanged:
 def run(run: StageRun) -> None:
     """Trains block after block."""
     recipe = run.plan.recipe
-    BlockLoop(run).run(partial(fit_block, settings=recipe.distill, seed=recipe.runtime.seed))
+    settings, information = recipe.distill, None
+    if settings.fisher:
+        information = Information(run, settings.fisher_sequences)
+        information.make()
+    found = None if information is None else information.block
+    BlockLoop(run).run(partial(fit_block, settings=settings, seed=recipe.runtime.seed, information=found))
+    if information is not None:
+        information.remove()
     run.keep_outer()
     if run.plan.group.first:
         plot_errors(run.writer.path / "events.jsonl", run.writer.path / "loss.png")
