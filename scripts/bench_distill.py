@@ -45,10 +45,10 @@ from lbllm_cli.format.levels import level_values, project_levels
 from lbllm_cli.models.block import Block, block_prefix
 from lbllm_cli.parallel.group import ALONE
 from lbllm_cli.pipeline.block_loop import BlockTask
+from lbllm_cli.pipeline.metrics import OutputMetric
 from lbllm_cli.pipeline.streams import HiddenStream, row_slices
 from lbllm_cli.ptq.em import quantile_levels
 from lbllm_cli.runtime.backend import choose_device
-from lbllm_cli.pipeline.metrics import OutputMetric
 from lbllm_cli.training.block import block_loop
 from lbllm_cli.training.interfaces import ParameterGroup
 from lbllm_cli.training.ste import nearest_ranks

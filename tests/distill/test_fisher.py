@@ -1,5 +1,6 @@
 """What the model's predictions hang on: against autograd over the whole model, and that a run with it is resumed."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from conftest import write_recipe
 from safetensors.torch import load_file
 from stages import promised, run_in_pieces
 from torch.nn.functional import linear
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lbllm_cli.distill import information
 from lbllm_cli.distill.fisher import metric_factor, prediction_slopes
@@ -99,17 +100,27 @@ def test_information_is_that_of_gradients_through_the_whole_model(ok, recipe, tm
         torch.testing.assert_close(found, slopes.T @ slopes, rtol=1e-3, atol=1e-4 * float((slopes.T @ slopes).diagonal().mean()))
 
 
+def test_forecast_counts_matrices_and_what_enters_each_block(ok, recipe):
+    def need(*keys: str) -> dict[str, float]:
+        found: dict[str, float] = json.loads(ok("validate", "--recipe", recipe, "--json", *keys).stdout)["forecast_bytes"]["distill"]
+        return found
+
+    least, with_matrices = need("distill.fisher=0"), need()
+    hidden = AutoConfig.from_pretrained(load_recipe(recipe).model.path).hidden_size
+    assert with_matrices["disk"] - least["disk"] == 3 * 4 * hidden**2
+    # Streams are two of nine sequences; what enters and leaves three blocks, and slopes, are five of three, or of nine.
+    assert need("distill.fisher_sequences=9")["ram"] - with_matrices["ram"] == (5 * 9 - 2 * 9) * 32 * hidden * 4
+
+
 def test_a_run_is_resumed_from_any_step(ok, lbllm, recipe, tmp_path, monkeypatch):
     command, folder = ("distill", "--recipe", recipe), tmp_path / "run" / "distill"
     ok(*command)
     expected = promised(folder)
     assert not (folder / "information").exists()
+    for key, same in (("runtime.streams=disk", True), ("distill.fisher=0", False)):
+        shutil.rmtree(folder)
+        ok(*command, key)
+        assert (promised(folder) == expected) is same
     shutil.rmtree(folder)
     assert run_in_pieces(lbllm, monkeypatch, folder, *command) >= 3  # 3 blocks x 3 steps
     assert promised(folder) == expected
-    shutil.rmtree(folder)
-    ok(*command, "runtime.streams=disk")
-    assert promised(folder) == expected
-    shutil.rmtree(folder)
-    ok(*command, "distill.fisher=0")
-    assert promised(folder) != expected

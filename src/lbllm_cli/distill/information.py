@@ -5,6 +5,7 @@ Block by block, as everything else: what enters each block is kept on the way th
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -85,7 +86,8 @@ class Information:
 
     def _last_slopes(self, states: HiddenStream) -> HiddenStream:
         """Gradients by the last block's outputs."""
-        norm, head = self.model.head()
+        whole: Any = self.model.head()
+        norm, head = whole
         slopes, device = states.like(self._path("slopes")), self.model.device
         seed = (data_seed(self.run.plan.recipe.runtime.seed, 0) << 10) + self.group.rank
         chance = torch.rand(self.tokens.shape, generator=torch.Generator().manual_seed(seed))
