@@ -102,8 +102,9 @@ def test_information_is_that_of_gradients_through_the_whole_model(ok, recipe, tm
 
 def test_forecast_counts_matrices_and_what_enters_each_block(ok, recipe):
     def need(*keys: str) -> dict[str, float]:
-        found: dict[str, float] = json.loads(ok("validate", "--recipe", recipe, "--json", *keys).stdout)["forecast_bytes"]["distill"]
-        return found
+        found = json.loads(ok("validate", "--recipe", recipe, "--json", *keys).stdout)
+        wanted: dict[str, float] = found["forecast_bytes"]["distill"]
+        return wanted
 
     least, with_matrices = need("distill.fisher=0"), need()
     hidden = AutoConfig.from_pretrained(load_recipe(recipe).model.path).hidden_size
