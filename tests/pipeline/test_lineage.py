@@ -23,6 +23,8 @@ OTHERS = {
     "ptq.levels": "quantile",
     "ptq.importance": "hessian_diagonal",
     "ptq.asymmetric": 0.5,
+    "distill.ema_decay": 0.9,
+    "act_calib.ema_decay": 0.9,
     "distill.parametrisation": "bitmap",
     "distill.polarise_beta": [2.0, 3.0],
     "act_calib.parent": "ptq",

@@ -52,7 +52,10 @@ def plan_tasks(names: list[str], num_fewshot: int | None) -> list[Task]:
     num_fewshot: for all of them, None for the group's or the task's own. Raises UsageError with every problem found.
     """
     expanded = {name: (GROUPS[key][1] if key in GROUPS else None) for key in names for name in GROUPS.get(key, ((key,),))[0]}
-    tasks, problems = [], []
+    tasks: list[Task] = []
+    problems: list[str] = []
+    if not expanded:
+        return tasks
     with at_once(local=all(name.startswith(BUILTIN) for name in expanded)) as away:
         for name, usual in expanded.items():
             try:
