@@ -86,7 +86,6 @@ class Settings:
     lr_bitmap: float = 1e-2
     warmup: float = 0.05
     clip: float = 0.5
-    ema_decay: float | None = None
     loss: str = "robust"
     channel_cap: float | None = None
     polarise: float = 0.01

@@ -38,8 +38,8 @@ FAMILIES = (
     "gemma2", "gemma3", "glm4", "granite", "granitemoe", "llama-tied", "llama-untied", "ministral3", "mistral-sliding", "mixtral",
     "olmo2", "olmo3", "olmoe", "phi3", "qwen2-biases", "qwen3", "qwen3-moe", "seed-oss", "smollm3",
 )  # fmt: skip
-# Log probabilities; measured 2.9e-6 at most with activations in 4 bits, in full precision 2.0e-5 (Gemma 3).
-CLOSE = 5e-5
+# Log probabilities; measured 2.9e-6 at most.
+CLOSE = 2e-5
 TOKENS = torch.randint(3, 90, (24,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
@@ -140,8 +140,9 @@ def test_linears_may_have_groups_of_their_own_sizes(toy_export, family, larger):
     "family", [family for family in FAMILIES if family not in ("gemma2", "granitemoe", "mixtral")]
 )
 def test_embedding_and_head_may_have_8_bits(toy_export, family):
-    """With activations in full precision: in 4 bits the last bit of a norm tips a code of OLMo 2's toy over, 0.26 of a logit."""
-    compare(toy_export(family, head_bits=8), full=True, additional_config={"lbllm_activations": "full"})
+    # In 4 bits the last bit of a norm tips a code of this toy over, 0.26 of a logit: it is compared in full precision.
+    more = {"full": True, "additional_config": {"lbllm_activations": "full"}} if family == "olmo2" else {}
+    compare(toy_export(family, head_bits=8), **more)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "granitemoe", "mixtral"])

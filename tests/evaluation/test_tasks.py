@@ -252,7 +252,9 @@ def test_without_a_network_the_hub_is_asked_once(tmp_path, monkeypatch):
     assert asked == []
     # As it is run its data are read again.
     monkeypatch.setattr("lm_eval.simple_evaluate", lambda **_: {"config": {}, "offline": constants.HF_HUB_OFFLINE})
+    hub._unreachable.cache_clear()
     assert lm_tasks.run_task(SimpleNamespace(batch_size=1), task, None)["offline"]
+    assert asked == []
 
 
 def test_average_of_a_group():

@@ -13,13 +13,14 @@ from parallel.processes import done, lbllm, run, started, variables
 from safetensors.torch import load_file
 from stages import events, promised
 
-SHORT = {"epochs": 1, "batch_size": 4, "ema_decay": 0.9}
+SHORT = {"epochs": 1, "batch_size": 4}
+DISTILL = {**SHORT, "ema_decay": 0.9, "fisher": 0.5, "fisher_sequences": 4}
 STAGES = ("ptq", "distill", "act-calib")
 
 
 def recipe_of(folder: Path, **sections) -> Path:
     """The trained toy with an end-to-end phase that trains codes, short."""
-    distill = {**SHORT, "end_to_end": {"sequences": 8, "batch_size": 4, "train": ["weights", "levels", "norms"]}}
+    distill = {**DISTILL, "end_to_end": {"sequences": 8, "batch_size": 4, "train": ["weights", "levels", "norms"]}}
     # Of fewer tokens the order of a sum makes another model: a row's codes are a long chain of choices.
     text = {"source": str(folder / "chapter.txt"), "length": 128}
     data = {
@@ -111,7 +112,7 @@ def test_a_finished_stage_is_gone_on_from_with_any_number(ok, together):
 @pytest.mark.parametrize("streams", ["disk", pytest.param("ram", marks=pytest.mark.slow)])
 def test_stopped_ranks_save_and_resume_to_the_same_bytes(tmp_path, lbllm_alone, streams):
     """SIGTERM to one of them: both save the step that they are in, and end with 130 and one message; as many go on from there."""
-    settings = {"distill": {**SHORT, "epochs": 8}, "runtime": {"device": "cpu", "streams": streams}}
+    settings = {"distill": {**DISTILL, "epochs": 8}, "runtime": {"device": "cpu", "streams": streams}}
     recipe, whole = (recipe_of(folder, **settings) for folder in (tmp_path, tmp_path / "whole"))
     for which in (recipe, whole):
         done(variables(2), lbllm, "ptq", "--recipe", str(which))

@@ -24,7 +24,6 @@ OTHERS = {
     "ptq.importance": "hessian_diagonal",
     "ptq.asymmetric": 0.5,
     "distill.ema_decay": 0.9,
-    "act_calib.ema_decay": 0.9,
     "distill.parametrisation": "bitmap",
     "distill.polarise_beta": [2.0, 3.0],
     "act_calib.parent": "ptq",

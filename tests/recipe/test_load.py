@@ -425,6 +425,8 @@ def test_an_empty_section_has_its_defaults(load, section):
 
 def test_empty_sections_within_sections(load, mistakes):
     assert load("data: {training: }").data.training.sequences == load().data.training.sequences == 256
+    assert load("data: {training: {length: 64}, calibration: {length: 64}}").data.training.sequences == 256
+    assert load("data: {calibration: {length: 64}}").data.calibration.sequences == 32
     assert load("distill:\n  end_to_end:\n").distill.end_to_end is None
     assert load("distill:\n  end_to_end: {}\n").distill.end_to_end.sequences == 128
     assert mistakes(base="model:\noutput: {dir: a}\n") == ["model: missing; this key has no default"]

@@ -77,4 +77,3 @@ def metric_factor(information: Tensor, share: float, scale: Tensor | None) -> Te
     usual = information.diagonal().mean()
     unit = information / usual if float(usual) > 0 else torch.diag(channels)
     return torch.linalg.cholesky(share * unit + (1 - share) * torch.diag(channels)).float()
-

@@ -132,5 +132,5 @@ def fit_block(
         factor = metric_factor(information(task.index), settings.fisher, scale).to(task.quantized.dtype)
     with torch.enable_grad():
         student = BinarizedStudent(task.teacher, task.start, settings, task.group)
-        loop = block_loop(task, student, settings, "distill", seed, OutputMetric(scale, factor))
+        loop = block_loop(task, student, settings, "distill", seed, OutputMetric(scale, factor), settings.ema_decay)
         return train_block(loop, task.start)

@@ -15,12 +15,15 @@ def _rows(plan: Plan) -> int:
     return min(-(-plan.recipe.distill.fisher_sequences // plan.world.size), most)
 
 
-def information_device(model: SourceModel) -> tuple[float, float]:
-    """Bytes on the device that it adds to the training of a block, and that it takes by itself: a block with its matrix while
-    that is factorised in float64, or the head with its logits and their gradient."""
+def information_device(model: SourceModel, training: float) -> float:
+    """Bytes on the device with the training of a block, `training`, which a matrix in the compute dtype is added to.
+
+    By itself it takes a block with its matrix while that is factorised in float64, or the head with logits and their gradient.
+    """
     square, vocab = int(model.config.hidden_size) ** 2, int(model.config.vocab_size)
     head = vocab * int(model.config.hidden_size) * model.dtype.itemsize
-    return float(square * model.dtype.itemsize), max(block_bytes(model) + 44.0 * square, head + 16.0 * max(LOGITS, vocab))
+    alone = max(block_bytes(model) + 44.0 * square, head + 16.0 * max(LOGITS, vocab))
+    return max(training + square * model.dtype.itemsize, alone)
 
 
 def information_need(plan: Plan, need: Need) -> Need:

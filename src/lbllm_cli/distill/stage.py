@@ -37,7 +37,7 @@ def need(plan: Plan, spec: StageSpec, tokens: Tensor | None) -> Need:
     recipe, model = plan.recipe, plan.model
     device = training_device(recipe, model, recipe.distill, plan.world)
     if recipe.distill.fisher:
-        device = max(device + information_device(model)[0], information_device(model)[1])
+        device = information_device(model, device)
     state, states = training_states(recipe, model, recipe.distill, plan.world)
     found = replace(stage_need(plan, spec, device, state=state, states=states), cheaper=_cheaper(recipe, model, plan.world))
     return information_need(plan, found) if recipe.distill.fisher else found

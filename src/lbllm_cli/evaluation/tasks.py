@@ -37,13 +37,14 @@ class Task:
     """One lm-eval task, or group of tasks, as it will be run.
 
     name: lm-eval's. spec: what lm-eval is given, a name or a configuration. num_fewshot: examples in context, None for the
-    task's own number. identity: what scores depend on beside the model.
+    task's own number. identity: what scores depend on beside the model. bundled: its text comes with lbllm.
     """
 
     name: str
     spec: Any
     num_fewshot: int | None
     identity: dict[str, Any] = field(default_factory=dict)
+    bundled: bool = False
 
 
 def plan_tasks(names: list[str], num_fewshot: int | None) -> list[Task]:
@@ -97,7 +98,7 @@ def _plan_task(name: str, shots: int | None, fixed: int | None, away: str | None
         if fixed and task.get_config("num_fewshot") == 0:
             raise UsageError(f"eval.num_fewshot: {fixed} examples, but {task.config.task} is a task without any; leave it out")
     identity = {leaf: identity_of(task) for leaf, task in sorted(loaded.items())}
-    return Task(name_of(spec, name) if isinstance(spec, dict) else name, spec, shots, identity)
+    return Task(name_of(spec, name) if isinstance(spec, dict) else name, spec, shots, identity, name.startswith(BUILTIN))
 
 
 def _unreadable(name: str, manager: Any, why: str) -> str:
@@ -147,7 +148,7 @@ def run_task(lm: Any, task: Task, limit: float | None) -> dict[str, Any]:
     # It would ask git for the commit of the folder that the command happens to run in, and git complains outside of one.
     evaluator.get_git_commit_hash = lambda: None
     manager = _manager(not isinstance(task.spec, dict))
-    with redirect_stdout(sys.stderr), at_once():  # it says there that it bootstraps; stdout is for results
+    with redirect_stdout(sys.stderr), at_once(local=task.bundled):  # it says there that it bootstraps; stdout is for results
         found = lm_eval.simple_evaluate(
             model=lm, tasks=[task.spec], num_fewshot=task.num_fewshot, limit=limit, task_manager=manager, log_samples=False
         )

@@ -87,8 +87,11 @@ class BlockError:
         self._totals: Tensor | None = None
         self._read: tuple[float, ...] | None = (0.0,) * 5
 
-    def add(self, teacher: Tensor, student: Tensor, metric: OutputMetric | None = None) -> None:
-        """Adds one batch of block outputs, both [rows, length, hidden]. metric: what they are measured in."""
+    def add(self, teacher: Tensor, student: Tensor, metric: OutputMetric | None = None) -> Tensor:
+        """Adds one batch of block outputs, both [rows, length, hidden]. metric: what they are measured in.
+
+        Returns the squared distance of each token, float32 [rows, length].
+        """
         metric = OutputMetric() if metric is None else metric
         error = metric.error(student, teacher)
         teacher, student = metric.vectors(teacher), metric.vectors(student)
@@ -100,6 +103,7 @@ class BlockError:
         self._totals = sums if self._totals is None else self._totals + sums
         self._read = None
         self.tokens += cosine.numel()
+        return error
 
     def _sums(self) -> tuple[float, ...]:
         if self._read is None:

@@ -67,6 +67,12 @@ class TokenSet(Section):
         return self
 
 
+class TrainingSet(TokenSet):
+    """Tokens to train on."""
+
+    sequences: Positive = Field(256, description="sequences of `length` tokens")
+
+
 class EvaluationSet(Section):
     """One text to measure perplexity on."""
 
@@ -98,7 +104,7 @@ class Data(Section):
     """Text for every stage."""
 
     calibration: TokenSet = Field(default_factory=TokenSet)
-    training: TokenSet = Field(default_factory=lambda: TokenSet(sequences=256))
+    training: TrainingSet = Field(default_factory=TrainingSet)
     evaluation: list[EvaluationSet] = Field(default_factory=_builtin_evaluation, min_length=1)
 
     @field_validator("evaluation")

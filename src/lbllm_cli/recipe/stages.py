@@ -59,7 +59,7 @@ class StageSpec:
 
 
 _SCHEDULE = ("epochs", "batch_size", "micro_batch_size", "warmup", "clip", "held_out", "max_skipped", "train")
-_BLOCKS = (*_SCHEDULE, "lr_weights", "lr_levels", "loss", "channel_cap", "ema_decay", "latent_margin", "dampening")
+_BLOCKS = (*_SCHEDULE, "lr_weights", "lr_levels", "loss", "channel_cap", "latent_margin", "dampening")
 _LATENTS = ("lr_weights", "latent_margin", "dampening")
 _END_TO_END = (*_SCHEDULE, "sequences", *_LATENTS, "lr_levels", "lr_norms", "temperature", "next_token")
 
@@ -74,7 +74,7 @@ TABLE = (
     StageSpec(
         "distill", command="distill", section="distill", text="data.training", package="distill", parents=("ptq",),
         streams=(4, 2),
-        reads=(*_BLOCKS, "fisher", "fisher_sequences", "parametrisation", "lr_bitmap", "polarise", "polarise_beta"),
+        reads=(*_BLOCKS, "ema_decay", "fisher", "fisher_sequences", "parametrisation", "lr_bitmap", "polarise", "polarise_beta"),
     ),
     StageSpec(
         "distill-e2e", command="distill", phase="end-to-end", section="distill.end_to_end", text="distill.end_to_end",
@@ -139,7 +139,8 @@ CAME_LATER = {
     "act_calib.group_size": None,
     "distill.fisher": 0.0,
     "distill.fisher_sequences": 12,
-    **{f"{section}.{key}": None for section in ("distill", "act_calib") for key in ("channel_cap", "ema_decay")},
+    **{f"{section}.channel_cap": None for section in ("distill", "act_calib")},
+    "distill.ema_decay": None,
     # Of phases whose codes are fixed they mean nothing.
     **{
         f"{section}.end_to_end.{key}": value

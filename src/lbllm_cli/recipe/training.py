@@ -54,11 +54,6 @@ class Training(Schedule):
         description="most energy of a channel of a block's outputs, in units of the median channel's; one with more counts as if "
         "it were scaled down to that, in reported errors too; null: all channels count as they are",
     )
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        None,
-        description="decay of the running mean over steps of what is trained, which an epoch is scored and kept as; null: the "
-        "state of the last step. What `lbllm init` writes is 0.97; null is what earlier versions did",
-    )
     latent_margin: float = Field(
         0.2, ge=0, le=1, description="how far inside its code's cell a latent starts at least, 1: on its level"
     )
@@ -152,6 +147,11 @@ class Distill(Training):
     )
     train: list[Literal["weights", "levels", "bitmap"]] | None = Field(
         None, min_length=1, description="what is trained; default everything the parametrisation has"
+    )
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None,
+        description="decay of the running mean over steps of what is trained, which an epoch is scored and kept as; null: the "
+        "state of the last step. What `lbllm init` writes is 0.97; null is what earlier versions did",
     )
     fisher: float = Field(
         0.0, ge=0, lt=1,

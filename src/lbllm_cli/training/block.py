@@ -73,9 +73,9 @@ class BlockObjective:
         pieces = list(torch.tensor(rows, dtype=torch.long).split(self.pieces)) if rows else []
         for inputs, targets in fetched((self.inputs, self.targets), pieces, self.device):
             outputs = self.student.block(inputs)
-            error.add(targets, outputs, self.metric)
+            found = error.add(targets, outputs, self.metric)
             if usual is not None:
-                robust += robust_error(self.metric.error(outputs, targets), usual).sum()
+                robust += robust_error(found, usual).sum()
         kinds = ("per_token", "per_token_ordinary", "per_token_robust")
         error.pool(self.task.group)
         (far,) = self.task.group.total([float(robust)])
@@ -93,12 +93,14 @@ def capped(task: BlockTask, settings: "Training") -> Tensor | None:
 
 
 def block_loop(
-    task: BlockTask, student: Student, settings: "Training", section: str, seed: int, metric: OutputMetric
-) -> TrainingLoop:
-    """The training of one block. section: of the recipe, for messages. seed: of the data order. metric: of its error."""
+    task: BlockTask, student: Student, settings: "Training", section: str, seed: int, metric: OutputMetric,
+    ema_decay: float | None = None,
+) -> TrainingLoop:  # fmt: skip
+    """The training of one block. section: of the recipe, for messages. seed: of the data order. metric: of its error. ema_decay:
+    see `Job`."""
     length = task.quantized.shape[1]
     where = f"block {task.index}"
-    job = Job(task.index, where, section, task.share, length, seed, task.device, task.group, settings.ema_decay)
+    job = Job(task.index, where, section, task.share, length, seed, task.device, task.group, ema_decay)
     return TrainingLoop(BlockObjective(task, student, settings, metric), settings, job, task.keeper, task.monitor)
 
 

@@ -6,7 +6,7 @@ from lbllm_cli.models.model import SourceModel
 from lbllm_cli.pipeline.forecast import activation_bytes, block_bytes
 from lbllm_cli.pipeline.world import World
 from lbllm_cli.recipe.schema import Recipe
-from lbllm_cli.recipe.training import ActCalib, ActEndToEnd, Distill, Training
+from lbllm_cli.recipe.training import ActCalib, ActEndToEnd, Distill
 from lbllm_cli.training.interfaces import SEQUENCES
 from lbllm_cli.training.quantizers import KNEES
 from lbllm_cli.training.spread import is_large, loads_of
@@ -15,9 +15,9 @@ from lbllm_cli.training.spread import is_large, loads_of
 KEPT_DEPLOYED, KEPT_SOFT = 2.0, 20.0
 
 
-def master_bytes(settings: Training) -> int:
+def master_bytes(settings: Distill | ActCalib) -> int:
     """Of a number that is trained: float32 with AdamW's two moments, and its running mean."""
-    return 12 if settings.ema_decay is None else 16
+    return 16 if isinstance(settings, Distill) and settings.ema_decay is not None else 12
 
 
 def owned_share(model: SourceModel, trained: Iterable[str], world: World, blocks: int = 1) -> float:
