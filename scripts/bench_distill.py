@@ -45,7 +45,6 @@ from lbllm_cli.format.levels import level_values, project_levels
 from lbllm_cli.models.block import Block, block_prefix
 from lbllm_cli.parallel.group import ALONE
 from lbllm_cli.pipeline.block_loop import BlockTask
-from lbllm_cli.pipeline.metrics import OutputMetric
 from lbllm_cli.pipeline.streams import HiddenStream, row_slices
 from lbllm_cli.ptq.em import quantile_levels
 from lbllm_cli.runtime.backend import choose_device
@@ -220,7 +219,7 @@ class Runner:
         task = BlockTask(0, teacher, inputs, inputs, targets, case.device, pieces, start, nobody, nobody, ALONE, share)
         student: Any = DenseStudent(teacher, settings) if name == DENSE else BinarizedStudent(teacher, start, settings)
         self.task, self.device = task, case.device
-        self.trainer = block_loop(task, student, settings, "distill", 0, OutputMetric())  # type: ignore[arg-type]
+        self.trainer = block_loop(task, student, settings, "distill", 0)  # type: ignore[arg-type]
         self.trainer.measure_start()
         self.rows, self.feed = torch.tensor(self.trainer.rows), repeat(data.batch)
 

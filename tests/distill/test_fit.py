@@ -299,8 +299,6 @@ def test_state_is_saved_when_time_has_passed(tmp_path):
         ("distill.lr_weights=0", "distill.lr_weights: input should be greater than 0"),
         ("distill.lr_bitmap=2", "distill.lr_bitmap: input should be less than or equal to 1"),
         ("distill.train=[bitmap]", "parametrisation `nearest` has no bitmap"),
-        ("distill.fisher=0.5", "distill.fisher_sequences: 12 of data.training.sequences, which are 9"),
-        ("distill.fisher=1", "distill.fisher: input should be less than 1"),
         ("distill.batch_size=9", "9 sequences leave 8 beside those that distill.held_out takes"),
         ("data.training.sequences=1", "data.training.sequences: one is held out"),
         ("distill.parametrisation=nearest_level", "distill.parametrisation"),

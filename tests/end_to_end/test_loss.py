@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, linear, log_softmax
 
+from lbllm_cli.end_to_end import loss as distillation
 from lbllm_cli.end_to_end.loss import distillation_loss
-from lbllm_cli.models import head as heads
 from lbllm_cli.models.head import Head
 from lbllm_cli.training.ste import rounded
 
@@ -42,7 +42,7 @@ def reference(student, teacher, head, wanted, temperature, share):
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("at_once", [1, VOCAB, 5 * VOCAB, 1 << 24])
 def test_loss_and_gradient(given, monkeypatch, temperature, share, at_once):
-    monkeypatch.setattr(heads, "LOGITS", at_once)
+    monkeypatch.setattr(distillation, "LOGITS", at_once)
     student = given[0].clone().requires_grad_()
     loss = distillation_loss(student, *given[1:], temperature, share)
     (3 * loss).backward()

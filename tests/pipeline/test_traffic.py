@@ -82,13 +82,11 @@ def better(epochs: list[dict[str, Any]], start: dict[str, Any]) -> int:
     return found
 
 
-def forecast(exchanged: Exchanged, kept: int, first: bool) -> dict[str, int]:
-    """Bytes by kind of a block in which so many epochs were better than all before. first: it counts what goes before all blocks.
-    """
+def forecast(exchanged: Exchanged, kept: int) -> dict[str, int]:
+    """Bytes by kind of a block in which so many epochs were better than all before."""
     found: dict[str, int] = {}
     for call in exchanged.calls:
         times = kept if "better epoch" in call.what else call.times
-        times = (exchanged.blocks if first else 0) if "Fisher" in call.what else times
         found[call.kind] = found.get(call.kind, 0) + call.size * times
     return {kind: size for kind, size in found.items() if size}
 
@@ -103,8 +101,8 @@ def check(plan: Plan, stage: str) -> None:
     exchanged = work_of(STAGES[stage]).exchanged(plan, STAGES[stage])
     found = records(plan.output / stage)
     assert len(found) == exchanged.blocks == plan.model.blocks
-    for number, record in enumerate(found):
-        wanted = forecast(exchanged, better(record.get("epochs", []), record.get("before", {})), not number)
+    for record in found:
+        wanted = forecast(exchanged, better(record.get("epochs", []), record.get("before", {})))
         each = counted(record)
         # Only what owners say to those of other machines differs between ranks.
         most = {kind: max(one.get(kind, 0) for one in each) for kind in wanted}
@@ -127,7 +125,6 @@ VARIANTS = {
     "a scale for each row": ("ptq", TWO, ("ptq.level_bits=2", "ptq.group_size=16")),
     "owners on two machines": ("distill", World(4, 2), ("distill.parametrisation=bitmap", "distill.channel_cap=10")),
     "a rank on each machine": ("distill", World(2, 1), ("distill.epochs=1",)),
-    "fisher": ("distill", World(4, 2), ("distill.epochs=1", "distill.fisher=0.5", "distill.fisher_sequences=4")),
     "levels alone": ("distill", TWO, ("distill.parametrisation=bitmap", "distill.train=[levels]")),
     "codes beside quantizers": ("act-calib", World(4, 2), (
         "act_calib.parent=ptq", "act_calib.train=[weights,levels,clip_factors,knees]", "act_calib.kv_form=uniform",

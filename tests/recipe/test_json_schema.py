@@ -47,10 +47,11 @@ def mistakes(value: Any, schema: dict[str, Any], where: str = "") -> list[str]:
         return [f"{where}: {value!r} is no {schema['type']}"]
     found = [f"{where}: {key} {schema[key]}" for key, holds in LIMITS.items() if key in schema and not holds(value, schema[key])]
     if isinstance(value, dict):
-        fields = schema["properties"]
+        fields, others = schema.get("properties", {}), schema.get("additionalProperties")
         found += [f"{where}: no {key}" for key in schema.get("required", []) if key not in value]
         for key, inner in value.items():
-            found += mistakes(inner, fields[key], f"{where}.{key}") if key in fields else [f"{where}: unknown {key}"]
+            known_as = fields.get(key, others)
+            found += mistakes(inner, known_as, f"{where}.{key}") if isinstance(known_as, dict) else [f"{where}: unknown {key}"]
     if isinstance(value, list):
         for item in value:
             found += mistakes(item, schema["items"], where)
@@ -71,6 +72,7 @@ def test_recipes_are_valid(path):
         ("{model: {path: m}, output: {dir: o}, data: {training: {source: [7]}}}", ".data.training.source: [7] is no string"),
         ("{model: {path: m}, output: {dir: o}, eval: {checkpoints: [pqt]}}", ".eval.checkpoints: enum"),
         ("{model: {path: m}, output: {dir: o}, act_calib: {end_to_end: {skip: -1}}}", ".act_calib.end_to_end.skip: minimum 0"),
+        ("{model: {path: m}, output: {dir: o}, ptq: {group_sizes: {o: wide}}}", ".ptq.group_sizes.o: 'wide' is no integer"),
         ("{model: {path: m}, output: {dir: o}, act_calib: {group_size: 24}}", ".act_calib.group_size: multipleOf 16"),
         ("{model: {path: m}, output: {dir: o}, recipe_version: 2}", ".recipe_version: const 1"),
     ],

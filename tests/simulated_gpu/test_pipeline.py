@@ -18,7 +18,7 @@ PHASE = {"sequences": 4, "epochs": 1, "batch_size": 2}
 SECTIONS = {
     "runtime": {"device": "cuda", "batch_size": 4, "streams": "ram"},
     "ptq": {"rounds": 0, "em_iterations": 2},
-    "distill": {"epochs": 1, "batch_size": 4, "ema_decay": 0.9, "fisher": 0.5, "fisher_sequences": 2, "end_to_end": PHASE},
+    "distill": {"epochs": 1, "batch_size": 4, "ema_decay": 0.9, "end_to_end": PHASE},
     "act_calib": {"epochs": 1, "batch_size": 8, "end_to_end": {**PHASE, "sequences": 2, "batch_size": 1}},
 }
 # Stages, in the order in which commands make them.

@@ -18,11 +18,10 @@ from lbllm_cli.models.block import Block
 from lbllm_cli.parallel.group import ALONE, Group
 from lbllm_cli.parallel.shares import Owners
 from lbllm_cli.pipeline.block_loop import BlockResult, BlockTask
-from lbllm_cli.pipeline.metrics import OutputMetric
 from lbllm_cli.runtime.attachments import attach
 from lbllm_cli.runtime.backend import backend_of, weight_on
 from lbllm_cli.runtime.quantizer import empty_quantizer
-from lbllm_cli.training.block import block_loop, capped, train_block
+from lbllm_cli.training.block import block_loop, train_block
 from lbllm_cli.training.block_linears import BlockLinears
 from lbllm_cli.training.fixed import Fixed
 from lbllm_cli.training.interfaces import SEQUENCES, OwnStep, ParameterGroup
@@ -204,5 +203,5 @@ def fit_block(task: BlockTask, settings: "ActCalib", layout: ActivationFormat, s
     """Fits the quantizers of one block and trains them with its levels; see `train_block`, whose start is as they are fitted."""
     with torch.enable_grad():
         student = ActivationStudent(task, settings, layout, seed)
-        start, metric = student.snapshot(), OutputMetric(capped(task, settings))
-        return train_block(block_loop(task, student, settings, "act_calib", seed, metric), start)
+        start = student.snapshot()
+        return train_block(block_loop(task, student, settings, "act_calib", seed), start)

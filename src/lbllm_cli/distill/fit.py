@@ -3,20 +3,17 @@
 As in LBLLM's stage 2; rates, schedules, starting latents and the parametrisation `nearest` are ours.
 """
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from lbllm_cli.distill.fisher import metric_factor
 from lbllm_cli.format.weights import PackedWeight
 from lbllm_cli.models.block import Block
 from lbllm_cli.parallel.group import ALONE, Group
 from lbllm_cli.pipeline.block_loop import BlockResult, BlockTask
-from lbllm_cli.pipeline.metrics import OutputMetric
 from lbllm_cli.runtime.backend import weight_on
-from lbllm_cli.training.block import block_loop, capped, train_block
+from lbllm_cli.training.block import block_loop, train_block
 from lbllm_cli.training.block_linears import BlockLinears
 from lbllm_cli.training.fixed import Fixed
 from lbllm_cli.training.interfaces import OwnStep, ParameterGroup
@@ -122,15 +119,9 @@ class BinarizedStudent:
         return facts | ({"polarisation": certain / self._weights} if certain else {})
 
 
-def fit_block(
-    task: BlockTask, settings: "Distill", seed: int, information: Callable[[int], Tensor] | None = None
-) -> BlockResult:
-    """Trains the linears of one block from the parent's; see `train_block`. information: of a block's outputs, where its error is
-    measured in it; see `distill.fisher`."""
-    scale, factor = capped(task, settings), None
-    if information is not None:
-        factor = metric_factor(information(task.index), settings.fisher, scale).to(task.quantized.dtype)
+def fit_block(task: BlockTask, settings: "Distill", seed: int) -> BlockResult:
+    """Trains the linears of one block from the parent's; see `train_block`."""
     with torch.enable_grad():
         student = BinarizedStudent(task.teacher, task.start, settings, task.group)
-        loop = block_loop(task, student, settings, "distill", seed, OutputMetric(scale, factor), settings.ema_decay)
+        loop = block_loop(task, student, settings, "distill", seed, settings.ema_decay)
         return train_block(loop, task.start)

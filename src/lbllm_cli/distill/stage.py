@@ -8,8 +8,6 @@ from torch import Tensor
 
 from lbllm_cli.core.console import GIB
 from lbllm_cli.distill.fit import fit_block
-from lbllm_cli.distill.forecast import information_device, information_need, information_work
-from lbllm_cli.distill.information import Information
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.pipeline.block_loop import BlockLoop
 from lbllm_cli.pipeline.duration import Part
@@ -36,11 +34,8 @@ def need(plan: Plan, spec: StageSpec, tokens: Tensor | None) -> Need:
     """Need of the blocks of `lbllm distill`."""
     recipe, model = plan.recipe, plan.model
     device = training_device(recipe, model, recipe.distill, plan.world)
-    if recipe.distill.fisher:
-        device = information_device(model, device)
     state, states = training_states(recipe, model, recipe.distill, plan.world)
-    found = replace(stage_need(plan, spec, device, state=state, states=states), cheaper=_cheaper(recipe, model, plan.world))
-    return information_need(plan, found) if recipe.distill.fisher else found
+    return replace(stage_need(plan, spec, device, state=state, states=states), cheaper=_cheaper(recipe, model, plan.world))
 
 
 def _cheaper(recipe: Recipe, model: SourceModel, world: World) -> str:
@@ -63,8 +58,8 @@ def _cheaper(recipe: Recipe, model: SourceModel, world: World) -> str:
 
 
 def work(plan: Plan, spec: StageSpec) -> list[Part]:
-    """Steps and passes of its blocks, and what comes before them."""
-    return [*block_training(plan, spec), *([information_work(plan)] if plan.recipe.distill.fisher else [])]
+    """Steps and passes of its blocks."""
+    return block_training(plan, spec)
 
 
 def exchanged(plan: Plan, spec: StageSpec) -> Exchanged:
@@ -75,14 +70,7 @@ def exchanged(plan: Plan, spec: StageSpec) -> Exchanged:
 def run(run: StageRun) -> None:
     """Trains block after block."""
     recipe = run.plan.recipe
-    settings, information = recipe.distill, None
-    if settings.fisher:
-        information = Information(run, settings.fisher_sequences)
-        information.make()
-    found = None if information is None else information.block
-    BlockLoop(run).run(partial(fit_block, settings=settings, seed=recipe.runtime.seed, information=found))
-    if information is not None:
-        information.remove()
+    BlockLoop(run).run(partial(fit_block, settings=recipe.distill, seed=recipe.runtime.seed))
     run.keep_outer()
     if run.plan.group.first:
         plot_errors(run.writer.path / "events.jsonl", run.writer.path / "loss.png")

@@ -1,7 +1,7 @@
 """What an end-to-end phase will need."""
 
+from lbllm_cli.end_to_end.loss import LOGITS
 from lbllm_cli.format.levels import per_row
-from lbllm_cli.models.head import LOGITS
 from lbllm_cli.models.model import SourceModel
 from lbllm_cli.pipeline.forecast import (
     PROCESS,

@@ -1,13 +1,7 @@
 """Language-model head: last hidden states after the norm to logits."""
 
-from collections.abc import Iterator
-
 from torch import Tensor, nn
 from torch.nn.functional import linear
-
-# Logits that exist at once where they are not whole in memory. A loss with its gradient keeps four tensors of them in float32, 34
-# MB each. With 49,152 tokens in the vocabulary twice as many were 10 % slower on a CPU, and half as many 6 %.
-LOGITS = 1 << 23
 
 
 class Head(nn.Module):
@@ -24,15 +18,6 @@ class Head(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.finished(linear(hidden, self.weight))
-
-    def pieces(self, positions: int) -> Iterator[slice]:
-        """Of so many positions that one has `LOGITS` logits."""
-        size = max(1, LOGITS // self.weight.shape[0])
-        return (slice(start, min(start + size, positions)) for start in range(0, positions, size))
-
-    def exact(self, hidden: Tensor) -> Tensor:
-        """Logits in float32; what follows the products is computed in it as well."""
-        return self.finished(linear(hidden, self.weight).float())
 
     def finished(self, products: Tensor) -> Tensor:
         """Logits of products, in place."""

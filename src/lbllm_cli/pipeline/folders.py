@@ -18,9 +18,7 @@ _STAGE_FILES = (
     r"block_\d{3,}\.safetensors|outer\.safetensors|training(\.\d{3,})?(\.next)?\.safetensors|lbllm_stage\.json|progress\.json"
     r"|events\.jsonl|recipe\.resolved\.yaml|environment\.json|loss\.png"
 )
-INFORMATION = Kind("Fisher information", r"block_\d{3,}\.safetensors|(entering_\d+|slopes)(\.rank\d{3,})?\.bin")
-_WORK = {"streams": STREAMS, "information": INFORMATION}
-STAGE = Kind("a stage", _STAGE_FILES, r"block_\d{3,}\.safetensors|lbllm_stage\.json", _WORK)
+STAGE = Kind("a stage", _STAGE_FILES, r"block_\d{3,}\.safetensors|lbllm_stage\.json", {"streams": STREAMS})
 UNFINISHED_STAGE = Kind("an unfinished stage", _STAGE_FILES, f"{STAGE.telling}|progress\\.json", STAGE.folders)
 _EXPORT_FILES = (
     r"lbllm_export\.json|README\.md|model(-\d{5,}-of-\d{5,})?\.safetensors|part-\d{5,}|model\.safetensors\.index\.json"

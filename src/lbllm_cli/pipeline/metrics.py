@@ -35,30 +35,6 @@ def channel_scale(hidden: Tensor, cap: float) -> Tensor:
     return torch.where(usual > 0, scale, 1)
 
 
-class OutputMetric:
-    """What the errors of a block's outputs are measured in: the squares of some vectors, one for each token's hidden states.
-
-    scale: float32 [hidden] that channels are multiplied by. factor: [hidden, hidden] that an error is multiplied by, in the dtype
-    that it is done in. With neither the vectors are the hidden states.
-    """
-
-    def __init__(self, scale: Tensor | None = None, factor: Tensor | None = None):
-        self.scale, self.factor = scale, factor
-
-    def vectors(self, hidden: Tensor) -> Tensor:
-        """[..., hidden] of hidden states."""
-        if self.factor is not None:
-            return hidden.to(self.factor.dtype) @ self.factor
-        return hidden if self.scale is None else hidden.float() * self.scale
-
-    def error(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Squared distances float32 [...] of hidden states, both [..., hidden]."""
-        if self.factor is not None:
-            # Of states the products would hide in 16 bits what they differ by.
-            return self.vectors(outputs.float() - targets.float()).float().square().sum(-1)
-        return (self.vectors(outputs).float() - self.vectors(targets).float()).square().sum(-1)
-
-
 def sum_where(values: Tensor, kept: Tensor) -> Tensor:
     """Sum of the values that are kept, []: values float, kept bool, of one shape."""
     # To pick them out a device would have to be asked how many they are.
@@ -87,14 +63,12 @@ class BlockError:
         self._totals: Tensor | None = None
         self._read: tuple[float, ...] | None = (0.0,) * 5
 
-    def add(self, teacher: Tensor, student: Tensor, metric: OutputMetric | None = None) -> Tensor:
-        """Adds one batch of block outputs, both [rows, length, hidden]. metric: what they are measured in.
+    def add(self, teacher: Tensor, student: Tensor) -> Tensor:
+        """Adds one batch of block outputs, both [rows, length, hidden].
 
         Returns the squared distance of each token, float32 [rows, length].
         """
-        metric = OutputMetric() if metric is None else metric
-        error = metric.error(student, teacher)
-        teacher, student = metric.vectors(teacher), metric.vectors(student)
+        error = (student.float() - teacher.float()).square().sum(-1)
         energy = teacher.float().square().sum(-1)
         cosine = torch.nn.functional.cosine_similarity(student.float(), teacher.float(), dim=-1)
         ordinary = ~massive_tokens(teacher)

@@ -310,9 +310,6 @@ class Recipe(Section):
         wanted = self.act_calib.sequences or rows
         if wanted > rows:
             raise ValueError(f"act_calib.sequences: {wanted} of data.training.sequences, which are {rows}")
-        seen = self.distill.fisher_sequences if self.distill.fisher else 0
-        if seen > rows:
-            raise ValueError(f"distill.fisher_sequences: {seen} of data.training.sequences, which are {rows}")
         phases: list[tuple[str, Schedule, int]] = [("distill", self.distill, rows), ("act_calib", self.act_calib, wanted)]
         for spec, phase in self.end_to_end.items():
             phases.append((spec.section, phase, phase.sequences))

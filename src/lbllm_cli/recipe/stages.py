@@ -74,7 +74,7 @@ TABLE = (
     StageSpec(
         "distill", command="distill", section="distill", text="data.training", package="distill", parents=("ptq",),
         streams=(4, 2),
-        reads=(*_BLOCKS, "ema_decay", "fisher", "fisher_sequences", "parametrisation", "lr_bitmap", "polarise", "polarise_beta"),
+        reads=(*_BLOCKS, "ema_decay", "parametrisation", "lr_bitmap", "polarise", "polarise_beta"),
     ),
     StageSpec(
         "distill-e2e", command="distill", phase="end-to-end", section="distill.end_to_end", text="distill.end_to_end",
@@ -137,8 +137,6 @@ CAME_LATER = {
     "ptq.level_bits": 8,
     "act_calib.key_centre": "none",
     "act_calib.group_size": None,
-    "distill.fisher": 0.0,
-    "distill.fisher_sequences": 12,
     **{f"{section}.channel_cap": None for section in ("distill", "act_calib")},
     "distill.ema_decay": None,
     # Of phases whose codes are fixed they mean nothing.

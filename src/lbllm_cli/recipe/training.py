@@ -153,13 +153,6 @@ class Distill(Training):
         description="decay of the running mean over steps of what is trained, which an epoch is scored and kept as; null: the "
         "state of the last step. What `lbllm init` writes is 0.97; null is what earlier versions did",
     )
-    fisher: float = Field(
-        0.0, ge=0, lt=1,
-        description="share of a block's error that counts by what the full-precision model's predictions hang on: the Fisher "
-        "information of the block's outputs, found before the first block; in the rest all directions count alike. 0: all of it, "
-        "as in earlier versions",
-    )  # fmt: skip
-    fisher_sequences: Positive = Field(12, description="sequences of data.training that the Fisher information is of")
     lr_bitmap: float = Field(1e-2, gt=0, le=1, description="AdamW rate of the relaxed bitmap, which lies in [0, 1]")
     polarise: float = Field(0.01, ge=0, le=1e6, description="lambda of the regulariser 1 - |2 G - 1|^beta; grows from 0 to this")
     polarise_beta: Annotated[list[Annotated[float, Field(ge=1, le=100)]], Field(min_length=2, max_length=2)] = Field(

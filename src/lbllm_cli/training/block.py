@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lbllm_cli.pipeline.block_loop import BlockResult, BlockTask
-from lbllm_cli.pipeline.metrics import BlockError, OutputMetric, channel_scale, massive_tokens, robust_error
+from lbllm_cli.pipeline.metrics import BlockError, channel_scale, massive_tokens, robust_error
 from lbllm_cli.pipeline.streams import fetched
 from lbllm_cli.training.interfaces import SEQUENCES, Step, Student
 from lbllm_cli.training.loop import Job, TrainingLoop
@@ -26,10 +26,21 @@ class BlockObjective:
 
     errors: ClassVar[tuple[str, ...]] = ("error", "error_ordinary", "per_token", "per_token_ordinary", "per_token_robust")
 
-    def __init__(self, task: BlockTask, student: Student, settings: "Training", metric: OutputMetric):
-        self.student, self.task, self.metric = student, task, metric
+    def __init__(self, task: BlockTask, student: Student, settings: "Training"):
+        self.student, self.task = student, task
         self.kind, self.pieces = settings.loss, settings.micro_batch_size
         self.inputs, self.targets, self.device = task.quantized, task.targets, task.device
+        self.scale = self._scale(settings.channel_cap)
+
+    @torch.no_grad()
+    def _scale(self, cap: float | None) -> Tensor | None:
+        """What both outputs are multiplied by, [hidden]; see `channel_scale`."""
+        if cap is None:
+            return None
+        return channel_scale(self.task.sample(self.targets, SEQUENCES), cap)
+
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        return hidden if self.scale is None else hidden.float() * self.scale
 
     def feed(self, pieces: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
         """Inputs and targets."""
@@ -42,12 +53,13 @@ class BlockObjective:
         to its start.
         """
         inputs, targets = piece
-        error = self.metric.error(self.student.block(inputs), targets)
+        outputs, targets = self._scaled(self.student.block(inputs)), self._scaled(targets)
+        error = (outputs.float() - targets.float()).square().sum(-1)
         if self.kind == "robust":
             return robust_error(error, start["per_token_ordinary"]).mean() / start["per_token_robust"]
         loss = error.mean() / start["per_token"]
         if self.kind == "mixed":
-            ordinary = torch.where(massive_tokens(self.metric.vectors(targets)), 0, error).mean() / start["per_token_ordinary"]
+            ordinary = torch.where(massive_tokens(targets), 0, error).mean() / start["per_token_ordinary"]
             loss = (loss + ordinary) / 2
         return loss
 
@@ -72,8 +84,8 @@ class BlockObjective:
         robust = torch.zeros((), dtype=torch.float64, device=self.device)
         pieces = list(torch.tensor(rows, dtype=torch.long).split(self.pieces)) if rows else []
         for inputs, targets in fetched((self.inputs, self.targets), pieces, self.device):
-            outputs = self.student.block(inputs)
-            found = error.add(targets, outputs, self.metric)
+            outputs, targets = self._scaled(self.student.block(inputs)), self._scaled(targets)
+            found = error.add(targets, outputs)
             if usual is not None:
                 robust += robust_error(found, usual).sum()
         kinds = ("per_token", "per_token_ordinary", "per_token_robust")
@@ -86,22 +98,14 @@ class BlockObjective:
         return {"error": error.relative, "error_ordinary": error.relative_ordinary, **per_token}
 
 
-@torch.no_grad()
-def capped(task: BlockTask, settings: "Training") -> Tensor | None:
-    """What channels of a block's outputs are multiplied by, [hidden]; None where they count as they are. See `channel_scale`."""
-    return None if settings.channel_cap is None else channel_scale(task.sample(task.targets, SEQUENCES), settings.channel_cap)
-
-
 def block_loop(
-    task: BlockTask, student: Student, settings: "Training", section: str, seed: int, metric: OutputMetric,
-    ema_decay: float | None = None,
-) -> TrainingLoop:  # fmt: skip
-    """The training of one block. section: of the recipe, for messages. seed: of the data order. metric: of its error. ema_decay:
-    see `Job`."""
+    task: BlockTask, student: Student, settings: "Training", section: str, seed: int, ema_decay: float | None = None
+) -> TrainingLoop:
+    """The training of one block. section: of the recipe, for messages. seed: of the data order. ema_decay: see `Job`."""
     length = task.quantized.shape[1]
     where = f"block {task.index}"
     job = Job(task.index, where, section, task.share, length, seed, task.device, task.group, ema_decay)
-    return TrainingLoop(BlockObjective(task, student, settings, metric), settings, job, task.keeper, task.monitor)
+    return TrainingLoop(BlockObjective(task, student, settings), settings, job, task.keeper, task.monitor)
 
 
 def train_block(loop: TrainingLoop, start: dict[str, Tensor]) -> BlockResult:

@@ -134,8 +134,6 @@ def block_exchanged(plan: Plan, spec: StageSpec, settings: Distill | ActCalib) -
     row_bytes = text.length * int(model.config.hidden_size) * model.dtype.itemsize
     if act:
         calls.append(sample_call("sequences that quantizers are fitted to", world, rows, SEQUENCES, row_bytes))
-    if isinstance(settings, Distill) and settings.fisher:
-        calls.append(Call("Fisher information of a block's outputs", ALL_REDUCE, 4 * int(model.config.hidden_size) ** 2, 1))
     if settings.channel_cap is not None:
         calls.append(sample_call("sequences that channels are weighed by", world, rows, SEQUENCES, row_bytes))
     return _exchanged(plan, settings, rows, calls, copies, model.blocks)
