@@ -86,7 +86,7 @@ RIVALS := scripts/bench/rivals
 rivals: .venv-rivals/.installed $(MODEL)/config.json
 	.venv-rivals/bin/python $(RIVALS)/run.py --recipe recipes/smollm2-135m.yaml --segments 12 --out runs/rivals \
 		data.training.sequences=256
-	.venv-rivals/bin/python $(RIVALS)/plot.py --out runs/rivals
+	.venv-rivals/bin/python $(RIVALS)/plot.py --out runs/rivals --points docs/pareto.json --texts novels technical modern
 
 # llama.cpp, compiled for this machine, and exports of two shapes beside it.
 .venv-llama/.installed:

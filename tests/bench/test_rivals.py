@@ -130,7 +130,8 @@ def test_ours_is_measured_on_the_same_text(tmp_path):
     entry = {"perplexity": {"novels": 12.0}, "kl": {"novels": 0.1}, "bits_per_weight": 2.5}
     results = {"base": {"perplexity": {"novels": 8.0}}, "ptq": entry}
     (tmp_path / "eval" / "results.json").write_text(json.dumps(results))
-    found = plot.own(f"lbllm={tmp_path}:ptq", results["base"])
+    label, row = plot.own(f"lbllm={tmp_path}:ptq", results["base"])
+    found = plot.point(label, row, results["base"])
     assert (found.label, found.bits, found.perplexity, found.ours) == ("lbllm", 2.5, {"novels": 1.5}, True)
     with pytest.raises(ValueError, match="novels"):
         plot.own(f"lbllm={tmp_path}:ptq", {"perplexity": {"novels": 9.0}})
@@ -138,6 +139,40 @@ def test_ours_is_measured_on_the_same_text(tmp_path):
         plot.own(f"lbllm={tmp_path}:distill", results["base"])
     with pytest.raises(ValueError, match="expected LABEL"):
         plot.own("lbllm", results["base"])
+
+
+def test_rows_of_earlier_runs_are_drawn_beside_new_ones(tmp_path, monkeypatch):
+    """A row of the same name is replaced, and what is drawn is left as a file to draw from."""
+
+    def row(novels, **more):
+        return {"bits_per_weight": 2.5, "perplexity": {"novels": novels}, "kl": {"novels": novels / 10}} | more
+
+    points, out = tmp_path / "points.json", tmp_path / "out"
+    points.write_text(json.dumps({run.BASE: row(2.0), "Q2_K": row(4.0), "lbllm": row(3.0, ours=True)}))
+    (out / "eval").mkdir(parents=True)
+    run.file_of(out, "AutoRound", ".json").write_text(json.dumps(row(5.0)))
+    (out / "eval" / "results.json").write_text(json.dumps({"base": row(2.0), "ptq": row(2.5, bytes=7)}))
+    monkeypatch.setattr(sys, "argv", ["plot.py", "--out", str(out), "--points", str(points), "--ours", f"lbllm={out}:ptq"])
+    plot.main()
+    drawn = json.loads((out / "pareto.json").read_text())
+    assert drawn == {run.BASE: row(2.0), "Q2_K": row(4.0), "lbllm": row(2.5, ours=True), "AutoRound": row(5.0)}
+    assert all(name in (out / "pareto.svg").read_text() for name in drawn if name != run.BASE)
+    monkeypatch.setattr(sys, "argv", ["plot.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="--points"):
+        plot.main()
+
+
+def test_the_picture_shows_the_table():
+    """docs/pareto.json, which docs/pareto.svg is drawn from, and the rows of docs/measurements.md."""
+    lines = (ROOT / "docs" / "measurements.md").read_text(encoding="utf-8").splitlines()
+    rows = json.loads((ROOT / "docs" / "pareto.json").read_text(encoding="utf-8"))
+    del rows[run.BASE]
+    picture = (ROOT / "docs" / "pareto.svg").read_text(encoding="utf-8")
+    for name, row in rows.items():
+        cells = [f"| {row['bits_per_weight']:.3f} |", *(f"| {found:.2f} (" for found in row["perplexity"].values())]
+        cells += ["| {:.3f}, {:.3f}, {:.3f} |".format(*row["kl"].values())]
+        assert any(all(cell in line for cell in cells) for line in lines), (name, cells)
+        assert f"<!-- {name} -->" in picture
 
 
 @pytest.fixture
@@ -168,7 +203,7 @@ def test_rows_are_measured_once_and_written(toy, monkeypatch):
     assert "(1.00x)" in (toy.out / "table.md").read_text()
     # A logarithm has no place for the KL of a model to itself.
     row |= {"kl": dict.fromkeys(row["kl"], 0.5)}
-    plot.draw([plot.point("a row", row, base, ours=False)], list(base["perplexity"]), toy.out / "pareto.svg")
+    plot.draw([plot.point("a row", row, base)], list(base["perplexity"]), toy.out / "pareto.svg")
     assert "a row" in (toy.out / "pareto.svg").read_text()
 
 

@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
 """Bits per weight against perplexity and KL of all rows of `run.py`, beside lbllm's own checkpoints; OUT/pareto.svg.
 
-    python scripts/bench/rivals/plot.py --out runs/rivals [--ours LABEL=RUN_FOLDER:STAGE ...] [--texts novels technical modern]
+    python scripts/bench/rivals/plot.py --out runs/rivals --points docs/pareto.json [--ours LABEL=RUN_FOLDER:STAGE ...]
+        [--texts novels technical modern]
 
-A run folder of lbllm holds eval/results.json, which `lbllm eval` writes; both have to be measured on the same texts.
+A run folder of lbllm holds eval/results.json, which `lbllm eval` writes. OUT/pareto.json has the rows of the picture; --points
+takes such a file, so that none of them has to be made again: those of OUT, and of --ours, take the place of its rows of the same
+name. All have to be measured on the same texts.
 """
 
 import argparse
@@ -14,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from run import BASE, RIVALS, file_of
+
+from lbllm_cli.core import files
 
 
 @dataclass(frozen=True)
@@ -27,10 +32,10 @@ class Point:
     ours: bool
 
 
-def point(label: str, row: dict[str, Any], base: dict[str, Any], ours: bool) -> Point:
-    """A row of `run.py`, or an entry of lbllm's results.json; base: the full-precision model's, measured with it."""
+def point(label: str, row: dict[str, Any], base: dict[str, Any]) -> Point:
+    """A row; base: the full-precision model's."""
     ratios = {text: found / base["perplexity"][text] for text, found in row["perplexity"].items()}
-    return Point(label, row["bits_per_weight"], ratios, row["kl"], ours)
+    return Point(label, row["bits_per_weight"], ratios, row["kl"], row.get("ours", False))
 
 
 def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -54,8 +59,8 @@ def rows_in(out: Path) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def own(argument: str, base: dict[str, Any]) -> Point:
-    """LABEL=RUN_FOLDER:STAGE. Raises ValueError where its full-precision model has other perplexities than that of the rivals."""
+def own(argument: str, base: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The row of LABEL=RUN_FOLDER:STAGE. Raises ValueError where its full precision has other perplexities than `base`."""
     label, _, rest = argument.partition("=")
     folder, _, stage = rest.rpartition(":")
     if not (label and folder and stage):
@@ -67,7 +72,7 @@ def own(argument: str, base: dict[str, Any]) -> Point:
         # Text of another length or model gives another number; threads change the fourth digit behind the point.
         if abs(results["base"]["perplexity"].get(text, 0) / found - 1) > 1e-3:
             raise ValueError(f"{folder}: full precision on {text} is not the {found} that the rivals are measured beside")
-    return point(label, results[stage], results["base"], ours=True)
+    return label, {key: results[stage][key] for key in ("bits_per_weight", "perplexity", "kl")} | {"ours": True}
 
 
 def draw(points: list[Point], texts: list[str], path: Path) -> None:
@@ -83,9 +88,9 @@ def draw(points: list[Point], texts: list[str], path: Path) -> None:
             line = front([(one.bits, loss) for one, loss in zip(points, losses, strict=True)])
             axes.step([bits for bits, _ in line], [loss for _, loss in line], where="post", color="0.7", zorder=1)
             for one, loss in zip(points, losses, strict=True):
-                color, marker = ("C3", "D") if one.ours else ("C0", "o")
+                color, marker, below = ("C3", "D", -9) if one.ours else ("C0", "o", 3)
                 axes.plot(one.bits, loss, marker, color=color, zorder=2)
-                axes.annotate(one.label, (one.bits, loss), xytext=(5, 3), textcoords="offset points", fontsize=8, color=color)
+                axes.annotate(one.label, (one.bits, loss), xytext=(5, below), textcoords="offset points", fontsize=8, color=color)
             axes.set(yscale="log", title=f"{title}: {text}")
             axes.margins(x=0.18)
             # Less than a decade is shown: without a word on the ticks between, one number would stand on an axis.
@@ -101,18 +106,21 @@ def main() -> None:
     """Reads the arguments and draws."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--points", type=Path, metavar="FILE", help="a pareto.json whose rows are drawn as well")
     parser.add_argument("--ours", nargs="+", default=[], metavar="LABEL=RUN_FOLDER:STAGE", help="checkpoints of lbllm")
     parser.add_argument("--texts", nargs="+", default=["novels"], help="a column each")
     arguments = parser.parse_args()
-    rows = rows_in(arguments.out)
-    if BASE not in rows:
-        sys.exit(f"{arguments.out} holds no rows; run run.py first")
-    base = rows.pop(BASE)
     try:
-        ours = [own(word, base) for word in arguments.ours]
+        rows = json.loads(arguments.points.read_text(encoding="utf-8")) if arguments.points else {}
+        rows |= rows_in(arguments.out)
+        if BASE not in rows:
+            sys.exit(f"{arguments.out} holds no rows; run run.py first, or name a file of rows with --points")
+        rows |= dict(own(word, rows[BASE]) for word in arguments.ours)
     except (ValueError, OSError) as error:
         sys.exit(str(error))
-    points = [*(point(name, row, base, ours=False) for name, row in rows.items()), *ours]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    files.write_json(arguments.out / "pareto.json", rows)
+    points = [point(name, row, rows[BASE]) for name, row in rows.items() if name != BASE]
     draw(points, arguments.texts, arguments.out / "pareto.svg")
     print(arguments.out / "pareto.svg")
 
