@@ -471,9 +471,14 @@ def test_overrides(load):
     assert recipe.data.evaluation == [EvaluationSet(name="c", source=mixture)]
 
 
-@pytest.mark.parametrize("text", ["generate:", '"generate:"'])
+@pytest.mark.parametrize("text", ["generate:", '"generate:"', "[generate:]"])
 def test_the_source_that_is_sampled_needs_no_quotes_on_a_command_line(load, text):
     assert load("", f"data.training.source={text}").data.training.source == [Source(source="generate:")]
+
+
+def test_the_source_that_is_sampled_needs_no_quotes_in_a_list(load):
+    sources = load("data: {training: {source: [generate:, p]}}").data.training.source
+    assert sources == [Source(source="generate:"), Source(source="p")]
 
 
 def test_the_last_override_of_a_key_wins(load):

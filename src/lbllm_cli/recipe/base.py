@@ -61,6 +61,8 @@ class Source(Section):
 def _as_sources(value: object) -> object:
     """A name, a mapping or a list of either: always a list of mappings afterwards."""
     items = value if isinstance(value, list) else [value]
+    # Of `[generate:, a.txt]`, and of `"generate:"` whose quotes a shell took off, YAML makes a mapping.
+    items = ["generate:" if item == {"generate": None} else item for item in items]
     return [{"source": item} if isinstance(item, str) else item for item in items]
 
 
