@@ -51,7 +51,7 @@ def write_text(args: argparse.Namespace) -> None:
 
     import lbllm_cli.hf  # noqa: F401 - registers the packed format
     from lbllm_cli.data.tokens import evaluation_tokens
-    from lbllm_cli.recipe.schema import EvaluationSet
+    from lbllm_cli.recipe.text import EvaluationSet
 
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
     vocab = AutoConfig.from_pretrained(args.folder).get_text_config().vocab_size

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lbllm_cli.data.tokens import evaluation_tokens
 from lbllm_cli.format.rows import dequantize_rows, quantize_rows
-from lbllm_cli.recipe.schema import EvaluationSet
+from lbllm_cli.recipe.text import EvaluationSet
 
 STYLES = "novels", "technical", "modern"
 

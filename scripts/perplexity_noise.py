@@ -19,7 +19,7 @@ import lbllm_cli.hf  # noqa: F401  registers the packed format
 from lbllm_cli.data.tokens import evaluation_tokens
 from lbllm_cli.engine.abi import library, tier
 from lbllm_cli.evaluation.perplexity import whole_perplexity
-from lbllm_cli.recipe.schema import EvaluationSet
+from lbllm_cli.recipe.text import EvaluationSet
 
 NOISE = 1e-6
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from lbllm_cli.data import tokens as data
 from lbllm_cli.data.presets import PRESETS
-from lbllm_cli.recipe.base import Source
-from lbllm_cli.recipe.schema import EvaluationSet, TokenSet
+from lbllm_cli.recipe.text import EvaluationSet, Source, TokenSet
 
 SENTENCE = "the river bank note seven under table glass moves slowly between old stones and we measured its height again"
 VOCAB = 100_000

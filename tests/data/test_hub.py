@@ -7,7 +7,7 @@ from texts import calibrate, evaluate
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.data import sources as text_sources
 from lbllm_cli.data.presets import PRESETS
-from lbllm_cli.recipe.base import Source
+from lbllm_cli.recipe.text import Source
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
 THERE = [name for name, preset in PRESETS.items() if not preset.instead]

@@ -14,8 +14,7 @@ from lbllm_cli.data import hub, records
 from lbllm_cli.data import sources as text_sources
 from lbllm_cli.data import tokens as data
 from lbllm_cli.data.presets import PRESETS
-from lbllm_cli.recipe.base import Source
-from lbllm_cli.recipe.schema import EvaluationSet
+from lbllm_cli.recipe.text import EvaluationSet, Source
 
 
 @pytest.mark.parametrize("kind", KINDS)

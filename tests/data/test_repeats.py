@@ -7,7 +7,7 @@ from texts import calibrate, numbered
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.data.repeats import with_repeats
 from lbllm_cli.data.sources import check, expand
-from lbllm_cli.recipe.base import Source
+from lbllm_cli.recipe.text import Source
 
 
 def passages(row: list[int]) -> list[tuple[int, int]]:

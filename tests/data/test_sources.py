@@ -8,7 +8,7 @@ from texts import calibrate, cut, evaluate, ids_of, preset, words_of, written
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.data import sources as text_sources
 from lbllm_cli.data.presets import PRESETS
-from lbllm_cli.recipe.base import Source
+from lbllm_cli.recipe.text import Source
 
 
 def test_chat_messages_go_through_the_template(tmp_path, tokenizer):

@@ -8,7 +8,7 @@ from itertools import combinations
 import pytest
 
 from lbllm_cli.data.sources import PARTS, STYLES, builtin_records, documents
-from lbllm_cli.recipe.base import Source
+from lbllm_cli.recipe.text import Source
 
 CHARACTERS_PER_TOKEN = 4.5
 

@@ -15,7 +15,7 @@ from lbllm_cli.data import encode
 from lbllm_cli.data import sources as text_sources
 from lbllm_cli.data import tokens as data
 from lbllm_cli.data.sources import STYLES, builtin_records
-from lbllm_cli.recipe.base import Source
+from lbllm_cli.recipe.text import Source
 
 
 def test_tokens_of_one_row(tmp_path, tokenizer):

@@ -14,9 +14,9 @@ from pydantic import BaseModel, ValidationError
 
 import lbllm_cli
 from lbllm_cli.core.errors import UsageError
-from lbllm_cli.recipe.base import Source
 from lbllm_cli.recipe.load import dump_recipe, load_recipe
-from lbllm_cli.recipe.schema import EvaluationSet, Recipe
+from lbllm_cli.recipe.schema import Recipe
+from lbllm_cli.recipe.text import EvaluationSet, Source
 
 BASE = "model: {path: some/model}\noutput: {dir: runs/a}\n"
 

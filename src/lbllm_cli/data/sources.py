@@ -15,7 +15,7 @@ from lbllm_cli.data.hub import check_hub_name, hub_records, preset_records
 from lbllm_cli.data.presets import PRESETS, alternatives
 from lbllm_cli.data.records import RECORD_LIMIT, local_records
 from lbllm_cli.models import chat
-from lbllm_cli.recipe.base import Source
+from lbllm_cli.recipe.text import Source
 
 STYLES = ("novels", "technical", "modern")
 PARTS = ("calibration", "training", "evaluation")

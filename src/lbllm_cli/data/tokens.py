@@ -15,8 +15,7 @@ from lbllm_cli.data.encode import batches, encode
 from lbllm_cli.data.presets import PRESETS
 from lbllm_cli.data.repeats import with_repeats
 from lbllm_cli.data.windows import Wanted, pretokenized, read, windows
-from lbllm_cli.recipe.base import Source
-from lbllm_cli.recipe.schema import EvaluationSet, TokenSet
+from lbllm_cli.recipe.text import EvaluationSet, Source, TokenSet
 
 Sampler = Callable[[Source, int, int], Tensor]
 

@@ -15,7 +15,7 @@ from lbllm_cli.core.errors import UsageError
 from lbllm_cli.data import sources as text_sources
 from lbllm_cli.data.encode import batches, encode
 from lbllm_cli.data.presets import PRESETS
-from lbllm_cli.recipe.base import Source
+from lbllm_cli.recipe.text import Source
 
 # A stream from the hub has no end that could be waited for: this many times the needed tokens are read to choose from.
 OVERSAMPLE = 4

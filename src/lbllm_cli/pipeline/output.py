@@ -14,9 +14,9 @@ from lbllm_cli.core.files import unwritable, user_path
 from lbllm_cli.core.own_folders import check_folders
 from lbllm_cli.data.presets import PRESETS
 from lbllm_cli.models.model import SourceModel
-from lbllm_cli.recipe.base import Source
 from lbllm_cli.recipe.schema import Recipe
 from lbllm_cli.recipe.stages import EXPORT, STAGES
+from lbllm_cli.recipe.text import Source
 
 _TAILS = ("", ".partial", ".replaced")
 # Sampled text is only ever added to, under names that are hashes: reading it there does no harm, but it has to be a folder.

@@ -19,9 +19,9 @@ from lbllm_cli.parallel.group import ALONE, Group
 from lbllm_cli.pipeline import output
 from lbllm_cli.pipeline.devices import check_devices
 from lbllm_cli.pipeline.world import World
-from lbllm_cli.recipe.base import Source
-from lbllm_cli.recipe.schema import Ptq, Recipe, TokenSet
+from lbllm_cli.recipe.schema import Ptq, Recipe
 from lbllm_cli.recipe.stages import TABLE, StageSpec
+from lbllm_cli.recipe.text import Source, TokenSet
 from lbllm_cli.recipe.training import EndToEnd, Schedule
 from lbllm_cli.runtime.backend import choose_device
 

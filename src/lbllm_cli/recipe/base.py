@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lbllm_cli.format.group_sizes import SIZE_MAX, SIZE_MIN
 
@@ -37,33 +37,3 @@ class StageSection(Section):
     def subset(self) -> int | None:
         """How many sequences of its text a stage reads, spread evenly over them; None: all."""
         return None
-
-
-class Source(Section):
-    """One source of text or tokens; `source` alone may be written as a plain string."""
-
-    source: str = Field(min_length=1, description="builtin:..., generate:, hub:NAME, a preset, or a path")
-    weight: float = Field(1.0, ge=1e-9, le=1e9, description="share of the sequences when several sources are mixed")
-    text_key: str = Field("text", description="field of a record that holds the text")
-    messages_key: str | None = Field(None, description="field that holds chat messages; the chat template renders them")
-    split: str | None = Field(None, description="split of a dataset; default train, for evaluation test")
-    config: str | None = Field(None, description="configuration name of a hub dataset")
-    path: str | None = Field(None, description="local file with a preset's schema, instead of the hub")
-    temperature: float = Field(1.0, ge=0.01, le=2, description="generate: sampling temperature")
-    repeats: float = Field(0.0, ge=0, le=1, description="share of the sequences in which passages come again, to train on")
-
-    @property
-    def sampled(self) -> bool:
-        """Whether its text is sampled from the model."""
-        return self.source == "generate:"
-
-
-def _as_sources(value: object) -> object:
-    """A name, a mapping or a list of either: always a list of mappings afterwards."""
-    items = value if isinstance(value, list) else [value]
-    # Of `[generate:, a.txt]`, and of `"generate:"` whose quotes a shell took off, YAML makes a mapping.
-    items = ["generate:" if item == {"generate": None} else item for item in items]
-    return [{"source": item} if isinstance(item, str) else item for item in items]
-
-
-Sources = Annotated[list[Source], BeforeValidator(_as_sources), Field(min_length=1)]

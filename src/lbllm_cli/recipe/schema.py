@@ -2,11 +2,12 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from lbllm_cli.core.splits import held_out_rows
-from lbllm_cli.recipe.base import LENGTH, TOKENS, GroupSize, Name, Positive, Section, Source, Sources, StageSection
+from lbllm_cli.recipe.base import GroupSize, Positive, Section, StageSection
 from lbllm_cli.recipe.stages import STAGES, TABLE, ExportedName, FormatName, MeasuredName, StageSpec
+from lbllm_cli.recipe.text import Data, Source, check_size
 from lbllm_cli.recipe.training import ActCalib, ActEndToEnd, Distill, DistillEndToEnd, EndToEnd, Schedule
 
 # Rounds of stage 1 where levels have 2 bits: of one, three and six the last left the least error.
@@ -46,74 +47,6 @@ class Runtime(Section):
     )
     batch_size: Positive = Field(4, description="sequences in one forward pass of a block")
     save_minutes: float = Field(10, ge=0, le=1e6, description="a block's unfinished training is saved this often")
-
-
-def _check_size(key: str, count: int, length: int) -> None:
-    if count * length > TOKENS:
-        raise ValueError(f"{key}: {count} of {length} tokens are {count * length:,}; at most {TOKENS:,} are read; lower one")
-
-
-class TokenSet(Section):
-    """Tokens to calibrate or train on."""
-
-    source: Sources = Field([Source(source="builtin:calibration")], description="one source or a mixture")
-    sequences: Positive = Field(32, description="sequences of `length` tokens")
-    length: int = Field(512, ge=8, le=LENGTH, description="tokens in a sequence")
-    bos: bool = Field(False, description="start every sequence with the tokenizer's BOS")
-
-    @model_validator(mode="after")
-    def _fits_memory(self) -> "TokenSet":
-        _check_size("sequences", self.sequences, self.length)
-        return self
-
-
-class TrainingSet(TokenSet):
-    """Tokens to train on."""
-
-    sequences: Positive = Field(256, description="sequences of `length` tokens")
-
-
-class EvaluationSet(Section):
-    """One text to measure perplexity on."""
-
-    name: Name = Field(description="what results call it")
-    source: Sources = Field(description="one source or a mixture")
-    length: int = Field(1024, ge=8, le=LENGTH, description="tokens in a segment")
-    segments: Positive | None = Field(None, description="segments from the start of the text; default all")
-    bos: bool = Field(False, description="start every segment with the tokenizer's BOS")
-
-    @property
-    def key(self) -> str:
-        """What messages call it."""
-        return f"data.evaluation {self.name}"
-
-    @model_validator(mode="after")
-    def _fits_memory(self) -> "EvaluationSet":
-        _check_size("segments", self.segments or 1, self.length)
-        return self
-
-
-def _builtin_evaluation() -> list[EvaluationSet]:
-    return [
-        EvaluationSet(name=style, source=[Source(source=f"builtin:evaluation/{style}")], length=1024, segments=40)
-        for style in ("novels", "technical", "modern")
-    ]
-
-
-class Data(Section):
-    """Text for every stage."""
-
-    calibration: TokenSet = Field(default_factory=TokenSet)
-    training: TrainingSet = Field(default_factory=TrainingSet)
-    evaluation: list[EvaluationSet] = Field(default_factory=_builtin_evaluation, min_length=1)
-
-    @field_validator("evaluation")
-    @classmethod
-    def _names_differ(cls, value: list[EvaluationSet]) -> list[EvaluationSet]:
-        names = [item.name for item in value]
-        if len(set(names)) != len(names):
-            raise ValueError(f"evaluation names must differ, got {', '.join(names)}")
-        return value
 
 
 class Ptq(StageSection):
@@ -313,7 +246,7 @@ class Recipe(Section):
         phases: list[tuple[str, Schedule, int]] = [("distill", self.distill, rows), ("act_calib", self.act_calib, wanted)]
         for spec, phase in self.end_to_end.items():
             phases.append((spec.section, phase, phase.sequences))
-            _check_size(f"{spec.section}.sequences", phase.sequences, self.data.training.length)
+            check_size(f"{spec.section}.sequences", phase.sequences, self.data.training.length)
         for section, settings, count in phases:
             left = count - held_out_rows(count, settings.held_out)
             if settings.batch_size > left:

@@ -5,8 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lbllm_cli.recipe.base import COUNT, GroupSize, Positive, Sources, StageSection
+from lbllm_cli.recipe.base import COUNT, GroupSize, Positive, StageSection
 from lbllm_cli.recipe.stages import ParentName
+from lbllm_cli.recipe.text import Sources
 
 SoftKnee = Annotated[list[Annotated[float, Field(ge=1e-4, le=10)]], Field(min_length=2, max_length=2)]
 
