@@ -221,7 +221,7 @@ class Runner:
         self.task, self.device = task, case.device
         self.trainer = block_loop(task, student, settings, "distill", 0)  # type: ignore[arg-type]
         self.trainer.measure_start()
-        self.rows, self.feed = torch.tensor(self.trainer.rows), repeat(data.batch)
+        self.rows, self.feed = torch.tensor(self.trainer.order.rows), repeat(data.batch)
 
     def step(self) -> float:
         """Seconds of one optimizer step."""

@@ -141,7 +141,7 @@ def test_what_is_reported_is_what_is_stored(ok, run, tmp_path, form, monkeypatch
             return best
         layout = ActivationFormat(4, 4, "group", form, form, 2, 32)
         self.objective.student.block = stored_block(open_model(Model(path=str(toy)), CPU), self.progress.block, best, layout)
-        again.append(self.objective.held_out(self.held, self.progress))
+        again.append(self.objective.held_out(self.order.held, self.progress))
         return best
 
     recipe = run(parent="ptq", form=form, kv_form=form)

@@ -118,7 +118,7 @@ def test_what_is_reported_is_what_is_stored(ok, run, tmp_path, monkeypatch):
         for name in block.linears:
             linear = block.linear(name)
             linear.weight.data.copy_(PackedWeight.from_tensors(best, block.prefix + name, linear.in_features).values())
-        again.append(self.objective.held_out(self.held, self.progress))
+        again.append(self.objective.held_out(self.order.held, self.progress))
         return best
 
     monkeypatch.setattr(TrainingLoop, "run", check)

@@ -17,15 +17,16 @@ from torch import Tensor, nn
 
 from lbllm_cli.core import interrupt
 from lbllm_cli.core.errors import Interrupted, RunError
-from lbllm_cli.core.splits import data_seed, held_out_rows, spread_rows
+from lbllm_cli.core.splits import data_seed
 from lbllm_cli.parallel.group import ALONE, Group
-from lbllm_cli.parallel.shares import Share, share_of, step_rows
+from lbllm_cli.parallel.shares import Share
 from lbllm_cli.pipeline.interfaces import Monitor, StateKeeper
 from lbllm_cli.pipeline.training_state import ALIKE
 from lbllm_cli.runtime.backend import backend_of
 from lbllm_cli.training.exchange import Exchange
 from lbllm_cli.training.interfaces import Objective, Step
 from lbllm_cli.training.kept import by_owner, check_kept, kept_tensors, put_back
+from lbllm_cli.training.order import Order
 from lbllm_cli.training.progress import Progress, kept_progress
 from lbllm_cli.training.running_mean import RunningMean
 from lbllm_cli.training.tally import Tally, store
@@ -80,16 +81,9 @@ class TrainingLoop:
     def __init__(self, objective: Objective, settings: "Schedule", job: Job, keeper: StateKeeper, monitor: Monitor):
         self.objective, self.trained = objective, objective.student
         self.settings, self.job, self.keeper, self.monitor = settings, job, keeper, monitor
-        rows, self.group = job.share.rows, job.group
-        self.seed = data_seed(job.seed, job.index)
-        held = held_out_rows(rows, settings.held_out)
-        looked = spread_rows(rows, held)
-        trained = sorted(set(range(rows)) - set(looked))
-        self.every = len(trained)
-        self.held, self.rows = job.share.own(looked), job.share.own(trained)
-        shares = (share_of(rows, rank, job.group.size) for rank in range(job.group.size))
-        self._owned = [len(share.own(trained)) for share in shares]
-        self.steps = -(-self.every // settings.batch_size)
+        self.group = job.group
+        self.order = Order(job.share, job.group, settings, data_seed(job.seed, job.index))
+        self.steps = self.order.steps
         self.exchange = Exchange(self.trained, job.group)
         self.update = Update(self.trained, self.exchange, job.device)
         parameters = [p for group in self.update.groups for p in group.params]
@@ -130,7 +124,7 @@ class TrainingLoop:
     def _held_out(self, done: float) -> dict[str, float]:
         """Held-out errors of the present student."""
         self.trained.begin(done)
-        found = self.objective.held_out(self.held, self.progress)
+        found = self.objective.held_out(self.order.held, self.progress)
         # A rank that has none of these sequences has not run with the weights that were sent to it.
         self.trained.settle()
         return found
@@ -146,31 +140,17 @@ class TrainingLoop:
             "epochs": progress.epochs,
         }
 
-    def _batches(self) -> list[Tensor]:
-        """This rank's rows of each step of the present epoch."""
-        generator = torch.Generator().manual_seed((self.seed << 10) + self.progress.epoch)
-        # Each rank has an order of its own, the first one that of a process by itself.
-        orders = [torch.randperm(len(self.rows), generator=generator) for _ in range(self.group.rank + 1)]
-        order = torch.tensor(self.rows)[orders[-1]]
-        batch, own = self.settings.batch_size, len(self.rows)
-        return [order[slice(*step_rows(step, batch, own, self.every))] for step in range(self.steps)]
-
-    def _whole(self, step: int) -> int:
-        """Rows of a step, of all ranks."""
-        batch = self.settings.batch_size
-        return sum(last - first for first, last in (step_rows(step, batch, own, self.every) for own in self._owned))
-
     def _epoch(self) -> None:
         progress = self.progress
         began = time.monotonic()
-        batches = self._batches()[progress.step :]
-        pieces = [micro for batch in batches for micro in self._micro(batch)]
+        batches = self.order.batches(progress.epoch)[progress.step :]
+        pieces = [micro for batch in batches for micro in self.order.pieces(batch)]
         feed = self.objective.feed(pieces)
         for batch in batches:
             self._pause()
             began = self._count(began)
             self.monitor.tick(f"epoch {progress.epoch + 1}/{self.settings.epochs}, step {progress.step + 1}/{self.steps}")
-            self.step(batch, feed, self._whole(progress.step))
+            self.step(batch, feed, self.order.whole(progress.step))
             progress.step += 1
         self._count(began)
         self._tell(0)
@@ -179,10 +159,6 @@ class TrainingLoop:
         progress.loss_sum = progress.norm_sum = progress.norm_max = progress.seconds = 0.0
         progress.taken = 0
         self.tally.load(progress)
-
-    def _micro(self, batch: Tensor) -> list[Tensor]:
-        """Of a rank that has no row in a step, none."""
-        return list(batch.split(self.settings.micro_batch_size)) if len(batch) else []
 
     def _count(self, began: float) -> float:
         now = time.monotonic()
@@ -209,7 +185,7 @@ class TrainingLoop:
         began = time.monotonic()
         self.trained.begin(self._done())
         loss = torch.zeros((), device=self.job.device)
-        micro = self._micro(batch)
+        micro = self.order.pieces(batch)
         for number in range(len(micro)):
             piece = next(feed)
             part = self.objective.loss(piece, self.progress.start) * (piece[0].shape[0] / whole)
@@ -241,9 +217,8 @@ class TrainingLoop:
 
     def _step(self, seconds: float) -> Step:
         """The present step, whose loss is not known yet."""
-        progress = self.progress
-        rows = progress.epoch * self.every + min((progress.step + 1) * self.settings.batch_size, self.every)
-        return Step(math.nan, seconds, self._number(), self.settings.epochs * self.steps, rows * self.job.length)
+        tokens = self.order.read(self.progress.epoch, self.progress.step) * self.job.length
+        return Step(math.nan, seconds, self._number(), self.settings.epochs * self.steps, tokens)
 
     def _number(self) -> int:
         """The present step, of all steps, from 1."""
@@ -278,7 +253,7 @@ class TrainingLoop:
                 self.best = self.trained.snapshot()
             facts = self.trained.facts()
         taken = max(1, progress.taken)
-        tokens = self.every * self.job.length
+        tokens = self.order.every * self.job.length
         progress.epochs.append(
             {
                 "loss": progress.loss_sum / taken,
