@@ -476,6 +476,10 @@ def test_the_source_that_is_sampled_needs_no_quotes_on_a_command_line(load, text
     assert load("", f"data.training.source={text}").data.training.source == [Source(source="generate:")]
 
 
+def test_it_needs_none_below_a_mapping_either(load):
+    assert load("", "data.training.source.source=generate:").data.training.source == [Source(source="generate:")]
+
+
 def test_the_source_that_is_sampled_needs_no_quotes_in_a_list(load):
     sources = load("data: {training: {source: [generate:, p]}}").data.training.source
     assert sources == [Source(source="generate:"), Source(source="p")]

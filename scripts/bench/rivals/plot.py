@@ -33,7 +33,7 @@ class Point:
 
 
 def point(label: str, row: dict[str, Any], base: dict[str, Any]) -> Point:
-    """A row; base: the full-precision model's."""
+    """A row of `run.py` or of `own`; base: the full-precision model's."""
     ratios = {text: found / base["perplexity"][text] for text, found in row["perplexity"].items()}
     return Point(label, row["bits_per_weight"], ratios, row["kl"], row.get("ours", False))
 

@@ -86,7 +86,9 @@ def _override(values: dict[str, Any], override: str) -> None:
         if not isinstance(below, dict):
             raise UsageError(f"{what}: `{parent}` is a {type(below).__name__}, replace it whole")
         values = below
-    values[last] = parse_yaml(text, what)
+    value = parse_yaml(text, what)
+    # A shell takes the quotes off `"generate:"`, and what is left is a mapping in YAML.
+    values[last] = text if value == {text.removesuffix(":"): None} else value
 
 
 def _expand(value: Any, path: str, problems: dict[str, list[str]], recipe_dir: Path) -> Any:

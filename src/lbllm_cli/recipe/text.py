@@ -29,7 +29,7 @@ class Source(Section):
 def _as_sources(value: object) -> object:
     """A name, a mapping or a list of either: always a list of mappings afterwards."""
     items = value if isinstance(value, list) else [value]
-    # Of `[generate:, a.txt]`, and of `"generate:"` whose quotes a shell took off, YAML makes a mapping.
+    # YAML reads a mapping at the head of `[generate:, a.txt]`.
     items = ["generate:" if item == {"generate": None} else item for item in items]
     return [{"source": item} if isinstance(item, str) else item for item in items]
 
