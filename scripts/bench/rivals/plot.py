@@ -77,8 +77,11 @@ def own(argument: str, base: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 def draw(points: list[Point], texts: list[str], path: Path) -> None:
     """A column per text: perplexity above, KL below; both axes of loss logarithmic, the front of all points drawn through."""
+    import matplotlib
     from matplotlib.figure import Figure
 
+    # Without it what a drawing refers to has other names every time.
+    matplotlib.rcParams["svg.hashsalt"] = "lbllm"
     figure = Figure(figsize=(1 + 5 * len(texts), 9), layout="constrained")
     grid = figure.subplots(2, len(texts), squeeze=False, sharex=True)
     titles = {"perplexity": "perplexity, times full precision", "kl": "KL to full precision, nats"}
@@ -99,7 +102,7 @@ def draw(points: list[Point], texts: list[str], path: Path) -> None:
             axes.grid(alpha=0.3, which="both")
     for axes in grid[1]:
         axes.set_xlabel("bits per weight of the blocks' linears")
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, metadata=dict.fromkeys(("Date", "Creator")))
 
 
 def main() -> None:
