@@ -24,7 +24,6 @@ EVALUATION = ("wikitext2", "c4")
 # On SmolLM2-135M and Gemma 3 270M the form that stage 1 loses least with at 2.5 bits: docs/measurements.md.
 GROUP_SIZE, LEVEL_BITS = 16, 2
 # Of the running mean of distill.
-EMA_DECAY = 0.97
 
 
 @dataclass(frozen=True)
@@ -122,8 +121,7 @@ def _stages(settings: Settings, reasons: dict[str, str]) -> list[str]:
     if settings.processor:
         lines.append(_line("  batch_size: 1", "more steps for the same text"))
     micro = _line(f"  micro_batch_size: {settings.micro}", reasons.get("micro", "sequences in one pass of training"))
-    mean = _line(f"  ema_decay: {EMA_DECAY}", "an epoch is the mean of its steps: less of what each added by chance")
-    lines += [micro, mean, *_of_family(settings, "distill")]
+    lines += [micro, *_of_family(settings, "distill")]
     lines += _phase(settings, reasons, "text that data.training does not hold")
     lines.append("act_calib:")
     if settings.processor:

@@ -152,7 +152,7 @@ class Distill(Training):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None,
         description="decay of the running mean over steps of what is trained, which an epoch is scored and kept as; null: the "
-        "state of the last step. What `lbllm init` writes is 0.97; null is what earlier versions did",
+        "state of the last step",
     )
     lr_bitmap: float = Field(1e-2, gt=0, le=1, description="AdamW rate of the relaxed bitmap, which lies in [0, 1]")
     polarise: float = Field(0.01, ge=0, le=1e6, description="lambda of the regulariser 1 - |2 G - 1|^beta; grows from 0 to this")
