@@ -104,6 +104,16 @@ def test_names_that_are_damaged_are_those_of_this_run(ok, recipe, tmp_path, name
     assert [found["perplexity"].keys() for found in tables(tmp_path)[0].values()] == [{"more"}] * 2
 
 
+def test_half_a_file_of_a_killed_run_is_swept_up(ok, recipe, tmp_path):
+    ok("eval", "--recipe", recipe, BOTH)
+    # The base model is measured again beside whatever is missing: killed while that is kept, nothing may be missing afterwards.
+    left = next((tmp_path / "run" / "eval" / "measured").glob("[0-9a-f]*.json"))
+    left.with_name(f"{left.name}.tmp").write_text("{")
+    ok("eval", "--recipe", recipe, BOTH)
+    assert not list(left.parent.glob("*.tmp"))
+    assert left.exists()
+
+
 def task(limit=None, lines=()):
     return NamedTask(task={"t": {}}, num_fewshot=0, limit=limit, lm_eval="1", lines=list(lines))
 

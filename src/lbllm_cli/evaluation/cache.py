@@ -55,6 +55,11 @@ class Measurements:
         """Deletes what was found for `what`: it is so no more."""
         self._path(what).unlink(missing_ok=True)
 
+    def sweep(self) -> None:
+        """Deletes what a kill has left half written: the run that goes on may have known the value, and not write it again."""
+        for path in self.folder.glob("*.json.tmp"):
+            path.unlink(missing_ok=True)
+
     def name(self, now: Named) -> Named:
         """Keeps what names stand for now. Gives them, and those of earlier runs that stand for nothing else now."""
         found = _merged(self._names(), now)

@@ -75,6 +75,7 @@ class EvaluationRun:
         files.write_json(self.folder / "details.json", {name: details[name] for name in shown})
         files.write_json(self.folder / "results.json", {name: whole[name] for name in shown})
         remove_own(self.folder / "streams", EVAL_STREAMS)
+        self.known.sweep()
         return results
 
     def _whats(self, sets: dict[str, Tensor]) -> dict[tuple[str, str], dict[str, Any]]:
