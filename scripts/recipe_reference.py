@@ -24,8 +24,9 @@ _INTRODUCTION = """\
 # The recipe
 
 One YAML file serves all commands of a run. Only `model.path` and `output.dir` have no default. Unknown keys, duplicate keys,
-wrong types and values out of range are errors, all reported at once. `null` means that nothing is given: a section without keys
-has its defaults, an `end_to_end` without keys is none; `end_to_end: {}` is one with its defaults.
+wrong types and values out of range are errors, all reported at once. `null` means that nothing is given, where a key's default
+is `null` and of a section: one without keys has its defaults, an `end_to_end` without keys is none; `end_to_end: {}` is one with
+its defaults.
 
 - `lbllm init MODEL` writes one that fits the machine that it is run on; see [below](#a-recipe-for-a-model).
 - `--recipe` takes a file, or the name of a recipe that comes with lbllm: `--recipe llama2-7b`; `lbllm config --list` has them.

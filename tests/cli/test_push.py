@@ -128,7 +128,8 @@ def recipe(ok, toy, tmp_path):
 
 
 def test_the_folder_is_what_lies_on_the_hub(ok, recipe, hub, tmp_path):
-    hub.files = {"model-00001-of-00002.safetensors": b"of an earlier export", ".gitattributes": b"theirs"}
+    earlier = ("model-00001-of-00002.safetensors", "model.gguf", "chat_template.jinja", "vocab.txt")
+    hub.files = {**dict.fromkeys(earlier, b"of an earlier export"), ".gitattributes": b"theirs"}
     result = ok("export", "--recipe", recipe, "--push", NAME, "--private")
     export = tmp_path / "run" / "export"
     assert f"export: {hub.endpoint}/{NAME}" in result.stderr

@@ -143,6 +143,14 @@ def test_ranks_that_do_not_fit_are_refused(lbllm, tmp_path, options, message):
     assert result.stdout == ""
 
 
+def test_sequences_of_ranks_are_those_that_the_stage_reads(lbllm, tmp_path):
+    keys = {"act_calib": {"sequences": 3, "batch_size": 2}, "distill": {"batch_size": 8}}
+    recipe = write_recipe(tmp_path / "r.yaml", save_toy(tmp_path / "model"), tmp_path / "run", **keys)
+    text = [f"data.{name}.{key}" for name in ("calibration", "training") for key in ("sequences=16", "length=64")]
+    result = lbllm("validate", "--recipe", recipe, *text, "--world-size", "8")
+    assert "act-calib: 3 sequences for 8 ranks; raise act_calib.sequences, or start at most 3" in result.stderr
+
+
 @pytest.mark.parametrize("size", ["0", "-1", "many"])
 def test_a_world_that_is_no_number_of_ranks(lbllm, recipe, size):
     result = lbllm("validate", "--recipe", recipe, "--world-size", size)

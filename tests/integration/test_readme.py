@@ -127,7 +127,7 @@ def test_keys_of_a_batch_job_go_to_every_command_and_decide_its_stages(tmp_path)
     recipe = write_recipe(tmp_path / "r.yaml", tmp_path, tmp_path / "run")
     keys = "distill.batch_size=8 distill.end_to_end.sequences=4"
     said = make_says(recipe, tmp_path / "run", f"KEYS={keys}").splitlines()
-    assert all(line.endswith(keys) for line in said)
+    assert all(keys in line for line in said)
     assert any("distill --only end-to-end" in line for line in said)
 
 
@@ -145,3 +145,22 @@ def test_no_file_of_a_batch_job_is_deleted_where_a_command_fails_after_it_was_wr
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
     assert subprocess.run(command, capture_output=True, env=environment, check=False).returncode == 2
     assert (tmp_path / "run" / "ptq" / "lbllm_stage.json").exists()
+
+
+def test_what_a_failed_eval_has_measured_is_not_all_of_it(tmp_path):
+    """It writes the rest, and fails: a batch job that is given again measures again."""
+    recipe, run = write_recipe(tmp_path / "r.yaml", tmp_path, tmp_path / "run"), tmp_path / "run"
+    stage = f"mkdir -p {run}/$1; echo done > {run}/$1/lbllm_stage.json"
+    fake = tmp_path / "fake"
+    fake.write_text(
+        f'#!/bin/sh\ncase "$1" in config) exec {sys.executable} -m lbllm_cli "$@";; '
+        f"eval) mkdir -p {run}/eval; echo {{}} > {run}/eval/results.json; exit 1;; *) {stage};; esac\n",
+        encoding="utf-8",
+    )
+    fake.chmod(0o755)
+    results = str(run / "eval" / "results.json")
+    command = ["make", "-f", str(ROOT / "recipes" / "batch.mk"), f"RECIPE={recipe}", f"RUN={run}", f"LBLLM={fake}", results]
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+    for _ in range(2):
+        assert subprocess.run(command, capture_output=True, env=environment, check=False).returncode == 2
+    assert (run / "eval" / "results.json").exists()

@@ -196,6 +196,19 @@ def test_a_command_with_force_that_was_stopped_goes_on_when_it_is_given_again(se
     assert told.exit_code == 0
     assert "distill: up to date" in told.stderr
     assert {name: promised(tmp_path / "run" / name) for name in expected} == expected
+    assert not (tmp_path / "run" / "distill" / "progress.json").exists()
+
+    # Stopped before the second phase has a folder, as while its text is sampled.
+    assert run_in_child(forced, "before the second manifest") == -signal.SIGKILL
+    shutil.rmtree(tmp_path / "run" / "distill-e2e.partial")
+    assert "distill: up to date" in lbllm(*forced, "--dry-run").stderr
+    # The phase alone is begun again by force, as it is by a command that was not stopped.
+    assert "distill: would write" in lbllm(*forced, "--only", "blocks", "--dry-run").stderr
+    # What it was stopped with is no longer asked for: --force replaces it, and does not name itself as the remedy.
+    told = lbllm(*forced, "distill.lr_weights=0.01")
+    assert told.exit_code == 0, told.stderr
+    assert "distill: up to date" not in told.stderr
+    assert not (tmp_path / "run" / "distill" / "progress.json").exists()
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

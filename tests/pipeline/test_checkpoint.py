@@ -169,6 +169,15 @@ def test_force_goes_on_with_what_force_began(tmp_path):
     assert _open(tmp_path, OTHER, force=True).blocks_done == 0
 
 
+def test_a_finished_stage_is_not_given_up_for_an_abandoned_one(tmp_path):
+    done = _finished(tmp_path)
+    _write(_open(tmp_path, OTHER, force=True), 2)
+    with pytest.raises(UsageError, match=r"ptq\.partial holds an unfinished run") as caught:
+        StageWriter(tmp_path, "ptq", INPUTS).open(force=False)
+    assert f"{done.path} is finished, with the inputs of this recipe; to keep it, delete" in str(caught.value)
+    assert "--force" not in str(caught.value)
+
+
 def test_force_keeps_a_finished_stage_until_it_is_replaced(tmp_path):
     _finished(tmp_path, INPUTS, seed=0)
     writer = _open(tmp_path, OTHER, force=True)

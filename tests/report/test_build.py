@@ -367,6 +367,20 @@ def test_a_stage_that_cannot_be_read_is_named_beside_the_others(ok, lbllm, tmp_p
         assert f"{file} is damaged; run: lbllm distill --recipe ... --force" in result.stderr
 
 
+def test_an_export_that_cannot_be_read_leaves_the_report(ok, tmp_path, undrawn):
+    recipe = write_recipe(tmp_path / "r.yaml", save_toy(tmp_path / "toy"), tmp_path / "run", ptq={"rounds": 0})
+    for command in ("ptq", "export"):
+        ok(command, "--recipe", recipe)
+    ok("eval", "--recipe", recipe, "eval.checkpoints=[base, export]")
+    record = tmp_path / "run" / "export" / "lbllm_export.json"
+    record.write_text("{")
+    shown = ok("report", "--recipe", recipe).stderr
+    assert f"report: warning: {record}" in shown
+    page = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    assert "export: " in page
+    assert "numbers of export are older" not in page  # nobody knows
+
+
 LINES = [
     "[]", "7", "null", '{"block": "0"}', '{"block": [0]}', '{"block": {}}', '{"block": -1}', '{"block": 99}', '{"block": 1e400}',
     '{"block": 0, "seconds": "x"}', '{"block": 0, "seconds": NaN}', '{"block": 0, "before": {}}', '{"block": 0, "epochs": 7}',

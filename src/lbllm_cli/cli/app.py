@@ -30,7 +30,7 @@ Overrides = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, print the plan, write nothing")]
 Only = Annotated[Phase | None, typer.Option("--only", help="one of the two phases", show_default=False)]
-Force = Annotated[bool, typer.Option("--force", help="replace what other inputs made")]
+Force = Annotated[bool, typer.Option("--force", help="make it again, whatever it was made from; it is replaced at the end")]
 EngineOption = Annotated[
     Literal["auto", "native", "transformers"],
     typer.Option("--engine", help="auto: on a CPU the native engine where it knows the export, which needs no torch"),

@@ -8,9 +8,12 @@ from huggingface_hub.utils import validate_repo_id
 
 from lbllm_cli.core.errors import RunError, UsageError, reason
 
-# What an earlier export may have left there under names that this one does not have.
+# What an earlier export may have left there under names that this one does not have: a packed one's config.json beside
+# model.gguf, or a template that the source has dropped, is loaded. Not LICENSE and its like, which somebody may have added.
 _REPLACED = [
-    "model*.safetensors", "model.safetensors.index.json", "model.gguf", "additional_chat_templates/*", "tokenization_*.py"
+    "model*.safetensors", "model.safetensors.index.json", "model.gguf", "lbllm_export.json", "config.json",
+    "generation_config.json", "chat_template*", "additional_chat_templates/*", "tokenizer*.json", "tokenization_*.py",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model",
 ]  # fmt: skip
 
 

@@ -81,10 +81,12 @@ def _results(results: dict[str, dict[str, Any]], bits: float, quantized: bool) -
             before = base.get("tasks", {}).get(task, {}).get(metric)
             if isinstance(value, float) and isinstance(before, float):
                 lines.append(f"| {literal(task)}, {literal(metric)} | {before:.4f} | {value:.4f} |")
-    lines += [f"| bits per binarized weight | {base['bits_per_weight']:g} | {bits:.4g} |", ""]
+    # results.json is the user's to change.
+    whole = base.get("bits_per_weight")
+    lines += [f"| bits per binarized weight | {'' if whole is None else format(whole, 'g')} | {bits:.4g} |", ""]
     how = "Measured by `lbllm eval` on the checkpoint that this was made from"
-    if stage["activation_bits"] < 16 and not quantized:
-        how += f", with activations in {stage['activation_bits']} bits, which stay in full precision here"
+    if (inputs := stage.get("activation_bits") or 16) < 16 and not quantized:
+        how += f", with activations in {inputs} bits, which stay in full precision here"
     return [*lines, how + ".", ""]
 
 

@@ -26,8 +26,9 @@ def check_shares(plan: Plan, spec: StageSpec, rows: int) -> None:
     rows: sequences of the stage. Raises UsageError naming the key to change.
     """
     size, settings = plan.world.size, plan.settings(spec)
+    key = f"{spec.text if settings.subset is None else spec.section}.sequences"
     if rows < size:
-        raise UsageError(f"{spec}: {rows} sequences for {size} ranks; raise {spec.text}.sequences, or start at most {rows}")
+        raise UsageError(f"{spec}: {rows} sequences for {size} ranks; raise {key}, or start at most {rows}")
     if size == 1 or not isinstance(settings, Schedule):
         return
     if settings.batch_size < size:
@@ -36,7 +37,7 @@ def check_shares(plan: Plan, spec: StageSpec, rows: int) -> None:
             f"or start at most {settings.batch_size}"
         )
     if (trained := rows - held_out_rows(rows, settings.held_out)) < size:
-        raise UsageError(f"{spec}: {trained} sequences are trained on, by {size} ranks; raise {spec.text}.sequences")
+        raise UsageError(f"{spec}: {trained} sequences are trained on, by {size} ranks; raise {key}")
 
 
 @contextmanager

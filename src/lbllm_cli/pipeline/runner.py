@@ -22,7 +22,7 @@ from lbllm_cli.pipeline.lineage import open_parent, stage_inputs
 from lbllm_cli.pipeline.plan import Plan, prepare
 from lbllm_cli.pipeline.ranks import await_file, check_shares, held
 from lbllm_cli.pipeline.reporter import Reporter
-from lbllm_cli.pipeline.stage_writer import StageWriter, check_stage, made_by_force
+from lbllm_cli.pipeline.stage_writer import StageWriter, check_stage, end_force, made_by_force
 from lbllm_cli.pipeline.training_state import TrainingState
 from lbllm_cli.pipeline.work import StageRun, work_of
 from lbllm_cli.recipe.load import dump_recipe
@@ -45,15 +45,14 @@ def run_command(
     for warning in filter(None, (plan.without_bos(own[:1]), plan.in_torch())):
         say(f"{command}: warning: {warning}")
     chosen = [spec for spec in own if spec in plan.recipe.stages and only in (None, spec.phase)]
-    kept = group.told(lambda: [spec.name for spec in chosen if force and made_by_force(plan.output, spec, chosen)])
     changed: list[StageSpec] = []  # by the stages that a dry run has gone through
     for number, spec in enumerate(chosen):
         if number and not dry_run:
             interrupt.check()  # a signal that came while the stage before it was being finished
-        ahead, forced = chosen[number + 1 :], force and spec.name not in kept
+        ahead = chosen[number + 1 :]
         if not dry_run:
-            run_stage(plan, spec, forced, ahead)
-        elif _foretell(plan, spec, forced, ahead, changed):
+            run_stage(plan, spec, force, ahead)
+        elif _foretell(plan, spec, force, ahead, changed):
             changed.append(spec)
 
 
@@ -90,10 +89,11 @@ def _check(plan: Plan, spec: StageSpec, force: bool, ahead: Sequence[StageSpec])
     tokens = plan.known_tokens(spec)
     need = work.need(plan, spec, tokens)
     finished = spec.name in complete_stages(plan.output) and not unfinished(plan.output, spec.name).exists()
-    announce(need, plan.output, plan.model, done=finished and not force)
+    kept = not force or (bool(ahead) and made_by_force(plan.output, spec.name))
+    announce(need, plan.output, plan.model, done=finished and kept)
     if tokens is None:
         say(f"{spec}: {spec.text} text is sampled from the model, which is whole in memory meanwhile")
-    writer = StageWriter(plan.output, spec.name, stage_inputs(plan, spec, tokens, parent), plan.group)
+    writer = StageWriter(plan.output, spec.name, stage_inputs(plan, spec, tokens, parent), plan.group, more=bool(ahead))
     return _Checked(need, parent, tokens, writer)
 
 
@@ -187,6 +187,11 @@ def _facts(run: StageRun, model: SourceModel, parent: Checkpoint | None) -> dict
 
 
 def _clean(writer: StageWriter) -> None:
-    """Deletes what only an unfinished stage needs; not before it is finished, for the last steps may fail as well."""
+    """Deletes what only an unfinished stage needs, and after the last one what only an unfinished command needs.
+
+    Not before it is finished, for the last steps may fail as well.
+    """
     remove_own(writer.final / "streams", STREAMS)
     TrainingState.forget(writer.final)
+    if not writer.more:
+        end_force(writer.final.parent, [spec.name for spec in TABLE if spec.command == writer.spec.command])

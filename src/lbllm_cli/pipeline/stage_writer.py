@@ -6,7 +6,7 @@ that equal runs give equal bytes.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,31 +18,37 @@ from lbllm_cli.core.errors import RunError, UsageError
 from lbllm_cli.core.fingerprint import fingerprint
 from lbllm_cli.core.own_folders import check_own, remove_own, remove_unwritten
 from lbllm_cli.parallel.group import ALONE, Group
-from lbllm_cli.pipeline.checkpoint import MANIFEST, PROGRESS, Checkpoint, unfinished
+from lbllm_cli.pipeline.checkpoint import MANIFEST, PROGRESS, Checkpoint
 from lbllm_cli.pipeline.folders import STAGE, STREAMS, UNFINISHED_STAGE
 from lbllm_cli.pipeline.inputs import differences
-from lbllm_cli.pipeline.stage_record import OUTER, PARENT, RANKS, block_file, format_version, read_manifest, read_progress
+from lbllm_cli.pipeline.stage_record import OUTER, RANKS, block_file, format_version, read_manifest, read_progress
 from lbllm_cli.pipeline.training_state import digest_of
-from lbllm_cli.recipe.stages import STAGES, StageSpec
+from lbllm_cli.recipe.stages import STAGES
 from lbllm_cli.runtime.backend import in_ram
 
 # What there is of a stage, of the inputs that are asked for; whole: all but the last step, which puts it in place.
 Standing = Literal["finished", "whole", "unfinished", "nothing"]
 
 
-def made_by_force(output: Path, spec: StageSpec, chosen: Sequence[StageSpec]) -> bool:
-    """Whether a finished stage is the work of a command with `--force` that was stopped in a later one of its stages, `chosen`.
+def made_by_force(output: Path, stage: str) -> bool:
+    """Whether a finished stage has the mark of a command with `--force` that was stopped in a later one of its stages.
 
     The same command again then goes on with that one.
     """
-    for later in chosen[chosen.index(spec) + 1 :]:
-        try:
-            record = read_progress(unfinished(output, later.name), "")
-            if record.forced and record.inputs.get(PARENT) == Checkpoint(output, spec.name).content:
-                return True
-        except (UsageError, FileNotFoundError):
-            continue
-    return False
+    return _forced(output / stage / PROGRESS)
+
+
+def end_force(output: Path, stages: Iterable[str]) -> None:
+    """Takes the mark of `made_by_force` off: the command has ended."""
+    for stage in stages:
+        (output / stage / PROGRESS).unlink(missing_ok=True)
+
+
+def _forced(progress: Path) -> bool:
+    try:
+        return read_progress(progress, "").forced
+    except (UsageError, FileNotFoundError):
+        return False
 
 
 def check_stage(output: Path, stage: str, force: bool) -> None:
@@ -63,16 +69,18 @@ class StageWriter:
     """Work on one stage: the .partial folder until `finish`.
 
     `blocks_done` blocks are committed; the stage goes on from there, and `resumes` where it was begun before. group: of ranks
-    that do it together, of which the first writes and the others wait for it.
+    that do it together, of which the first writes and the others wait for it. more: whether its command goes on with another
+    stage; one that `--force` made is then marked when it is finished, until `end_force`.
     """
 
-    def __init__(self, output: Path, stage: str, inputs: dict[str, Any], group: Group = ALONE):
+    def __init__(self, output: Path, stage: str, inputs: dict[str, Any], group: Group = ALONE, more: bool = False):
         self.final = output / stage
         self.path = output / f"{stage}.partial"
         self.stage, self.spec = stage, STAGES[stage]
         self.inputs = inputs
         self.hashes: dict[str, str] = {}
         self.group = group
+        self.more = more
         self.resumes = self._forced = False
 
     @property
@@ -103,10 +111,11 @@ class StageWriter:
             record = read_progress(progress, remedy)
             self.hashes, self._forced = dict(record.files), record.forced
             return "unfinished"
-        if (self.final / MANIFEST).exists() and not force:
-            if listed := self._differs(self.final / MANIFEST):
+        if (self.final / MANIFEST).exists() and (not force or (self.more and _forced(self.final / PROGRESS))):
+            listed = self._differs(self.final / MANIFEST)
+            if listed and not force:
                 self._refuse(self.final, "was made from other inputs", listed)
-            return "finished"
+            return "nothing" if listed else "finished"
         return "nothing"
 
     def open(self, force: bool) -> bool:
@@ -132,7 +141,7 @@ class StageWriter:
             return True
         if standing == "finished":
             Checkpoint(self.final.parent, self.stage).verify()
-            (self.final / PROGRESS).unlink(missing_ok=True)
+            self._mark_done()
             return False
         remove_own(self.path, UNFINISHED_STAGE)
         self.path.mkdir(parents=True)
@@ -169,7 +178,10 @@ class StageWriter:
         return differences(self.spec, found, wanted)
 
     def _refuse(self, folder: Path, what: str, listed: str) -> None:
-        raise UsageError(f"{folder} {what}:\n{listed}\nUse another output.dir, or replace it: {self.spec.remake}")
+        remedy = f"Use another output.dir, or replace it: {self.spec.remake}"
+        if folder == self.path and (self.final / MANIFEST).exists() and not self._differs(self.final / MANIFEST):
+            remedy = f"{self.final} is finished, with the inputs of this recipe; to keep it, delete {self.path}"
+        raise UsageError(f"{folder} {what}:\n{listed}\n{remedy}")
 
     def write_block(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Writes a block's tensors and reads them back; not committed before `commit`.
@@ -261,9 +273,14 @@ class StageWriter:
             os.rename(self.final, self._replaced)
         os.rename(self.path, self.final)
         # Only now: a .partial folder without it would look like one that was never begun.
-        (self.final / PROGRESS).unlink(missing_ok=True)
+        self._mark_done()
         files.sync_folder(self.final.parent)
         remove_own(self._replaced, STAGE)
+
+    def _mark_done(self) -> None:
+        """Deletes the progress file of a finished stage, unless it is the mark of `made_by_force`."""
+        if not (self.more and _forced(self.final / PROGRESS)):
+            (self.final / PROGRESS).unlink(missing_ok=True)
 
     @property
     def _replaced(self) -> Path:

@@ -86,7 +86,7 @@ class Ptq(StageSection):
     def _own_sizes_of_table_levels(self) -> "Ptq":
         if self.group_sizes and self.level_bits != 2:
             # There a step of 4 bits stands for a group of weights, and all inputs have steps of one size.
-            raise ValueError(f"group_sizes: needs level_bits 2, got {self.level_bits}; leave it out")
+            raise ValueError(f"group_sizes: needs level_bits 2, got {self.level_bits}; leave it out, or give '{{}}'")
         if smaller := [name for name, size in self.group_sizes.items() if size < self.group_size]:
             raise ValueError(f"group_sizes: {smaller[0]} has groups smaller than group_size, {self.group_size}; lower group_size")
         return self

@@ -91,7 +91,7 @@ class Run:
 
     def _content(self, name: str) -> str:
         """What a measurement of a checkpoint is kept under."""
-        if name == EXPORT and (self.output / EXPORT / RECORD).exists():
+        if name == EXPORT and name not in self.unreadable and (self.output / EXPORT / RECORD).exists():
             return content(self.output / EXPORT)
         return self.complete[name].content if name in self.complete else "gone"
 
@@ -135,6 +135,9 @@ def read_run(output: Path) -> Run:
         there = [record for record in read_records(events, "block") if record["block"] < blocks]
         steps, phase = read_records(events, "step"), read_records(events, "phase")
         stages[stage] = StageRecord(stage, folder, checkpoint, entries, there, steps, phase, blocks)
+    with noting(EXPORT):
+        if (output / EXPORT / RECORD).exists():
+            content(output / EXPORT)
     results, details = read_results(output / "eval" / "results.json"), read_details(output / "eval" / "details.json")
     if not stages and not results:
         nothing = f"there is no run in {output}, neither a stage nor results; run: lbllm ptq --recipe ..."
