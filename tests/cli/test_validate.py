@@ -151,6 +151,14 @@ def test_sequences_of_ranks_are_those_that_the_stage_reads(lbllm, tmp_path):
     assert "act-calib: 3 sequences for 8 ranks; raise act_calib.sequences, or start at most 3" in result.stderr
 
 
+def test_groups_that_no_row_fills_are_named(ok, recipe):
+    """A group a row, people mean; a row of 80 then takes 4,096 codes."""
+    command = ("validate", "--recipe", recipe, "ptq.level_bits=2")
+    assert "fewer inputs than a group" not in ok(*command, "ptq.group_size=16").stderr
+    found = ok(*command, "ptq.group_size=4096").stderr
+    assert "its 80 are filled up to 4096 and take 102.70 bits a weight; lower ptq.group_size" in found
+
+
 @pytest.mark.parametrize("size", ["0", "-1", "many"])
 def test_a_world_that_is_no_number_of_ranks(lbllm, recipe, size):
     result = lbllm("validate", "--recipe", recipe, "--world-size", size)

@@ -1,5 +1,8 @@
 """Gradients on their way between ranks: what each is left with is what one process with all rows has."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from parallel.of_ranks import STEPS, Experts, alone, step
@@ -110,6 +113,16 @@ def test_micro_batches_before_the_last_send_nothing():
     exchange.last()
     student.loss([2, 3]).backward()
     assert len(group.sent) == 3
+
+
+def test_nothing_keeps_a_student_that_is_done_with():
+    """A finished block's would have stayed on the device: no collector of Python's sees what goes round through torch's hooks."""
+    student = Experts(ALONE)
+    exchange, gone = Exchange(student, Noting()), weakref.ref(student.weights["in"])
+    step(student, exchange, [[0, 1]], 2)
+    del student, exchange
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_process_by_itself_exchanges_nothing():

@@ -122,10 +122,13 @@ class Accounts:
 
 
 class Memory:
-    """Bytes of the device's storages that are alive. freed: told of each that goes, by its key."""
+    """Bytes of the device's storages that are alive, and those that torch has had at once and keeps, `reserved`.
+
+    freed: told of each that goes, by its key.
+    """
 
     def __init__(self, freed: Callable[[int], None]):
-        self.live = self.peak = 0
+        self.live = self.peak = self.reserved = 0
         self.peaks: dict[str, int] = {}
         self.freed = freed
         self._known: set[int] = set()
@@ -139,7 +142,7 @@ class Memory:
             self._known.add(key)
             self.live += size
             weakref.finalize(storage, self._gone, key, size).atexit = False
-            self.peak = max(self.peak, self.live)
+            self.peak, self.reserved = max(self.peak, self.live), max(self.reserved, self.live)
         self.peaks[phase] = max(self.peaks.get(phase, 0), self.live)
         return key
 

@@ -97,16 +97,16 @@ class _Answers:
         self._device.timeline.wait_for_all()
 
     def empty_cache(self) -> None:
-        pass
+        self._device.memory.reserved = self._device.memory.live
 
     def mem_get_info(self, *_: Any) -> tuple[int, int]:
-        return self._device.total - self._device.memory.live, self._device.total
+        return self._device.total - self._device.memory.reserved, self._device.total
 
     def memory_allocated(self, *_: Any) -> int:
         return self._device.memory.live
 
     def memory_reserved(self, *_: Any) -> int:
-        return self._device.memory.live
+        return self._device.memory.reserved
 
     def max_memory_allocated(self, *_: Any) -> int:
         return self._device.memory.peak

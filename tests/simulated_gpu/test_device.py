@@ -74,6 +74,12 @@ assert torch.cuda.memory_allocated() - before == 4096
 del view
 assert torch.cuda.memory_allocated() == before
 assert torch.cuda.max_memory_allocated() >= before + 4096
+pool = torch.cuda.memory_reserved()
+assert pool >= before + 4096
+assert torch.cuda.mem_get_info() == (80_000_000_000 - pool, 80_000_000_000)
+from lbllm_cli.runtime.backend import backend_of
+assert backend_of(torch.device('cuda')).free_memory(torch.device('cuda')) == 80_000_000_000 - before
+torch.cuda.empty_cache()
 assert torch.cuda.mem_get_info() == (80_000_000_000 - before, 80_000_000_000)
 """
     run(simulated, text)
@@ -122,3 +128,28 @@ row = device.accounts.phases()['counted']
 assert (row.kernels, row.read, row.written) == (1, 12, 12), row
 """
     assert "lbllm.twice_for_a_test" in run(simulated, text).operators
+
+
+def test_going_on_needs_no_more_memory_than_the_steps(simulated):
+    """Parameters and their mean are on the device already; whole, what was kept of them would lie beside them."""
+    text = """
+from lbllm_cli.runtime.backend import in_ram
+from lbllm_cli.training.kept import by_owner, kept_tensors, put_back
+from lbllm_cli.training.running_mean import RunningMean
+parameters = {str(i): torch.nn.Parameter(torch.ones(1000, device='cuda')) for i in range(8)}
+optimizer = torch.optim.AdamW(parameters.values(), fused=True)
+mean = RunningMean(list(parameters.values()), 0.9)
+sum(p.sum() for p in parameters.values()).backward()
+optimizer.step()
+optimizer.zero_grad(set_to_none=True)
+kept = in_ram(kept_tensors(parameters, optimizer, mean, None))
+held = torch.cuda.memory_allocated()
+optimizer.state.clear()
+torch.cuda.reset_peak_memory_stats()
+put_back(by_owner(kept), parameters, optimizer, mean)
+assert torch.cuda.memory_allocated() == held
+# One tensor at a time is on its way.
+assert torch.cuda.max_memory_allocated() <= held + 2 * 4096, torch.cuda.max_memory_allocated() - held
+assert torch.equal(optimizer.state[parameters['3']]['exp_avg'].cpu(), kept['3/exp_avg'])
+"""
+    run(simulated, text)

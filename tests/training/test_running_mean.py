@@ -48,19 +48,18 @@ def test_what_is_kept_goes_on_and_is_refused_where_the_mean_is_not_there():
     with torch.no_grad():
         named["0.0"].mul_(2)
     mean.add(1)
-    cpu = torch.device("cpu")
     tensors = {name: tensor.clone() for name, tensor in kept_tensors(named, optimizer, mean, None).items()}
     wanted = {name: tensor.clone() for name, tensor in tensors.items()}
     for parameter in named.values():
         nn.init.zeros_(parameter)
         mean.means[parameter].zero_()
-    check_kept(by_owner(tensors, cpu), named, {}, averaged=True)
-    put_back(by_owner(tensors, cpu), named, optimizer, mean)
+    check_kept(by_owner(tensors), named, {}, averaged=True)
+    put_back(by_owner(tensors), named, optimizer, mean)
     found = kept_tensors(named, optimizer, mean, None)
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     without = {name: tensor for name, tensor in tensors.items() if name != "1.0/mean"}
     with pytest.raises(ValueError, match=r"1\.0/mean is missing"):
-        check_kept(by_owner(without, cpu), named, {}, averaged=True)
+        check_kept(by_owner(without), named, {}, averaged=True)
     with pytest.raises(ValueError, match=r"0\.0/mean is of no training"):
-        check_kept(by_owner(tensors, cpu), named, {}, averaged=False)
+        check_kept(by_owner(tensors), named, {}, averaged=False)

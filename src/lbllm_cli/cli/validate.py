@@ -118,7 +118,7 @@ def _cautions(plan: Plan, segments: dict[str, int]) -> list[str]:
     found = []
     if unread := [spec.name for spec in plan.recipe.data.evaluation if spec.segments is None and spec.name not in segments]:
         found.append(f"eval: the streams of {', '.join(unread)} are not counted, their length shows when the text is read")
-    found += filter(None, (plan.without_bos(TABLE, evaluate=True), plan.in_torch()))
+    found += filter(None, (plan.without_bos(TABLE, evaluate=True), plan.in_torch(), plan.padded()))
     if not plan.model.entries:
         found.append(f"{plan.model.folder} holds no weights: forecast only, weights and text are not checked")
     return found

@@ -38,8 +38,8 @@ def check(plan: Plan) -> None:
 
 def need(plan: Plan, spec: StageSpec, tokens: Tensor | None) -> Need:
     """Need of a phase; the teacher's states, where they are kept already, need no room."""
-    settings = plan.recipe.end_to_end[spec]
-    found = end_to_end_need(plan.recipe, plan.model, settings, recomputes(plan.recipe, plan.model, settings), plan.world)
+    settings, world = plan.recipe.end_to_end[spec], plan.world
+    found = end_to_end_need(plan.recipe, plan.model, settings, recomputes(plan.recipe, plan.model, settings, world), world)
     folder = teacher_folder(settings)
     kept = False
     if folder is not None and tokens is not None:
@@ -54,7 +54,7 @@ def work(plan: Plan, spec: StageSpec) -> list[Part]:
     length = plan.recipe.data.training.length
     shape, held = BlockShape.of(model, length), held_out_rows(settings.sequences, settings.held_out)
     most = plan.world.most
-    every, again = float(most(settings.sequences) * length), recomputes(plan.recipe, model, settings)
+    every, again = float(most(settings.sequences) * length), recomputes(plan.recipe, model, settings, plan.world)
     rows = most(settings.sequences - held) * settings.epochs
     trained, looked = float(rows * length), float(most(held) * length * (settings.epochs + 1))
     # Both distributions and the gradient.
@@ -93,7 +93,7 @@ def run(run: StageRun) -> None:
     tokens = run.tokens[share.slice]
     folder = own_folder(teacher_folder(settings) or writer.path / "streams", plan.group)
     states = teacher_states(folder, model, tokens, plan.recipe.runtime.batch_size, reporter)
-    student = WholeStudent(model, parent, settings, recomputes(plan.recipe, model, settings), plan.group)
+    student = WholeStudent(model, parent, settings, recomputes(plan.recipe, model, settings, plan.world), plan.group)
     seed, length = plan.recipe.runtime.seed, tokens.shape[1]
     job = Job(0, "the whole model", run.spec.section, share, length, seed, model.device, plan.group)
     keeper = TrainingState(writer.path, plan.recipe.runtime.save_minutes, plan.group)

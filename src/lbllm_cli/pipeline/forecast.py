@@ -178,9 +178,10 @@ def streams_place(recipe: Recipe, model: SourceModel, device: float, alive: floa
     return "disk" if ranks * alive > available_ram() / 2 else "ram"
 
 
-def host_bytes(model: SourceModel, device: float) -> float:
-    """RAM of a process whose device holds `device` bytes: on a CPU these, elsewhere a block on its way there."""
-    return PROCESS + (device if model.backend.shares_ram else block_bytes(model))
+def host_bytes(model: SourceModel, device: float, state: float = 0) -> float:
+    """RAM of a process whose device holds `device` bytes: on a CPU these, elsewhere a block on its way there, or the state of an
+    unfinished training on its way to disk and back."""
+    return PROCESS + (device if model.backend.shares_ram else max(block_bytes(model), state))
 
 
 def stage_need(
@@ -198,7 +199,7 @@ def stage_need(
     device = max(device, outer_bytes(model))
     place = streams_place(recipe, model, device, (alive + kept) * one, world.node)
     count = stored if place == "disk" else alive + kept
-    ram = host_bytes(model, device) + (count * one if place == "ram" else 0)
+    ram = host_bytes(model, device, state) + (count * one if place == "ram" else 0)
     device += count * one if place == "device" else 0
     if any(item.sampled for item in tokens.source):
         whole = sampling_bytes(model, sequences, tokens.length)

@@ -12,6 +12,7 @@ from torch import Tensor
 from lbllm_cli.core.errors import UsageError
 from lbllm_cli.data import sources, tokens
 from lbllm_cli.format.group_sizes import linear_name, whole_groups
+from lbllm_cli.format.weights import expected_bits
 from lbllm_cli.models.model import SourceModel, open_model
 from lbllm_cli.models.sampling import Listener, Sampling, Silent, cached_sample, kept_sample
 from lbllm_cli.models.tokenizer import open_tokenizer
@@ -118,6 +119,24 @@ class Plan:
         return (
             f"after act-calib {len(found)} of {self.model.blocks * len(shapes)} linears, {found[0]} the first, run in torch on a "
             f"GPU: their groups do not divide the {step} inputs that share a step; choose act_calib.group_size by them"
+        )
+
+    def padded(self) -> str | None:
+        """What to say of linears with fewer inputs than a group; None where there are none."""
+        sizes, bits = self.model.group_sizes(self.recipe.ptq), self.recipe.ptq.level_bits
+        found = [
+            (linear_name(block, linear), shape, size)
+            for block in range(self.model.blocks)
+            for linear, shape in self.model.linear_shapes.items()
+            if (size := sizes.of(block, linear)) > shape[1]
+        ]
+        if not found:
+            return None
+        # "One group a row" is what people mean by it, and 97 bits a weight is what a toy got.
+        name, shape, size = found[0]
+        return (
+            f"{len(found)} linears, {name} the first, have fewer inputs than a group: its {shape[1]} are filled up to {size} "
+            f"and take {expected_bits([shape], size, bits):.2f} bits a weight; lower ptq.group_size"
         )
 
     def shape(self, spec: StageSpec) -> tuple[int, int]:

@@ -42,7 +42,7 @@ def run_command(
     for spec in own:
         if spec.end_to_end and only != "blocks":
             _check_end_to_end(plan, spec, asked=only is not None)
-    for warning in filter(None, (plan.without_bos(own[:1]), plan.in_torch())):
+    for warning in filter(None, (plan.without_bos(own[:1]), plan.in_torch(), plan.padded())):
         say(f"{command}: warning: {warning}")
     chosen = [spec for spec in own if spec in plan.recipe.stages and only in (None, spec.phase)]
     changed: list[StageSpec] = []  # by the stages that a dry run has gone through

@@ -118,15 +118,21 @@ def weight_on(packed: PackedWeight, device: torch.device) -> PackedWeight:
 
 
 def in_ram(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of any devices in RAM, contiguous."""
-    landings, found = {}, {}
+    """Tensors of any devices in RAM, contiguous, in memory that the system has back when they are gone.
+
+    One buffer of each size is pinned meanwhile: torch keeps what was pinned once, in powers of two of bytes, and the state of a
+    training has several times a block.
+    """
+    found = {}
     for name, tensor in tensors.items():
         transfers = backend_of(tensor.device).transfers(tensor.device)
         if transfers is None:
             found[name] = tensor.detach().contiguous()
         else:
-            landings[name] = transfers.download(tensor.detach())
-    return {name: found[name] if name in found else landings[name].wait() for name in tensors}
+            landing = transfers.download(tensor.detach())
+            found[name] = landing.wait().clone()
+            transfers.release(landing.values)
+    return found
 
 
 def choose_device(wanted: str, key: str = "runtime.device", place: tuple[int, int] = (0, 1)) -> torch.device:

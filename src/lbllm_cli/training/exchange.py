@@ -5,7 +5,8 @@ there is a step taken, and before the next one the weight is spread again. What 
 levels of fixed codes, is summed up everywhere after the backward pass, in a few large pieces.
 """
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class Exchange:
         self._armed = False
         self._whole: set[int] = set()
         for weight, _ in self.weights:
-            weight.register_post_accumulate_grad_hook(self._ready)
+            weight.register_post_accumulate_grad_hook(_hook(self))
 
     def last(self) -> None:
         """The micro-batch that comes is the step's last: what it makes of gradients is whole."""
@@ -80,6 +81,18 @@ class Exchange:
             self.group.add(flat)
             for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
                 p.grad = part.view_as(p) if used[p] else None
+
+
+def _hook(exchange: Exchange) -> Callable[[Tensor], None]:
+    # Bound, it would hold the exchange, and with it the weight that holds the hook: a cycle through torch that Python's collector
+    # does not see. Every finished block of a run would have stayed on the device, 2.3 GB each of a 70B on 8 ranks.
+    reference = weakref.ref(exchange)
+
+    def ready(weight: Tensor) -> None:
+        if (found := reference()) is not None:
+            found._ready(weight)
+
+    return ready
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> Iterable[list[nn.Parameter]]:

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lbllm_cli.runtime.backend import on_device
+
 if TYPE_CHECKING:
     from lbllm_cli.training.running_mean import RunningMean
 
@@ -25,12 +27,12 @@ def kept_tensors(
     return tensors
 
 
-def by_owner(tensors: dict[str, Tensor], device: torch.device) -> dict[str, dict[str, Tensor]]:
-    """What `kept_tensors` gave, on the device."""
+def by_owner(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """What `kept_tensors` gave, where it is."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         owner, _, name = key.partition("/")
-        found.setdefault(owner, {})[name] = tensor.to(device)
+        found.setdefault(owner, {})[name] = tensor
     return found
 
 
@@ -38,12 +40,16 @@ def by_owner(tensors: dict[str, Tensor], device: torch.device) -> dict[str, dict
 def put_back(
     found: dict[str, dict[str, Tensor]], parameters: Parameters, optimizer: torch.optim.Optimizer, mean: "RunningMean | None"
 ) -> None:
-    """Goes on from what `check_kept` has found right."""
+    """Goes on from what `check_kept` has found right, in RAM.
+
+    It comes to the device one by one, and what is there already in its place: whole it would need a gigabyte more than the steps
+    of a 7B's block do, and a run that was stopped could not go on.
+    """
     for name, parameter in parameters.items():
-        parameter.copy_(found[name].pop("value"))
+        parameter.copy_(on_device(found[name].pop("value"), parameter.device))
         if mean is not None:
-            mean.means[parameter].copy_(found[name].pop("mean"))
-        optimizer.state[parameter].update(found[name])
+            mean.means[parameter].copy_(on_device(found[name].pop("mean"), parameter.device))
+        optimizer.state[parameter].update({key: on_device(moment, parameter.device) for key, moment in found.pop(name).items()})
 
 
 def check_kept(found: dict[str, dict[str, Tensor]], parameters: Parameters, whole: dict[str, Tensor], averaged: bool) -> None:

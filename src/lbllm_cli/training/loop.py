@@ -22,7 +22,7 @@ from lbllm_cli.parallel.group import ALONE, Group
 from lbllm_cli.parallel.shares import Share
 from lbllm_cli.pipeline.interfaces import Monitor, StateKeeper
 from lbllm_cli.pipeline.training_state import ALIKE
-from lbllm_cli.runtime.backend import backend_of
+from lbllm_cli.runtime.backend import backend_of, on_device
 from lbllm_cli.training.exchange import Exchange
 from lbllm_cli.training.interfaces import Objective, Step
 from lbllm_cli.training.kept import by_owner, check_kept, kept_tensors, put_back
@@ -290,12 +290,12 @@ class TrainingLoop:
         if kept is None:
             return
         tensors, facts = kept
-        found, parameters = by_owner(tensors, self.job.device), self._parameters()
+        found, parameters = by_owner(tensors), self._parameters()
         try:
             self.progress = kept_progress(facts, self.settings.epochs, self.steps, self.objective.errors)
             check_kept(found, parameters, self.trained.snapshot(), self.mean is not None)
         except ValueError as error:
             self.keeper.refuse(str(error))
-        self.best = found.get("best")
+        self.best = {name: on_device(tensor, self.job.device) for name, tensor in found.pop("best", {}).items()} or None
         put_back(found, parameters, self.update.optimizer, self.mean)
         self.trained.resumed()

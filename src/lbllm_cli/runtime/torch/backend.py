@@ -69,8 +69,11 @@ class TorchBackend:
         return str(getattr(self._module.get_device_properties(device), "uuid", device))
 
     def free_memory(self, device: torch.device) -> int:
-        """What the driver says."""
-        return int(self._module.mem_get_info(device)[0])
+        """What the driver says, and what torch has had back and keeps: it takes from there first, and returns it when memory runs
+        out. Without it a phase behind another one in the same process would find the card full.
+        """
+        pool = self._module.memory_reserved(device) - self._module.memory_allocated(device)
+        return int(self._module.mem_get_info(device)[0]) + int(pool)
 
     def peak_memory(self, device: torch.device) -> int | None:
         """What torch has allocated at most."""
