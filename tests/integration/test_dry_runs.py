@@ -84,6 +84,16 @@ def test_an_export(ok, quick, dry, tmp_path):
     assert dry("export", "--force") == "export: would write /run/export, packed, from /run/ptq"
 
 
+def test_what_is_left_to_be_measured(ok, quick, dry):
+    ok("ptq", "--recipe", quick)
+    ok("eval", "--recipe", quick, "eval.checkpoints=[base]")
+    assert dry("eval").startswith("eval: would measure ptq on novels ")
+    ok("eval", "--recipe", quick)
+    assert dry("eval") == "eval: up to date, /run/eval/results.json"
+    assert dry("eval", "eval.tasks=['builtin:last_word']", "eval.limit=2") == "eval: would measure ptq on lbllm_last_word"
+    assert dry("eval", "--force").startswith("eval: would measure ptq on novels ")
+
+
 SAMPLED = "data.calibration.source=['generate:', chapter.txt]"
 
 

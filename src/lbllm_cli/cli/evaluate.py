@@ -49,8 +49,12 @@ def evaluate(recipe: Recipe, dry_run: bool, as_json: bool, force: bool, group: G
     _check_folders(plan.output / "eval", checkpoints if tasks else {})
     announce(need, plan.output, plan.model)
     if dry_run:
-        counts = [f"{name} {tokens.shape[0]} x {tokens.shape[1]}" for name, tokens in sets.items()]
-        say(f"eval: would measure {', '.join(checkpoints)} on {', '.join(counts + [task.name for task in tasks])}")
+        counts = {name: f"{name} {tokens.shape[0]} x {tokens.shape[1]}" for name, tokens in sets.items()}
+        left = EvaluationRun(plan, checkpoints, need.place, force).unknown(sets, tasks)
+        for name, wanted in left.items():
+            say(f"eval: would measure {name} on {', '.join(counts.get(one, one) for one in wanted)}")
+        if not left:
+            say(f"eval: up to date, {plan.output / 'eval' / 'results.json'}")
         return
     check_alike(group, {"checkpoints": ", ".join(checkpoints), **{name: tokens_hash(tokens) for name, tokens in sets.items()}})
     with held(plan.output, group), interrupt.graceful():

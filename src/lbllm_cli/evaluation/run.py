@@ -52,7 +52,15 @@ class EvaluationRun:
         self.known = Measurements(self.folder / "measured", fresh)
         # What could not be measured, by checkpoint and text.
         self.failed: list[tuple[str, str]] = []
-        (self.streams or self.folder).mkdir(parents=True, exist_ok=True)
+
+    def unknown(self, sets: dict[str, Tensor], tasks: list[lm_tasks.Task]) -> dict[str, list[str]]:
+        """What a run would measure: names of texts and tasks by checkpoint, of those that lack any. Nothing is written."""
+        found: dict[str, list[str]] = {name: [] for name in self.checkpoints}
+        for (name, text), what in self._whats(sets).items():
+            found[name] += [text] if self.known.get(what) is None else []
+        for name, names in found.items():
+            names += [task.name for task, what in self._asked(name, tasks) if self.known.get(what) is None]
+        return {name: names for name, names in found.items() if names}
 
     def results(self, sets: dict[str, Tensor], tasks: list[lm_tasks.Task]) -> dict[str, Any] | None:
         """Measures what was asked for, and gives it by checkpoint; everything measured is kept as it comes.
@@ -61,6 +69,7 @@ class EvaluationRun:
         the same. Of several ranks the first one writes them, and alone measures what needs a model that is whole in memory; None
         of others.
         """
+        (self.streams or self.folder).mkdir(parents=True, exist_ok=True)
         self._compare(sets)
         if not self.plan.group.first:
             return None
@@ -131,11 +140,16 @@ class EvaluationRun:
         limit, version = self.plan.recipe.eval.limit, lm_tasks.version()
         return NamedTask(task=task.identity, num_fewshot=task.num_fewshot, limit=limit, lm_eval=version, lines=lines)
 
+    def _asked(self, name: str, tasks: list[lm_tasks.Task]) -> list[tuple[lm_tasks.Task, dict[str, Any]]]:
+        """Tasks, and what the scores of a checkpoint depend on."""
+        own = identity(self.plan, name, self.checkpoints[name])
+        return [(task, {**own, **self._named(task, []).what}) for task in tasks]
+
     def _scores(self, name: str, tasks: list[lm_tasks.Task]) -> dict[str, dict[str, Any]]:
         """task -> its flat scores; a model is opened only where one is missing."""
-        own, limit = identity(self.plan, name, self.checkpoints[name]), self.plan.recipe.eval.limit
-        whats = {task.name: {**own, **self._named(task, []).what} for task in tasks}
-        missing = [task for task in tasks if self.known.get(whats[task.name]) is None]
+        asked, limit = self._asked(name, tasks), self.plan.recipe.eval.limit
+        whats = {task.name: what for task, what in asked}
+        missing = [task for task, what in asked if self.known.get(what) is None]
         if missing:
             folder, temporary = self._model_folder(name)
             try:
