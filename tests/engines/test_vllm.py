@@ -321,3 +321,19 @@ def test_experts_that_cannot_be_run_are_refused(ways, biases, message):
         PackedExpertsMethod(SimpleNamespace(), "mlp.experts", moe, None, False).create_weights(
             layer, 4, 64, 32, torch.float32
         )
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_experts_are_in_no_graph(monkeypatch, eager):
+    """As on a GPU: what they ask the host for would end vLLM's capture, with a message of CUDA's."""
+    from lbllm_cli.vllm import experts
+
+    monkeypatch.setattr(experts, "current_platform", SimpleNamespace(is_cuda_alike=lambda: True))
+    given = SimpleNamespace(model_config=SimpleNamespace(enforce_eager=eager))
+    monkeypatch.setattr(experts, "get_current_vllm_config", lambda: given)
+    moe = SimpleNamespace(moe_parallel_config=SimpleNamespace(use_ep=True, tp_size=1))
+    method = experts.PackedExpertsMethod(SimpleNamespace(), "mlp.experts", moe, None, False)
+    # What comes after it is refused for another reason.
+    with pytest.raises((ValueError, AttributeError)) as caught:
+        method.create_weights(torch.nn.Module(), 4, 64, 32, torch.float32)
+    assert ("have no CUDA graphs; give it --enforce-eager" in str(caught.value)) is not eager

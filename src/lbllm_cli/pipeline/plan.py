@@ -220,6 +220,9 @@ def prepare(
 
     node = group.node
     device = attempt(lambda: choose_device(recipe.runtime.device, place=(node.rank, node.size)))
+    # NVIDIA's containers let products in float32 have ten bits of mantissa (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE): Hessians and what
+    # is pushed through them would come out otherwise there than anywhere else, without a word.
+    torch.set_float32_matmul_precision("highest")
     model = attempt(lambda: open_model(recipe.model, device or torch.device("cpu"), weights))
     if model is not None and recipe.ptq.group_sizes:
         attempt(lambda: model.group_sizes(recipe.ptq))

@@ -154,6 +154,9 @@ def choose_device(wanted: str, key: str = "runtime.device", place: tuple[int, in
             raise UsageError(f"{key} {wanted}: this torch sees {count} GPUs, the last is cuda:{count - 1}")
         if place[1] > 1:
             return _own_gpu(wanted, key, place, count)
+        # What is launched, or asked for, without a device of its own goes to the present one.
+        if ":" in wanted:
+            torch.cuda.set_device(torch.device(wanted))
         if count > 1 and ":" not in wanted:
             _made("cuda").warn_of_kinds(key)
     return torch.device(wanted)
@@ -177,8 +180,9 @@ def measured_peak() -> str:
     from lbllm_cli.core.console import GIB  # it brings what loading an export can do without
 
     backend = _made("cuda")
-    if not backend.count():
+    if not backend.count() or not torch.cuda.is_initialized():
         return ""
-    device = torch.device("cuda")
+    # The one that was chosen, see `choose_device`.
+    device = torch.device("cuda", torch.cuda.current_device())
     peak, free = backend.peak_memory(device) or 0, backend.free_memory(device)
-    return f" ({peak / GIB:.1f} GiB were allocated at most, {free / GIB:.1f} GiB are free outside torch's own pool)"
+    return f" ({peak / GIB:.1f} GiB were allocated at most; {free / GIB:.1f} GiB are free, perhaps in pieces)"

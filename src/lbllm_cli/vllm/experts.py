@@ -4,8 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.platforms import current_platform
 
 from lbllm_cli.format.activations import ActivationFormat
 from lbllm_cli.format.names import TENSORS
@@ -43,6 +45,10 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         """Every expert's parts, gate and up below each other. Raises ValueError naming what vLLM asks for and this has not."""
         its: Any = layer
         parallel = self.moe.moe_parallel_config
+        captured = current_platform.is_cuda_alike() and not get_current_vllm_config().model_config.enforce_eager
+        if captured:
+            # Which experts tokens have chosen is read by the host, where a graph is captured nothing may be.
+            raise ValueError(f"{self.prefix}: packed experts in vLLM have no CUDA graphs; give it --enforce-eager")
         for name, found in (
             ("experts in parallel", parallel.use_ep or parallel.tp_size > 1),
             ("biases of experts", self.moe.has_bias),

@@ -86,8 +86,15 @@ def test_without_triton_everything_is_torchs_and_it_is_said_once(on, said, monke
     assert backend.kernels is None
     assert backend.take_over(packed_toy(), UNITS, True) == []
     (line,) = said
-    for part in ("need Triton 3.2 or newer", "got import of triton", "run: pip install 'triton>=3.2'", "run in torch"):
+    for part in ("need Triton 3.7 or newer", "got import of triton", "run: pip install 'triton>=3.7'", "run in torch"):
         assert part in line
+
+
+def test_a_triton_that_cannot_compile_them_is_none(on, said, monkeypatch):
+    monkeypatch.setattr("triton.__version__", "3.6.0")
+    assert on((9, 0)).kernels is None
+    (line,) = said
+    assert "need Triton 3.7 or newer, got 3.6.0" in line
 
 
 def test_it_takes_over_linears_decode_steps_and_the_head(on, device):

@@ -17,6 +17,7 @@ from lbllm_cli.runtime.units import Units
 _VARIABLE = "LBLLM_KERNELS"
 # Ampere is the first to have what the kernels are made of: products of matrices in bfloat16 and in int8.
 _CAPABILITY = (8, 0)
+_TRITON = (3, 7)
 _INSTEAD = "models and stages run in torch, many times slower"
 
 
@@ -68,11 +69,19 @@ class CudaBackend(TorchBackend):
 @cache
 def _has_triton() -> bool:
     try:
-        import triton  # noqa: F401
+        import triton
+
+        # Compilers before that do not take all kernels: 3.6 not prompts in groups of 16 on capability 9.0, 3.5 not the first one
+        # of `ptq`.
+        found = triton.__version__
+        able = tuple(int(part) for part in found.split(".")[:2]) >= _TRITON
     except Exception as error:  # of any kind: it looks for drivers and compilers
-        _say(f"GPU kernels need Triton 3.2 or newer, got {reason(error)}; run: pip install 'triton>=3.2'. Until then {_INSTEAD}")
-        return False
-    return True
+        found, able = reason(error), False
+    if not able:
+        wanted = ".".join(map(str, _TRITON))
+        remedy = f"run: pip install 'triton>={wanted}'"
+        _say(f"GPU kernels need Triton {wanted} or newer, got {found}; {remedy}. Until then {_INSTEAD}")
+    return able
 
 
 @cache

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lbllm_cli.format.levels import level_max
-from lbllm_cli.runtime.cuda.instructions import nearest_integer, rounded_to
+from lbllm_cli.runtime.cuda.instructions import nearest_integer, product, rounded_to
 from lbllm_cli.runtime.cuda.operators import operator
 from lbllm_cli.runtime.cuda.stage.groups import group_places, tiling
 from lbllm_cli.runtime.cuda.stage.levels import level_at, load_levels, nearest_of_table, nearest_rank, store_levels, sums_at
@@ -30,13 +30,14 @@ def _larger(a, b):
 @triton.jit
 def _stored(level, scale, divisor, MOST: tl.constexpr):
     place = nearest_integer(tl.div_rn(level, divisor))
-    return tl.minimum(tl.maximum(place, -MOST), MOST).to(tl.float32) * scale
+    return product(tl.minimum(tl.maximum(place, -MOST), MOST).to(tl.float32), scale)
 
 
 @triton.jit
 def _miss(level, scale, divisor):
-    miss = rounded_to(_stored(level, scale, divisor, 7) - level, tl.float32)
-    return rounded_to(miss * miss, tl.float32)
+    miss = _stored(level, scale, divisor, 7) - level
+    # Rounded by itself, as in torch: fused with the sum it would choose another scale at a near tie.
+    return product(miss, miss)
 
 
 @triton.jit
