@@ -61,9 +61,16 @@ def test_too_few_or_one_for_all_are_refused(gpus):
         backend.choose_device("auto", place=(0, 8))
     with pytest.raises(UsageError, match=r"runtime\.device cuda:2 is one GPU, and 2 processes run on this machine"):
         backend.choose_device("cuda:2", place=(0, 2))
-    assert backend.choose_device("cuda:2") == torch.device("cuda:2")
     assert backend.choose_device("cpu", place=(1, 2)) == torch.device("cpu")
     assert taken == []
+
+
+def test_a_gpu_that_is_named_is_the_present_one(gpus):
+    """What asks for "cuda" alone, as the message of memory that ran out, would ask the first one."""
+    taken = gpus(4)
+    assert backend.choose_device("cuda:2") == torch.device("cuda:2")
+    assert backend.choose_device("auto") == torch.device("cuda")
+    assert taken == [torch.device("cuda:2")]
 
 
 def test_memory_that_runs_out_is_no_lost_rank():
