@@ -243,6 +243,7 @@ def test_devices(folder, refused, device, message):
 def test_gpus_beyond_the_last(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     assert choose_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(UsageError, match=r"runtime.device cuda:2: this torch sees 2 GPUs, the last is cuda:1"):
         choose_device("cuda:2")
