@@ -21,7 +21,7 @@ from lbllm_cli.format.activations import format_of
 from lbllm_cli.format.settings import METHOD, check_settings, group_sizes
 from lbllm_cli.runtime.attachments import attach
 from lbllm_cli.runtime.backend import backend_of
-from lbllm_cli.runtime.checks import check_files, check_linears, check_values
+from lbllm_cli.runtime.checks import check_files, check_linears, check_placed, check_values
 from lbllm_cli.runtime.experts import experts_of, separate_experts
 from lbllm_cli.runtime.kv_cache import QuantizedKVCache, keep_quantized
 from lbllm_cli.runtime.linear import PackedLinear
@@ -103,6 +103,7 @@ class LbllmQuantizer(HfQuantizer):  # type: ignore[misc]
         return [] if self._has_experts else weight_conversions
 
     def _process_model_after_weight_loading(self, model: Any, **others: Any) -> nn.Module:
+        check_placed(model)
         check_values(model)
         if self.quantization_config.head_bits != 16:
             restore_rows(model)

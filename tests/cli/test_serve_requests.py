@@ -82,6 +82,29 @@ def test_messages_that_the_template_does_not_take(ask):
     assert ask(CHAT, messages=HELLO, max_tokens=2).status_code == 200
 
 
+def test_a_request_brings_no_template(ask):
+    own = {"chat_template": "{{ 'a' * 10 }}"}
+    message = "chat_template_kwargs: a request brings no chat_template; leave it out"
+    assert refused(ask(CHAT, messages=HELLO, chat_template_kwargs=own)) == message
+    assert ask(CHAT, messages=HELLO, max_tokens=2, chat_template_kwargs={"enable_thinking": False}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [(PLAIN, {"prompt": "The sea"}), (CHAT, {"messages": HELLO}), (RESPONSES, {"input": "a"})]
+)
+def test_a_temperature_is_drawn_with(ask, path, body):
+    """The toy's generation_config says nothing of it."""
+    length = {"max_output_tokens" if path == RESPONSES else "max_tokens": 6, "stream": False}
+
+    def texts(**wanted: float) -> set[str]:
+        answers = [ask(path, **body, **length, **wanted, seed=seed).json() for seed in range(4)]
+        return {json.dumps(found["output"][0]["content"] if path == RESPONSES else found["choices"]) for found in answers}
+
+    assert len(texts(temperature=1.5)) > 1
+    assert len(texts(temperature=None, top_p=0.99)) > 1
+    assert len(texts(temperature=0, top_p=0.99)) == len(texts()) == 1
+
+
 @pytest.mark.parametrize("more", [{}, {"stream": True}])
 @pytest.mark.parametrize(
     ("path", "body"),

@@ -136,6 +136,7 @@ def test_tokens_that_the_model_does_not_have(export_of):
         ("llama-tied", {"hidden_act": "gelu"}, "hidden_act"),
         ("llama-tied", {"model_type": "granite"}, "model_type"),
         ("llama-tied", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type: expected default"),
+        ("llama-tied", {"rope_scaling": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type: expected default"),
         ("llama-tied", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "rope_parameters: 'factor'"),
         ("llama-tied", {"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "not finite"),
         ("llama-tied", {"intermediate_size": 96}, "expected U8"),

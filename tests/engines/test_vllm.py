@@ -323,6 +323,23 @@ def test_experts_that_cannot_be_run_are_refused(ways, biases, message):
         )
 
 
+def test_loras_are_refused(toy_export):
+    with pytest.raises(ValueError, match="packed linears take no LoRA"):
+        engine(toy_export("llama-tied"), enable_lora=True)
+
+
+@pytest.mark.parametrize(("family", "bits"), [("llama-tied", 8), ("qwen3-moe", 16)])
+def test_weights_that_are_loaded_again_are_the_same(toy_export, family, bits):
+    """As after vLLM's sleep, or by whoever trains: it finds where they belong by the names of the loaders' arguments."""
+    llm = engine(toy_export(family, head_bits=bits))
+    rows, tokens = answers(llm)
+    llm.reset_prefix_cache()
+    llm.collective_rpc("reload_weights")
+    again, others = answers(llm)
+    assert torch.equal(again, rows)
+    assert others == tokens
+
+
 @pytest.mark.parametrize("eager", [True, False])
 def test_experts_are_in_no_graph(monkeypatch, eager):
     """As on a GPU: what they ask the host for would end vLLM's capture, with a message of CUDA's."""

@@ -104,6 +104,13 @@ def test_scores_of_tokens_with_spaces_follow_the_merges(tmp_path):
     assert vocabulary.scores(texts)[3] == -4.0
 
 
+def test_a_model_in_the_hubs_cache_is_not_named_by_its_commit(tmp_path):
+    from lbllm_cli.export.formats.gguf import _name
+
+    assert _name(tmp_path / "models--people--Toy-1B" / "snapshots" / "0123abcd") == "Toy-1B"
+    assert _name(tmp_path / "Toy-1B") == "Toy-1B"
+
+
 @pytest.mark.parametrize(("size", "bits"), [(32, 8), (64, 8), (96, 8), (16, 2), (64, 2)])
 def test_blocks_are_those_of_ggml(size, bits):
     generator = torch.Generator().manual_seed(size)
@@ -159,6 +166,7 @@ def test_frequencies_that_are_as_usual_have_no_factors(toy):
         ("llama-tied", WHOLE, {"ptq": {"group_size": 48}}, "gguf has blocks of 32, which do not divide groups of 48"),
         ("llama-tied", {**WHOLE, "intermediate_size": 112}, {}, "gguf has blocks of 32, which do not divide rows of 112"),
         ("llama-tied", {**WHOLE, "attention_bias": True}, {}, "llama.cpp's llama has no biases of linears; take another format"),
+        ("llama-tied", {**WHOLE, "hidden_act": "relu"}, {}, "llama.cpp's llama has no hidden_act relu; take another format"),
         ("gemma3", WHOLE, {}, "has no layer_types other than one full layer in 6, no query_pre_attn_scalar other than head_dim"),
         ("llama-tied", {**WHOLE, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, {},
          "llama.cpp's llama has no rope_type yarn"),

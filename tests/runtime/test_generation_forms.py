@@ -49,6 +49,13 @@ def test_any_device_map(export_of, where):
     assert torch.equal(placed.generate(prompt, **GREEDY), plain.generate(prompt, **GREEDY))
 
 
+def test_a_device_map_with_a_disk_is_refused(export_of, tmp_path):
+    where = dict.fromkeys(("model.layers", "model.norm", "model.rotary_emb"), "cpu")
+    where |= dict.fromkeys(("model.embed_tokens", "lm_head"), "disk")
+    with pytest.raises(ValueError, match="was left on disk by device_map, a packed model is in memory as a whole"):
+        AutoModelForCausalLM.from_pretrained(export_of("llama-tied"), device_map=where, offload_folder=tmp_path)
+
+
 def test_pipeline(export_of):
     folder = export_of("llama-tied")
     tokenizer, plain = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)

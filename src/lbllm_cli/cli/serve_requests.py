@@ -31,6 +31,8 @@ def hold(server: Any, folder: Path, config: PretrainedConfig) -> None:
     # Before transformers 5.24 it lists what lies in the hub's cache, whichever model it was given.
     served = {"id": str(folder), "object": "model", "created": int(folder.stat().st_mtime), "owned_by": "lbllm"}
     manager.get_gen_models = lambda: [served]
+    for handler in (server._chat_handler, server._completion_handler, server._response_handler):
+        _draw(handler)
     for loaded in manager.loaded_models.values():
         _refuse_messages(loaded.processor, folder)
     texts = Texts(positions(config), int(config.get_text_config().vocab_size))
@@ -54,11 +56,30 @@ def _keep_to(server: Any, folder: Path) -> None:
     manager.load_model_and_processor = loaded
 
 
+def _draw(handler: Any) -> None:
+    """Has a request that names a temperature or top_p drawn from, as clients of OpenAI's expect: transformers 5.23 sets both, and
+    takes the likeliest token all the same where the model's own generation_config does.
+    """
+    real = handler._build_generation_config
+
+    def built(body: dict[str, Any], *arguments: Any, **options: Any) -> Any:
+        found = real(body, *arguments, **options)
+        named = [body.get(key) for key in ("temperature", "top_p")]
+        if body.get("generation_config") is None and any(value is not None for value in named) and named[0] != 0:
+            found.do_sample = True
+        return found
+
+    handler._build_generation_config = built
+
+
 def _refuse_messages(processor: Any, folder: Path) -> None:
     """Has a tokenizer or processor refuse messages that it cannot make a text of, each request by itself."""
     real = processor.apply_chat_template
 
     def rendered(*arguments: Any, **options: Any) -> Any:
+        if options.get("chat_template") is not None:
+            # A template is a program, and takes what memory and time it likes.
+            raise HTTPException(_BAD_REQUEST, "chat_template_kwargs: a request brings no chat_template; leave it out")
         try:
             return real(*arguments, **options)
         except Exception as error:  # a template is a program: it raises what it likes

@@ -69,7 +69,8 @@ class Configuration(BaseModel):
             found.setdefault("head_dim", width // heads)
         if found.get("model_type") == "seed_oss":
             found.setdefault("attention_bias", True)
-        rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
+        # Where both are there, the older name counts, as in transformers: cards of models tell people to add it.
+        rope = found.get("rope_scaling") or found.get("rope_parameters") or {}
         if not isinstance(rope, dict):
             raise ValueError(f"rope_parameters: expected a mapping, got {type(rope).__name__}")
         kind = rope.get("rope_type", rope.get("type", "default"))

@@ -78,6 +78,15 @@ def refusing(folder: Path) -> Iterator[None]:
         raise UsageError(f"{folder} cannot be loaded: {reason(error)}") from None
 
 
+def check_placed(model: nn.Module) -> None:
+    """Raises ValueError naming a tensor that `device_map` left on disk: nothing is there to be checked, or to compute with."""
+    if left := next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None):
+        raise ValueError(
+            f"{left} was left on disk by device_map, a packed model is in memory as a whole; give a device_map, or max_memory, "
+            "that has room for all of it"
+        )
+
+
 def check_values(model: nn.Module, prefix: str = "") -> None:
     """Raises ValueError naming a loaded tensor whose values have no meaning in the format. prefix: of names in messages."""
     for name, tensor in (*model.named_parameters(prefix), *model.named_buffers(prefix)):

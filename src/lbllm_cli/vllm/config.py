@@ -123,9 +123,11 @@ class LbllmConfig(QuantizationConfig):  # type: ignore[misc]
         return None
 
     def _wanted(self) -> dict[str, str]:
-        """What `--additional-config` asks for. Raises ValueError for what it cannot."""
+        """What `--additional-config` asks for. Raises ValueError for what it, or vLLM, cannot be asked for here."""
         # vLLM asks for methods once more after loading, where there is no configuration to be had.
         if not self._choice:
+            if get_current_vllm_config().lora_config is not None:
+                raise ValueError("--enable-lora: packed linears take no LoRA; leave it out, or serve an export of another format")
             given = get_current_vllm_config().additional_config or {}
             if unknown := [key for key in given if key.startswith("lbllm") and key not in _CHOICES]:
                 raise ValueError(f"--additional-config {', '.join(unknown)}: expected {' or '.join(_CHOICES)}")

@@ -45,9 +45,8 @@ class PackedExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         """Every expert's parts, gate and up below each other. Raises ValueError naming what vLLM asks for and this has not."""
         its: Any = layer
         parallel = self.moe.moe_parallel_config
-        captured = current_platform.is_cuda_alike() and not get_current_vllm_config().model_config.enforce_eager
-        if captured:
-            # Which experts tokens have chosen is read by the host, where a graph is captured nothing may be.
+        if current_platform.is_cuda_alike() and not get_current_vllm_config().model_config.enforce_eager:
+            # The host reads which experts tokens have chosen; while a graph is captured it can read nothing.
             raise ValueError(f"{self.prefix}: packed experts in vLLM have no CUDA graphs; give it --enforce-eager")
         for name, found in (
             ("experts in parallel", parallel.use_ep or parallel.tp_size > 1),

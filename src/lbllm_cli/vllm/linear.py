@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from math import lcm
 from typing import Any
 
@@ -38,6 +38,8 @@ class Loaded:
     def noting(self, part: str, load: Callable[..., Any]) -> Callable[..., Any]:
         """`load`, counted under `part`."""
 
+        # By its signature vLLM finds the parameter, called `param`, that weights which are loaded again go to.
+        @wraps(load)
         def loader(*args: Any, **kwargs: Any) -> Any:
             self.times[part] += 1
             return load(*args, **kwargs)
@@ -45,8 +47,10 @@ class Loaded:
         return loader
 
     def check(self, expected: dict[str, int], owner: str) -> None:
-        """Raises ValueError naming what came less often than expected."""
-        if missed := [part for part, times in expected.items() if self.times[part] < times]:
+        """Raises ValueError naming what came less often than expected; what is loaded again is counted from nothing."""
+        missed = [part for part, times in expected.items() if self.times[part] < times]
+        self.times.clear()
+        if missed:
             raise ValueError(f"{owner}: the export has no {', '.join(missed)}; export it again")
 
 
@@ -59,18 +63,18 @@ def add_quantizer(layer: nn.Module, name: str, quantizer: ActQuantizer, loaded: 
     layer.add_module(name, quantizer)
 
 
-def _fill(buffer: Tensor, stored: Tensor, *_: Any) -> None:
-    if buffer.shape != stored.shape or buffer.dtype != stored.dtype:
-        expected, got = (f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (buffer, stored))
+def _fill(param: Tensor, stored: Tensor, *_: Any) -> None:
+    if param.shape != stored.shape or param.dtype != stored.dtype:
+        expected, got = (f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (param, stored))
         raise ValueError(f"a quantizer's tensor: expected {expected}, got {got}; export it again")
-    buffer.copy_(stored)
+    param.copy_(stored)
 
 
-def _fill_heads(buffer: Tensor, stored: Tensor, *_: Any) -> None:
+def _fill_heads(param: Tensor, stored: Tensor, *_: Any) -> None:
     """The rows of this process's key heads: a share of them, or one that several processes have."""
     parts, heads = get_tensor_model_parallel_world_size(), len(stored)
     first = get_tensor_model_parallel_rank() * heads // parts
-    _fill(buffer, stored[first : first + max(1, heads // parts)])
+    _fill(param, stored[first : first + max(1, heads // parts)])
 
 
 def quantizer_parts(name: str, parts: tuple[str, ...] = TENSORS) -> dict[str, int]:

@@ -72,7 +72,7 @@ class Gguf(Exporter):
 
         architecture = ARCHITECTURES[model.config.model_type]
         writer = gguf.GGUFWriter(path, architecture.name)
-        writer.add_name(model.folder.resolve().name)
+        writer.add_name(_name(model.folder.resolve()))
         writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         write_settings(writer, model)
@@ -150,6 +150,14 @@ class Gguf(Exporter):
     def loading(self, place: str) -> list[str]:
         """With llama.cpp."""
         return [f"`{NAME}` is for llama.cpp and programs built on it:", *snippet("sh", f"llama-cli --model {NAME}")]
+
+
+def _name(folder: Path) -> str:
+    """Of a model, for programs that show one: in the hub's cache its folder is named by a commit.
+
+    models--org--toy/snapshots/0123abcd -> toy.
+    """
+    return folder.parents[1].name.rpartition("--")[2] if folder.parent.name == "snapshots" else folder.name
 
 
 FORMAT = Gguf()

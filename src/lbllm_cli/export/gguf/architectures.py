@@ -31,8 +31,17 @@ def _sliding(config: Any) -> list[str]:
     return ["layers with a sliding window"] if used else []
 
 
+def _activated(config: Any, key: str, known: str) -> list[str]:
+    found = getattr(config, key)
+    return [] if found == known else [f"{key} {found}"]
+
+
+def _silu(config: Any) -> list[str]:
+    return _sliding(config) + _activated(config, "hidden_act", "silu")
+
+
 def _biased(config: Any) -> list[str]:
-    return _sliding(config) + (["biases of linears"] if config.attention_bias or getattr(config, "mlp_bias", False) else [])
+    return _silu(config) + (["biases of linears"] if config.attention_bias or getattr(config, "mlp_bias", False) else [])
 
 
 def _gemma3(config: Any) -> list[str]:
@@ -45,12 +54,12 @@ def _gemma3(config: Any) -> list[str]:
         found.append("query_pre_attn_scalar other than head_dim")
     if config.final_logit_softcapping or config.attn_logit_softcapping:
         found.append("soft caps")
-    return found
+    return found + _activated(config, "hidden_activation", "gelu_pytorch_tanh")
 
 
 ARCHITECTURES = {
     "llama": Architecture("llama", neighbours=True, odd=_biased),
-    "qwen2": Architecture("qwen2", odd=_sliding),
+    "qwen2": Architecture("qwen2", odd=_silu),
     "qwen3": Architecture("qwen3", odd=_biased),
     "gemma3_text": Architecture("gemma3", odd=_gemma3),
 }
