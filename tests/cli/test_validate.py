@@ -5,6 +5,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import save_toy, write_recipe
 from rich.console import Console
 from rich.table import Table
@@ -149,6 +150,13 @@ def test_sequences_of_ranks_are_those_that_the_stage_reads(lbllm, tmp_path):
     text = [f"data.{name}.{key}" for name in ("calibration", "training") for key in ("sequences=16", "length=64")]
     result = lbllm("validate", "--recipe", recipe, *text, "--world-size", "8")
     assert "act-calib: 3 sequences for 8 ranks; raise act_calib.sequences, or start at most 3" in result.stderr
+
+
+def test_products_have_all_bits_of_float32(ok, recipe):
+    """In NVIDIA's containers they begin with ten of mantissa."""
+    torch.set_float32_matmul_precision("high")
+    ok("validate", "--recipe", recipe)
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_groups_that_no_row_fills_are_named(ok, recipe):

@@ -82,12 +82,17 @@ def test_recipes_of_the_readme_are_valid(checkout, ok, monkeypatch):
         ok("config", "--recipe", recipe)
 
 
-def make_says(recipe: Path, run: Path, *words: str) -> str:
-    command = ["make", "--dry-run", "-f", str(ROOT / "recipes" / "batch.mk"), f"RECIPE={recipe}", f"RUN={run}", *words]
-    command.append(f"LBLLM={sys.executable} -m lbllm_cli")
+def make(recipe: Path, run: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    command = ["make", "-f", ROOT / "recipes" / "batch.mk", f"RECIPE={recipe}", f"RUN={run}", *words]
     # Without the level of the `make test` around it: a make below another announces its directories.
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
-    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    return subprocess.run([*map(str, command)], check=False, capture_output=True, text=True, env=environment)
+
+
+def make_says(recipe: Path, run: Path, *words: str) -> str:
+    found = make(recipe, run, "--dry-run", *words, f"LBLLM={sys.executable} -m lbllm_cli")
+    assert found.returncode == 0, found.stderr
+    return found.stdout
 
 
 def arguments_of(said: str) -> list[str]:
@@ -131,36 +136,26 @@ def test_keys_of_a_batch_job_go_to_every_command_and_decide_its_stages(tmp_path)
     assert any("distill --only end-to-end" in line for line in said)
 
 
+def batch_job(folder: Path, commands: str, *targets: Path) -> int:
+    """Exit code of a batch job in folder/run whose lbllm does `commands` of a shell in the place of everything but `config`."""
+    recipe, fake = write_recipe(folder / "r.yaml", folder, folder / "run"), folder / "fake"
+    own = f'config) exec {sys.executable} -m lbllm_cli "$@";;'
+    fake.write_text(f'#!/bin/sh\ncase "$1" in {own} {commands} esac\n', encoding="utf-8")
+    fake.chmod(0o755)
+    return make(recipe, folder / "run", f"LBLLM={fake}", *targets).returncode
+
+
 def test_no_file_of_a_batch_job_is_deleted_where_a_command_fails_after_it_was_written(tmp_path):
     """Make would take the manifest of a finished stage with it, and days of work."""
-    recipe = write_recipe(tmp_path / "r.yaml", tmp_path, tmp_path / "run")
-    late = tmp_path / "late"
-    late.write_text(
-        f'#!/bin/sh\ncase "$1" in config) exec {sys.executable} -m lbllm_cli "$@";; esac\n'
-        f'mkdir -p {tmp_path}/run/ptq; echo done > {tmp_path}/run/ptq/lbllm_stage.json; exit 1\n',
-        encoding="utf-8",
-    )
-    late.chmod(0o755)
-    command = ["make", "-f", str(ROOT / "recipes" / "batch.mk"), f"RECIPE={recipe}", f"RUN={tmp_path}/run", f"LBLLM={late}"]
-    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
-    assert subprocess.run(command, capture_output=True, env=environment, check=False).returncode == 2
-    assert (tmp_path / "run" / "ptq" / "lbllm_stage.json").exists()
+    manifest = tmp_path / "run" / "ptq" / "lbllm_stage.json"
+    assert batch_job(tmp_path, f"*) mkdir -p {manifest.parent}; echo done > {manifest}; exit 1;;") == 2
+    assert manifest.exists()
 
 
 def test_what_a_failed_eval_has_measured_is_not_all_of_it(tmp_path):
     """It writes the rest, and fails: a batch job that is given again measures again."""
-    recipe, run = write_recipe(tmp_path / "r.yaml", tmp_path, tmp_path / "run"), tmp_path / "run"
-    stage = f"mkdir -p {run}/$1; echo done > {run}/$1/lbllm_stage.json"
-    fake = tmp_path / "fake"
-    fake.write_text(
-        f'#!/bin/sh\ncase "$1" in config) exec {sys.executable} -m lbllm_cli "$@";; '
-        f"eval) mkdir -p {run}/eval; echo {{}} > {run}/eval/results.json; exit 1;; *) {stage};; esac\n",
-        encoding="utf-8",
-    )
-    fake.chmod(0o755)
-    results = str(run / "eval" / "results.json")
-    command = ["make", "-f", str(ROOT / "recipes" / "batch.mk"), f"RECIPE={recipe}", f"RUN={run}", f"LBLLM={fake}", results]
-    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
-    for _ in range(2):
-        assert subprocess.run(command, capture_output=True, env=environment, check=False).returncode == 2
-    assert (run / "eval" / "results.json").exists()
+    run, results = tmp_path / "run", tmp_path / "run" / "eval" / "results.json"
+    stages = f"*) mkdir -p {run}/$1; echo done > {run}/$1/lbllm_stage.json;;"
+    commands = f"eval) mkdir -p {results.parent}; echo {{}} > {results}; exit 1;; {stages}"
+    assert [batch_job(tmp_path, commands, results) for _ in range(2)] == [2, 2]
+    assert results.exists()

@@ -179,9 +179,9 @@ def streams_place(recipe: Recipe, model: SourceModel, device: float, alive: floa
 
 
 def host_bytes(model: SourceModel, device: float, state: float = 0) -> float:
-    """RAM of a process whose device holds `device` bytes: on a CPU these, elsewhere a block on its way there, or the state of an
-    unfinished training on its way to disk and back."""
-    return PROCESS + (device if model.backend.shares_ram else max(block_bytes(model), state))
+    """RAM of a process whose device holds `device` bytes: on a CPU these, elsewhere a block on its way there, and the state of an
+    unfinished training on its way to disk or back: what a block was pinned for stays so."""
+    return PROCESS + (device if model.backend.shares_ram else block_bytes(model) + state)
 
 
 def stage_need(

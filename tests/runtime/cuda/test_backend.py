@@ -86,7 +86,8 @@ def test_without_triton_everything_is_torchs_and_it_is_said_once(on, said, monke
     assert backend.kernels is None
     assert backend.take_over(packed_toy(), UNITS, True) == []
     (line,) = said
-    for part in ("need Triton 3.7 or newer", "got import of triton", "run: pip install 'triton>=3.7'", "run in torch"):
+    remedy = "run: pip install --upgrade torch 'triton>=3.7'"
+    for part in ("need Triton 3.7 or newer", "got import of triton", remedy, "run in torch"):
         assert part in line
 
 

@@ -79,7 +79,7 @@ def _has_triton() -> bool:
         found, able = reason(error), False
     if not able:
         wanted = ".".join(map(str, _TRITON))
-        remedy = f"run: pip install 'triton>={wanted}'"
+        remedy = f"run: pip install --upgrade torch 'triton>={wanted}'"
         _say(f"GPU kernels need Triton {wanted} or newer, got {found}; {remedy}. Until then {_INSTEAD}")
     return able
 
