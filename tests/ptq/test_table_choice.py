@@ -34,3 +34,14 @@ def test_by_hand():
 
 def test_the_first_of_equally_good_ones():
     assert best_of_table(torch.zeros(2, 4), torch.zeros(2, 4, 4), torch.ones(2)).tolist() == [BY_RANK[0]] * 2
+
+
+def test_a_diagonal_alone_and_more_rows_than_are_looked_at_at_once():
+    g = torch.Generator().manual_seed(1)
+    slope, diagonal = torch.randn(5000, 4, generator=g), torch.rand(5000, 4, generator=g)
+    scale = (torch.rand(5000, generator=g) * 0.01 + 0.02).half()
+    found = best_of_table(slope, diagonal, scale)
+    assert torch.equal(found, best_of_table(slope, diagonal.diag_embed(), scale))
+    for row in (0, 4095, 4096, 4999):
+        one = slice(row, row + 1)
+        assert torch.equal(found[one], best_of_table(slope[one], diagonal[one], scale[one]))
