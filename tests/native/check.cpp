@@ -614,8 +614,10 @@ double run_difference(int kind, int before, int count, int threads) {
 void check_runs() {
     vector<double> differences;
     const int lengths[][2] = {{0, 1}, {0, 2}, {0, 33}, {5, 31}, {130, 3}, {0, 300}, {250, 70}, {7, 1}};
+    // Long texts, which are nearly all of the time under sanitizers, with two of the five kinds of records.
     for (int kind = 0; kind < 5; kind++)
-        for (const auto& l : lengths) differences.push_back(run_difference(kind, l[0], l[1], 1 + kind % 3));
+        for (const auto& l : lengths)
+            if (l[0] + l[1] < 100 || kind % 2) differences.push_back(run_difference(kind, l[0], l[1], 1 + kind % 3));
     std::sort(differences.begin(), differences.end());
     const double most = differences[differences.size() / 2], worst = differences.back();
     printf("%s: runs differ by %.2g in half of the cases, %.2g at most\n", lbllm_tier(), most, worst);
