@@ -33,7 +33,7 @@ def calibrate(sources: list[Source], tokenizer: Any, sequences: int, length: int
     spec = TokenSet(source=sources, sequences=sequences, length=length, bos=more.pop("bos", False))
     taken = [[(sources, size) for size in sizes] for sizes in more.pop("taken", ())]
     sampler = more.pop("sampler", lambda *_: pytest.fail("nothing is to be sampled"))
-    draw = data.Draw(seed, sampler, "data.calibration", taken, sources)
+    draw = data.Draw(seed, sampler, "data.calibration", taken, [sources])
     return data.training_tokens(spec, tokenizer, more.pop("vocab", VOCAB), draw, **more)
 
 

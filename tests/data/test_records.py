@@ -211,6 +211,18 @@ def test_without_a_network_the_hub_is_not_asked(tokenizer, monkeypatch):
         evaluate([Source(source="hub:some/data")], tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("proxies", "asked"),
+    [({}, True), ({"no": "localhost"}, True), ({"http": "p:1"}, True), ({"https": "p:1"}, False), ({"all": "p:1"}, False)],
+)
+def test_behind_a_proxy_the_way_to_the_hub_is_not_tried(monkeypatch, proxies, asked):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://huggingface.co")
+    monkeypatch.setattr("urllib.request.getproxies", lambda: proxies)
+    monkeypatch.setattr(hub, "_unreachable", lambda *place: "tried")
+    assert hub.no_network() == ("tried" if asked else None)
+
+
 @pytest.mark.parametrize("name", ["wikitext2", "ptb", "c4", "hub:some/data"])
 def test_the_hub_out_of_reach_is_one_message(tokenizer, monkeypatch, name):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)

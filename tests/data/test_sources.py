@@ -22,6 +22,8 @@ def test_chat_messages_go_through_the_template(tmp_path, tokenizer):
     assert list(text_sources.documents(item, False, tokenizer)) == rendered
     windows = cut([token for text in rendered for token in ids_of(tokenizer, text)], 8)
     assert sorted(calibrate([item], tokenizer, len(windows), 8).tolist()) == sorted(windows)
+    # What is measured is what is trained on: nothing is put between conversations there either.
+    assert evaluate([item], tokenizer, 8).tolist() == windows
 
 
 @pytest.mark.parametrize("chat", [None, [], "hello", [{"from": "user", "value": "hello"}]])
@@ -116,8 +118,15 @@ def test_c4_is_evaluated_on_its_first_documents(tmp_path, tokenizer, monkeypatch
         ({"source": "builtin:evaluation", "split": "test"}, "does not read split"),
         ({"source": "records.jsonl", "path": "other.jsonl"}, "does not read path"),
         ({"source": "hub:some/text", "temperature": 0.5}, "does not read temperature"),
+        ({"source": "a.txt", "messages_key": "chat", "split": "test"}, "a.txt does not read messages_key, split"),
+        ({"source": "a.jsonl", "split": "test"}, "a.jsonl does not read split"),
+        ({"source": "a.safetensors", "text_key": "body"}, "a.safetensors does not read text_key"),
+        ({"source": "ptb", "path": "a.jsonl", "split": "test"}, "ptb does not read split"),
     ],
 )
-def test_a_key_that_a_source_does_not_read_is_refused(keys, message):
+def test_a_key_that_a_source_does_not_read_is_refused(keys, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "a.jsonl", "a.safetensors"):
+        (tmp_path / name).touch()
     with pytest.raises(UsageError, match=message):
         text_sources.check(Source(**keys), evaluating=True)

@@ -1,6 +1,7 @@
 """What the tables of `lbllm eval` show: everything that is measured of what is there, by whichever run, and nothing else."""
 
 import json
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
@@ -61,6 +62,14 @@ def test_a_run_of_less_leaves_what_was_measured_before(ok, recipe, tmp_path, rid
     card = (tmp_path / "run" / "export" / "README.md").read_text()
     assert "| perplexity, novels |" in card
     assert "| riddles, acc | 0.2500 | 0.2500 |" in card
+
+
+def test_what_is_measured_is_shown_on_a_full_disk(ok, lbllm, recipe, tmp_path, monkeypatch):
+    found = ok("eval", "--recipe", recipe, f"data.evaluation=[{NOVELS}]", "--json").stdout
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=0))
+    on_disk = ["eval", "--recipe", recipe, "runtime.streams=disk"]
+    assert ok(*on_disk, f"data.evaluation=[{NOVELS}]", "--json").stdout == found
+    assert lbllm(*on_disk, f"data.evaluation=[{MORE}]").exit_code == 2
 
 
 def test_what_is_of_another_text_or_checkpoint_is_not_shown(ok, recipe, tmp_path):

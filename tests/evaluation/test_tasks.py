@@ -213,12 +213,19 @@ def test_scores_of_groups_and_filters():
         },
         "n-samples": {"mmlu_law": {"original": 9, "effective": 4}, "gsm8k": {"original": 7, "effective": 7}},
         "n-shot": {"gsm8k": 5},
+        "group_subtasks": {"mmlu": ["mmlu_law", "gsm8k"]},
     }
     assert lm_tasks.scores(found, "mmlu") == {"mmlu": {"acc": 0.25, "acc_stderr": 0.01, "samples": 11}}
     assert lm_tasks.scores(found, "gsm8k") == {
         "gsm8k": {"exact_match,strict-match": 0.5, "exact_match_stderr,strict-match": 0.1, "samples": 7, "num_fewshot": 5}
     }
     assert set(lm_tasks.scores(found, "a tag")) == {"mmlu", "mmlu_law", "gsm8k"}
+    # A group without a score as a whole has those of its tasks, and of groups in it.
+    found["results"]["all"] = {"alias": "all", "name": "all"}
+    found["group_subtasks"] = {"all": ["mmlu", "gsm8k"], "mmlu": ["mmlu_law"]}
+    several = lm_tasks.scores(found, "all")
+    assert {line: scored["samples"] for line, scored in several.items()} == {"mmlu": 4, "mmlu_law": 4, "gsm8k": 7}
+    assert several["mmlu"]["acc"] == 0.25
 
 
 def test_without_a_network_the_hub_is_asked_once(tmp_path, monkeypatch):

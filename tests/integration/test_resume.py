@@ -119,6 +119,18 @@ def test_killed_and_resumed_equals_uninterrupted(setting, tmp_path, streams, whe
     assert not (tmp_path / "run" / "ptq.partial").exists()
 
 
+@pytest.mark.parametrize(("where", "block"), [("after commit", 1), ("before manifest", 0)])
+def test_every_block_has_its_record_and_none_is_passed_again(setting, tmp_path, lbllm, where, block):
+    recipe = write_recipe(tmp_path / "r.yaml", setting[0], tmp_path / "run", runtime={"streams": "disk"})
+    command = ["ptq", "--recipe", str(recipe)]
+    assert run_in_child(command, where, block) == -signal.SIGKILL
+    resumed = lbllm(*command)
+    assert resumed.exit_code == 0
+    assert "advancing" not in resumed.stderr
+    lines = (tmp_path / "run" / "ptq" / "events.jsonl").read_text().splitlines()
+    assert [json.loads(line)["block"] for line in lines] == [0, 1, 2]
+
+
 def test_killed_twice_the_second_time_while_restoring_on_disk(setting, tmp_path):
     toy, expected = setting
     recipe = write_recipe(tmp_path / "r.yaml", toy, tmp_path / "run", runtime={"streams": "ram"})

@@ -48,6 +48,21 @@ def test_fresh_text_is_fresh_where_its_passages_come_again(recipe, streamed):
     assert not training & phase
 
 
+def test_fresh_text_is_fresh_wherever_phases_list_it(recipe, tmp_path):
+    """A text that data.training lacks has one order in both phases."""
+    for name in "ab":
+        # Each word of its own, so that windows are.
+        (tmp_path / f"{name}.txt").write_text(" ".join(f"{name}{number}" for number in range(1000)), encoding="utf-8")
+    a, b = (str(tmp_path / f"{name}.txt") for name in "ab")
+    phases = [f"distill={{end_to_end: {{sequences: 40, source: ['{a}', '{b}']}}}}",
+              f"act_calib={{end_to_end: {{sequences: 40, source: '{b}'}}}}"]  # fmt: skip
+    plan = prepare(load_recipe(recipe, ["data.training.length=16", *phases]), stages=TABLE)
+    read = (plan.stage_tokens(STAGES[name]).tolist() for name in ("distill-e2e", "act-calib-e2e"))
+    first, second = (set(map(tuple, rows)) for rows in read)
+    assert (len(first), len(second)) == (40, 40)
+    assert not first & second
+
+
 @pytest.mark.parametrize(
     ("skip", "sets", "expected"),
     [

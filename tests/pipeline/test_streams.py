@@ -27,6 +27,13 @@ def test_a_disk_too_full_for_hidden_states_is_named_by_the_file(tmp_path, monkey
     assert caught.value.filename == str(tmp_path / "a.bin")
 
 
+def test_a_rank_without_rows_has_a_stream_on_disk(tmp_path):
+    stream = HiddenStream((0, 3, 4), torch.float32, tmp_path / "a.bin")
+    assert (stream.rows, (tmp_path / "a.bin").stat().st_size) == (0, 0)
+    stream.remove()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_disk_too_full_for_a_record_is_named_by_the_file(tmp_path):
     (tmp_path / "events.jsonl").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device") as caught:

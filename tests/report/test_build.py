@@ -337,6 +337,16 @@ def test_damaged_results_are_named_with_the_command(lbllm, tmp_path, ptq_alone, 
     assert f"{file} is damaged; run: lbllm eval --recipe ..." in result.stderr
 
 
+@pytest.mark.parametrize(("source", "why"), [("fineweb-edu", "fineweb-edu"), ("builtin:evaluation/novel", "no such bundled")])
+def test_evaluation_text_that_is_none_leaves_the_report(ok, tmp_path, finished, undrawn, source, why):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    recipe = write_recipe(tmp_path / "recipe.yaml", finished / "model", tmp_path / "run")
+    ok("report", "--recipe", recipe, f"data.evaluation=[{{name: web, source: '{source}', length: 64}}]")
+    page = (tmp_path / "run" / "report.md").read_text(encoding="utf-8").replace("\\", "")
+    assert "Not drawn: " in page
+    assert why in page.partition("Not drawn: ")[2].splitlines()[0]
+
+
 @pytest.mark.parametrize("name", ["lbllm_stage.json", "block_001.safetensors"])
 @pytest.mark.parametrize("gone", [True, False])
 def test_a_stage_that_cannot_be_read_is_named_beside_the_others(ok, lbllm, tmp_path, finished, undrawn, name, gone):

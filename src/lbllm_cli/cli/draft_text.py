@@ -23,7 +23,6 @@ _SOURCE_WORDS = {
 EVALUATION = ("wikitext2", "c4")
 # On SmolLM2-135M and Gemma 3 270M the form that stage 1 loses least with at 2.5 bits: docs/measurements.md.
 GROUP_SIZE, LEVEL_BITS = 16, 2
-# Of the running mean of distill.
 
 
 @dataclass(frozen=True)

@@ -47,10 +47,11 @@ def evaluate(recipe: Recipe, dry_run: bool, as_json: bool, force: bool, group: G
         need = whole_model_need(recipe, plan.model, need)
         plan.model.backend.check()  # what LBLLM_KERNELS asks for is refused now, not after the perplexities
     _check_folders(plan.output / "eval", checkpoints if tasks else {})
-    announce(need, plan.output, plan.model)
+    run = EvaluationRun(plan, checkpoints, need.place, force)
+    left = run.unknown(sets, tasks)
+    announce(need, plan.output, plan.model, done=not left)
     if dry_run:
         counts = {name: f"{name} {tokens.shape[0]} x {tokens.shape[1]}" for name, tokens in sets.items()}
-        left = EvaluationRun(plan, checkpoints, need.place, force).unknown(sets, tasks)
         for name, wanted in left.items():
             say(f"eval: would measure {name} on {', '.join(counts.get(one, one) for one in wanted)}")
         if not left:
@@ -58,7 +59,6 @@ def evaluate(recipe: Recipe, dry_run: bool, as_json: bool, force: bool, group: G
         return
     check_alike(group, {"checkpoints": ", ".join(checkpoints), **{name: tokens_hash(tokens) for name, tokens in sets.items()}})
     with held(plan.output, group), interrupt.graceful():
-        run = EvaluationRun(plan, checkpoints, need.place, force)
         found = run.results(sets, tasks)
     if found is None:
         return

@@ -81,10 +81,10 @@ def check_unicode(text: str, what: str) -> None:
         raise UsageError(f"{what} is no Unicode text: character {error.start} is half a pair ({text[error.start]!a})") from None
 
 
-def read_json(path: Path, limit: int = TEXT_LIMIT) -> Any:
+def read_json(path: Path) -> Any:
     """A JSON file. Raises as `read_text`, and UsageError where it is not JSON or nested too deeply to be read."""
     try:
-        return json.loads(read_text(path, limit))
+        return json.loads(read_text(path))
     except ValueError as error:
         raise UsageError(f"{path} cannot be read as JSON: {error}") from None
     except RecursionError:

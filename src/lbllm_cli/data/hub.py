@@ -113,9 +113,11 @@ def no_network() -> str | None:
     """Why the hub cannot be reached; None where it can, where a proxy stands before it, or where nobody is to ask it."""
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
-        return None
     address = urlparse(constants.ENDPOINT)
+    # NO_PROXY alone is among them too, and is no proxy.
+    proxies = urllib.request.getproxies()
+    if constants.HF_HUB_OFFLINE or proxies.keys() & {address.scheme, "all"}:
+        return None
     port = address.port or (80 if address.scheme == "http" else 443)
     return _unreachable(address.hostname or "", port, constants.HF_HUB_ETAG_TIMEOUT)
 

@@ -108,9 +108,11 @@ def _check_keys(item: Source) -> None:
     elif item.sampled:
         read = {"temperature"}
     elif name in PRESETS:
-        read = {"path", "split"} if item.path else {"path"}
+        read = {"path"} | ({"split"} & _local_keys(item.path) if item.path else set())
+    elif name.startswith("hub:"):
+        read = {"text_key", "messages_key", "split", "config"}
     else:
-        read = {"text_key", "messages_key", "split", *({"config"} if name.startswith("hub:") else ())}
+        read = _local_keys(name)
     unread = [
         key
         for key, field in Source.model_fields.items()
@@ -119,6 +121,14 @@ def _check_keys(item: Source) -> None:
     if unread:
         remedy = "; its parts are those of the papers, hub:NAME has others" if name in PRESETS else ""
         raise UsageError(f"source {name} does not read {', '.join(unread)}{remedy}")
+
+
+def _local_keys(name: str) -> set[str]:
+    """What is read of a local file or folder. A file is its only split."""
+    path = files.user_path(name, "source")
+    if not os.path.isfile(path):
+        return {"text_key", "messages_key", "split"}
+    return set() if path.suffix in {".txt", ".safetensors"} else {"text_key", "messages_key"}
 
 
 def _existing(name: str, key: str) -> Path:
@@ -160,6 +170,13 @@ def documents(item: Source, evaluating: bool, tokenizer: Any) -> Iterator[str]:
             raise UsageError(f"{path} is no longer there") from None
     else:
         yield from _texts(local_records(path, split), item, tokenizer)
+
+
+def parted(item: Source, texts: Iterator[str]) -> Iterator[str]:
+    """Texts with what parts each from the next: an empty line; a conversation's end is the template's matter."""
+    preset = PRESETS.get(item.source)
+    chat = item.messages_key or (preset is not None and preset.messages_key)
+    return texts if chat else (text + "\n\n" for text in texts)
 
 
 def builtin_records(part: str, style: str) -> Iterator[dict[str, str]]:

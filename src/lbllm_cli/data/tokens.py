@@ -33,15 +33,15 @@ class Draw:
 
     key: of the recipe, for messages. sampler(source, rows, length): text sampled from the model, for `generate:`. taken: what
     other sets of that length have of the same texts, and is left out: of each the sets that follow each other, with their sources
-    and sequences; [(a, 256), (b, 224)] are the 224 of b behind what the 256 of a have. first: sources of the first of all these
-    sets: the order of a text's windows is that which it had there.
+    and sequences; [(a, 256), (b, 224)] are the 224 of b behind what the 256 of a have. before: sources of all these sets, the
+    first one first: the order of a text's windows is that which it had in the first that has it.
     """
 
     seed: int
     sampler: Sampler
     key: str
     taken: Sequence[Sequence[tuple[list[Source], int]]] = ()
-    first: Sequence[Source] = ()
+    before: Sequence[Sequence[Source]] = ()
 
 
 def training_tokens(spec: TokenSet, tokenizer: Any, vocab: int, draw: Draw) -> Tensor:
@@ -69,7 +69,10 @@ def _drawn(sources: list[Source], sequences: int, length: int, tokenizer: Any, d
     are drawn at once: no two are the same windows.
     """
     shares = _shares(sources, sequences)
-    numbers = {text: own[0] for text, own in _texts(text_sources.expand(list(draw.first))).items()}
+    numbers: dict[Source, int] = {}
+    for listed in (*draw.before, sources):
+        for text, own in _texts(text_sources.expand(list(listed))).items():
+            numbers.setdefault(text, own[0])
     found: dict[int, Tensor] = {}
     # Sampling takes hours: what the others lack is found before.
     for item, own in sorted(_texts(sources).items(), key=lambda text: text[0].sampled):
@@ -82,9 +85,9 @@ def _drawn(sources: list[Source], sequences: int, length: int, tokenizer: Any, d
             # By each set's own shares: those of a sum are not the sum of the shares.
             counted = ([_count(item, those, size) for those, size in sets] for sets in draw.taken)
             others = [taken for sizes in counted if (taken := [size for size in sizes if size])]
-            seed = draw.seed + numbers.get(item, own[0])
+            wanted = Wanted(sum(counts.values()), length, others, draw.seed + numbers[item])
             with text_sources.named(draw.key):
-                rows = windows(item, Wanted(sum(counts.values()), length, others, seed), tokenizer)
+                rows = windows(item, wanted, tokenizer)
         found |= dict(zip(counts, rows.split(list(counts.values())), strict=True))
     return found
 
@@ -153,7 +156,7 @@ def _evaluation_ids(item: Source, tokenizer: Any, needed: int | None) -> Tensor:
     if preset is not None:
         joined = preset.evaluation_joiner.join(islice(texts, preset.evaluation_records))
         return encode(joined, tokenizer, where, needed)[: preset.evaluation_tokens]
-    return read(batches((text + "\n\n" for text in texts), tokenizer, where, needed), needed)
+    return read(batches(text_sources.parted(item, texts), tokenizer, where, needed), needed)
 
 
 def _finish(rows: Tensor, bos: bool, tokenizer: Any, vocab: int) -> Tensor:

@@ -65,7 +65,7 @@ def _whole(item: Source, wanted: Wanted, tokenizer: Any) -> Tensor:
     """Ids of a whole text, int64 [n]. Stages of a run, and sets that follow each other, read the same one."""
     kept = _KEPT.setdefault(tokenizer, {})
     if (found := kept.get(item)) is None:
-        found = read(_batched(item, wanted, tokenizer), None)
+        found = read(_batched(item, tokenizer), None)
         if found.numel() <= _KEPT_MOST:
             kept[item] = found
     return found
@@ -107,12 +107,9 @@ def pretokenized(item: Source, length: int | None) -> Tensor:
     return ids[:, :length].flatten() if ids.dim() == 2 else ids
 
 
-def _batched(item: Source, wanted: Wanted, tokenizer: Any) -> Iterator[Tensor]:
-    """Ids of a source, 256 records at a time. A conversation's end is the template's matter, a document's is an empty line."""
-    preset = PRESETS.get(item.source)
-    texts = text_sources.documents(item, False, tokenizer)
-    if not item.messages_key and (preset is None or not preset.messages_key):
-        texts = (text + "\n\n" for text in texts)
+def _batched(item: Source, tokenizer: Any) -> Iterator[Tensor]:
+    """Ids of a source, 256 records at a time."""
+    texts = text_sources.parted(item, text_sources.documents(item, False, tokenizer))
     return batches(texts, tokenizer, text_sources.describe(item))
 
 
@@ -131,14 +128,14 @@ def _of_all(ids: Tensor, item: Source, wanted: Wanted) -> Tensor:
 
 def _of_stream(item: Source, wanted: Wanted, tokenizer: Any) -> Tensor:
     """Of the part of a stream that follows the parts which other sets chose from; of a short one, of what they left."""
-    batched = _batched(item, wanted, tokenizer)
+    batched = _batched(item, tokenizer)
     _pass_over(batched, [[OVERSAMPLE * size * wanted.length for size in sets] for sets in wanted.others])
     ids = read(batched, OVERSAMPLE * wanted.count * wanted.length)
     found = ids.numel() // wanted.length
     if found >= wanted.count:
         return ids[: found * wanted.length].view(found, wanted.length)[wanted.order(found)[: wanted.count]]
     # The stream has ended, and what it holds can be kept.
-    pieces = list(_batched(item, wanted, tokenizer))
+    pieces = list(_batched(item, tokenizer))
     ids = torch.cat([torch.empty(0, dtype=torch.int64), *pieces])
     left, others = _left(list(accumulate(piece.numel() for piece in pieces)), wanted, wanted.length)
     if len(left) < wanted.count:

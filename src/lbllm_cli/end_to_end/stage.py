@@ -106,7 +106,8 @@ def run(run: StageRun) -> None:
     if facts["epochs"] and not facts["best_epoch"]:
         reporter.note(_not_better(run.spec, settings, facts, parent))
     _write(run, parent, changed)
-    reporter.record({"phase": run.spec.phase, **facts})
+    # The teacher's pass, held-out text, blocks that are written.
+    reporter.record({"phase": run.spec.phase, "seconds": round(reporter.besides_steps(), 3), **facts})
     if plan.group.first:
         plot_steps(writer.path / "events.jsonl", writer.path / "loss.png")
 

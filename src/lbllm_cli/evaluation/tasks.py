@@ -157,18 +157,30 @@ def run_task(lm: Any, task: Task, limit: float | None) -> dict[str, Any]:
 
 
 def scores(found: dict[str, Any], name: str) -> dict[str, dict[str, float]]:
-    """Flat scores of lm-eval's results: {"piqa": {"acc": 0.68, "acc_stderr": 0.01, "samples": 1838}}; of a group, its own line.
+    """Flat scores of lm-eval's results: {"piqa": {"acc": 0.68, "acc_stderr": 0.01, "samples": 1838}}; of a group, its own line,
+    or those of its tasks where it has no score as a whole.
 
     A metric keeps the name of its filter where that is not lm-eval's `none`: "exact_match,strict-match".
     """
-    lines = found["results"]
     leaves = {leaf: counts["effective"] for leaf, counts in found["n-samples"].items()}
+    lines = {
+        line: {key.removesuffix(",none"): value for key, value in facts.items() if "," in key and _is_number(value)}
+        for line, facts in found["results"].items()
+    }
     flat: dict[str, dict[str, float]] = {}
-    for line in [name] if name in lines else lines:
-        values = {key.removesuffix(",none"): value for key, value in lines[line].items() if "," in key and _is_number(value)}
+    for line in [name] if lines.get(name) else [line for line, values in lines.items() if values or line in leaves]:
+        values = lines[line]
         shots = {"num_fewshot": found["n-shot"][line]} if line in found.get("n-shot", {}) else {}
-        flat[line] = {**values, "samples": leaves[line] if line in leaves else sum(leaves.values()), **shots}
+        flat[line] = {**values, "samples": sum(leaves[leaf] for leaf in _leaves(found, line)), **shots}
     return flat
+
+
+def _leaves(found: dict[str, Any], line: str) -> set[str]:
+    """The tasks that a line of results is of: itself, or those of a group, and of groups in it."""
+    if line in found["n-samples"]:
+        return {line}
+    parts = found.get("group_subtasks", {}).get(line, [])
+    return {leaf for part in parts for leaf in _leaves(found, part)}
 
 
 def _is_number(value: Any) -> bool:

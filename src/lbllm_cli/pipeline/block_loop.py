@@ -116,6 +116,10 @@ class BlockLoop:
         """Fits, writes and commits block after block. Raises RunError naming the block when an output is not finite."""
         model, writer, reporter, parent = self.model, self.writer, self.stage.reporter, self.stage.parent
         first = writer.blocks_done
+        if first == model.blocks:
+            # Stopped behind its last block: there is nobody to derive streams for.
+            self._clear(set())
+            return
         full, quantized, taught = self._restore(first)
         teacher: Block | None = None
         for index in range(first, model.blocks):
@@ -140,6 +144,8 @@ class BlockLoop:
             teacher = model.block(index + 1) if parent is not None and index + 1 < model.blocks else None
             ahead = None if teacher is None else self._unfinished(targets, index + 2)
             outputs, error = self._leave(index, student, quantized, targets, teacher, ahead)
+            # Before it is committed: a run that is killed in between makes the block again, and of two records the last counts.
+            reporter.end_block(index, result.facts | {"error": error.relative, "error_ordinary": error.relative_ordinary})
             writer.commit(index)
             self.keeper.clear()
             # Of a stage in memory the outputs are where their inputs were.
@@ -149,7 +155,6 @@ class BlockLoop:
             full, quantized, taught = targets, outputs, ahead is not None
             if ahead is not None:
                 full = self._finished(targets, ahead, index + 2)
-            reporter.end_block(index, result.facts | {"error": error.relative, "error_ordinary": error.relative_ordinary})
         for stream in (full, quantized, *self._spare):
             stream.remove()
 

@@ -92,6 +92,13 @@ class Plan:
         alike = [[size for source, size in sets if _windows_of(source) == _windows_of(own)] for sets in taken]
         return [[(own, size) for size in _divided(skip, sizes)] for sizes in filter(None, alike)] or [[(own, skip)]]
 
+    def _before(self, spec: StageSpec) -> list[list[Source]]:
+        """Sources of the sets before that of a stage that takes fresh sequences."""
+        phases = self.recipe.end_to_end
+        if spec not in phases:
+            return []
+        return [self.recipe.data.training.source, *(self.token_set(one).source for one in phases if one.fresh < spec.fresh)]
+
     def without_bos(self, stages: Iterable[StageSpec], evaluate: bool = False) -> str | None:
         """What to say of sets of text without BOS, where the family is lost on them; None where nothing is to be said."""
         keys = [spec.text for spec in stages if isinstance(found := self.recipe.section(spec.text), TokenSet) and not found.bos]
@@ -181,8 +188,7 @@ class Plan:
                 raise _NotSampled
             return text
 
-        first = self.recipe.data.training.source if spec in self.recipe.end_to_end else []
-        draw = tokens.Draw(self.recipe.runtime.seed, sample, spec.text, self._taken(spec), first)
+        draw = tokens.Draw(self.recipe.runtime.seed, sample, spec.text, self._taken(spec), self._before(spec))
         found = tokens.training_tokens(self.token_set(spec), self.tokenizer, self.vocab, draw)
         subset = self.settings(spec).subset
         # Spread, for the sequences may be ordered by source.

@@ -43,6 +43,7 @@ class Reporter:
         self.console = console()
         self._times: deque[float] = deque(maxlen=ETA_WINDOW)
         self._began = self._start = time.monotonic()
+        self._stepped = 0.0
         self._traffic = group.traffic.copy()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
@@ -108,6 +109,7 @@ class Reporter:
 
         facts: `loss`, None where no step was finite, and whatever else is known.
         """
+        self._stepped += seconds
         self._times.append(seconds / covered)
         left = (steps - step) * sum(self._times) / len(self._times)
         loss = "not finite" if facts["loss"] is None else f"{facts['loss']:.4f}"
@@ -117,6 +119,10 @@ class Reporter:
         self.console.print(line + (f"  eta {clock(left)}" if step < steps else ""), markup=False)
         self._bar.update(self._task, completed=step, total=steps)
         self._write({"step": step, "seconds": round(seconds, 3), **self.memory(), **facts, **self._ranks(seconds)})
+
+    def besides_steps(self) -> float:
+        """Seconds that went into other things than steps so far; of a run that was resumed, since then."""
+        return max(time.monotonic() - self._start - self._stepped, 0.0)
 
     def record(self, facts: dict[str, Any]) -> None:
         """One record without a line."""

@@ -50,7 +50,9 @@ class HiddenStream:
         if create:
             with files.naming(path), path.open("wb") as handle:
                 # Reserves the blocks now: a full disk is met here, not in the middle of a block.
-                os.posix_fallocate(handle.fileno(), 0, size)
+                # A rank whose share is empty has none to reserve, which the call refuses.
+                if size:
+                    os.posix_fallocate(handle.fileno(), 0, size)
         elif path.stat().st_size != size:
             # Of a shorter file the end would be missing.
             got = f"expected {size} bytes, got {path.stat().st_size}"

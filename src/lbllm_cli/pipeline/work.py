@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 from torch import Tensor
 
@@ -33,11 +33,6 @@ class StageRun:
     activations: ActivationFormat | None
     writer: StageWriter
     reporter: Reporter
-
-    @property
-    def settings(self) -> Any:
-        """The recipe's section of the stage."""
-        return self.plan.settings(self.spec)
 
     def keep_outer(self) -> None:
         """Takes over what the parent has trained outside the blocks."""

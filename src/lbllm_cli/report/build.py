@@ -7,6 +7,7 @@ import torch
 from lbllm_cli.core import files, interrupt
 from lbllm_cli.core.console import say
 from lbllm_cli.core.errors import RunError, UsageError
+from lbllm_cli.data import sources
 from lbllm_cli.data.tokens import evaluation_tokens
 from lbllm_cli.pipeline.checkpoint import Checkpoint
 from lbllm_cli.pipeline.drawing import Image
@@ -205,6 +206,9 @@ def _weights(plan: Plan, checkpoint: Checkpoint, worst: list[Linear]) -> Figure:
 
 def _inputs(plan: Plan, checkpoint: Checkpoint, worst: list[Linear]) -> Figure:
     spec = plan.recipe.data.evaluation[0]
+    # No stage has looked at them.
+    for item in spec.source:
+        sources.check(item, evaluating=True)
     tokens = evaluation_tokens(spec.model_copy(update={"segments": 1}), plan.tokenizer, plan.vocab)[:, :_TOKENS]
     found = input_histograms(plan.model, checkpoint, tokens, worst)
     images = [figures.input_distribution(histogram, checkpoint.stage) for histogram in found]
