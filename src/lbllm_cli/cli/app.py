@@ -18,7 +18,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     help="Binarize a large language model to two bits per weight, W(1+1), from one GPU.\n\n"
-    "Every command reads one YAML recipe, runs one stage and writes a checkpoint that the next picks up.",
+    "The commands of a run read one YAML recipe; each stage writes a checkpoint that the next picks up.",
     epilog="Example: `lbllm ptq --recipe llama2-7b.yaml`, then `lbllm eval --recipe llama2-7b.yaml`",
 )
 

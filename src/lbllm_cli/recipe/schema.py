@@ -39,7 +39,7 @@ class Runtime(Section):
     """How to run; none of it changes what a checkpoint is, except `seed`."""
 
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto: the first GPU, else the CPU")
-    seed: int = Field(0, ge=0, le=2**63 - 1, description="chooses calibration windows and samples text")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="chooses windows of text and their order, and samples text")
     streams: Literal["auto", "device", "ram", "disk"] = Field(
         "auto",
         description="hidden states between blocks; auto: the GPU's memory where they fit beside the work, else RAM while they "
