@@ -121,7 +121,7 @@ def test_c4_is_evaluated_on_its_first_documents(tmp_path, tokenizer, monkeypatch
         ({"source": "a.txt", "messages_key": "chat", "split": "test"}, "a.txt does not read messages_key, split"),
         ({"source": "a.jsonl", "split": "test"}, "a.jsonl does not read split"),
         ({"source": "a.safetensors", "text_key": "body"}, "a.safetensors does not read text_key"),
-        ({"source": "ptb", "path": "a.jsonl", "split": "test"}, "ptb does not read split"),
+        ({"source": "ptb", "path": "a.jsonl", "split": "test"}, "ptb does not read split$"),
     ],
 )
 def test_a_key_that_a_source_does_not_read_is_refused(keys, message, tmp_path, monkeypatch):

@@ -22,12 +22,3 @@ def test_images_have_the_colours_of_their_page():
         assert "<dc:date>" not in svg
     assert image == drawing.draw("two points", paint)
     assert drawing.LIGHT.stages.keys() == drawing.DARK.stages.keys() == drawing.MARKERS.keys()
-
-
-def test_an_axis_without_a_finite_value_is_drawn():
-    def paint(figure):
-        axes = figure.add_subplot()
-        axes.plot([1, 2], [float("inf")] * 2)
-        drawing.log_scale(axes)
-
-    assert drawing.draw("nothing", paint).light

@@ -228,6 +228,11 @@ def test_blocks_without_error_have_no_decibels():
     assert "ptq" in image.alt
 
 
+def test_perplexities_that_are_all_infinite_are_no_error():
+    ranges = [{"first": first, "last": last, "perplexity": float("inf")} for first, last in ((1, 1), (2, 3), (4, 7))]
+    assert plots.perplexity_by_position("novels", {"ptq": ranges}).light
+
+
 def test_last_record_of_a_block_counts_and_torn_lines_do_not(tmp_path):
     (tmp_path / "events.jsonl").write_text('{"block": 1, "seconds": 1}\n{"block": 0}\n{"block": 1, "seconds": 2}\n{"blo\n[]\n')
     assert read_records(tmp_path / "events.jsonl", "block") == [{"block": 0}, {"block": 1, "seconds": 2}]

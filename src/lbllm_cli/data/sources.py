@@ -108,24 +108,24 @@ def _check_keys(item: Source) -> None:
     elif item.sampled:
         read = {"temperature"}
     elif name in PRESETS:
-        read = {"path"} | ({"split"} & _local_keys(item.path) if item.path else set())
+        read = {"path"} | ({"split"} & _local_keys(item.path, "path") if item.path else set())
     elif name.startswith("hub:"):
         read = {"text_key", "messages_key", "split", "config"}
     else:
-        read = _local_keys(name)
+        read = _local_keys(name, "source")
     unread = [
         key
         for key, field in Source.model_fields.items()
         if key not in {"source", "weight", "repeats", *read} and getattr(item, key) != field.default
     ]
     if unread:
-        remedy = "; its parts are those of the papers, hub:NAME has others" if name in PRESETS else ""
+        remedy = "; its parts are those of the papers, hub:NAME has others" if name in PRESETS and not item.path else ""
         raise UsageError(f"source {name} does not read {', '.join(unread)}{remedy}")
 
 
-def _local_keys(name: str) -> set[str]:
+def _local_keys(name: str, key: str) -> set[str]:
     """What is read of a local file or folder. A file is its only split."""
-    path = files.user_path(name, "source")
+    path = files.user_path(name, key)
     if not os.path.isfile(path):
         return {"text_key", "messages_key", "split"}
     return set() if path.suffix in {".txt", ".safetensors"} else {"text_key", "messages_key"}

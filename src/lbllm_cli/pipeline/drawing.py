@@ -121,7 +121,9 @@ def log_scale(axes: "Axes") -> None:
     axes.set_yscale("log", nonpositive="mask")
     low, high = axes.get_ylim()
     if not 0 < low < high < math.inf:
-        return  # nothing on it is finite
+        # Nothing on it is finite, and such an axis is refused when it is drawn.
+        axes.set_yscale("linear")
+        return
     decades = math.log10(high / low)
     many, some = LogLocator(), LogLocator(subs=(1, 2, 5))
     axes.yaxis.set_major_locator(many if decades > 2 else some if decades > 0.9 else MaxNLocator(5, steps=(1, 2, 5, 10)))

@@ -29,7 +29,7 @@ def best_of_table(slope: Tensor, curve: Tensor, scale: Tensor) -> Tensor:
         squares = torch.cat([diagonal, pairs], dim=1).double() * unit.square()
     terms = torch.cat([slope.double() * unit, squares], dim=1)
     of_bytes = _terms(slope.device)[: terms.shape[1]]
-    # So many rows at once bound the memory; where the smallest is, min says in three fifths of the time that argmin takes.
+    # So many rows at once bound the memory; where the smallest is, min says in two thirds of the time that argmin takes.
     places = torch.cat([(some @ of_bytes).min(1).indices for some in terms.split(4096)])
     return table_of(slope.device, ascending=True)[places]
 
