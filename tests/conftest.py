@@ -2,10 +2,12 @@
 
 import json
 import os
+import runpy
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -195,6 +197,32 @@ def ok(lbllm):
         result = lbllm(*arguments)
         assert result.exit_code == 0, result.stderr
         return result
+
+    return run
+
+
+class Ran(NamedTuple):
+    """How a script ended, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def script(monkeypatch, capsys) -> Callable[..., Ran]:
+    """`python scripts/<name>.py ...` in this process: importing the libraries is most of what a short one takes."""
+
+    def run(name: str, *arguments: object) -> Ran:
+        path = str(ROOT / "scripts" / f"{name}.py")
+        monkeypatch.setattr("sys.argv", [path, *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            runpy.run_path(path, run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        return Ran(code, *capsys.readouterr())
 
     return run
 

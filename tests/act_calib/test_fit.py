@@ -249,7 +249,13 @@ def test_keys_are_quantized_after_the_rotary_embedding(tmp_path, ok):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"bits": 3}, {"bits": 8, "kv_bits": 8}, {"granularity": "token"}, {"tables": 1}, {"kv_form": "uniform", "kv_bits": 5}],
+    [
+        {"bits": 3},
+        pytest.param({"bits": 8, "kv_bits": 8}, marks=pytest.mark.slow),
+        {"granularity": "token"},
+        pytest.param({"tables": 1}, marks=pytest.mark.slow),
+        {"kv_form": "uniform", "kv_bits": 5},
+    ],
     ids=str,
 )
 def test_other_formats_are_evaluated_as_they_are_stored(ok, run, tmp_path, settings):

@@ -230,7 +230,7 @@ def test_a_system_that_says_nothing_of_its_processors_has_no_instructions(monkey
         ("models/toy", ".", "runs/toy"),
     ],
 )
-def test_a_run_does_not_lie_in_the_models_folder_or_around_it(ok, tmp_path, monkeypatch, folder, place, wanted):
+def test_a_run_does_not_lie_in_the_models_folder_or_around_it(ok, tmp_path, monkeypatch, little_text, folder, place, wanted):
     shutil.copytree(TOY, tmp_path / folder)
     (tmp_path / place).mkdir(exist_ok=True)
     monkeypatch.chdir(tmp_path / place)

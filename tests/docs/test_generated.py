@@ -1,7 +1,6 @@
 """Pages and drawings that scripts write are what the code says, and the check finds one that is not."""
 
 import importlib.util
-import subprocess
 import sys
 from types import ModuleType
 from xml.etree import ElementTree
@@ -13,10 +12,8 @@ from conftest import ROOT
 from lbllm_cli.recipe.schema import Recipe
 from lbllm_cli.recipe.stages import TABLE
 
-SCRIPTS = ("recipe_reference", "draw_architecture", "draft_recipes")
 
-
-def script(name: str) -> ModuleType:
+def module_of(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -25,15 +22,8 @@ def script(name: str) -> ModuleType:
     return module
 
 
-# `make test` runs every check before the tests; that of drafted recipes takes half a minute.
-@pytest.mark.parametrize("name", [*SCRIPTS[:2], pytest.param(SCRIPTS[2], marks=pytest.mark.slow)])
-def test_what_is_written_is_up_to_date(name):
-    found = subprocess.run([sys.executable, ROOT / "scripts" / f"{name}.py", "--check"], capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-
-
 def test_a_stale_reference_is_found_and_written_anew(tmp_path, monkeypatch, capsys):
-    module = script("recipe_reference")
+    module = module_of("recipe_reference")
     page, schema = tmp_path / "recipe.md", tmp_path / "recipe.schema.json"
     monkeypatch.setattr(module, "PAGE", page)
     monkeypatch.setattr(module, "SCHEMA_FILE", schema)
@@ -52,7 +42,7 @@ def test_a_stale_reference_is_found_and_written_anew(tmp_path, monkeypatch, caps
 
 
 def test_a_stale_recipe_is_found(tmp_path, monkeypatch, capsys):
-    module = script("draft_recipes")
+    module = module_of("draft_recipes")
     monkeypatch.setattr(module, "RECIPES", tmp_path)
     monkeypatch.setattr(module, "KEPT", module.KEPT[:1])
     monkeypatch.setattr(sys, "argv", ["draft_recipes.py"])
@@ -66,7 +56,7 @@ def test_a_stale_recipe_is_found(tmp_path, monkeypatch, capsys):
 
 
 def test_a_stale_drawing_is_found(tmp_path, monkeypatch, capsys):
-    module = script("draw_architecture")
+    module = module_of("draw_architecture")
     monkeypatch.setattr(module, "DOCS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["draw_architecture.py"])
     assert module.main() == 0
@@ -80,7 +70,7 @@ def test_a_stale_drawing_is_found(tmp_path, monkeypatch, capsys):
 
 def test_drawings_are_of_the_code():
     """Boxes are the packages and the stages, as Python sees them; an import for type checkers alone is none."""
-    module = script("draw_architecture")
+    module = module_of("draw_architecture")
     folders = {path.parent.name for path in (ROOT / "src" / "lbllm_cli").glob("*/__init__.py")}
     found = module.packages()
     assert found.keys() == folders | {"hf"}
@@ -95,7 +85,7 @@ def test_drawings_are_of_the_code():
 
 
 def test_packages_that_import_each_other_are_refused(monkeypatch):
-    module = script("draw_architecture")
+    module = module_of("draw_architecture")
     found = module.packages()
     found["core"].add("cli")
     with pytest.raises(SystemExit, match="packages import each other: "):

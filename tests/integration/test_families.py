@@ -40,8 +40,8 @@ def evaluation_rows(folder) -> torch.Tensor:
     return torch.tensor(AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"][:128]).view(4, 32)
 
 
-# Second toys of a family; the kernels' own tests run them too.
-SECOND = {"llama-untied", "qwen2-sliding"}
+# Second toys of a family, and families that have nothing which another lacks; the kernels' own tests run them too.
+SECOND = {"llama-untied", "mistral-sliding", "mixtral", "olmo3", "olmoe", "qwen2-sliding", "seed-oss"}
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name in SECOND else [], id=name) for name in FAMILIES]
 
 

@@ -25,6 +25,7 @@ def peak(*arguments: str) -> int:
     return int(result.stdout.split("peak ")[1])
 
 
+@pytest.mark.slow
 def test_peak_memory_is_independent_of_the_number_of_blocks(ok, tmp_path):
     measured = {}
     for blocks in (4, 16):

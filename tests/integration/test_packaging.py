@@ -52,6 +52,8 @@ def expected() -> set[str]:
     return recipes | {path.as_posix() for path in files if not {"__pycache__", "native"} & set(path.parts)}
 
 
+# A whole build of the library: the one that the tests run in has been built by the same files.
+@pytest.mark.slow
 @needs_compiler
 def test_wheel_is_for_every_python_and_holds_the_package_and_a_library_that_loads(tmp_path):
     wheel, _ = build(tmp_path)

@@ -72,6 +72,7 @@ def of_base(found: dict, stage: str) -> float:
     return found[stage]["perplexity"]["novels"] / found["base"]["perplexity"]["novels"]
 
 
+@pytest.mark.slow
 def test_two_bits_cost_little_on_a_mixture_of_experts(experts, tmp_path):
     """And where tokens go beside where the teacher's go. Twelve sequences are 768 tokens for each of eight experts."""
     found = experts("ptq")

@@ -64,6 +64,7 @@ def check(tmp_path_factory) -> Path:
     return compiled(NATIVE / "check.cpp", tmp_path_factory.mktemp("check"), *SANITIZED)
 
 
+@pytest.mark.slow
 def test_every_tier_of_this_cpu_is_right_under_sanitizers(tmp_path, check):
     flags = (*SANITIZED, "-fsanitize=undefined", "-fno-sanitize-recover=undefined")
     tiers = {name: own for name, own in TIERS.items() if name == "portable" or (X86 and understood(*own))}

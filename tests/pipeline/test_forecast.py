@@ -35,6 +35,7 @@ def test_a_forecast_beyond_the_ram_names_the_keys_that_lower_it(ok, tmp_path, mo
     assert "streams" not in found["distill-e2e"]
 
 
+@pytest.mark.slow
 def test_forecast_of_ram_covers_what_a_run_uses(ok, tmp_path):
     folder = save_toy(tmp_path / "model", hidden_size=512, intermediate_size=1024, head_dim=64, num_attention_heads=8)
     recipe = write_recipe(tmp_path / "r.yaml", folder, tmp_path / "run")

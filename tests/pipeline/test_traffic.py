@@ -110,7 +110,7 @@ def check(plan: Plan, stage: str) -> None:
         assert all({**one, OWNERS: 0} == {**each[0], OWNERS: 0} for one in each)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_bytes_of_two_ranks_are_those_that_they_count(tmp_path):
     recipe = ROOT / "recipes" / "toy.yaml"
     changes = (f"output.dir={tmp_path / 'run'}", "data.training.sequences=21", "data.calibration.sequences=9")

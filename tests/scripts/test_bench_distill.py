@@ -30,6 +30,7 @@ def test_guard_keeps_packages_away(guarded):
     assert "import of pydantic halted" in result.stderr
 
 
+@pytest.mark.slow
 def test_toy_shape(guarded):
     sizes = ["--rows", "2", "--length", "32", "--group-size", "32", "--steps", "3", "--threads", "1"]
     command = [sys.executable, str(SCRIPT), "--shape", "toy", "--dtype", "float32", "--device", "cpu", *sizes]

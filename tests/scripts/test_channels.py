@@ -1,21 +1,17 @@
 """The script that looks for channels with most of the energy finds one that was put there."""
 
-import subprocess
-import sys
-
-from conftest import ROOT, save_toy, write_recipe
+from conftest import save_toy, write_recipe
 from safetensors.torch import load_file, save_file
 
 
-def test_a_channel_that_dwarfs_the_others_is_found(tmp_path):
+def test_a_channel_that_dwarfs_the_others_is_found(tmp_path, script):
     toy = save_toy(tmp_path / "toy")
 
     def shares() -> list[float]:
         recipe = write_recipe(tmp_path / "r.yaml", toy, tmp_path / "run")
-        done = subprocess.run(
-            [sys.executable, ROOT / "scripts" / "channels.py", "--recipe", recipe], capture_output=True, text=True, check=True
-        )
-        lines = done.stdout.splitlines()
+        done = script("channels", "--recipe", recipe)
+        assert done.code == 0, done.err
+        lines = done.out.splitlines()
         assert len(lines) == 4
         return [float(line.split("share ")[1].split()[0]) for line in lines[:-1]]
 

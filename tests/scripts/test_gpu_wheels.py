@@ -54,7 +54,7 @@ def test_versions_are_those_that_are_pinned():
     assert [name for name, version in found.items() if f"{name}=={version}".lower() not in pinned] == []
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_every_slice_begins_with_nothing_else(toy, tmp_path):
     last = {"epochs": 1, "end_to_end": {"sequences": 4}}
     recipe = write_recipe(tmp_path / "r.yaml", toy, tmp_path / "run", ptq={"rounds": 0}, distill=last, act_calib=last)

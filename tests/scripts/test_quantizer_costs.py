@@ -30,6 +30,7 @@ def by_hand(export, quantized: bool) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 def test_kinds_of_quantizers_cost_something_each(export_of):
     export = export_of("llama-tied")
     command = [

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -29,7 +27,7 @@ def by_hand(folder) -> float:
     return total / LIMIT
 
 
-def test_a_row_quantizes_what_it_names(tmp_path):
+def test_a_row_quantizes_what_it_names(tmp_path, script):
     other = tmp_path / "export"
     shutil.copytree(TOY, other)
     weights = load_file(other / "model.safetensors")
@@ -37,9 +35,9 @@ def test_a_row_quantizes_what_it_names(tmp_path):
         if "layers.0.self_attn.q_proj" in name or "layers.0.self_attn.v_proj" in name:
             weight.mul_(-0.5)
     save_file(weights, other / "model.safetensors", {"format": "pt"})
-    command = [sys.executable, ROOT / "scripts/retrieval_parts.py", "--export", other, "--model", TOY]
-    done = subprocess.run([*command, "--limit", str(LIMIT), "--dtype", "float32"], capture_output=True, text=True, check=True)
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()[2:]]
+    done = script("retrieval_parts", "--export", other, "--model", TOY, "--limit", LIMIT, "--dtype", "float32")
+    assert done.code == 0, done.err
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.out.splitlines()[2:]]
     nats = {row: float(cell.split()[0]) for row, _, cell in lines}
     # Printed with three decimals.
     assert nats["nothing"] == pytest.approx(by_hand(TOY), abs=1e-3)
@@ -53,14 +51,13 @@ def test_a_row_quantizes_what_it_names(tmp_path):
     assert nats["all but attention"] == nats["nothing"]
 
 
-def test_what_no_row_can_be_made_of_is_refused(tmp_path):
+def test_what_no_row_can_be_made_of_is_refused(tmp_path, script):
     fused = save_toy(tmp_path / "fused", "phi3")
     for folder, more, message in (
         (TOY, ["--only", "k"], "--only: k; rows are: nothing; all;"),
         (TOY, ["--limit", "1"], "--limit: 1; a standard error takes two passages"),
         (fused, [], "self_attn.qkv_proj.weight is none of"),
     ):
-        command = [sys.executable, ROOT / "scripts/retrieval_parts.py", "--export", folder, "--model", folder, *more]
-        wrong = subprocess.run(command, capture_output=True, text=True)
-        assert wrong.returncode == 2
-        assert message in wrong.stderr
+        wrong = script("retrieval_parts", "--export", folder, "--model", folder, *more)
+        assert wrong.code == 2
+        assert message in wrong.err

@@ -47,7 +47,7 @@ def card_of(name: str) -> Card | None:
     return next((card for card in CARDS.values() if any(mark in words for mark in card.marks)), None)
 
 
-def probed(device: torch.device, seconds: float = 2.0) -> Card:
+def probed(device: torch.device, seconds: float = 0.5) -> Card:
     """What a device without a maker's figures reaches: products in float32 and a copy, measured in about so many seconds."""
     size = 1024
     a, b = torch.randn(2, size, size, device=device)

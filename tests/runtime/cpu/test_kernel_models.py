@@ -277,6 +277,7 @@ def test_without_quantized_activations_weights_are_the_same(some):
     torch.testing.assert_close(model(tokens).logits, plain(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_perplexity_of_the_trained_toy(tmp_path):
     ptq = {"group_size": 64, "rounds": 0}

@@ -90,7 +90,8 @@ def test_levels_of_two_bits(device, large, inn, size, step, fold):
         assert value_error(gemv, device, 2, inn, size, fold) < TOLERANCE  # measured 9.1e-8
 
 
-def test_every_byte_of_levels(device):
+@pytest.mark.slow
+def test_every_byte_of_levels(device, large):
     """All 256 of them, by products with inputs that pick one code's level each."""
     packed = torch.arange(256, dtype=torch.uint8).view(256, 1, 1)
     codes = torch.arange(4, dtype=torch.uint8).repeat(256, 4)

@@ -85,7 +85,10 @@ def test_levels_descend_as_in_torch(device, size, rows):
     torch.testing.assert_close(moved.cpu()[:, same], expected[:, same], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("rows", "n"), [(9, 128), (3, 20), (33, 32), (2, 1), (1, 300)])
+@pytest.mark.parametrize(
+    ("rows", "n"),
+    [pytest.param(9, 128, marks=pytest.mark.slow), (3, 20), pytest.param(33, 32, marks=pytest.mark.slow), (2, 1), (1, 300)],
+)
 def test_levels_are_those_of_torch(device, rows, n):
     random = torch.Generator().manual_seed(n)
     weight = torch.randn(rows, n, generator=random)
